@@ -1,0 +1,98 @@
+"""A recipe: what is trained, on what, and how, as frozen tables. Read by `launcher.load`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from colonnade.models.config import ModelConfig
+from colonnade.parallel.config import ParallelConfig
+
+
+class Table(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One table of a recipe: immutable, no unknown fields, no silent conversions."""
+
+
+class OptimizerConfig(Table):
+    """`[optimizer]`: AdamW with a warm-up and a decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay: int | None = Field(None, ge=1, description="wsd: steps of the last, linear decay")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+class SourceConfig(Table):
+    """One entry of `[[data.sources]]`."""
+
+    format: Literal["stdlib", "text", "jsonl", "parquet", "hub", "tokens"] = "stdlib"
+    path: str | None = Field(
+        None, description="file, folder or glob; hub: the data set's name; tokens: prefix of .bin"
+    )
+    weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the others")
+    column: str = Field("text", description="column that holds the text")
+    prompt: str | None = Field(None, description="column put before the text, without loss")
+    subset: str | None = Field(None, description="hub: configuration of the data set")
+    split: str = Field("train", description="hub: split of the data set")
+    stream: bool = Field(False, description="read while training instead of indexing first")
+
+
+class DataConfig(Table):
+    """`[data]`: where rows of tokens come from."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)] = (
+        SourceConfig(),
+    )
+    tokenizer: str = Field("bytes", description="`bytes`, or the path of a tokenizer.json")
+    validation: float = Field(
+        0.05, ge=0, lt=1, description="share of the documents kept for validation"
+    )
+    cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
+
+
+class TrainConfig(Table):
+    """`[train]`: batch, precision, length of the run."""
+
+    steps: int = Field(100, ge=1)
+    global_batch: int = Field(16, ge=1, description="rows per step, over all ranks")
+    micro_batch: int = Field(8, ge=1, description="rows per forward pass of one rank")
+    ramp_batch: int | None = Field(None, ge=1, description="rows per step at the start of the ramp")
+    ramp_steps: int = Field(0, ge=0, description="steps until global_batch is reached")
+    seq_len: int = Field(256, ge=1, description="tokens per row")
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    recompute: Literal["none", "selective", "block"] = "none"
+    deterministic: bool = Field(False, description="only deterministic operators")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0)
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0: at the end")
+    validate_rows: int = Field(64, ge=0, description="rows per validation; 0 never validates")
+    bad_steps: int = Field(5, ge=1, description="non-finite steps in a row that end the run")
+    loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at one time")
+    sample: int = Field(0, ge=0, description="tokens of text generated at the end")
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class CheckpointConfig(Table):
+    """`[checkpoint]`: when to save, and how many to keep."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Recipe(Table):
+    """One run. Tables as in the TOML file; see `launcher/recipes/` for examples."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$")
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
