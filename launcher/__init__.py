@@ -1,0 +1,31 @@
+"""What the verbs do, as functions of the same names.
+
+>>> from colonnade.launcher import train
+>>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
+>>> run.losses[-1]  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colonnade.launcher.generation import generate as generate
+    from colonnade.launcher.load import load_recipe as load_recipe
+    from colonnade.launcher.training import resume as resume
+    from colonnade.launcher.training import train as train
+
+_HOMES = {
+    "generate": "generation",
+    "load_recipe": "load",
+    "resume": "training",
+    "train": "training",
+}
+__all__ = ["generate", "load_recipe", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb when it is first asked for: `colonnade --help` need not wait for torch."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

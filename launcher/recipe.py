@@ -8,7 +8,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 
 
-class Table(BaseModel, frozen=True, extra="forbid", strict=True):
+class Table(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """One table of a recipe: immutable, no unknown fields, no silent conversions."""
 
 
@@ -89,7 +89,7 @@ class CheckpointConfig(Table):
 class Recipe(Table):
     """One run. Tables as in the TOML file; see `launcher/recipes/` for examples."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="letters, digits, `_`, `.` and `-`")
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

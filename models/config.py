@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 SYMBOLS = {"*": "attention", "-": "MLP", "M": "Mamba-2", "E": "mixture of experts"}
 
 
-class ModelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class ModelConfig(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A decoder: a row of residual sub-blocks given by `pattern`, one symbol each.
 
     Symbols: `*` softmax attention, `-` MLP, `M` Mamba-2, `E` mixture of experts.

@@ -24,7 +24,9 @@ class World:
 
 
 @contextmanager
-def world(rank: int, size: int, device: torch.device, store: dist.Store | None = None) -> Iterator[World]:
+def world(
+    rank: int, size: int, device: torch.device, store: dist.Store | None = None
+) -> Iterator[World]:
     """Open the process group of `size` ranks, and close it without the crash gloo is prone to.
 
     `store` defaults to the launcher's rendezvous (`env://`), or to memory for a single rank.

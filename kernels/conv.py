@@ -1,0 +1,152 @@
+"""Causal depthwise convolution over packed documents, as shifted multiply-adds.
+
+Shape letters: S sequence, B batch, C channels, K taps.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from colonnade.kernels.precision import wide
+
+# Elements handled at a time on CPU: what a few passes go over stays in cache.
+BLOCK = 2**17
+
+
+class _CausalConv(torch.autograd.Function):
+    """The convolution of `rows` `[K - 1 + S, B, C]`; `same` `[K, S, B, 1]` masks taps, or None.
+
+    Autograd would keep every tap's product; this keeps the inputs and computes the sum again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,  # [K, C], wide
+        bias: Tensor | None,  # [C], wide
+        same: Tensor | None,
+        activation: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, same)
+        ctx.activation = activation
+        y = rows.new_empty(len(rows) - len(weight) + 1, *rows.shape[1:])
+        for start, stop in _blocks(y):
+            out = _linear(rows, weight, bias, same, start, stop)
+            y[start:stop] = F.silu(out, inplace=True) if activation else out
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias, same = ctx.saved_tensors
+        drows, dweight = torch.zeros_like(rows, dtype=weight.dtype), torch.zeros_like(weight)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        for start, stop in _blocks(dy):
+            grad = wide(dy[start:stop])
+            if ctx.activation:
+                out = _linear(rows, weight, bias, same, start, stop)
+                grad = torch.ops.aten.silu_backward(grad, out)
+            if dbias is not None:
+                dbias += grad.sum((0, 1))
+            for j, w in enumerate(weight):
+                seen = grad if same is None else grad * same[j, start:stop]
+                drows[start + j : stop + j].addcmul_(seen, w)
+                dweight[j] += (seen * rows[start + j : stop + j]).sum((0, 1))
+        return drows.to(rows.dtype), dweight, dbias, None, None
+
+
+def _blocks(y: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of `y` `[S, B, C]` to work on, one after the other."""
+    S, row = len(y), y[:1].numel()
+    step = max(1, BLOCK // max(1, row)) if y.device.type == "cpu" else S
+    return ((start, min(start + step, S)) for start in range(0, S, step))
+
+
+def _linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None, start: int, stop: int
+) -> Tensor:
+    """The convolution before its activation, tokens `start` to `stop`, in the weight's dtype."""
+    last = len(weight) - 1
+    out = wide(rows[start + last : stop + last]) * weight[last]
+    if bias is not None:
+        out += bias
+    for j in range(last):
+        tap = wide(rows[start + j : stop + j])
+        out.addcmul_(tap if same is None else tap * same[j, start:stop], weight[j])
+    return out
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: bool,
+    documents: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """y_t = act(Σ_j weight[:, j] x_{t-K+1+j} + bias), per channel, summed in at least fp32.
+
+    Args:
+        x: `[S, B, C]`, fp64, fp32 or bf16.
+        weight: `[C, K]`, the current token's tap last.
+        bias: `[C]` or None.
+        activation: whether act is SiLU; else the identity.
+        documents: `[S, B]` integers, constant within a document; taps see their own document only.
+        before: `[K - 1, B, C]`, the rows before the first token, of its document; None: zeros.
+
+    Returns:
+        `[S, B, C]`, dtype of `x`.
+    """
+    rows, masks = _preceded(x, weight.shape[1], documents, before)
+    taps = wide(weight).t().contiguous()
+    return _CausalConv.apply(rows, taps, None if bias is None else wide(bias), masks, activation)
+
+
+def _preceded(
+    x: Tensor, K: int, documents: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`x` behind the rows before it, `[K - 1 + S, B, C]`, and the taps' masks, `[K, S, B, 1]`."""
+    if before is None:
+        before = x.new_zeros(K - 1, *x.shape[1:])
+    rows = torch.cat([before.to(x.dtype), x])
+    if documents is None:
+        return rows, None
+    owners = torch.cat([documents[:1].expand(K - 1, -1), documents])
+    same = owners.unfold(0, len(x), 1).movedim(-1, 1) == documents
+    return rows, same[..., None]
+
+
+def causal_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: bool,
+    documents: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv` by its formula, token by token and tap by tap."""
+    S, K = len(x), weight.shape[1]
+    if documents is None:
+        documents = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
+    outputs = []
+    for t in range(S):
+        total = torch.zeros_like(wide(x[t])) if bias is None else wide(bias).expand(x.shape[1:])
+        for j in range(K):
+            source = t - K + 1 + j
+            if source >= 0:
+                row, owner = x[source], documents[source]
+            elif before is not None:
+                row, owner = before[source], documents[0]
+            else:
+                continue
+            seen = torch.where((owner == documents[t])[:, None], wide(row), 0)
+            total = total + wide(weight[:, j]) * seen
+        outputs.append(F.silu(total) if activation else total)
+    return torch.stack(outputs).to(x.dtype)

@@ -1,0 +1,69 @@
+"""Matrix products of linear layers, on the fastest library at hand.
+
+On x86 CPUs PyTorch sends fp32 products to MKL, which leaves half of an AMD core idle; oneDNN, which
+PyTorch ships and uses for bf16, does not. EXPERIMENTS.md has the figures.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def uses_onednn(x: Tensor) -> bool:
+    """Whether oneDNN serves products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ, without gradient.
+
+    Args:
+        a: `[..., K]`, any strides.
+        b: `[N, K]`, any strides, dtype of `a`.
+
+    Returns:
+        `[..., N]`.
+    """
+    if uses_onednn(a) and a.numel() and b.numel():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+    return a @ b.T
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return d_x, None
+        return d_x, product(grad.flatten(0, -2).T, x.flatten(0, -2).T)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ.
+
+    Args:
+        x: `[..., I]`.
+        weight: `[O, I]`, dtype of `x`.
+
+    Returns:
+        `[..., O]`.
+    """
+    if uses_onednn(x):
+        return _Linear.apply(x, weight)  # type: ignore[no-any-return]
+    return F.linear(x, weight)

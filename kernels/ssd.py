@@ -1,0 +1,305 @@
+"""The Mamba-2 scan (SSD, arXiv:2405.21060, section 6): matrix products by chunk, and a recurrence.
+
+Shape letters: S sequence, B batch, H heads, P head width, G groups, R = H / G heads of a group,
+N state, n chunks of Q tokens. Inside, tensors are kept in one of three orders, each contiguous:
+natural [n, Q, B, G, R, P], by head [n·B·G·R, Q, P] and by group [n·B·G, Q, R·P]; B and C are shared
+by the heads of a group and never repeated over them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from colonnade.kernels.precision import wide, wide_dtype
+
+# exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays here changes no result;
+# it keeps their running sums small enough for differences of them to mean something.
+LOG_ZERO = -1000.0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    n: int
+    Q: int
+    B: int
+    G: int
+    R: int
+    P: int
+    N: int
+
+    def heads(self, t: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`[n, Q, B, G, R, P]` times `[n, Q, B, G, R, 1]`, by head: `[n·B·G·R, Q, P]`."""
+        if scale is None:
+            return wide(t).permute(0, 2, 3, 4, 1, 5).reshape(-1, self.Q, self.P)
+        out = scale.new_empty(self.n, self.B, self.G, self.R, self.Q, self.P)
+        torch.mul(t, scale, out=out.permute(0, 4, 1, 2, 3, 5))
+        return out.view(-1, self.Q, self.P)
+
+    def groups(self, t: Tensor, scale: Tensor) -> Tensor:
+        """The same by group: `[n·B·G, Q, R·P]`."""
+        out = scale.new_empty(self.n, self.B, self.G, self.Q, self.R, self.P)
+        torch.mul(t, scale, out=out.permute(0, 3, 1, 2, 4, 5))
+        return out.view(-1, self.Q, self.R * self.P)
+
+    def shared(self, t: Tensor) -> Tensor:
+        """B or C, `[n, Q, B, G, N]`, by group and wide: `[n·B·G, Q, N]`."""
+        return wide(t).permute(0, 2, 3, 1, 4).reshape(-1, self.Q, self.N)
+
+    def from_heads(self, t: Tensor) -> Tensor:
+        """By head -> a natural view."""
+        return t.view(self.n, self.B, self.G, self.R, self.Q, -1).permute(0, 4, 1, 2, 3, 5)
+
+    def from_groups(self, t: Tensor) -> Tensor:
+        """By group -> a natural view, `[n, Q, B, G, R, P]`."""
+        return t.view(self.n, self.B, self.G, self.Q, self.R, -1).permute(0, 3, 1, 2, 4, 5)
+
+    def from_shared(self, t: Tensor) -> Tensor:
+        """A gradient of B or C -> a natural view, `[n, Q, B, G, N]`."""
+        return t.view(self.n, self.B, self.G, self.Q, -1).permute(0, 3, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class _Decays:
+    """What a chunk's tokens, and the states around it, lose on their way."""
+
+    within: Tensor  # [n, B, G, R, Q, Q] from token s (last) to token t, 0 where t < s
+    entering: Tensor  # [n, Q, B, G, R, 1] from the state before the chunk to token t
+    leaving: Tensor  # [n, Q, B, G, R, 1] from token s to the state after the chunk
+    across: Tensor  # [n, B, G, R, 1, 1] from the state before to the state after
+
+
+def _decays(shape: _Shape, dt: Tensor, A: Tensor, documents: Tensor | None) -> _Decays:
+    """Every decay is the exponential of one masked segment sum.
+
+    The sums are differences of running sums kept in fp64, which costs little and loses nothing.
+    They are taken to base 2, whose exponential is several times faster on CPU.
+    """
+    dtype, Q = dt.dtype, shape.Q
+    total = (dt * A).clamp_(min=LOG_ZERO).cumsum(1, dtype=torch.float64).mul_(math.log2(math.e))
+    rows = total.permute(0, 2, 3, 4, 1).contiguous()
+    within = torch.empty(*rows.shape, Q, dtype=dtype, device=dt.device)
+    torch.sub(rows[..., :, None], rows[..., None, :], out=within)
+    entering = total.to(dtype).exp2()
+    leaving = (total[:, -1:] - total).to(dtype).exp2_()
+    across = entering[:, -1, ..., None, None]
+    hidden = torch.ones(Q, Q, dtype=torch.bool, device=dt.device).triu_(1)
+    if documents is not None:
+        d = documents.view(shape.n, Q, shape.B)
+        carried = torch.cat([d[:1, :1], d[:-1, -1:]])  # of the state that enters each chunk
+        entering = entering * (d == carried)[..., None, None]
+        leaving = leaving * (d == d[:, -1:])[..., None, None]
+        across = across * (d[:, -1] == carried[:, 0])[..., None, None, None, None]
+        d = d.transpose(1, 2)
+        hidden = (hidden | (d[..., :, None] != d[..., None, :]))[:, :, None, None]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=dt.device).masked_fill_(hidden, -torch.inf)
+    return _Decays(within.add_(bias).exp2_(), entering[..., None], leaving[..., None], across)
+
+
+def _states(shape: _Shape, arrived: Tensor, B: Tensor, across: Tensor, initial: Tensor) -> Tensor:
+    """The state before every chunk and after the last one, `[n + 1, B, G, R, P, N]`.
+
+    `arrived` `[n·B·G, Q, R·P]` is dt·x decayed to its chunk's end.
+    """
+    states = initial.new_empty(shape.n + 1, *initial.shape)
+    states[0] = initial
+    torch.bmm(arrived.transpose(1, 2), B, out=states[1:].view(-1, shape.R * shape.P, shape.N))
+    for c in range(shape.n):
+        states[c + 1].addcmul_(states[c], across[c])
+    return states
+
+
+class _SSD(torch.autograd.Function):
+    """Keeps its inputs and the states between chunks; backward computes the rest again.
+
+    All floating inputs but x, B and C are wide.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [n, Q, B, G, R, P]
+        dt: Tensor,  # [n, Q, B, G, R]
+        A: Tensor,  # [G, R]
+        B: Tensor,  # [n, Q, B, G, N]
+        C: Tensor,
+        D: Tensor | None,  # [G, R, 1]
+        initial: Tensor,  # [B, G, R, P, N]
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        n, Q, batch, G, R, P = x.shape
+        shape = _Shape(n, Q, batch, G, R, P, N=B.shape[-1])
+        decay = _decays(shape, dt, A, documents)
+        b, c, step = shape.shared(B), shape.shared(C), dt[..., None]
+        states = _states(shape, shape.groups(x, step * decay.leaving), b, decay.across, initial)
+        ctx.shape = shape
+        ctx.save_for_backward(x, dt, A, B, C, D, documents, states)
+
+        scores = torch.bmm(c, b.transpose(1, 2)).view(shape.n, shape.B, shape.G, 1, shape.Q, -1)
+        weights = decay.within.mul_(scores).view(-1, shape.Q, shape.Q)
+        inner = torch.bmm(weights, shape.heads(x, step))
+        flat = states[:-1].view(-1, shape.R * shape.P, shape.N)
+        outer = shape.from_groups(torch.bmm(c, flat.transpose(1, 2)))
+        y = torch.mul(outer, decay.entering, out=dt.new_empty(x.shape))
+        y.add_(shape.from_heads(inner))
+        if D is not None:
+            y.addcmul_(x, D)
+        return y.to(x.dtype), states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, documents, states = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        n, Q, R, P, N = shape.n, shape.Q, shape.R, shape.P, shape.N
+        decay = _decays(shape, dt, A, documents)
+        b, c, step = shape.shared(B), shape.shared(C), dt[..., None]
+
+        # Through the states: what each received, from the end backwards.
+        dstates = torch.empty_like(states)
+        dstates[-1] = dfinal
+        before, after = states[:-1], dstates[1:]
+        seen = shape.groups(dy, decay.entering)
+        torch.bmm(seen.transpose(1, 2), c, out=dstates[:-1].view(-1, R * P, N))
+        for i in reversed(range(n)):
+            dstates[i].addcmul_(dstates[i + 1], decay.across[i])
+        dacross = (after * before).sum((-1, -2), keepdim=True).mul_(decay.across)
+
+        # Through what the tokens read of the state before the chunk.
+        seen = shape.heads(dy, decay.entering)
+        dc_head = torch.bmm(seen, before.view(-1, P, N)).view(-1, R, Q, N)
+        dc = dc_head.sum(1)
+        dentering = dc_head.mul_(c[:, None]).sum(-1).view(n, shape.B, shape.G, R, Q)
+
+        # Through what they wrote into the state after it.
+        flat = after.view(-1, R * P, N)
+        outer = shape.from_groups(torch.bmm(b, flat.transpose(1, 2)))
+        du = torch.mul(outer, decay.leaving, out=dt.new_empty(x.shape))
+        dleaving = (du * x).sum(-1).mul_(dt)
+        db = torch.bmm(shape.groups(x, step * decay.leaving), flat)
+
+        # Through what they read of each other.
+        scores = torch.bmm(c, b.transpose(1, 2)).view(n, shape.B, shape.G, 1, Q, Q)
+        dy_head = shape.heads(dy)
+        dweights = torch.bmm(dy_head, shape.heads(x, step).transpose(1, 2))
+        dweights = dweights.view_as(decay.within).mul_(decay.within)
+        dscores = dweights.sum(3).view(-1, Q, Q)
+        dc.baddbmm_(dscores, b)
+        db.baddbmm_(dscores.transpose(1, 2), c)
+        weights = decay.within.mul_(scores).view(-1, Q, Q)
+        du.add_(shape.from_heads(torch.bmm(weights.transpose(1, 2), dy_head)))
+        dwithin = dweights.mul_(scores)
+        dwithin.diagonal(dim1=-2, dim2=-1).zero_()  # a token does not decay on its way to itself
+
+        # Each log-decay stands in the segments that cover it.
+        ends = (dentering + dwithin.sum(-1)).sub_(dwithin.sum(-2))
+        dlog = ends.flip(-1).cumsum(-1).flip(-1).add_(dacross[..., 0]).permute(0, 4, 1, 2, 3)
+        dlog = (dlog + dleaving.cumsum(1).sub_(dleaving)).mul_(dt * A > LOG_ZERO)
+
+        ddt = (du * x).sum(-1).addcmul_(dlog, A)
+        dA = (dlog * dt).sum((0, 1, 2))
+        dx, dD = du.mul_(step), None
+        if D is not None:
+            dx.addcmul_(dy, D)
+            dD = (wide(dy) * x).sum((0, 1, 2, 5))[..., None]
+        dB, dC = shape.from_shared(db).to(B.dtype), shape.from_shared(dc).to(C.dtype)
+        return dx.to(x.dtype), ddt, dA, dB, dC, dD, dstates[0], None
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    *,
+    chunk: int,
+    documents: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """state_t = exp(dt_t A) state_{t-1} + dt_t x_t ⊗ B_t;  y_t = C_t state_t + D x_t, by chunks.
+
+    Work and memory are linear in S; backward keeps the inputs and one state per chunk. Everything
+    inside is in at least fp32, whatever the inputs' dtype.
+
+    Args:
+        x: `[S, B, H, P]`, fp64, fp32 or bf16. S need not be a multiple of the chunk.
+        dt: `[S, B, H]`, step sizes, not negative (after softplus).
+        A: `[H]`, negative.
+        B, C: `[S, B, G, N]`; head h uses group h // (H / G).
+        D: `[H]`, weight of the direct path, or None.
+        chunk: tokens per chunk, at least 1; changes speed, not the function.
+        documents: `[S, B]` integers, constant within a document and not decreasing along S. No
+            state crosses from one document into another.
+        initial_state: `[B, H, P, N]` before the first token, of its document; None: zeros.
+
+    Returns:
+        y `[S, B, H, P]` in x's dtype, and the state after the last token, `[B, H, P, N]` in at
+        least fp32.
+
+    Raises:
+        ValueError: G does not divide H, or chunk < 1.
+    """
+    S, batch, H, P = x.shape
+    G, N = B.shape[2:]
+    if H % G or chunk < 1:
+        raise ValueError(f"ssd: {H} heads in {G} groups, chunks of {chunk} tokens")
+    R, Q = H // G, max(1, min(chunk, S))
+    n = -(-S // Q)
+    dtype = wide_dtype(x.dtype)
+    if initial_state is None:
+        initial_state = torch.zeros(batch, H, P, N, dtype=dtype, device=x.device)
+    if pad := n * Q - S:  # tokens that neither write (dt = 0) nor forget, in the last document
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, 0, 0, pad)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, 0, 0, pad))
+        if documents is not None:
+            documents = torch.cat([documents, documents[-1:].expand(pad, -1)])
+    y, final = _SSD.apply(
+        x.reshape(n, Q, batch, G, R, P),
+        dt.to(dtype).reshape(n, Q, batch, G, R),
+        A.to(dtype).view(G, R),
+        B.reshape(n, Q, batch, G, N),
+        C.reshape(n, Q, batch, G, N),
+        None if D is None else D.to(dtype).view(G, R, 1),
+        initial_state.to(dtype).view(batch, G, R, P, N),
+        documents,
+    )
+    y = y.view(n * Q, batch, H, P)
+    return y[:S] if pad else y, final.view(batch, H, P, N)
+
+
+def ssd_recurrence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    *,
+    documents: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by its formula, token by token."""
+    _, batch, H, P = x.shape
+    repeat, N, dtype = H // B.shape[2], B.shape[3], wide_dtype(x.dtype)
+    u, dt, A = wide(x), dt.to(dtype), A.to(dtype)
+    B, C = (wide(t).repeat_interleave(repeat, dim=2) for t in (B, C))
+    state = torch.zeros(batch, H, P, N, dtype=dtype, device=x.device)
+    if initial_state is not None:
+        state = initial_state.to(dtype)
+    outputs = []
+    rows = zip(u.unbind(), dt.unbind(), B.unbind(), C.unbind(), strict=True)
+    for t, (u_t, dt_t, B_t, C_t) in enumerate(rows):
+        if documents is not None and t > 0:
+            same = documents[t] == documents[t - 1]
+            state = torch.where(same[:, None, None, None], state, 0)
+        decay = torch.exp(dt_t * A)[..., None, None]
+        state = decay * state + (dt_t[..., None] * u_t)[..., None] * B_t[:, :, None, :]
+        y = (state @ C_t[..., None])[..., 0]
+        outputs.append(y if D is None else y + D.to(dtype)[:, None] * u_t)
+    return torch.stack(outputs).to(x.dtype), state

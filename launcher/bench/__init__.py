@@ -1,0 +1,32 @@
+"""Benchmarks: each beside its reference in one run, alternating, with the floor printed."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def bench_step() -> dict[str, Any]:
+    """A training step of a small Llama beside Hugging Face's."""
+    from colonnade.launcher.bench.step import run
+
+    return run()
+
+
+def bench_loader() -> dict[str, Any]:
+    """Reading batches from a memory-mapped token file, beside copying as many bytes."""
+    from colonnade.launcher.bench.loader import run
+
+    return run()
+
+
+def bench_scan() -> dict[str, Any]:
+    """Chunked Mamba-2 beside its token-by-token recurrence."""
+    from colonnade.launcher.bench.scan import run
+
+    return run()
+
+
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "step": bench_step,
+    "loader": bench_loader,
+    "scan": bench_scan,
+}

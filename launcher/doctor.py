@@ -1,0 +1,88 @@
+"""`doctor`: what this machine has, and which kernel serves each operator, and why."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from colonnade.kernels.linear import uses_onednn
+
+OPTIONAL = {
+    "datasets": "text, JSON lines, parquet and hub data (extra: text)",
+    "tokenizers": "tokenizer.json files (extra: text)",
+    "matplotlib": "the loss plot (extra: plot)",
+    "tensorboard": "train.tensorboard (extra: tensorboard)",
+    "wandb": "train.wandb (extra: wandb)",
+    "transformers": "bench step (extra: bench)",
+}
+
+
+def version(package: str) -> str:
+    """Installed version, or what is missed without it."""
+    if importlib.util.find_spec(package) is None:
+        return f"not installed: {OPTIONAL.get(package, 'required')}"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
+
+
+def devices() -> dict[str, Any]:
+    """Processors and memory that a run would use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "cpu": f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    }
+    if not torch.cuda.is_available():
+        found["gpu"] = "none: runs use the CPU"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found[f"gpu {index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def backends() -> dict[str, str]:
+    """What ranks can talk through."""
+    return {
+        "gloo": "yes: CPU ranks"
+        if dist.is_gloo_available()
+        else "no: several CPU ranks cannot run",
+        "nccl": "yes: GPU ranks" if dist.is_nccl_available() else "no: not in this build of torch",
+    }
+
+
+def operators() -> dict[str, str]:
+    """Which kernel serves each operator here."""
+    cuda = torch.cuda.is_available()
+    onednn = uses_onednn(torch.empty(0))
+    where = "on this GPU" if cuda else "on this CPU"
+    if cuda:
+        product = "cuBLAS, PyTorch's choice on a GPU"
+    elif onednn:
+        product = "oneDNN for fp32 (twice MKL's speed on AMD cores), PyTorch's choice otherwise"
+    else:
+        product = "PyTorch's choice: this build or processor has no oneDNN"
+    return {
+        "linear": product,
+        "attention": f"scaled_dot_product_attention, flash kernel where it serves {where}; "
+        "packed documents through a mask",
+        "rms_norm": "torch's fused kernel" if cuda else "ours: keeps one scale a row",
+        "activation": "ours: keeps only its inputs",
+        "ssd": "ours, chunked, from matrix products",
+        "conv": "ours, shifted products: faster than conv1d on CPUs",
+        "experts": "torch's grouped_mm" if cuda else "a product per expert",
+        "loss": "ours, chunked: never holds all logits",
+    }
+
+
+def examine() -> dict[str, Any]:
+    """Everything `colonnade doctor` reports, one value a line."""
+    required = ("torch", "numpy", "pydantic", "safetensors", "spmd_types", "colonnade")
+    report: dict[str, Any] = {"python": platform.python_version()}
+    report |= {name: version(name) for name in (*required, *OPTIONAL)}
+    report |= devices() | backends()
+    return report | {f"kernel: {name}": served for name, served in operators().items()}

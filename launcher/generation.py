@@ -1,0 +1,104 @@
+"""Text from a model: one token at a time, the whole context again for each."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from colonnade.launcher.checkpoint import load, newest
+from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.load import load_recipe
+from colonnade.launcher.optimizer import named_tensors
+from colonnade.launcher.ranks import ALONE, choose_device, settle_threads
+from colonnade.launcher.recipe import Recipe
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.parallelize import storage_dtype
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Draw a token from `[V]` logits; temperature 0 takes the most likely."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k and top_k < logits.numel():
+        logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+@torch.no_grad()
+def extend(
+    model: nn.Module,
+    tokens: list[int],
+    count: int,
+    seq_len: int,
+    stop: int | None,
+    device: torch.device,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> list[int]:
+    """Up to `count` tokens that follow `tokens`, ending before `stop`.
+
+    At most the last `seq_len` tokens are seen. Every rank of a sharded model must call this alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: list[int] = []
+    while len(made) < count:
+        seen = torch.tensor((tokens + made)[-seq_len:], device=device)[:, None]
+        positions = torch.arange(seen.shape[0], device=device)[:, None]
+        logits = model(seen, Context(positions))[-1, 0]
+        token = choose(logits, temperature, top_k, generator)
+        if token == stop:
+            break
+        made.append(token)
+    return made
+
+
+def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
+    """The trained model of a run folder, or of one of its checkpoints, on one device."""
+    folder = run if (run / "state.json").exists() else newest(run / "checkpoints")
+    if folder is None:
+        raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
+    recipe = load_recipe(folder.parent.parent / "recipe.toml")
+    settle_threads(ALONE)
+    device = choose_device(recipe.train.device, ALONE)
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+    model.to(storage_dtype(recipe.train.precision)).to_empty(device=device)
+    load(folder, named_tensors(model, None), partial=True)
+    return model, recipe, open_tokenizer(recipe.data.tokenizer), device
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str = "",
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> str:
+    """The text that a trained model writes after `prompt` (prompt not included).
+
+    Args:
+        checkpoint: a run folder, or one of its checkpoints.
+        tokens: how many at most; the end of the document ends it earlier.
+        temperature: 0 always takes the most likely token.
+        top_k: draw among the k most likely only; 0 among all.
+
+    Raises:
+        UserError: no checkpoint there, or the prompt needs tokens the model lacks.
+    """
+    model, recipe, tokenizer, device = open_model(Path(checkpoint))
+    start = tokenizer.encode([prompt])[0] or [tokenizer.eod]
+    if tokenizer.size > recipe.model.vocab:
+        raise UserError(
+            f"data.tokenizer = {recipe.data.tokenizer!r} has {tokenizer.size} tokens, "
+            f"model.vocab = {recipe.model.vocab}: this model cannot read its text"
+        )
+    made = extend(
+        model, start, tokens, recipe.train.seq_len, tokenizer.eod, device, temperature, top_k, seed
+    )
+    return tokenizer.decode(made)

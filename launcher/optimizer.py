@@ -1,0 +1,54 @@
+"""AdamW over a sharded model, and its state as named tensors for checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+from colonnade.launcher.recipe import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW (arXiv:1711.05101, algorithm 2); weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def start_state(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Give every parameter the zero moments that AdamW would make at its first step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.full((), float(updates), dtype=torch.float32, device=p.device),
+                **{name: torch.zeros_like(p) for name in MOMENTS},
+            }
+
+
+def updates_done(optimizer: torch.optim.Optimizer) -> int:
+    """Updates so far; steps that were skipped do not count."""
+    for state in optimizer.state.values():
+        return int(state["step"])
+    return 0
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `model.NAME`, and `optimizer.NAME.MOMENT`."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.data
+        if optimizer is not None:
+            for moment in MOMENTS:
+                tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
+    return tensors

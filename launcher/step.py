@@ -1,0 +1,131 @@
+"""One optimizer step over the global batch, and one pass over the validation rows."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from colonnade.kernels.loss import IGNORED
+from colonnade.launcher.data import Batch, Rows
+from colonnade.launcher.optimizer import set_learning_rate
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.schedule import batch_size, learning_rate
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.gradients import clip_gradients, gradient_norm
+from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.parallelize import last_micro_batch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One step: global figures, equal on all ranks."""
+
+    loss: float  # mean negative log likelihood per valid token, in nats
+    balance: float  # balancing terms, as they enter the objective
+    grad_norm: float
+    lr: float
+    tokens: int  # valid tokens
+    skipped: bool  # nothing was updated: loss or gradient was not finite
+
+
+def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """tokens, labels, positions and documents as `[S, B]`; documents None if all rows are whole."""
+    packed = bool(batch.documents.any())
+    move = [batch.tokens, batch.labels, batch.positions] + [batch.documents] * packed
+    moved = [t.T.contiguous().to(device, non_blocking=True) for t in move]
+    return moved[0], moved[1], moved[2], moved[3] if packed else None
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Sum each value over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def forward(
+    model: Decoder, batch: Batch, groups: float, device: torch.device
+) -> tuple[Tensor, Context]:
+    """Summed loss of one micro-batch, and the context with its balancing terms."""
+    tokens, labels, positions, documents = on_device(batch, device)
+    context = Context(positions, documents, groups)
+    return model(tokens, context, labels), context
+
+
+def train_step(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    recipe: Recipe,
+    step: int,
+    device: torch.device,
+) -> Result:
+    """Forward and backward over this rank's micro-batches, then one update, or none if not finite.
+
+    The loss is the mean over the valid tokens of the global batch: each rank divides by their
+    count over all ranks, and gradients are summed.
+    """
+    valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
+    tokens = int(sum_over_ranks([valid], device)[0])
+    groups = batch_size(recipe.train, step) / recipe.model.balance_samples
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    balance = torch.zeros((), dtype=torch.float64, device=device)
+    for number, batch in enumerate(batches, start=1):
+        last_micro_batch(model, number == len(batches))
+        part, context = forward(model, batch, groups, device)
+        part = part / max(tokens, 1)
+        part.backward()
+        loss += part.detach()
+        balance += sum(context.terms.values())
+    total_loss, total_balance = sum_over_ranks([loss.item(), balance.item()], device)
+    parameters = list(model.parameters())
+    norm = gradient_norm(parameters)
+    lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
+    finite = math.isfinite(total_loss + total_balance) and bool(norm.isfinite())
+    if finite and tokens:
+        if recipe.optimizer.clip:
+            clip_gradients(parameters, norm, recipe.optimizer.clip)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+    optimizer.zero_grad()
+    return Result(total_loss, total_balance, norm.item(), lr, tokens, not finite)
+
+
+@torch.no_grad()
+def validate_loss(
+    model: Decoder,
+    rows: Rows,
+    recipe: Recipe,
+    mesh: DeviceMesh,
+    device: torch.device,
+    byte_lengths: Tensor | None,
+) -> tuple[float, float | None]:
+    """Mean loss per token, and bits per byte where known, over `validate_rows` rows.
+
+    The rows are spread evenly over all there are, and the same at every call and on every layout.
+    Every rank makes the same number of forward passes; one that has run out of rows repeats one
+    without labels.
+    """
+    rank, ranks = data_rank(mesh)
+    size, there = recipe.train.micro_batch, rows.rows or 0
+    count = min(recipe.train.validate_rows, there)
+    chosen = [number * there // count for number in range(count)]
+    nats = tokens = units = 0.0
+    for start in range(0, count, size * ranks):
+        first = start + rank * size
+        mine = chosen[first : first + size]
+        batch = rows.batch(mine or [0])
+        labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
+        loss, _ = forward(model, batch._replace(labels=labels), 1.0, device)
+        nats += loss.item()
+        label = labels[labels != IGNORED].long()
+        tokens += label.numel()
+        if byte_lengths is not None:
+            units += float(byte_lengths[label].sum())
+    nats, tokens, units = sum_over_ranks([nats, tokens, units], device)
+    bits = nats / math.log(2) / units if byte_lengths is not None and units else None
+    return nats / max(tokens, 1), bits

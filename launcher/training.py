@@ -1,0 +1,167 @@
+"""`train`: from a recipe to a finished run, on this host or as one rank of a larger job."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colonnade.launcher.checkpoint.together import on_first
+from colonnade.launcher.data import prepare_data
+from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.job import run_job
+from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.monitor import read_metrics
+from colonnade.launcher.ranks import (
+    ALONE,
+    Place,
+    choose_device,
+    settle_threads,
+    start_ranks,
+)
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+from colonnade.parallel.world import world
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: its folder, and what it wrote there."""
+
+    path: Path
+    status: int  # 0, or 128 + the signal that stopped it
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object per step, and one per validation."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step."""
+        return [row["loss"] for row in self.metrics if "loss" in row]
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int = 1,
+    runs: str | Path = "runs",
+    until: int | None = None,
+) -> Run:
+    """Train a recipe.
+
+    Under torchrun every rank calls this alike and `nproc` is ignored.
+
+    Args:
+        recipe: a recipe, the path of one, or the name of one that is shipped.
+        overrides: `table.field=value`, as on the command line.
+        nproc: ranks to start on this host.
+        runs: folder in which the run gets a folder `NAME-TIME`.
+        until: stop, saved, after this step; the schedule stays that of `train.steps`.
+
+    Raises:
+        UserError: a mistake in the recipe or its data; RecipeError lists all faults at once.
+
+    Example:
+        >>> from colonnade.launcher import train
+        >>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
+        >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
+        True
+    """
+    place = Place.from_environment()
+    size = place.size if place else nproc
+    recipe = settle(recipe, overrides, size)
+    return start(recipe, place, nproc, Path(runs), None, until)
+
+
+def resume(
+    run: str | Path, overrides: Sequence[str] = (), *, nproc: int = 1, until: int | None = None
+) -> Run:
+    """Continue a run from its newest checkpoint, on any number of ranks.
+
+    Args:
+        run: the run's folder.
+        overrides: changed fields, for example `train.steps=200`.
+
+    Raises:
+        UserError: no run or no complete checkpoint there, or a mistake in the recipe.
+    """
+    folder = Path(run)
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(
+            f"{folder}: no run here (recipe.toml is missing); name a folder under runs/"
+        )
+    place = Place.from_environment()
+    recipe = settle(folder / "recipe.toml", overrides, place.size if place else nproc)
+    return start(recipe, place, nproc, folder.parent, folder, until)
+
+
+def settle(recipe: Recipe | str | Path, overrides: Sequence[str], size: int) -> Recipe:
+    """A valid recipe for this many ranks."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, size)
+    if overrides:
+        raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
+    if faults := validate(recipe, size):
+        raise RecipeError(faults)
+    return recipe
+
+
+def start(
+    recipe: Recipe,
+    place: Place | None,
+    nproc: int,
+    runs: Path,
+    folder: Path | None,
+    until: int | None,
+) -> Run:
+    """Run here as a rank, here alone, or start ranks and wait for them."""
+
+    def opened() -> Path:
+        prepare_data(recipe)
+        return open_run(recipe, runs, folder)
+
+    again = folder is not None
+    if place is not None or nproc == 1:
+        return be_rank(recipe, place or ALONE, opened, again, until)
+    choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
+    path = opened()
+    options = ["--again"] * again + (["--until", str(until)] if until else [])
+    return Run(path, start_ranks(["_rank", str(path), *options], nproc))
+
+
+def be_rank(
+    recipe: Recipe, place: Place, opened: Callable[[], Path], again: bool, until: int | None
+) -> Run:
+    """Take part as one rank. Rank 0 opens the run's folder and prepares the data for all."""
+    settle_threads(place)
+    device = choose_device(recipe.train.device, place)
+    with world(place.rank, place.size, device) as here:
+        path = on_first(opened)
+        number = run_job(recipe, path, here, again, until)
+    return Run(path, 128 + number if number else 0)
+
+
+def be_started_rank(path: Path, again: bool, until: int | None) -> None:
+    """A rank that `start` launched: the folder and the data are there."""
+    place = Place.from_environment() or ALONE
+    recipe = load_recipe(path / "recipe.toml", world_size=place.size)
+    be_rank(recipe, place, lambda: path, again, until)
+
+
+def open_run(recipe: Recipe, runs: Path, folder: Path | None) -> Path:
+    """Make the run's folder, or take the one that is resumed, and write the recipe there."""
+    if folder is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name, again = f"{recipe.name}-{stamp}", 1
+        while (runs / name).exists():
+            name, again = f"{recipe.name}-{stamp}-{again}", again + 1
+        folder = runs / name
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the run's folder: {error.strerror}") from error
+    return folder

@@ -1,0 +1,132 @@
+"""`M`: Mamba-2, a state-space mixer with scalar decay per head (arXiv:2405.21060)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from colonnade.kernels.conv import causal_conv
+from colonnade.kernels.linear import linear
+from colonnade.kernels.norm import rms_norm
+from colonnade.kernels.precision import wide
+from colonnade.kernels.ssd import ssd
+from colonnade.models.blocks.base import SubBlock
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.part import (
+    Part,
+    constant,
+    inverse_softplus_dt,
+    log_uniform_a,
+    normal,
+    uniform,
+)
+
+
+class Projected(NamedTuple):
+    """What the first half hands to the second. P head width, G groups, N state."""
+
+    z: Tensor  # [S, B, H*P] gate
+    x: Tensor  # [S, B, H*P] convolved
+    B: Tensor  # [S, B, G*N] convolved
+    C: Tensor  # [S, B, G*N] convolved
+    dt: Tensor  # [S, B, H] before bias and softplus
+
+
+def conv_here(x: Tensor, weight: Tensor, bias: Tensor, context: Context) -> Tensor:
+    """The `conv` seam's default: the whole sequence is on this device."""
+    return causal_conv(x, weight, bias, activation=True, documents=context.documents)
+
+
+def scan_here(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context
+) -> Tensor:
+    """The `scan` seam's default: the whole sequence is on this device."""
+    return ssd(x, dt, A, B, C, D, chunk=chunk, documents=context.documents)[0]
+
+
+class InConv(Part):
+    """Projections to z, x, B, C, dt, and the causal convolution of x, B, C."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.conv: Callable[[Tensor, Tensor, Tensor, Context], Tensor] = conv_here
+        inner = heads * config.mamba_head_dim
+        state = config.mamba_groups * config.mamba_state
+        widths = {"z": inner, "x": inner, "B": state, "C": state, "dt": heads}
+        for name, width in widths.items():
+            self.declare(name, (width, config.hidden), normal(config.init_std))
+        bound = config.mamba_conv**-0.5  # a depthwise filter's fan-in is its width
+        for name in "xBC":
+            self.declare(f"conv_{name}", (widths[name], config.mamba_conv), uniform(-bound, bound))
+            self.declare(f"conv_{name}_bias", (widths[name],), uniform(-bound, bound))
+
+    def forward(self, u: Tensor, context: Context) -> Projected:
+        parts = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
+        for name in "xBC":
+            weight, bias = self.weight_of(f"conv_{name}"), self.weight_of(f"conv_{name}_bias")
+            parts[name] = self.conv(parts[name], weight, bias, context)
+        return Projected(**parts)
+
+
+class Decay(Part):
+    """log A, dt bias and the skip D, `[H]` each, in fp32 whatever the precision."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.declare("A_log", (heads,), log_uniform_a(1.0, 16.0))
+        self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
+        self.declare("D", (heads,), constant(1.0))
+
+
+class ScanOut(Part):
+    """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
+
+    def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
+        super().__init__()
+        self.scan = scan_here
+        self.width, self.state = config.mamba_head_dim, config.mamba_state
+        self.groups, self.chunk, self.eps = config.mamba_groups, config.mamba_chunk, config.norm_eps
+        inner = heads * self.width
+        self.declare("norm", (inner,), constant(1.0))
+        self.declare("out", (config.hidden, inner), normal(out_std))
+
+    def forward(
+        self, carried: tuple[Projected, Tensor, Tensor, Tensor], context: Context
+    ) -> Tensor:
+        p, dt, A, D = carried
+        x = p.x.unflatten(-1, (-1, self.width))
+        B, C = (t.unflatten(-1, (-1, self.state)) for t in (p.B, p.C))
+        y = self.scan(x, dt, A, B, C, D, self.chunk, context).flatten(-2) * F.silu(p.z)
+        grouped = y.unflatten(-1, (self.groups, -1))
+        weight = self.weight_of("norm").view(self.groups, -1)
+        return linear(rms_norm(grouped, weight, self.eps).flatten(-2), self.weight_of("out"))
+
+
+class Mamba2(SubBlock):
+    """Halves: `projections, convolution | scan, gated norm, out`."""
+
+    symbol = "M"
+    small: Decay
+
+    def __init__(self, config: ModelConfig, out_std: float) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = config.mamba_heads or 2 * config.hidden // config.mamba_head_dim
+        self.first = InConv(config, self.heads)
+        self.small = Decay(self.heads)
+        self.second = ScanOut(config, self.heads, out_std)
+
+    def finish(self, carried: Projected, context: Context) -> Tensor:
+        small = self.small
+        dt = F.softplus(wide(carried.dt) + small.weight_of("dt_bias"))
+        A = -small.weight_of("A_log").exp()
+        return self.second((carried, dt, A, small.weight_of("D")), context)  # type: ignore[no-any-return]
+
+    def mixing_flops(self, seq_len: int) -> int:
+        # per token: C Bᵀ per group and its product with x over half a chunk, state in and state out
+        c = self.config
+        half = min(c.mamba_chunk, seq_len) // 2
+        inside = 2 * half * (c.mamba_groups * c.mamba_state + self.heads * c.mamba_head_dim)
+        return inside + 4 * self.heads * c.mamba_head_dim * c.mamba_state

@@ -1,0 +1,44 @@
+"""Norm and clipping of gradients that lie in shards."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's part of every gradient."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients together, on every rank.
+
+    Squares are summed locally, then over exactly the mesh axes that shard a gradient, so that a
+    replicated one counts once.
+    """
+    by_axes: dict[tuple, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        g = p.grad
+        if isinstance(g, DTensor):
+            sharded = tuple(i for i, place in enumerate(g.placements) if isinstance(place, Shard))
+            by_axes[g.device_mesh, sharded].append(g.to_local())
+        elif g is not None:
+            by_axes[None, ()].append(g)
+    squares = []
+    for (mesh, axes), grads in by_axes.items():
+        square = torch.stack(torch._foreach_norm(grads)).square().sum()
+        for axis in axes:
+            dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale all gradients so that their norm is at most `limit` (arXiv:1211.5063, section 3.2)."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local_gradients(parameters), scale)

@@ -1,0 +1,73 @@
+"""Initial weights from (seed, name, global block): bit-equal on every layout."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from colonnade.models.part import Fill, Part
+
+BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
+
+
+def declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]]:
+    """Every parameter with its full name and its initial distribution."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
+            yield f"{prefix}.{name}", parameter, module.fills[name]
+
+
+def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Allocate the model's parameters, built on meta and sharded, on `device`, and fill them."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter, fill in declared(model):
+            if isinstance(parameter, DTensor):
+                _, offset = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+                fill_shard(parameter.to_local(), parameter.shape, offset, fill, f"{seed}/{name}")
+            else:
+                whole = (0,) * parameter.dim()
+                fill_shard(parameter, parameter.shape, whole, fill, f"{seed}/{name}")
+
+
+def fill_shard(
+    shard: Tensor, shape: tuple[int, ...], offset: tuple[int, ...], fill: Fill, key: str
+) -> None:
+    """Fill the part of a parameter that starts at `offset`.
+
+    The parameter, seen as `[rows, columns]` with the last dimension as columns, is cut into blocks
+    of whole rows; each block is drawn by a generator of its own, keyed by (key, block), in fp32 on
+    the CPU. A shard draws the blocks it touches.
+    """
+    if shard.numel() == 0:
+        return
+    columns = shape[-1]
+    per_block = max(1, BLOCK // columns)
+    rows = row_numbers(shape[:-1], shard.shape[:-1], offset[:-1])
+    target = shard.view(len(rows), shard.shape[-1])
+    wanted = slice(offset[-1], offset[-1] + shard.shape[-1])
+    total = math.prod(shape[:-1])
+    block_of = rows // per_block
+    for block in block_of.unique().tolist():
+        first = block * per_block
+        drawn = torch.empty(min(per_block, total - first), columns, dtype=torch.float32)
+        digest = hashlib.blake2b(f"{key}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        fill(drawn, generator)
+        mine = block_of == block
+        target[mine.to(target.device)] = drawn[rows[mine] - first, wanted].to(target)
+
+
+def row_numbers(shape: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+    """Global row number of every local row, when leading dimensions are flattened."""
+    rows = torch.zeros(1, dtype=torch.long)
+    for size, count, start in zip(shape, local, offset, strict=True):
+        rows = (rows[:, None] * size + torch.arange(start, start + count)).flatten()
+    return rows

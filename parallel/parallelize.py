@@ -1,0 +1,92 @@
+"""The one place that applies parallelism to a model."""
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from colonnade.models.blocks import SubBlock
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.recompute import recompute_policy
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def storage_dtype(precision: str) -> torch.dtype:
+    """Dtype of parameters and optimizer state at rest."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+class TrainSettings(Protocol):
+    """What `parallelize` reads of `[train]`."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def recompute(self) -> str: ...
+
+
+class Settings(Protocol):
+    """What `parallelize` reads of a recipe."""
+
+    @property
+    def train(self) -> TrainSettings: ...
+
+
+def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
+    """Shard a model that was built on meta; `materialise` it afterwards.
+
+    Both halves of a sub-block are one FSDP2 group in the compute dtype; norms, routers and decay
+    rates stay in the root group in the storage dtype. One rank in fp32 or fp64 needs none of it.
+    """
+    precision = recipe.train.precision
+    model.to(storage_dtype(precision))
+    model.wiring.recompute = recompute_policy(recipe.train.recompute)
+    if mesh.size() > 1 or precision == "bf16":
+        shard(model, mesh, precision)
+    return model
+
+
+# Nothing here writes into the output of a half, which is all the warning is about.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def shard(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
+    """FSDP2, or HSDP where dp_replicate > 1. Gradients are summed, in at least fp32."""
+    replicate, axes = mesh["dp_replicate"].size(), ("dp_replicate", "dp_shard")
+    data = mesh[axes] if replicate > 1 else mesh["dp_shard"]
+    storage = storage_dtype(precision)
+
+    def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+        return MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=storage, cast_forward_inputs=False
+        )
+
+    compute = policy(COMPUTE[precision])
+    ends: list[nn.Module] = [model.embedding, model.head]
+    for group in [ends] if model.config.tied else [[end] for end in ends]:
+        fully_shard(
+            group, mesh=data, mp_policy=compute, reshard_after_forward=not model.config.tied
+        )
+    for block in model.wiring.blocks:
+        assert isinstance(block, SubBlock)
+        fully_shard([block.first, block.second], mesh=data, mp_policy=compute)
+    fully_shard(model, mesh=data, mp_policy=policy(storage))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the loss is already divided by the global token count
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def last_micro_batch(model: Decoder, last: bool) -> None:
+    """Say whether the coming backward pass is the step's last.
+
+    Gradients are reduce-scattered after every micro-batch, so they never lie whole on a rank; under
+    HSDP only the last pass reduces them over the replicas.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)

@@ -1,0 +1,40 @@
+"""Activation recomputation: what a checkpointed region keeps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+aten = torch.ops.aten
+# Costly to compute again, and no larger than a sub-block's input or its inner width.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._grouped_mm.default,
+    torch.ops.mkldnn._linear_pointwise.default,
+}
+
+
+def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep results of matrix products and attention; compute the rest again."""
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_policy(name: str) -> Callable[[], tuple[Any, Any]] | None:
+    """`none` keeps everything, `block` only inputs of sub-blocks, `selective` products as well."""
+    if name == "none":
+        return None
+    if name == "block":
+        return noop_context_fn
+    return partial(create_selective_checkpoint_contexts, keep_products)

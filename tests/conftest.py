@@ -1,0 +1,27 @@
+"""Fixtures for all tests: pools of ranks that are started once."""
+
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks, pool
+
+
+@pytest.fixture(scope="session")
+def ranks1() -> Iterator[Ranks]:
+    """One rank in a gloo group of its own: the reference."""
+    yield pool(1)
+    pool(1).close()
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[Ranks]:
+    """Two ranks in one gloo group."""
+    yield pool(2)
+    pool(2).close()
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[Ranks]:
+    """Four ranks in one gloo group."""
+    yield pool(4)
+    pool(4).close()

@@ -1,0 +1,233 @@
+"""Checkpoints under failures: full disks, deaths and damage leave the last good one intact."""
+
+import errno
+import functools
+import itertools
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from ranks import RankError, Ranks
+from test_checkpoint import STATE, check_alone, different, placed, save_placed, values
+
+from colonnade.launcher import checkpoint
+from colonnade.launcher.checkpoint import newest, read_state, step_folder, storage
+from colonnade.launcher.errors import UserError
+
+MiB = 1 << 20
+
+
+def save_limited(rank: int, size: int, run: Path, limited: int) -> str:
+    """Save step 1, then step 2 with files of at most 64 KiB on the rank `limited`."""
+    tensors = {f"w{rank}": torch.ones(MiB // 4)}
+    checkpoint.save(step_folder(run, 1), tensors, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == limited:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        checkpoint.save(step_folder(run, 2), tensors, {"step": 2})
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return ""
+
+
+@pytest.mark.parametrize("limited", [0, 1])
+def test_full_disk(tmp_path: Path, ranks2: Ranks, limited: int) -> None:
+    # A limit on the size of files fails real writes on every machine, without root.
+    first, second = ranks2.run(save_limited, tmp_path, limited)
+    assert first == second
+    for part in (
+        step_folder(tmp_path, 2),
+        f"rank-{limited:05d}",
+        "needs more than 2.0 MiB",
+        "free there",
+    ):
+        assert str(part) in first
+    assert f"{step_folder(tmp_path, 1)}, is intact" in first
+    assert [path.name for path in tmp_path.iterdir()] == [step_folder(tmp_path, 1).name]
+    assert read_state(newest(tmp_path) or tmp_path) == {"step": 1}
+    assert ranks2.run(save_limited, tmp_path, -1) == ["", ""]
+    assert newest(tmp_path) == step_folder(tmp_path, 2)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_disk_that_fills_at_the_commit(tmp_path: Path, step: int) -> None:
+    """Whether step 1 is saved once more, or a later one."""
+    checkpoint.save(step_folder(tmp_path, 1), values(1), STATE)
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return rename(path, target)
+
+    with (
+        mock.patch.object(Path, "rename", full),
+        pytest.raises(UserError, match=r"No space left.*is intact.*Free space"),
+    ):
+        checkpoint.save(step_folder(tmp_path, step), values(2), {})
+    assert [path.name for path in tmp_path.iterdir()] == [step_folder(tmp_path, 1).name]
+    check_alone(step_folder(tmp_path, 1))
+
+
+def test_unusable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"could not save the checkpoint .*none before it"):
+        checkpoint.save(step_folder(tmp_path / "file", 1), values(1), {})
+    step_folder(tmp_path, 1).mkdir()
+    with pytest.raises(UserError, match="not a checkpoint: move it away"):
+        checkpoint.save(step_folder(tmp_path, 1), values(1), {})
+
+
+def die_while_writing(rank: int, size: int, run: Path) -> None:
+    checkpoint.save(step_folder(run, 10), values(1), STATE)
+    if rank == 1:
+        with mock.patch.object(storage, "save_file", side_effect=lambda *_: os._exit(9)):
+            checkpoint.save(step_folder(run, 20), values(2) | {"mine": torch.ones(3)}, {})
+    checkpoint.save(step_folder(run, 20), values(2), {})
+
+
+def test_rank_dies_while_saving(tmp_path: Path, ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match="rank 1: died, exit code 9"):
+        ranks2.run(die_while_writing, tmp_path)
+    assert (tmp_path / "step-00000020.partial").is_dir()
+    assert newest(tmp_path) == step_folder(tmp_path, 10)
+    check_alone(step_folder(tmp_path, 10))
+    checkpoint.save(step_folder(tmp_path, 30), values(1), STATE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
+
+
+def crashing(action: Callable[[], None], at: int) -> bool:
+    """Run `action` in a child that dies before its change number `at` to the disk."""
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 77)
+        return status == 77
+    changes = 0
+
+    def dying(change: Callable[..., object], *args: object, **kwargs: object) -> object:
+        nonlocal changes
+        changes += 1
+        return os._exit(77) if changes == at else change(*args, **kwargs)
+
+    for name in ("fsync", "mkdir", "rename", "rmdir", "unlink"):
+        setattr(os, name, functools.partial(dying, getattr(os, name)))
+    try:
+        action()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_crash_at_any_change_to_the_disk(tmp_path: Path, step: int) -> None:
+    """Whether step 10 is saved once more, or a later one: a complete checkpoint remains."""
+    for at in itertools.count(1):
+        checkpoint.save(step_folder(tmp_path, 10), values(1), {"seed": 1})
+        crashed = crashing(
+            lambda: checkpoint.save(step_folder(tmp_path, step), values(2), {"seed": 2}), at
+        )
+        folder, loaded = newest(tmp_path), values(3)
+        assert folder is not None
+        seed = checkpoint.load(folder, loaded)["seed"]
+        assert different(loaded, values(seed)) == []
+        if not crashed:
+            break
+        if folder == step_folder(tmp_path, 20):
+            shutil.rmtree(folder)
+    assert seed == 2
+    assert at > 8
+    assert [path.name for path in tmp_path.glob("*.*")] == []
+
+
+def test_all_is_on_disk_before_the_commit(tmp_path: Path) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_sync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        events.append("commit")
+        rename(source, target)
+
+    folder = step_folder(tmp_path, 1)
+    with mock.patch("os.fsync", note_sync), mock.patch("os.rename", note_rename):
+        checkpoint.save(folder, values(1), STATE)
+    commit = events.index("commit")
+    files = {path.name for path in folder.iterdir()}
+    assert set(events[:commit]) == files | {f"{folder.name}.partial"}
+    assert events[commit + 1 :] == [tmp_path.name]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_a_chunk(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["tensors"]["grid"]["chunks"] = []
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("steps", [(10,), (5, 10)])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("rank-00000.safetensors", truncate),
+        ("rank-00000.safetensors", lambda path: path.write_bytes(bytes(100))),
+        ("rank-00000.safetensors", Path.unlink),
+        ("tensors.json", truncate),
+        ("tensors.json", lambda path: path.write_text("{}")),
+        ("tensors.json", lose_a_chunk),
+        ("state.json", truncate),
+        ("state.json", lambda path: path.write_bytes(b"\xff")),
+    ],
+)
+def test_damage_is_named(
+    tmp_path: Path, steps: tuple[int, ...], file: str, damage: Callable[[Path], None]
+) -> None:
+    for step in (*steps, 20):
+        checkpoint.save(step_folder(tmp_path, step), values(1), STATE)
+    path = step_folder(tmp_path, 10) / file
+    damage(path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(step_folder(tmp_path, 10), values(2))
+    assert str(caught.value).startswith(f"{path} is damaged (")
+    remedy = str(step_folder(tmp_path, 5)) if 5 in steps else "there is no earlier checkpoint"
+    assert remedy in str(caught.value)
+
+
+def load_message(rank: int, size: int, folder: Path) -> str:
+    try:
+        checkpoint.load(folder, placed(values(2), (2, 2)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_damage_is_told_on_every_rank(tmp_path: Path, ranks4: Ranks) -> None:
+    folder = step_folder(tmp_path, 10)
+    ranks4.run(save_placed, folder, (2, 2))
+    truncate(folder / "rank-00003.safetensors")  # read by some of the ranks only
+    messages = ranks4.run(load_message, folder)
+    assert len(set(messages)) == 1
+    assert "rank-00003.safetensors is damaged" in messages[0]
+
+
+def test_absent_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(step_folder(tmp_path, 1), values(1), {})
+    (tmp_path / "step-00000002").mkdir()
+    for step, problem in ((2, "not a complete checkpoint"), (3, "does not exist")):
+        with pytest.raises(UserError, match=f"{problem}.*step-00000001"):
+            read_state(step_folder(tmp_path, step))

@@ -1,0 +1,160 @@
+"""Token files: megatron-core reads what we write and we read what it writes; broken files."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from colonnade.launcher.data import IndexedWriter, read_indexed
+from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.errors import UserError
+
+DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
+
+
+def documents(dtype: type, count: int = 30) -> list[np.ndarray]:
+    g = np.random.default_rng(0)
+    info = np.iinfo(dtype)
+    return [
+        g.integers(info.min, info.max, int(n), dtype=dtype, endpoint=True)
+        for n in g.integers(1, 50, count)
+    ]
+
+
+def write(prefix: Path, texts: list[np.ndarray], **options: bool) -> None:
+    with IndexedWriter(prefix, texts[0].dtype, **options) as writer:
+        for text in texts:
+            writer.add(text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    texts = documents(dtype)
+    write(tmp_path / "corpus.v1", texts)
+    theirs = IndexedDataset(str(tmp_path / "corpus.v1"))
+    assert len(theirs) == len(texts)
+    assert theirs.index.dtype == dtype
+    assert theirs.document_indices.tolist() == list(range(len(texts) + 1))
+    for read, text in zip(theirs, texts, strict=True):
+        assert np.array_equal(read, text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_we_read_what_megatron_writes(tmp_path: Path, dtype: type, sequences: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    texts = documents(dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
+    for i in range(0, len(texts), sequences):
+        parts = texts[i : i + sequences]
+        whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        builder.add_document(whole, [len(part) for part in parts])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    ours = read_indexed(tmp_path / "theirs")
+    assert ours.tokens.dtype == dtype
+    assert np.array_equal(ours.tokens, np.concatenate(texts))
+    sizes = [len(text) for text in texts]
+    assert ours.starts.tolist() == np.cumsum([0, *sizes])[:-1:sequences].tolist()
+    assert ours.mask is None
+
+
+def test_documents_without_tokens_start_nothing(tmp_path: Path) -> None:
+    texts = [np.arange(n, dtype=np.int32) for n in (0, 3, 0, 0, 2, 0)]
+    write(tmp_path / "d", texts)
+    assert read_indexed(tmp_path / "d").starts.tolist() == [0, 3]
+    write(tmp_path / "e", texts[:1])
+    assert len(read_indexed(tmp_path / "e").tokens) == 0
+
+
+def test_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
+    texts = documents(np.uint16, 3)
+    g = np.random.default_rng(1)
+    masks = [g.integers(0, 2, len(text)).astype(np.uint8) for text in texts[:2]]
+    with IndexedWriter(tmp_path / "d", np.dtype("<u2"), masked=True) as writer:
+        for text, mask in zip(texts, [*masks, None], strict=True):
+            writer.add(text, mask)
+    mask = read_indexed(tmp_path / "d").mask
+    assert mask is not None
+    assert np.array_equal(mask, np.concatenate([*masks, np.ones(len(texts[2]), np.uint8)]))
+    write(tmp_path / "d", texts)
+    assert read_indexed(tmp_path / "d").mask is None
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    texts = documents(np.uint16)
+    write(tmp_path / "d", texts)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted() -> None:
+        with IndexedWriter(tmp_path / "d", np.dtype("<u2"), masked=True) as writer:
+            writer.add(texts[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_ids_take_two_bytes_while_they_fit() -> None:
+    assert token_dtype(65536) == np.uint16
+    assert token_dtype(65537) == np.int32
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    write(tmp_path / "d", documents(np.uint16), masked=True)
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 20, 33, 34, 100, -8, -1])
+def test_a_truncated_index_is_refused(written: Path, keep: int) -> None:
+    path = written.with_suffix(".idx")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"d\.idx is (truncated|not a Megatron).*copy the file"):
+        read_indexed(written)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"PK", r"d\.idx is not a Megatron \.idx file"),
+        (9, b"\2", r"d\.idx has the version 2"),
+        (17, b"\6", r"d\.idx has the dtype code 6, not an integer"),
+        (18, b"\xff" * 8, r"d\.idx is truncated"),
+        (34, struct.pack("<i", 70), "without gaps"),
+        (34, struct.pack("<i", -1), "without gaps"),
+        (-8, struct.pack("<q", 29), "document bounds that do not cover 30"),
+        (-16, struct.pack("<q", 99), "document bounds that do not cover 30"),
+    ],
+)
+def test_a_broken_index_is_refused(written: Path, at: int, value: bytes, message: str) -> None:
+    path = written.with_suffix(".idx")
+    content = bytearray(path.read_bytes())
+    at %= len(content)
+    content[at : at + len(value)] = value
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_indexed(written)
+
+
+def test_tokens_and_masks_that_do_not_match_the_index_are_refused(written: Path) -> None:
+    for ending, fault in ((".bin", "bytes where d.idx lists"), (".mask", "bytes for")):
+        path = written.with_suffix(ending)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(UserError, match=rf"d\{ending} has {len(content) - 1} {fault}"):
+            read_indexed(written)
+        path.write_bytes(content)
+    read_indexed(written)
+
+
+@pytest.mark.parametrize("ending", [".idx", ".bin"])
+def test_a_missing_file_is_named(written: Path, ending: str) -> None:
+    written.with_suffix(ending).unlink()
+    with pytest.raises(UserError, match=rf"cannot read .*d\{ending}: No such file"):
+        read_indexed(written)

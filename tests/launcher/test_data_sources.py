@@ -1,0 +1,363 @@
+"""Sources: every format becomes the documents it holds; the cache; each fault is one message."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from colonnade.launcher.data import Data, open_data, prepare_data, read_indexed, tokenise
+from colonnade.launcher.data.rows import Tokens
+from colonnade.launcher.data.sources import read_documents
+from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.models.config import ModelConfig
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+TEXTS = ["first text", "zweiter Text\nmit ä und 漢", "third", "x" * 40]
+PROMPTS = ["Q: ", "", "asked", "?"]
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the test, ours and that of datasets, and no hub."""
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The same documents in every format."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "corpus"
+    (folder / "text" / "deep").mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        place = folder / "text" / ("deep" if i == 1 else "")
+        (place / f"{'abcd'[i]}[1]*.txt").write_text(text)
+    (folder / "text" / ".hidden").write_text("no")
+    (folder / "text" / "empty").write_text("")
+    columns = {"prompt": PROMPTS, "text": TEXTS, "number": [1, 2, 3, 4]}
+    lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    (folder / "jsonl").mkdir()
+    (folder / "jsonl" / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:2]))
+    (folder / "jsonl" / "b.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[2:]))
+    (folder / "jsonl" / "notes.md").write_text("no")
+    (folder / "parquet").mkdir()
+    pq.write_table(pa.table(columns), folder / "parquet" / "a.parquet")
+    return folder
+
+
+def expected(texts: list[str], prompts: list[str] | None = None) -> tuple[list[int], list[int]]:
+    """Tokens and mask of documents under the byte tokenizer."""
+    tokens: list[int] = []
+    mask: list[int] = []
+    for text, prompt in zip(texts, prompts or [""] * len(texts), strict=True):
+        tokens += [*prompt.encode(), *text.encode(), 256]
+        mask += [0] * len(prompt.encode()) + [1] * (len(text.encode()) + 1)
+    return tokens, mask
+
+
+def recipe(*sources: SourceConfig, vocab: int = 257, seq_len: int = 8, **data: Any) -> Recipe:
+    return Recipe(
+        model=ModelConfig(vocab=vocab),
+        data=DataConfig(sources=sources, **data),
+        train=TrainConfig(seq_len=seq_len),
+    )
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_every_format_gives_its_documents(
+    format: str, prompted: bool, corpus: Path, tmp_path: Path
+) -> None:
+    if format == "text" and prompted:
+        return  # its files have no columns
+    # A folder serves as a data set of the hub does, by its name.
+    path = corpus / ("parquet" if format == "hub" else format)
+    prompt = "prompt" if prompted else None
+    source = SourceConfig(format=format, path=str(path), prompt=prompt)  # type: ignore[arg-type]
+    summary = tokenise(source, tmp_path / "out.v1", "bytes")
+    texts = [TEXTS[i] for i in (0, 2, 3, 1)] if format == "text" else TEXTS
+    tokens, mask = expected(texts, PROMPTS if prompted else None)
+    written = read_indexed(tmp_path / "out.v1")
+    assert written.tokens.tolist() == tokens
+    assert written.tokens.dtype == np.uint16
+    assert (written.mask is not None) == prompted
+    assert written.mask is None or written.mask.tolist() == mask
+    assert (summary.documents, summary.tokens) == (4, len(tokens))
+    assert len(written.starts) == 4
+
+
+def test_a_file_and_a_glob_are_sources_too(corpus: Path) -> None:
+    one = SourceConfig(format="jsonl", path=str(corpus / "jsonl" / "b.jsonl"))
+    assert [d.text for d in read_documents(one)] == TEXTS[2:]
+    both = SourceConfig(format="jsonl", path=str(corpus / "**" / "*.jsonl"), column="prompt")
+    assert [d.text for d in read_documents(both)] == [p for p in PROMPTS if p]
+
+
+def test_nulls_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    source = SourceConfig(format="jsonl", path=str(tmp_path / "a.jsonl"))
+    assert [d.text for d in read_documents(source)] == ["a", "b"]
+
+
+def test_the_standard_library_is_split_by_file() -> None:
+    data = open_data(recipe(SourceConfig(), seq_len=512))
+    assert data.validation is not None
+    files = {
+        path.relative_to(STDLIB).as_posix(): path.read_bytes()
+        for path in sorted(STDLIB.rglob("*.py"))
+        if not {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        & set(path.relative_to(STDLIB).parts)
+    }
+    texts = {content for content in files.values() if content}
+    found: list[set[bytes]] = []
+    [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
+    for part in ("train", "validation"):
+        tokens = read_indexed(entry / part)
+        whole = tokens.tokens.astype(np.uint8).tobytes()
+        bounds = [*tokens.starts.tolist(), len(whole)]
+        found.append({whole[a : b - 1] for a, b in zip(bounds, bounds[1:], strict=False)})
+    assert found[0] | found[1] == texts
+    assert not found[0] & found[1]
+    assert 0.02 < len(found[1]) / len(texts) < 0.09
+
+
+def test_the_default_corpus_needs_neither_datasets_nor_tokenizers() -> None:
+    program = """
+import sys
+from colonnade.launcher.data import open_data
+from colonnade.launcher.recipe import Recipe
+open_data(Recipe()).train.batch([0, 1])
+print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["[]"]
+
+
+def write_lines(path: Path, count: int) -> SourceConfig:
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(count)))
+    return SourceConfig(format="jsonl", path=str(path))
+
+
+def lengths(data: Data) -> tuple[int | None, int | None]:
+    return data.train.rows, data.validation.rows if data.validation else None
+
+
+def test_validation_takes_its_share_of_the_documents(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 2000)
+    train, validation = lengths(open_data(recipe(source, validation=0.2)))
+    assert train is not None
+    assert validation is not None
+    assert abs(validation / (train + validation) - 0.2) < 0.03
+    # The split does not depend on the seed, and a document that trains alone is not held out.
+    other = recipe(source, validation=0.2)
+    other = other.model_copy(update={"train": TrainConfig(seq_len=8, seed=5)})
+    assert lengths(open_data(other)) == (train, validation)
+    assert lengths(open_data(recipe(source, validation=0.0)))[1] is None
+    single = write_lines(tmp_path / "b.jsonl", 1)
+    assert lengths(open_data(recipe(single, validation=0.99))) == (1, None)
+
+
+def test_a_mixture_validates_on_all_its_sources(tmp_path: Path) -> None:
+    sources = [write_lines(tmp_path / f"{i}.jsonl", 100 + i) for i in range(2)]
+    stream = sources[0].model_copy(update={"stream": True})
+    alone = [lengths(open_data(recipe(s, validation=0.2))) for s in sources]
+    mixed = open_data(recipe(*sources, stream, validation=0.2))
+    assert mixed.train.rows is None
+    assert mixed.validation is not None
+    assert mixed.validation.rows == sum(v or 0 for _, v in alone)
+    assert len(mixed.train.describe().splitlines()) == 3
+    assert mixed.train.batch(range(30)).tokens.shape == (30, 8)
+    assert open_data(recipe(stream, validation=0.2)).validation is None
+
+
+def test_the_cache_is_used_until_something_changes(tmp_path: Path) -> None:
+    cache = tmp_path / "elsewhere"
+    source = write_lines(tmp_path / "a.jsonl", 50)
+
+    def entries(**options: Any) -> int:
+        prepare_data(recipe(source, **{"cache": str(cache), **options}))
+        return len(list(cache.iterdir()))
+
+    assert entries() == 1
+    [entry] = cache.iterdir()
+    before = entry.stat().st_mtime_ns
+    assert entries() == 1
+    assert entries(seq_len=4) == 1
+    assert entry.stat().st_mtime_ns == before
+    assert entries(validation=0.3) == 2
+    write_lines(tmp_path / "a.jsonl", 51)
+    assert entries() == 3
+    source = source.model_copy(update={"weight": 3.0})
+    assert entries() == 3
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_callers_at_the_same_time_do_not_harm_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from colonnade.launcher.data import cache
+
+    source = write_lines(tmp_path / "a.jsonl", 50)
+    written: list[Data] = []
+    write: Callable[..., Any] = cache._write_split
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(cache, "_write_split", write)
+        written.append(open_data(recipe(source)))
+        return write(*arguments)
+
+    monkeypatch.setattr(cache, "_write_split", overtaken)
+    second = open_data(recipe(source))
+    assert second.train.batch([0, 1]).tokens.equal(written[0].train.batch([0, 1]).tokens)
+    [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
+    assert {path.name for path in entry.iterdir()} == {
+        "source.json", "train.bin", "train.idx", "validation.bin", "validation.idx"
+    }  # fmt: skip
+
+
+def test_tokenise_does_not_overwrite_unasked(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 5)
+    tokenise(source, tmp_path / "new" / "out", "bytes")
+    before = (tmp_path / "new" / "out.bin").read_bytes()
+    with pytest.raises(UserError, match=r"out\.bin exists: give another destination"):
+        tokenise(source, tmp_path / "new" / "out", "bytes")
+    assert (tmp_path / "new" / "out.bin").read_bytes() == before
+    write_lines(tmp_path / "a.jsonl", 6)
+    assert tokenise(source, tmp_path / "new" / "out", "bytes", overwrite=True).documents == 6
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+        tokenise(source, tmp_path / "file" / "out", "bytes")
+    with pytest.raises(UserError, match="tokenised already"):
+        tokenise(SourceConfig(format="tokens", path="x"), tmp_path / "y", "bytes")
+
+
+def fault(source: SourceConfig, **options: Any) -> str:
+    """The message, the same whether the source is indexed or streamed."""
+    messages = set()
+    for stream in (False, True):
+        asked = source.model_copy(update={"stream": stream})
+        with pytest.raises(UserError) as caught:
+            open_data(recipe(asked, **options)).train.batch([0])
+        messages.add(str(caught.value))
+    [message] = messages
+    return message
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "parquet"])
+def test_a_missing_file_is_named(format: str, tmp_path: Path) -> None:
+    source = SourceConfig(format=format, path=str(tmp_path / "none*"))  # type: ignore[arg-type]
+    message = fault(source)
+    assert "none*': there is no such file or folder, and as a glob it matches none" in message
+
+
+def test_a_data_set_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    message = fault(SourceConfig(format="hub", path=str(tmp_path / "none")))
+    assert f"cannot read hub '{tmp_path / 'none'}'" in message
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "why"),
+    [
+        ("text", b"\xff\xfe\x80", "utf-8"),
+        ("jsonl", b'{"text": "a"\n{"te', "JSON"),
+        ("parquet", b"PAR1 not", "Parquet"),
+    ],
+)
+def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_path: Path) -> None:
+    good = {"text": b"good", "jsonl": b'{"text": "good"}\n'}
+    if format in good:
+        (tmp_path / "a").write_bytes(good[format])
+    (tmp_path / "b").write_bytes(content)
+    source = SourceConfig(format=format, path=str(tmp_path / "[ab]"))  # type: ignore[arg-type]
+    message = fault(source, seq_len=512)
+    assert f"cannot read {tmp_path / 'b'}" in message
+    assert why in message
+
+
+def test_a_missing_column_is_named(corpus: Path) -> None:
+    path = str(corpus / "jsonl")
+    message = fault(SourceConfig(format="jsonl", path=path, column="body"))
+    assert f"column = 'body', but jsonl '{path}' has the columns 'prompt', 'text'" in message
+    message = fault(SourceConfig(format="jsonl", path=path, prompt="question"))
+    assert "prompt = 'question', but" in message
+    message = fault(SourceConfig(format="jsonl", path=path, column="number"))
+    assert "column = 'number'" in message
+    assert "holds int, not text" in message
+
+
+def test_an_empty_corpus_is_refused_and_not_cached(tmp_path: Path) -> None:
+    (tmp_path / "void").mkdir()
+    (tmp_path / "void" / "a.txt").write_text("")
+    assert "is an empty corpus" in fault(SourceConfig(format="text", path=str(tmp_path / "void")))
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    assert "is an empty corpus" in fault(
+        SourceConfig(format="jsonl", path=str(tmp_path / "a.jsonl"))
+    )
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 2)
+    with pytest.raises(UserError, match=r"22 tokens, too few for one row of train\.seq_len = 64"):
+        open_data(recipe(source, seq_len=64, validation=0.0))
+
+
+def test_a_vocabulary_below_the_tokenizer_is_a_fault_of_the_recipe(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 2)
+    with pytest.raises(RecipeError, match=r"model\.vocab = 256: .*has 257 tokens"):
+        open_data(recipe(source, vocab=256))
+
+
+def test_token_files_of_another_vocabulary_are_named(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 20)
+    tokenise(source, tmp_path / "out", "bytes")
+    tokens = SourceConfig(format="tokens", path=str(tmp_path / "out"))
+    data = open_data(recipe(tokens, vocab=200))
+    with pytest.raises(UserError, match=r"out\.bin holds the token id 256, but model\.vocab = 200"):
+        data.train.batch(range(data.train.rows or 0))
+    with pytest.raises(UserError, match=r"none\.idx: No such file"):
+        open_data(recipe(SourceConfig(format="tokens", path=str(tmp_path / "none"))))
+    with pytest.raises(UserError, match="needs a path"):
+        open_data(recipe(SourceConfig(format="tokens")))
+
+
+def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 2)
+    (tmp_path / "t.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'colonnade[text]'" in fault(source)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install 'colonnade[text]'" in fault(source, tokenizer=str(tmp_path / "t.json"))
+
+
+def test_loss_masks_reach_the_labels(corpus: Path) -> None:
+    source = SourceConfig(format="jsonl", path=str(corpus / "jsonl"), prompt="prompt")
+    rows = open_data(recipe(source, seq_len=8, validation=0.0)).train
+    tokens, mask = (np.array(x) for x in expected(TEXTS, PROMPTS))
+    assert isinstance(tokens, np.ndarray)
+    whole = Tokens("", tokens, np.array([0]), mask)
+    batch = rows.batch(range(rows.rows or 0))
+    # Every label is the token after its own, or none: count the ones with loss, row by row.
+    n = batch.tokens.shape[0] * 8
+    ends = np.flatnonzero(whole.tokens == 256)
+    trained = mask[1 : n + 1].astype(bool)
+    trained[ends[ends < n]] = False
+    assert int((batch.labels != -100).sum()) == int(trained.sum())
+    assert sorted(batch.labels[batch.labels != -100].tolist()) == sorted(
+        tokens[1 : n + 1][trained].tolist()
+    )

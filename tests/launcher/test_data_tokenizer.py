@@ -1,0 +1,113 @@
+"""Tokenizers: text survives, sizes and byte counts are right, bad files are refused."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from colonnade.launcher.data import Tokenizer, open_tokenizer
+from colonnade.launcher.errors import UserError
+
+
+def texts(count: int = 40) -> list[str]:
+    g = random.Random(0)
+    alphabet = "abcde  \n\téß漢😀ABC"
+    return ["".join(g.choices(alphabet, k=g.randrange(60))) for _ in range(count)]
+
+
+def train(path: Path, byte_level: bool, special: tuple[str, ...] = ("<|endoftext|>",)) -> Path:
+    """A small BPE tokenizer.json trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if byte_level:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never"), decoders.Fuse()]
+        )
+        alphabet = []
+        special = (*special, *(f"<0x{byte:02X}>" for byte in range(256)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts()[:20], trainer)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    layout = json.loads(tokenizer.to_str())
+    added = layout["added_tokens"]  # the trainer makes byte tokens special, which they are not
+    layout["added_tokens"] = [t for t in added if not t["content"].startswith("<0x")]
+    path.write_text(json.dumps(layout))
+    return path
+
+
+def make(kind: str, folder: Path) -> Tokenizer:
+    if kind == "bytes":
+        return open_tokenizer("bytes")
+    return open_tokenizer(str(train(folder / "tokenizer.json", kind == "byte level")))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte level", "sentencepiece"])
+def test_text_survives_and_every_byte_is_counted(kind: str, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    samples = texts()
+    encoded = tokenizer.encode(samples)
+    lengths = tokenizer.byte_lengths()
+    assert lengths.shape == (tokenizer.size,)
+    assert lengths[tokenizer.eod] == 0
+    for sample, ids, array in zip(samples, encoded, tokenizer.arrays(samples), strict=True):
+        assert ids == array.tolist()
+        assert tokenizer.eod not in ids
+        assert tokenizer.decode(ids) == sample
+        assert int(lengths[torch.tensor(ids, dtype=torch.long)].sum()) == len(sample.encode())
+    assert tokenizer.decode([tokenizer.eod, tokenizer.size + 7]) == ""
+
+
+def test_byte_tokenizer_is_utf_8() -> None:
+    tokenizer = open_tokenizer("bytes")
+    assert (tokenizer.size, tokenizer.eod) == (257, 256)
+    assert tokenizer.encode(["aé", ""]) == [[97, 195, 169], []]
+    assert tokenizer.decode([97, 195, 256, 98]) == "a\ufffdb"
+
+
+def test_sentencepiece_style_tokens_count_their_text(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models
+
+    vocabulary = {"▁the": 0, "▁": 1, "<0x0A>": 2, "é": 3, "a": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.add_special_tokens(["</s>", "<pad>"])
+    tokenizer.add_tokens([AddedToken("mañana", special=False)])
+    tokenizer.save(str(tmp_path / "t.json"))
+    ours = open_tokenizer(str(tmp_path / "t.json"))
+    assert (ours.size, ours.eod) == (8, 5)
+    assert ours.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])
+def test_the_end_of_a_document_is_found(end: str, tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(str(train(tmp_path / "t.json", True, ("<pad>", end))))
+    assert tokenizer.eod == 1
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json.*No such file.*give `bytes`"):
+        open_tokenizer(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match=r"bad\.json' is not a tokenizer\.json"):
+        open_tokenizer(str(tmp_path / "bad.json"))
+    train(tmp_path / "endless.json", True, ("<pad>",))
+    with pytest.raises(UserError, match="no end-of-document token: add one of"):
+        open_tokenizer(str(tmp_path / "endless.json"))
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    one, two = (train(tmp_path / f"{n}.json", True) for n in "ab")
+    changed = train(tmp_path / "c.json", True, ("<eos>",))
+    marks = [open_tokenizer(str(path)).fingerprint for path in (one, two, changed)]
+    assert marks[0] == marks[1] != marks[2]

@@ -1,0 +1,300 @@
+"""Recipes: the shipped ones, reading, overrides, and writing them back."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from colonnade.launcher.errors import Fault, RecipeError, UserError
+from colonnade.launcher.load import dump_recipe, load_recipe, recipe_names
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+
+Write = Callable[[str], Path]
+Faults = Callable[..., list[Fault]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Makes a recipe's file of its text."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def faults(write: Write) -> Faults:
+    """The faults of a recipe (empty if without text) with overrides."""
+
+    def faults(*overrides: str, text: str = "", world_size: int | None = None) -> list[Fault]:
+        try:
+            load_recipe(write(text), overrides, world_size)
+        except RecipeError as error:
+            return error.faults
+        return []
+
+    return faults
+
+
+# Shipped recipes
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    large = {"llama-1b", "mixtral-8x1b", "mamba2-hybrid-8b", "ladder-1b"}
+    assert set(recipe_names()) == {"quickstart"} | large
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_valid_wherever_they_are_run(name: str) -> None:
+    for world_size in (None, 1, 2) if name == "quickstart" else (None, 8, 64):
+        recipe = load_recipe(name, world_size=world_size)
+        assert recipe.name == name
+        assert validate(recipe, world_size) == []
+
+
+def test_shipped_shapes() -> None:
+    hybrid = load_recipe("mamba2-hybrid-8b").model.symbols
+    assert (len(hybrid), hybrid.count("M"), hybrid.count("-")) == (56, 24, 28)
+    assert [i for i, s in enumerate(hybrid) if s == "*"] == [10, 22, 33, 45]
+    assert load_recipe("llama-1b").model.symbols == "*-" * 16
+    assert load_recipe("mixtral-8x1b").model.symbols == "*E" * 16
+    ladder = load_recipe("ladder-1b")
+    assert (ladder.model.symbols, ladder.model.residual) == ("*-" * 40, "ladder")
+    assert ladder.train.global_batch * ladder.train.seq_len == 2**22  # 4.19 M tokens a step
+
+
+# Mistakes
+
+
+FIVE = """
+[model]
+hiden = 64
+heads = "eight"
+residual = "lader"
+[optimizer]
+lr = -1.0
+[train]
+global_batch = 12
+"""
+
+
+def test_five_mistakes_are_told_at_once(write: Write) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(FIVE), world_size=1)
+    told = {f.field: f for f in caught.value.faults}
+    assert {field: f.value for field, f in told.items()} == {
+        "model.hiden": 64,
+        "model.heads": "eight",
+        "model.residual": "lader",
+        "optimizer.lr": -1.0,
+        "train.global_batch": 12,
+    }
+    assert len(caught.value.faults) == 5
+    assert "model.hidden" in told["model.hiden"].remedy
+    assert "whole number of at least 1, without quotes" in told["model.heads"].remedy
+    assert "standard, ladder" in told["model.residual"].remedy
+    assert "mean ladder?" in told["model.residual"].remedy
+    assert "above 0" in told["optimizer.lr"].remedy
+    assert "8 or 16" in told["train.global_batch"].remedy
+    message = str(caught.value)
+    assert all(f"{f.field} = {f.value!r}: {f.remedy}" in message for f in caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("train.steps=0", "whole number of at least 1"),
+        ("train.steps=1e3", "such as 1000"),
+        ("train.steps=true", "whole number of at least 1"),
+        ("optimizer.beta1=1.0", "at least 0 and below 1"),
+        ("optimizer.lr=nan", "finite number above 0"),
+        ("optimizer.eps=inf", "finite number above 0"),
+        ('optimizer.lr="1e-3"', "without quotes"),
+        ("train.tensorboard=1", "true or false"),
+        ("train.precision=bf61", "one of fp32, bf16, fp64; did you mean bf16?"),
+        ("optimizer.name=sgd", "one of adamw"),
+        ("name=a b", "letters, digits, `_`, `.` and `-`"),
+        ("model=3", "a table, [model]"),
+        ("data.sources=[]", "[[data.sources]]"),
+        ("data.sources=[3]", "[[data.sources]]"),
+        ('data.sources={format = "text"}', "[[data.sources]]"),
+        ("data.sources.0.weight=0", "above 0"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(
+    faults: Faults, override: str, remedy: str
+) -> None:
+    (fault,) = faults(override)
+    assert fault.field in (override.partition("=")[0], "data.sources.0")
+    assert remedy in fault.remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("model.kv_head", "model.kv_heads"),  # the same table
+        ("model.seq_len", "train.seq_len"),  # another table
+        ("optimizer.steps", "train.steps"),  # another table's name beats `eps`, which is near
+        ("train.warm_up", "optimizer.warmup"),  # near a name in another table
+        ("seed", "train.seed"),
+        ("modle", "model"),
+        ("data.sources.0.pth", "data.sources.0.path"),
+        ("data.column", "data.sources.0.column"),
+    ],
+)
+def test_an_unknown_field_is_told_with_the_nearest(faults: Faults, given: str, meant: str) -> None:
+    table, _, name = given.rpartition(".")
+    header = {"": "", "data.sources.0": "[[data.sources]]"}.get(table, f"[{table}]")
+    for told in (faults(text=f"{header}\n{name} = 3"), faults(f"{given}=3")):
+        (fault,) = told
+        assert (fault.field, fault.value) == (given, 3)
+        assert fault.remedy.endswith(f"did you mean {meant}?")
+
+
+def test_an_unknown_field_without_a_near_one_is_told_with_all(faults: Faults) -> None:
+    (fault,) = faults("checkpoint.zzz=1")
+    assert "[checkpoint] are every, keep" in fault.remedy
+    (fault,) = faults(text="[trian]\nsteps = 4")
+    assert (fault.field, fault.value) == ("trian", {"steps": 4})
+    assert "did you mean train?" in fault.remedy
+
+
+def test_no_conclusions_from_a_field_that_was_refused(faults: Faults) -> None:
+    # With the default pattern `*-` in place of these, mamba_state would have no effect.
+    for wrong in ("pattern = 7", 'patern = "M"'):
+        (fault,) = faults(text=f"[model]\n{wrong}\nmamba_state = 16")
+        assert "pattern" in fault.remedy or fault.field == "model.pattern"
+    (fault,) = faults("model.pattern=*X", "model.mamba_state=16")
+    assert fault.field == "model.pattern"
+    (fault,) = faults("data.sources.0.format=txt", "data.sources.0.path=x")
+    assert fault.field == "data.sources.0.format"
+    told = faults(text='[[data.sources]]\nformat = 3\n[[data.sources]]\nformat = "jsonl"')
+    assert [f.field for f in told] == ["data.sources.0.format", "data.sources.1.path"]
+
+
+# Overrides
+
+
+def test_overrides_take_the_place_of_what_the_file_says(write: Write) -> None:
+    path = write('[model]\nhidden = 64\n[[data.sources]]\nformat = "text"\npath = "a"\n')
+    overrides = (
+        "model.hidden=128",
+        "model.pattern=*-",
+        "train.precision=bf16",
+        'optimizer.schedule="constant"',
+        "optimizer.lr=2",
+        "parallel.dp_shard=1",
+        "train.deterministic=true",
+        "data.sources.0.path=c:\\x y=1.txt",
+        "data.sources.1.format=tokens",
+        "data.sources.1.path=2024",
+        "name=7",
+    )
+    recipe = load_recipe(path, overrides)
+    assert (recipe.model.hidden, recipe.model.pattern) == (128, "*-")
+    assert (recipe.train.precision, recipe.train.deterministic) == ("bf16", True)
+    assert (recipe.optimizer.schedule, recipe.optimizer.lr) == ("constant", 2.0)
+    assert [s.path for s in recipe.data.sources] == ["c:\\x y=1.txt", "2024"]
+    assert (recipe.parallel.dp_shard, recipe.name) == (1, "7")
+
+
+def test_an_override_without_a_value_takes_the_field_out(write: Write) -> None:
+    path = write("[model]\nhidden = 64\n[[data.sources]]\n[[data.sources]]\nweight = 2.0\n")
+    recipe = load_recipe(path, ("model.hidden=", "data.sources.0=", "data.sources.0.weight="))
+    assert recipe == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "words"),
+    [
+        ("train.steps", "override", "table.field=value"),
+        ("=3", "override", "table.field=value"),
+        ("train..steps=3", "override", "table.field=value"),
+        ("train.steps.x=3", "train.steps.x", "train.steps"),
+        ("data.sources.x.path=a", "data.sources.x.path", "data.sources"),
+        ("data.sources.4.path=a", "data.sources.4.path", "1"),
+        ("model.exprts=", "model.exprts", "model.experts"),
+        ("model.exprts.1=2", "model.exprts.1", "model.experts"),
+    ],
+)
+def test_a_wrong_override_is_a_fault(faults: Faults, override: str, field: str, words: str) -> None:
+    (fault,) = faults(override)
+    assert fault.field == field
+    assert words in fault.remedy
+
+
+# Files
+
+
+def test_what_cannot_be_read_is_a_mistake_of_the_user(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(UserError, match=r"did you mean quickstart\?.*ladder-1b, llama-1b"):
+        load_recipe("quikstart")
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_recipe(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)"):
+        load_recipe(write("") / "x.toml")
+    with pytest.raises(UserError, match=r"not valid TOML.*line 2"):
+        load_recipe(write("[train]\nprecision = bf16\n"))
+    write("").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_file_from_windows(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes("\ufeff[train]\r\nsteps = 3\r\n".encode())
+    assert load_recipe(str(path)).train.steps == 3
+
+
+# Writing
+
+
+NASTY = 'a "b" \\c\td\x7f\x01é漢😀 #[x]\n'
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("optimizer.eps=1e-08", "optimizer.lr=1e300", "optimizer.weight_decay=0"),
+        ("optimizer.schedule=wsd", "optimizer.decay=7", "model.pattern=M", "parallel.dp_shard=2"),
+        ("data.sources.0.format=hub", "data.sources.0.path=a/b", "data.sources.0.prompt=q",
+         "data.sources.0.weight=0.25", "data.sources.1.format=stdlib"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_is_written_and_read_is_the_same(
+    write: Write, overrides: tuple[str, ...]
+) -> None:
+    recipe = load_recipe(write(""), overrides)
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_survive_writing(write: Write, name: str) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_text_survives_writing(write: Write) -> None:
+    source = {"format": "jsonl", "path": NASTY, "column": NASTY}
+    recipe = Recipe.model_validate({"data": {"sources": [source, source], "tokenizer": NASTY}})
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_a_written_recipe_holds_what_has_an_effect_and_nothing_else() -> None:
+    written = tomllib.loads(dump_recipe(load_recipe("quickstart", ["model.positions=none"])))
+    assert written["optimizer"]["beta2"] == 0.95  # a default with an effect
+    assert written["data"]["sources"] == [{"format": "stdlib"}]
+    assert "decay" not in written["optimizer"]
+    assert "rope_theta" not in written["model"]
+    assert "dp_shard" not in written["parallel"]
+    everything = Recipe().model_dump()
+    assert set(written) == set(everything)
+    assert all(set(written[t]) <= set(everything[t]) for t in written if t != "name")

@@ -1,0 +1,197 @@
+"""FSDP2, HSDP and accumulation against one process: losses, gradients, parameters."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from equal import assert_equal
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from colonnade.launcher.data import Batch
+from colonnade.launcher.optimizer import build_optimizer, start_state
+from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
+from colonnade.launcher.schedule import micro_batches
+from colonnade.launcher.step import train_step
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.materialise import materialise
+from colonnade.parallel.mesh import build_mesh, data_rank
+from colonnade.parallel.parallelize import parallelize
+from colonnade.parallel.world import World
+
+STEPS, VOCAB, SEQ = 3, 61, 13
+
+
+def recipe_for(
+    pattern: str,
+    residual: str,
+    layout: dict[str, int],
+    micro_batch: int,
+    precision: str = "fp64",
+    recompute: str = "none",
+    tied: bool = False,
+) -> Recipe:
+    """A tiny model with every setting that could depend on the layout."""
+    model = ModelConfig(
+        pattern=pattern,
+        residual=residual,
+        hidden=24,
+        heads=4,
+        kv_heads=2,
+        ffn=40,
+        vocab=VOCAB,
+        tied=tied,
+        mamba_head_dim=8,
+        mamba_state=8,
+        mamba_groups=2,
+        mamba_chunk=4,
+        experts=3,
+        top_k=2,
+        balance=0.1,
+        router_z=0.01,
+        balance_samples=2,
+        init_std=0.2,
+    )
+    train = TrainConfig(
+        steps=STEPS,
+        global_batch=16,
+        micro_batch=micro_batch,
+        seq_len=SEQ,
+        precision=precision,
+        recompute=recompute,
+        seed=5,
+        loss_chunk=17,
+    )
+    optimizer = OptimizerConfig(lr=1e-2, clip=0.5)
+    return Recipe(
+        model=model, parallel=ParallelConfig(**layout), train=train, optimizer=optimizer
+    )
+
+
+def random_rows(samples: list[int]) -> Batch:
+    """Rows with packed documents and tokens without loss, a function of the sample index."""
+    rows = []
+    for sample in samples:
+        g = torch.Generator().manual_seed(sample)
+        tokens = torch.randint(0, VOCAB, (2, SEQ), generator=g, dtype=torch.int32)
+        tokens[1][torch.rand(SEQ, generator=g) < 0.3] = -100
+        cut = int(torch.randint(1, SEQ, (), generator=g))
+        place = torch.arange(SEQ, dtype=torch.int32)
+        later = (place >= cut).int()
+        rows.append((tokens[0], tokens[1], place - later * cut, later))
+    return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@dataclass
+class Trace:
+    """What a few steps left behind, whole."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def whole(t: Tensor) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+
+def trained(rank: int, size: int, recipe: Recipe) -> Trace:
+    """A few steps of a recipe as one rank."""
+    here = World(rank, size, torch.device("cpu"))
+    mesh = build_mesh(recipe.parallel, here)
+    with torch.device("meta"):
+        model = Decoder(recipe.model, recipe.train.loss_chunk)
+    parallelize(model, mesh, recipe)
+    materialise(model, here.device, recipe.train.seed)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    start_state(optimizer, 0)
+    trace = Trace([], [], {}, {})
+
+    def keep(*_: object) -> None:
+        step = len(trace.losses)
+        for name, p in model.named_parameters():
+            assert p.grad is not None, f"{name} has no gradient"
+            trace.gradients[f"{step}.{name}"] = whole(p.grad)
+
+    optimizer.register_step_pre_hook(keep)
+    for step in range(STEPS):
+        mine = micro_batches(recipe.train, step, *data_rank(mesh))
+        batches = [random_rows(samples) for samples in mine]
+        result = train_step(model, optimizer, batches, recipe, step, here.device)
+        assert not result.skipped
+        trace.losses += [result.loss, result.balance]
+        trace.norms.append(result.grad_norm)
+    trace.parameters = {name: whole(p) for name, p in model.named_parameters()}
+    return trace
+
+
+def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -> None:
+    figures = [{"losses": torch.tensor(t.losses), "norms": torch.tensor(t.norms)} for t in (a, b)]
+    assert_equal(figures[0], figures[1], relative, of_all)
+    assert_equal(a.gradients, b.gradients, relative, of_all)
+    assert_equal(a.parameters, b.parameters, relative, of_all)
+
+
+MODELS = [("*-", "standard", False), ("M-*E", "ladder", True), ("E*M-", "standard", False)]
+
+
+@pytest.mark.parametrize(("pattern", "residual", "tied"), MODELS)
+def test_layouts_equal_one_process(
+    ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, pattern: str, residual: str, tied: bool
+) -> None:
+    def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
+        recipe = recipe_for(pattern, residual, layout, micro, tied=tied)
+        traces = ranks.run(trained, recipe)
+        assert all(t.losses == traces[0].losses for t in traces)
+        return traces[0]
+
+    alone = run(ranks1, {}, 16)
+    compare(run(ranks1, {}, 4), alone)
+    compare(run(ranks2, {}, 8), alone)
+    compare(run(ranks2, {"dp_replicate": 2}, 2), alone)
+    compare(run(ranks4, {}, 2), alone)
+    compare(run(ranks4, {"dp_replicate": 2}, 4), alone)
+
+
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+def test_recomputation_changes_nothing(ranks1: Ranks, ranks2: Ranks, recompute: str) -> None:
+    alone = ranks1.run(trained, recipe_for("M-*E", "ladder", {}, 8))[0]
+    again = ranks2.run(trained, recipe_for("M-*E", "ladder", {}, 4, recompute=recompute))[0]
+    compare(again, alone)
+
+
+def test_single_precision_within_rounding(ranks1: Ranks, ranks2: Ranks) -> None:
+    """fp32 covers operators that have no fp64: 1e-4 of each tensor's largest element, 3 steps."""
+    exact = ranks1.run(trained, recipe_for("*-", "standard", {}, 16))[0]
+    single = ranks2.run(trained, recipe_for("*-", "standard", {}, 4, precision="fp32"))[0]
+    compare(single, exact, relative=1e-4, of_all=1e-5)
+
+
+def test_bf16_reduces_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
+    """bf16 keeps 8 bits: losses agree to 2^-8, and parameters at rest stay fp32."""
+    exact = ranks1.run(trained, recipe_for("M-*E", "ladder", {}, 16))[0]
+    for ranks in (ranks1, ranks2):
+        half = ranks.run(trained, recipe_for("M-*E", "ladder", {}, 4, precision="bf16"))[0]
+        assert all(p.dtype == torch.float32 for p in half.parameters.values())
+        assert half.losses[0] == pytest.approx(exact.losses[0], rel=2**-8)
+
+
+def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
+    here = World(rank, size, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+    parallelize(model, build_mesh(recipe.parallel, here), recipe)
+    materialise(model, here.device, recipe.train.seed)
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks) -> None:
+    recipe = recipe_for("M-*E", "ladder", {}, 4, precision="fp32")
+    alone = ranks1.run(initial, recipe)[0]
+    for ranks in (ranks2, ranks4):
+        for name, weight in ranks.run(initial, recipe)[0].items():
+            assert torch.equal(weight, alone[name]), name
