@@ -1,4 +1,4 @@
-"""Activations of MLPs and experts: SwiGLU, GELU and squared ReLU, saving no more than their inputs."""
+"""Activations of MLPs and experts: SwiGLU, GELU, squared ReLU, saving only their inputs."""
 
 from typing import Any
 
@@ -53,11 +53,11 @@ def activate(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
     """
     if name == "swiglu":
         assert gate is not None
-        return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+        return _SwiGLU.apply(gate, up)
     if name == "gelu":
         return F.gelu(up)
     if name == "relu2":
-        return _SquaredReLU.apply(up)  # type: ignore[no-any-return]
+        return _SquaredReLU.apply(up)
     raise ValueError(f"unknown activation {name!r}")
 
 

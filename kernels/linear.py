@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 def uses_onednn(x: Tensor) -> bool:
     """Whether oneDNN serves products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
-    return (
+    return bool(
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -34,7 +34,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         `[..., N]`.
     """
     if uses_onednn(a) and a.numel() and b.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
 
@@ -65,5 +65,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         `[..., O]`.
     """
     if uses_onednn(x):
-        return _Linear.apply(x, weight)  # type: ignore[no-any-return]
+        return _Linear.apply(x, weight)
     return F.linear(x, weight)

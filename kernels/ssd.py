@@ -198,7 +198,8 @@ class _SSD(torch.autograd.Function):
         # Each log-decay stands in the segments that cover it.
         ends = (dentering + dwithin.sum(-1)).sub_(dwithin.sum(-2))
         dlog = ends.flip(-1).cumsum(-1).flip(-1).add_(dacross[..., 0]).permute(0, 4, 1, 2, 3)
-        dlog = (dlog + dleaving.cumsum(1).sub_(dleaving)).mul_(dt * A > LOG_ZERO)
+        dlog[:, 1:] += dleaving[:, :-1].cumsum(1)
+        dlog = dlog.mul(dt * A > LOG_ZERO)
 
         ddt = (du * x).sum(-1).addcmul_(dlog, A)
         dA = (dlog * dt).sum((0, 1, 2))

@@ -55,9 +55,8 @@ def run_data(arguments: argparse.Namespace) -> int:
     path = Path(arguments.source)
     kinds = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
     kind = arguments.format or kinds.get(path.suffix, "text")
-    source = SourceConfig(
-        format=kind, path=arguments.source, column=arguments.column, prompt=arguments.prompt
-    )
+    fields = {"format": kind, "path": arguments.source, "column": arguments.column}
+    source = SourceConfig.model_validate(fields | {"prompt": arguments.prompt})
     summary = tokenise(
         source, Path(arguments.destination), arguments.tokenizer, arguments.overwrite
     )
@@ -115,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Verb, about: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=about, description=about)
-        verb.set_defaults(run=run)
+        verb.set_defaults(action=run)
         return verb
 
     train = add("train", run_train, "train a recipe, or resume a run")
@@ -127,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--runs", default="runs", help="folder for run folders (default: runs)")
 
     rank = verbs.add_parser("_rank")
-    rank.set_defaults(run=run_rank)
+    rank.set_defaults(action=run_rank)
     rank.add_argument("run")
     rank.add_argument("--again", action="store_true")
     rank.add_argument("--until", type=positive)
@@ -161,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     chosen = build_parser().parse_args(arguments)
     try:
-        status = chosen.run(chosen)
+        status = chosen.action(chosen)
     except UserError as mistake:
         status = USER_MISTAKE
         report_failure(str(mistake))

@@ -13,7 +13,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
-from colonnade.launcher.checkpoint.together import on_first
 from colonnade.launcher.data import Batch, Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
@@ -25,6 +24,7 @@ from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.step import Result, sum_over_ranks, train_step, validate_loss
+from colonnade.launcher.together import on_first
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.materialise import materialise
@@ -88,8 +88,7 @@ class Job:
         }
         tensors = named_tensors(self.model, self.optimizer)
         save(step_folder(self.checkpoints, self.step), tensors, state)
-        if self.here.first:
-            prune(self.checkpoints, self.recipe.checkpoint.keep)
+        on_first(lambda: prune(self.checkpoints, self.recipe.checkpoint.keep))
 
     def restore(self) -> None:
         """Continue from the newest checkpoint. Collective."""

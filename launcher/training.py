@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.checkpoint.together import on_first
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.job import run_job
@@ -20,6 +19,7 @@ from colonnade.launcher.ranks import (
     start_ranks,
 )
 from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.together import on_first
 from colonnade.launcher.validate import validate
 from colonnade.parallel.world import world
 

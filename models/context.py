@@ -34,14 +34,14 @@ class Context:
             return None
         if ("mask",) not in self._cache:
             self._cache["mask",] = document_mask(self.documents)
-        return self._cache["mask",]  # type: ignore[no-any-return]
+        return self._cache["mask",]
 
     def rope(self, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rotary table for this head width, made once per pass."""
         key = ("rope", width, theta, dtype)
         if key not in self._cache:
             self._cache[key] = rope_table(self.positions, width, theta, dtype)
-        return self._cache[key]  # type: ignore[no-any-return]
+        return self._cache[key]
 
 
 class _Attach(torch.autograd.Function):
@@ -62,4 +62,4 @@ def attach(x: Tensor, term: Tensor) -> Tensor:
     A term met deep in the model needs no path to the loss, which may lie in another pipeline stage
     or outside a recomputed region. The loss itself must be differentiated with gradient 1.
     """
-    return _Attach.apply(x, term)  # type: ignore[no-any-return]
+    return _Attach.apply(x, term)

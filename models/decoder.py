@@ -65,4 +65,4 @@ class Decoder(nn.Module):
         """
         x = self.wiring(self.embedding(tokens), context)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
-        return self.head(x, labels, tied)  # type: ignore[no-any-return]
+        return self.head(x, labels, tied)

@@ -55,7 +55,7 @@ class Wiring(nn.Module):
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """`[S, B, D]`, the embeddings, to `[S, B, D]`, the normed end of the stream."""
         run = self.run if self.recompute is None else self.run_recomputed
-        return self.final(run(stream, context))  # type: ignore[no-any-return]
+        return self.final(run(stream, context))
 
     def run(self, stream: Tensor, context: Context) -> Tensor:
         """All sub-blocks, the next input prepared between the halves wherever it can be."""
@@ -76,6 +76,7 @@ class Wiring(nn.Module):
 
     def run_recomputed(self, stream: Tensor, context: Context) -> Tensor:
         """All sub-blocks, each a region whose input alone is kept (or what `recompute` keeps)."""
+        assert self.recompute is not None
 
         def region(block: SubBlock, x: Tensor) -> Tensor:
             return block.finish(block.begin(x, context), context)

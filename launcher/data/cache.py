@@ -136,7 +136,7 @@ def _writing(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}: {remedy}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}: {remedy}") from error
 
 
 def _cache_root(data: DataConfig) -> Path:

@@ -128,7 +128,7 @@ class StreamRows:
                 raise UserError(
                     f"data.sources: {name} is an empty corpus: give a source that holds text"
                 )
-            position = self._position = None
+            position = None
 
     def _documents(self) -> Iterator[Document]:
         for example in examples(self._source, self._dataset):

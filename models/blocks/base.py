@@ -26,7 +26,7 @@ class SubBlock(nn.Module):
 
     def finish(self, carried: Any, context: Context) -> Tensor:
         """Second half. Returns `[S, B, D]`, to be added to the stream."""
-        return self.second(carried, context)  # type: ignore[no-any-return]
+        return self.second(carried, context)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Forward FLOPs per token beside those of the weights (2 per weight used)."""

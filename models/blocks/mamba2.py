@@ -122,7 +122,7 @@ class Mamba2(SubBlock):
         small = self.small
         dt = F.softplus(wide(carried.dt) + small.weight_of("dt_bias"))
         A = -small.weight_of("A_log").exp()
-        return self.second((carried, dt, A, small.weight_of("D")), context)  # type: ignore[no-any-return]
+        return self.second((carried, dt, A, small.weight_of("D")), context)
 
     def mixing_flops(self, seq_len: int) -> int:
         # per token: C Bᵀ per group and its product with x over half a chunk, state in and state out

@@ -26,8 +26,8 @@ class Dispatched(NamedTuple):
 def balance_loss(logits: Tensor, chosen: Tensor, samples: int) -> Tensor:
     """Load-balancing loss, summed over balance groups (arXiv:2101.03961, eqs. 4 to 6).
 
-    A group is `samples` consecutive samples, so its loss does not depend on which ranks hold
-    which rows: E · Σ_e f_e P_e with f_e the share of the choices that fell on e, P_e its mean probability.
+    A group is `samples` consecutive samples, whichever ranks hold them: E · Σ_e f_e P_e, with f_e
+    the share of the group's choices that fell on e, and P_e its mean probability.
 
     Args:
         logits: `[S, B, E]` in at least fp32.
@@ -108,7 +108,7 @@ class Mixture(SubBlock):
                 term = term + c.router_z * z / context.groups
             context.terms[self.index] = term.detach()
             weight = attach(weight, term)
-        return self.first((x, chosen, weight))  # type: ignore[no-any-return]
+        return self.first((x, chosen, weight))
 
     def idle_weights(self) -> int:
         c = self.config

@@ -1,19 +1,23 @@
 """Sources: every format becomes the documents it holds; the cache; each fault is one message."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from colonnade.launcher.data import Data, open_data, prepare_data, read_indexed, tokenise
-from colonnade.launcher.data.rows import Tokens
+from colonnade.launcher.data.rows import Tokens, cut
 from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
@@ -37,9 +41,6 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """The same documents in every format."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = tmp_path / "corpus"
     (folder / "text" / "deep").mkdir(parents=True)
     for i, text in enumerate(TEXTS):
@@ -76,13 +77,13 @@ def recipe(*sources: SourceConfig, vocab: int = 257, seq_len: int = 8, **data: A
     )
 
 
-@pytest.mark.parametrize("format", ["text", "jsonl", "parquet", "hub"])
-@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize(
+    ("format", "prompted"),
+    [("text", False), *((f, p) for f in ("jsonl", "parquet", "hub") for p in (False, True))],
+)
 def test_every_format_gives_its_documents(
     format: str, prompted: bool, corpus: Path, tmp_path: Path
 ) -> None:
-    if format == "text" and prompted:
-        return  # its files have no columns
     # A folder serves as a data set of the hub does, by its name.
     path = corpus / ("parquet" if format == "hub" else format)
     prompt = "prompt" if prompted else None
@@ -115,22 +116,21 @@ def test_nulls_are_no_text(tmp_path: Path) -> None:
 def test_the_standard_library_is_split_by_file() -> None:
     data = open_data(recipe(SourceConfig(), seq_len=512))
     assert data.validation is not None
-    files = {
-        path.relative_to(STDLIB).as_posix(): path.read_bytes()
-        for path in sorted(STDLIB.rglob("*.py"))
-        if not {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-        & set(path.relative_to(STDLIB).parts)
-    }
-    texts = {content for content in files.values() if content}
-    found: list[set[bytes]] = []
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    texts = [
+        path.read_bytes().decode(errors="replace").encode()
+        for path in STDLIB.rglob("*.py")
+        if path.is_file() and not left_out & set(path.relative_to(STDLIB).parts)
+    ]
+    texts = [text for text in texts if text]
+    found: list[list[bytes]] = []
     [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
     for part in ("train", "validation"):
         tokens = read_indexed(entry / part)
         whole = tokens.tokens.astype(np.uint8).tobytes()
         bounds = [*tokens.starts.tolist(), len(whole)]
-        found.append({whole[a : b - 1] for a, b in zip(bounds, bounds[1:], strict=False)})
-    assert found[0] | found[1] == texts
-    assert not found[0] & found[1]
+        found.append([whole[a : b - 1] for a, b in pairwise(bounds)])
+    assert sorted(found[0] + found[1]) == sorted(texts)
     assert 0.02 < len(found[1]) / len(texts) < 0.09
 
 
@@ -142,10 +142,7 @@ from colonnade.launcher.recipe import Recipe
 open_data(Recipe()).train.batch([0, 1])
 print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules)))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == ["[]"]
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == ["[]"]
 
 
 def write_lines(path: Path, count: int) -> SourceConfig:
@@ -240,7 +237,7 @@ def test_tokenise_does_not_overwrite_unasked(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", 6)
     assert tokenise(source, tmp_path / "new" / "out", "bytes", overwrite=True).documents == 6
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*file/out: .*give another destination"):
         tokenise(source, tmp_path / "file" / "out", "bytes")
     with pytest.raises(UserError, match="tokenised already"):
         tokenise(SourceConfig(format="tokens", path="x"), tmp_path / "y", "bytes")
@@ -279,9 +276,10 @@ def test_a_data_set_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_path: Path) -> None:
-    good = {"text": b"good", "jsonl": b'{"text": "good"}\n'}
-    if format in good:
-        (tmp_path / "a").write_bytes(good[format])
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": ["good"]}), table)
+    good = {"text": b"good", "jsonl": b'{"text": "good"}\n', "parquet": table.getvalue()}
+    (tmp_path / "a").write_bytes(good[format])
     (tmp_path / "b").write_bytes(content)
     source = SourceConfig(format=format, path=str(tmp_path / "[ab]"))  # type: ignore[arg-type]
     message = fault(source, seq_len=512)
@@ -349,15 +347,9 @@ def test_loss_masks_reach_the_labels(corpus: Path) -> None:
     source = SourceConfig(format="jsonl", path=str(corpus / "jsonl"), prompt="prompt")
     rows = open_data(recipe(source, seq_len=8, validation=0.0)).train
     tokens, mask = (np.array(x) for x in expected(TEXTS, PROMPTS))
-    assert isinstance(tokens, np.ndarray)
-    whole = Tokens("", tokens, np.array([0]), mask)
-    batch = rows.batch(range(rows.rows or 0))
-    # Every label is the token after its own, or none: count the ones with loss, row by row.
-    n = batch.tokens.shape[0] * 8
-    ends = np.flatnonzero(whole.tokens == 256)
-    trained = mask[1 : n + 1].astype(bool)
-    trained[ends[ends < n]] = False
-    assert int((batch.labels != -100).sum()) == int(trained.sum())
-    assert sorted(batch.labels[batch.labels != -100].tolist()) == sorted(
-        tokens[1 : n + 1][trained].tolist()
-    )
+    starts = np.append(0, np.flatnonzero(tokens == 256)[:-1] + 1)
+    assert rows.rows is not None
+    offsets = range(0, rows.rows * 8, 8)
+    labels = sorted(rows.batch(range(rows.rows)).labels.tolist())
+    assert labels == sorted(cut(Tokens("", tokens, starts, mask), offsets, 8, 257).labels.tolist())
+    assert labels != sorted(cut(Tokens("", tokens, starts), offsets, 8, 257).labels.tolist())

@@ -99,6 +99,13 @@ def test_any_ranks_state_resumes_every_rank(source: SourceConfig) -> None:
         assert equal(resumed.batch(range(40, 48)), expected)
 
 
+def test_rows_that_are_skipped_are_not_held(source: SourceConfig) -> None:
+    rows = stream(source)
+    rows.batch([5000])
+    assert rows.state()["row"] == 5001
+    assert rows.state()["skip"] < 300 * S  # of 5000 rows
+
+
 def test_a_stream_does_not_go_back(source: SourceConfig) -> None:
     rows = stream(source)
     rows.batch([5])

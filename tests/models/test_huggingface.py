@@ -22,7 +22,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 
-S, B, V, LAYERS, EPS = 41, 2, 97, 2, 1e-4
+S, B, V, LAYERS, EPS = 41, 4, 97, 2, 1e-4
 
 
 def transformer(kind: Any, hf: Any, config: ModelConfig, **more: object) -> Any:
@@ -145,7 +145,7 @@ def test_logits_loss_and_gradients(name: str, seed: int) -> None:
     assert_equal(gradients(ours), in_our_names(gradients(theirs), config))
 
 
-@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("samples", [1, 2, B])
 def test_balance_equals_transformers(samples: int) -> None:
     """Balancing loss and z-loss, in value and in every gradient.
 

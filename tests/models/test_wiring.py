@@ -214,7 +214,7 @@ def first_distribution(name: str, layers: int, config: ModelConfig) -> Callable[
 def test_first_weights_have_their_distribution() -> None:
     """By Kolmogorov and Smirnov's statistic, at 1 in 10 000; norms and D are 1."""
     config = config_of("M-*E", "standard", init_std=0.05).model_copy(
-        update={"hidden": 32, "mamba_heads": 128, "mamba_conv": 3, "repeat": 2, "ffn": 33}
+        update={"hidden": 32, "mamba_heads": 1024, "mamba_conv": 3, "repeat": 2, "ffn": 33}
     )
     with torch.device("meta"):
         model = Decoder(config)

@@ -1,0 +1,68 @@
+"""`bench loader`: batches from a memory-mapped token file, beside writing as many bytes.
+
+The floor is a plain copy of the four tensors that a batch consists of: no loader can be faster.
+"""
+
+import statistics
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colonnade.launcher.bench.timing import alternate, median_ratio
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+
+TOKENS, MEAN, BATCH, SEQ = 64_000_000, 1000, 8, 4096
+BATCHES = 40  # per round
+
+
+def write_tokens(prefix: Path, vocab: int) -> None:
+    """A file of random documents, about MEAN tokens each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (TOKENS,), generator=generator, dtype=torch.int32).numpy()
+    lengths = torch.randint(1, 2 * MEAN, (TOKENS // MEAN,), generator=generator).tolist()
+    with IndexedWriter(prefix, token_dtype(vocab)) as writer:
+        start = 0
+        for length in lengths:
+            writer.add(tokens[start : start + length])
+            start += length
+
+
+def run() -> dict[str, Any]:
+    """Tokens/s of `Rows.batch` in one process, the copy's, and the share reached."""
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "tokens"
+        vocab = 50_000
+        write_tokens(prefix, vocab)
+        recipe = Recipe(
+            model=Recipe().model.model_copy(update={"vocab": vocab}),
+            data=DataConfig(
+                sources=(SourceConfig(format="tokens", path=str(prefix)),), validation=0.0
+            ),
+            train=TrainConfig(seq_len=SEQ),
+        )
+        rows = open_data(recipe).train
+        samples = count()
+        tensors = [t.clone() for t in rows.batch(range(BATCH))]
+
+        def read() -> None:
+            for _ in range(BATCHES):
+                rows.batch([next(samples) for _ in range(BATCH)])
+
+        def copy() -> None:
+            for _ in range(BATCHES):
+                [t.clone() for t in tensors]
+
+        seconds = alternate({"loader": read, "copy": copy}, rounds=9)
+    tokens = BATCHES * BATCH * SEQ
+    return {
+        "shape": f"sequence {SEQ}, batch {BATCH}, documents of {MEAN} tokens, u16 on disk",
+        "threads": torch.get_num_threads(),
+        "loader tokens/s": tokens / statistics.median(seconds["loader"]),
+        "copy tokens/s (floor)": tokens / statistics.median(seconds["copy"]),
+        "speed, loader / copy": median_ratio(seconds["copy"], seconds["loader"]),
+    }

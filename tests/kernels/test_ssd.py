@@ -1,0 +1,201 @@
+"""The chunked Mamba-2 scan against the token-by-token recurrence."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equal import assert_equal
+from torch import Tensor
+
+from colonnade.kernels.ssd import ssd, ssd_recurrence
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
+
+
+def inputs(
+    S: int, B: int = 2, H: int = 4, P: int = 3, G: int = 2, N: int = 5, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random fp64 arguments of ssd."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return {
+        "x": normal(S, B, H, P),
+        "dt": F.softplus(normal(S, B, H) - 2),
+        "A": -normal(H).exp(),
+        "B": normal(S, B, G, N),
+        "C": normal(S, B, G, N),
+        "D": normal(H),
+        "initial_state": normal(B, H, P, N),
+    }
+
+
+def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
+    """Rows of documents with random bounds, some of them absent."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
+
+
+def call(
+    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
+) -> tuple[Tensor, Tensor]:
+    """`function` on the arguments in `t`, those that are absent None."""
+    args = {name: t.get(name) for name in NAMES}
+    return function(**args, **options)
+
+
+def results(
+    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a random function of both outputs."""
+    t = {name: v.detach().requires_grad_() for name, v in t.items()}
+    y, state = call(function, t, **options)
+    g = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+    dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).to(state.dtype)
+    gradients = torch.autograd.grad([y, state], list(t.values()), [dy, dstate])
+    named = {f"d{name}": v for name, v in zip(t, gradients, strict=True)}
+    return {"y": y.detach(), "state": state.detach(), **named}
+
+
+@pytest.mark.parametrize("documents", [0, 4])
+@pytest.mark.parametrize(("S", "chunk"), [(64, 16), (37, 8), (5, 64), (1, 4), (23, 1)])
+def test_equals_recurrence(S: int, chunk: int, documents: int) -> None:
+    t, ids = inputs(S), packed(S, 2, documents) if documents else None
+    expected = results(ssd_recurrence, t, documents=ids)
+    assert_equal(results(ssd, t, chunk=chunk, documents=ids), expected, of_all=0)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_groups_and_optional_arguments(G: int) -> None:
+    t = inputs(21, G=G)
+    del t["D"], t["initial_state"]
+    assert_equal(results(ssd, t, chunk=8), results(ssd_recurrence, t), of_all=0)
+
+
+def test_documents_equal_alone() -> None:
+    """A packed row gives what its documents give alone, the first with the initial state."""
+    t, bounds = inputs(40, B=1), [0, 3, 16, 17, 40]
+    ids = torch.zeros(40, 1, dtype=torch.int32)
+    for start in bounds[1:-1]:
+        ids[start:] += 2
+    y, state = call(ssd, t, chunk=8, documents=ids)
+    for start, stop in pairwise(bounds):
+        alone = {k: v[start:stop] if k in ("x", "dt", "B", "C") else v for k, v in t.items()}
+        if start:
+            del alone["initial_state"]
+        y_alone, state_alone = call(ssd_recurrence, alone)
+        assert_equal({"y": y[start:stop]}, {"y": y_alone}, of_all=0)
+    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+
+
+def test_chained_halves_equal_the_whole() -> None:
+    t, ids = inputs(33), packed(33, 2, 3)
+
+    def halves(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cut, outputs, state = 18, [], initial_state
+        for part in (slice(None, cut), slice(cut, None)):
+            # The second half's initial state belongs to its first token's document: pass it only
+            # where the first half's last token is of that document.
+            if part.start:
+                state = state * (ids[cut] == ids[cut - 1])[:, None, None, None]
+            y, state = ssd(
+                x[part],
+                dt[part],
+                A,
+                B[part],
+                C[part],
+                D,
+                chunk=8,
+                documents=ids[part],
+                initial_state=state,
+            )
+            outputs.append(y)
+        return torch.cat(outputs), state
+
+    assert_equal(results(halves, t), results(ssd, t, chunk=8, documents=ids), of_all=0)
+
+
+def test_gradcheck() -> None:
+    t = {k: v.requires_grad_() for k, v in inputs(5, B=1, H=2, P=2, G=1, N=2).items()}
+    ids = torch.tensor([0, 0, 0, 7, 7], dtype=torch.int32)[:, None]
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return call(ssd, dict(zip(NAMES, values, strict=True)), chunk=2, documents=ids)
+
+    assert torch.autograd.gradcheck(function, tuple(t[name] for name in NAMES))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
+    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    t, ids = inputs(100, P=16, N=16), packed(100, 2, 3)
+    narrow = {k: v.to(dtype if k in ("x", "B", "C") else torch.float32) for k, v in t.items()}
+    got = results(ssd, narrow, chunk=16, documents=ids)
+    assert got["y"].dtype == dtype
+    assert got["state"].dtype == torch.float32
+    assert all(got[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
+    exact = {k: v.double() for k, v in narrow.items()}
+    expected = results(ssd_recurrence, exact, documents=ids)
+    assert_equal(got, expected, relative=bound, of_all=0)
+
+
+def test_fp32_decays_late_in_a_chunk() -> None:
+    """Between neighbours far into a chunk, decays are small differences of large sums."""
+    t = {k: v.float() for k, v in inputs(256, H=2, G=1).items()}
+    t["dt"] = torch.full_like(t["dt"], 0.3)
+    t["dt"][5] = 1e6  # and one that forgets everything
+    t["A"] = torch.tensor([-2.0, -16.0])
+    expected = call(ssd_recurrence, {k: v.double() for k, v in t.items()})[0][6:]
+    y = call(ssd, t, chunk=256)[0][6:]
+    assert_equal({"y": y}, {"y": expected}, relative=1e-6, of_all=0)
+
+
+def test_fp32_gradient_of_strong_decays() -> None:
+    """It is tiny beside the terms of a token with itself, which cancel: they must not be summed."""
+    t = {k: v.float() for k, v in inputs(32).items()}
+    t["dt"], t["A"] = torch.ones_like(t["dt"]), torch.full_like(t["A"], -20.0)
+    expected = results(ssd_recurrence, {k: v.double() for k, v in t.items()})
+    got = results(ssd, t, chunk=8)
+    assert_equal({"dA": got["dA"]}, {"dA": expected["dA"]}, relative=1e-5, of_all=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dt", [0.0, 1e-30, 1e4, 1e10])
+def test_extreme_steps_are_finite_and_right(dt: float, dtype: torch.dtype) -> None:
+    t = inputs(20)
+    t["dt"][::3] = dt
+    t = {k: v.to(dtype) for k, v in t.items()}
+    got, expected = results(ssd, t, chunk=8), results(ssd_recurrence, t)
+    relative = 1e-9 if dtype == torch.float64 else 1e-4
+    assert_equal(got, expected, relative=relative, of_all=0)
+
+
+def test_extreme_values_are_finite() -> None:
+    zeros = {k: torch.zeros_like(v) for k, v in inputs(9).items()}
+    assert_equal(results(ssd, zeros, chunk=4), results(ssd_recurrence, zeros), of_all=0)
+    t = inputs(9)
+    t["x"][4, 0, 1, 2] = 1e30
+    assert_equal(results(ssd, t, chunk=4), results(ssd_recurrence, t), of_all=0)
+
+
+def test_any_strides() -> None:
+    """Batch-first memory, as a transposed view."""
+    t = inputs(19)
+    views = {
+        k: v.transpose(0, 1).contiguous().transpose(0, 1) if v.dim() > 2 else v
+        for k, v in t.items()
+    }
+    assert_equal(results(ssd, views, chunk=8), results(ssd, t, chunk=8), relative=1e-13, of_all=0)
+
+
+def test_bad_shapes() -> None:
+    t = inputs(4, H=4, G=3)
+    with pytest.raises(ValueError, match="4 heads in 3 groups"):
+        call(ssd, t, chunk=2)
