@@ -16,7 +16,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 def run_train(arguments: argparse.Namespace) -> int:
     """`colonnade train`."""
-    from colonnade.launcher.training import resume, train
+    from colonnade.launcher.training import describe, resume, train
 
     overrides = list(arguments.overrides)
     options = {"nproc": arguments.nproc, "until": arguments.until}
@@ -26,6 +26,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         return resume(arguments.resume, overrides, **options).status
     if arguments.recipe is None:
         raise UserError("train: name a recipe (for example: quickstart), or --resume RUN")
+    if arguments.dry_run:
+        emit(describe(arguments.recipe, overrides, nproc=arguments.nproc), arguments.json)
+        return 0
     return train(arguments.recipe, overrides, runs=arguments.runs, **options).status
 
 
@@ -85,15 +88,20 @@ def emit(report: dict, target: str | None) -> None:
     if target is None:
         width = max(len(key) for key in report)
         for key, value in report.items():
-            print(
-                f"{key:<{width}}  {value:.4g}"
-                if isinstance(value, float)
-                else f"{key:<{width}}  {value}"
-            )
+            print(f"{key:<{width}}  {figure(value)}")
     elif target == "-":
         print(json.dumps(report, indent=2))
     else:
         Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def figure(value: object) -> str:
+    """A value for people: `1,234,567`, `0.8123`, `1.2e+21`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+    return str(value)
 
 
 def positive(text: str) -> int:
@@ -125,6 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
     train.add_argument("--runs", default="runs", help="folder for run folders (default: runs)")
 
+    train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")
+
     rank = verbs.add_parser("_rank")
     rank.set_defaults(action=run_rank)
     rank.add_argument("run")
@@ -151,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", run_doctor, "devices, backends, and which kernel serves each operator")
     bench = add("bench", run_bench, "a benchmark, beside its reference in one run")
     bench.add_argument("name", choices=["step", "loader", "scan"])
-    for verb in (data, doctor, bench):
+    for verb in (train, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 

@@ -20,7 +20,9 @@ from colonnade.launcher.ranks import (
 )
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.together import on_first
+from colonnade.launcher.schedule import first_sample
 from colonnade.launcher.validate import validate
+from colonnade.models.shapes import measure
 from colonnade.parallel.world import world
 
 
@@ -107,6 +109,33 @@ def settle(recipe: Recipe | str | Path, overrides: Sequence[str], size: int) -> 
     if faults := validate(recipe, size):
         raise RecipeError(faults)
     return recipe
+
+
+def describe(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, nproc: int = 1
+) -> dict[str, Any]:
+    """What a recipe would train and cost, without building it.
+
+    Raises:
+        UserError: a mistake in the recipe.
+    """
+    place = Place.from_environment()
+    size = place.size if place else nproc
+    recipe = settle(recipe, overrides, size)
+    shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
+    tokens = train.global_batch * train.seq_len
+    total = first_sample(train, train.steps) * train.seq_len
+    return {
+        "recipe": recipe.name,
+        "sub-blocks": len(recipe.model.symbols),
+        "parameters": shape.parameters,
+        "active parameters": shape.active,
+        "training FLOPs per token": shape.flops_per_token,
+        "tokens per step": tokens,
+        "tokens in all": total,
+        "training FLOPs in all": float(total * shape.flops_per_token),
+        **{axis: degree for axis, degree in recipe.parallel.degrees(size).items()},
+    }
 
 
 def start(

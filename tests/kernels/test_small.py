@@ -71,7 +71,7 @@ def test_rms_norm_in_bf16() -> None:
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
     grad = normal(37, 129, seed=9).bfloat16()
     leaves = [t.double().requires_grad_() for t in (x, weight)]
-    out = rms_norm_reference(*leaves, 1e-5)
+    out = rms_norm_reference(leaves[0], leaves[1], 1e-5)
     exact = [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
     assert bool(((ours[0].double() - exact[0]).abs() <= BF16 * exact[0].abs()).all())
     assert_close(ours[1:2], exact[1:2], BF16)
@@ -248,7 +248,7 @@ def test_linear_cross_entropy_asks_for_what_it_needs() -> None:
     seed = normal(seed=9)
     for frozen, right in ((1, d_x), (0, d_w)):
         leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate((x, weight))]
-        (linear_cross_entropy(*leaves, labels, 4) * seed).backward()
+        (linear_cross_entropy(leaves[0], leaves[1], labels, 4) * seed).backward()
         assert leaves[frozen].grad is None
         free = leaves[1 - frozen].grad
         assert free is not None

@@ -26,7 +26,7 @@ S, B, V = 23, 2, 31
 WIRINGS = ["standard", "ladder"]
 
 
-def config_of(pattern: str, residual: str, **more: Any) -> ModelConfig:
+def config_of(pattern: str, residual: Any, **more: Any) -> ModelConfig:
     """Small and odd, with both balancing terms on."""
     return ModelConfig(
         pattern=pattern, residual=residual, vocab=V, hidden=12, heads=4, kv_heads=2, head_dim=6,
@@ -63,27 +63,31 @@ def final_stream(residual: str, r0: Tensor, h: Callable[[int, Tensor], Tensor], 
         for t in range(n):
             r0 = r0 + h(t, r0)
         return r0
-    r, added = [r0, r0], []
+    r: list[Tensor] = [r0, r0]
+    added: list[Tensor] = []
     for t in range(n):
         if t >= 2:
             r.append(r[t - 1] + added[t - 2])
         added.append(h(t, r[t]))
-    return r[n - 1] + sum(added[max(n - 2, 0) :])
+    return r[n - 1] + torch.stack(added[-2:]).sum(0)
 
 
 def written_out(model: Decoder, context: Context, tokens: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of the model with its own sub-blocks, all between them written out here."""
-    wiring, eps = model.wiring, model.config.norm_eps
+    wiring, eps, weights = model.wiring, model.config.norm_eps, dict(model.named_parameters())
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return rms_norm_reference(x, weights[f"wiring.{name}.weight"], eps)
 
     def h(t: int, r: Tensor) -> Tensor:
         block = wiring.blocks[t]
         assert isinstance(block, SubBlock)
-        x = wiring.enter(rms_norm_reference(r, wiring.norms[t].weight, eps))
+        x = wiring.enter(norm(f"norms.{t}", r))
         return wiring.leave(block.finish(block.begin(x, context), context))
 
-    embedding = model.embedding.weight[tokens]
+    embedding = weights["embedding.weight"][tokens]
     x = final_stream(model.config.residual, embedding, h, len(wiring.blocks))
-    logits = rms_norm_reference(x, wiring.final.weight, eps) @ model.head.weight.T
+    logits = norm("final", x) @ weights["head.weight"].T
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 

@@ -66,9 +66,7 @@ def recipe_for(
         loss_chunk=17,
     )
     optimizer = OptimizerConfig(lr=1e-2, clip=0.5)
-    return Recipe(
-        model=model, parallel=ParallelConfig(**layout), train=train, optimizer=optimizer
-    )
+    return Recipe(model=model, parallel=ParallelConfig(**layout), train=train, optimizer=optimizer)
 
 
 def random_rows(samples: list[int]) -> Batch:

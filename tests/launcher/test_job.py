@@ -1,0 +1,208 @@
+"""A job from start to end on the pool of ranks: equal losses, resuming, signals, bad steps."""
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankError, Ranks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from colonnade.launcher import step
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.job import build, run_job
+from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.monitor import Monitor, read_metrics
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.step import validate_loss
+from colonnade.parallel.world import World
+
+VOCAB = 50
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token file of random documents."""
+    prefix = tmp_path_factory.mktemp("tokens") / "random"
+    generator = torch.Generator().manual_seed(3)
+    with IndexedWriter(prefix, token_dtype(VOCAB)) as writer:
+        for length in torch.randint(2, 40, (200,), generator=generator).tolist():
+            writer.add(torch.randint(0, VOCAB, (length,), generator=generator).numpy())
+    return prefix
+
+
+@pytest.fixture
+def recipe(tokens: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A tiny recipe with overrides."""
+    text = f"""
+name = "tiny"
+[model]
+pattern = "M-*E"
+residual = "ladder"
+hidden = 16
+heads = 2
+ffn = 24
+vocab = {VOCAB}
+mamba_head_dim = 8
+mamba_state = 4
+mamba_chunk = 5
+experts = 3
+[optimizer]
+lr = 0.01
+warmup = 2
+[data]
+validation = 0.2
+[[data.sources]]
+format = "tokens"
+path = "{tokens}"
+[train]
+steps = 8
+global_batch = 8
+micro_batch = 2
+seq_len = 16
+precision = "fp64"
+validate_rows = 7
+"""
+    path = tmp_path / "tiny.toml"
+    path.write_text(text)
+    return lambda *overrides: load_recipe(path, overrides, None)
+
+
+def job(
+    rank: int, size: int, recipe: Recipe, run: Path, resume: bool = False, until: int | None = None
+) -> int:
+    """One rank of a job."""
+    if rank == 0:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "recipe.toml").write_text(dump_recipe(recipe))
+    return run_job(recipe, run, World(rank, size, torch.device("cpu")), resume, until)
+
+
+def losses(run: Path) -> list[float]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [value for row in rows for key, value in row.items() if "loss" in key]
+
+
+def test_losses_do_not_depend_on_ranks(
+    ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    for ranks in (ranks1, ranks2, ranks4):
+        ranks.run(job, recipe(), tmp_path / str(ranks.size))
+    alone = losses(tmp_path / "1")
+    assert len(alone) == 8 + 1  # steps and the last validation
+    assert losses(tmp_path / "2") == pytest.approx(alone, rel=1e-10)
+    assert losses(tmp_path / "4") == pytest.approx(alone, rel=1e-10)
+
+
+def test_resuming_equals_not_stopping(
+    ranks1: Ranks, ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    ranks2.run(job, recipe(), tmp_path / "whole")
+    for name in ("same", "fewer"):
+        ranks2.run(job, recipe(), tmp_path / name, False, 5)
+    ranks2.run(job, recipe(), tmp_path / "same", True)
+    ranks1.run(job, recipe(), tmp_path / "fewer", True)
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "same") == whole
+    assert losses(tmp_path / "fewer") == pytest.approx(whole, rel=1e-10)
+
+
+def stopped(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """A job whose last rank gets SIGTERM while it trains."""
+    done = []
+
+    def count(self: torch.optim.AdamW, *_: object) -> None:
+        done.append(1)
+        if len(done) == 3 and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        return job(rank, size, recipe, run)
+    finally:
+        hook.remove()
+
+
+def test_a_signal_on_one_rank_saves_and_stops_all(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert ranks2.run(stopped, recipe(), run) == [signal.SIGTERM] * 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    ranks2.run(job, recipe(), run, True)
+    ranks2.run(job, recipe(), tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def poisoned(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int]) -> list[bool]:
+    """A job in which a gradient on rank 0 is NaN at some steps."""
+    norm, steps = step.gradient_norm, itertools.count()
+
+    def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        if next(steps) in bad and rank == 0:
+            parameters[0].grad = parameters[0].grad * float("nan")
+        return norm(parameters)
+
+    step.gradient_norm = gradient_norm
+    try:
+        job(rank, size, recipe, run)
+    finally:
+        step.gradient_norm = norm
+    return [bool(row.get("skipped")) for row in read_metrics(run / "metrics.jsonl") if "lr" in row]
+
+
+def test_a_bad_step_is_skipped_on_all_ranks(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    skipped = ranks2.run(poisoned, recipe(), run, {2, 4})[0]
+    assert skipped == [number in (2, 4) for number in range(8)]
+    assert all(map(torch.isfinite, map(torch.tensor, losses(run))))
+
+
+def test_too_many_bad_steps_end_the_run(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(RankError, match=r"step 5: .* not finite for 3 steps in a row"):
+        ranks2.run(poisoned, recipe("train.bad_steps=3"), tmp_path / "run", {2, 3, 4})
+
+
+def validated(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, float]:
+    """Validation loss, and the same from all rows at once."""
+    made = build(recipe, run, World(rank, size, torch.device("cpu")))
+    rows = made.data.validation
+    assert rows is not None
+    assert rows.rows is not None
+    loss, bits = validate_loss(made.model, rows, recipe, made.mesh, made.here.device, None)
+    assert bits is None
+    return loss, rows.rows
+
+
+def test_validation_does_not_depend_on_ranks(
+    ranks1: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
+    alone = ranks1.run(validated, recipe(), tmp_path)[0]
+    assert alone[1] >= 7
+    for many in ranks4.run(validated, recipe(), tmp_path):
+        assert many == pytest.approx(alone, rel=1e-12)
+
+
+def test_resume_drops_metrics_past_the_checkpoint(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 8, "lo')
+    Monitor(tmp_path, recipe(), start=5).close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_order_is_a_function_of_seed_and_sample(recipe: Callable[..., Recipe]) -> None:
+    first, again = (open_data(recipe()).train for _ in range(2))
+    other = open_data(recipe("train.seed=1")).train
+    assert torch.equal(first.batch([9, 4]).tokens[1], again.batch([4]).tokens[0])
+    assert not torch.equal(first.batch(range(9)).tokens, other.batch(range(9)).tokens)
