@@ -51,7 +51,8 @@ class _Linear(torch.autograd.Function):
         d_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return d_x, None
-        return d_x, product(grad.flatten(0, -2).T, x.flatten(0, -2).T)
+        rows = grad.reshape(-1, grad.shape[-1])
+        return d_x, product(rows.T, x.reshape(-1, x.shape[-1]).T)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from ranks import Ranks, pool
+
+torch.set_num_threads(1)  # tiny shapes: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

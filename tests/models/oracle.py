@@ -161,15 +161,3 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         assert p.grad is not None, f"{name} has no gradient"
         named[name] = p.grad
     return named
-
-
-def assert_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], relative: float = 1e-9) -> None:
-    """Every |a − b| ≤ relative · max|b| + 1e-12 · (norm of all of b): the project's «equal»."""
-    assert a.keys() == b.keys()
-    norm = torch.stack([t.norm() for t in b.values()]).norm().item()
-    assert norm > 0
-    for name, right in b.items():
-        left = a[name]
-        assert (left.shape, left.dtype) == (right.shape, torch.float64), name
-        error, bound = (left - right).abs().max().item(), relative * right.abs().max().item()
-        assert error <= bound + 1e-12 * norm, f"{name}: off by {error:.2e}, max {right.abs().max()}"

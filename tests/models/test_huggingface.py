@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_equal, decoder, fp64, gradients, in_our_names, randomise
+from equal import assert_equal
+from oracle import decoder, fp64, gradients, in_our_names, randomise
 from torch import Tensor
 from transformers import (
     LlamaConfig,

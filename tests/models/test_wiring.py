@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_equal, empty, gradients, randomise
+from equal import assert_equal
+from oracle import empty, gradients, randomise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
