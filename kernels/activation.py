@@ -1,4 +1,4 @@
-"""Activations of MLPs and experts: SwiGLU, GELU, squared ReLU, saving only their inputs."""
+"""Activations of MLPs and experts, alone or with the product that follows: only inputs are kept."""
 
 from typing import Any
 
@@ -7,37 +7,68 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.linear import product
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Autograd would keep silu(gate) too; here it is computed again."""
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+def gated(name: str) -> bool:
+    """Whether the activation has a gate projection beside `up`."""
+    return name == "swiglu"
+
+
+def _value(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
+    if name == "swiglu":
+        assert gate is not None
         return F.silu(gate).mul_(up)
+    if name == "gelu":
+        return F.gelu(up)
+    if name == "relu2":
+        return F.relu(up).square_()
+    raise ValueError(f"unknown activation {name!r}")
+
+
+def _derivative(
+    grad: Tensor, up: Tensor, gate: Tensor | None, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `up` and `gate` from the activation's."""
+    if name == "swiglu":
+        assert gate is not None
+        return F.silu(gate).mul_(grad), torch.ops.aten.silu_backward(grad * up, gate)
+    if name == "gelu":
+        return torch.ops.aten.gelu_backward(grad, up), None
+    return F.relu(up).mul_(grad).mul_(2), None
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, gate: Tensor | None, name: str) -> Tensor:
+        ctx.save_for_backward(up, gate)
+        ctx.name = name
+        return _value(up, gate, name)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(grad)
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return d_gate, d_up
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return *_derivative(grad, *ctx.saved_tensors, ctx.name), None
 
 
-class _SquaredReLU(torch.autograd.Function):
-    """relu(x)², keeping x alone."""
+class _ActivatedLinear(torch.autograd.Function):
+    """Backward computes the activation again: cheap, and an inner width of memory is spared."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.relu(x).square_()
+    def forward(ctx: Any, up: Tensor, gate: Tensor | None, weight: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(up, gate, weight)
+        ctx.name = name
+        return product(_value(up, gate, name), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return F.relu(x).mul_(grad).mul_(2)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        up, gate, weight = ctx.saved_tensors
+        inner = _value(up, gate, ctx.name)
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
+        del inner
+        return *_derivative(product(grad, weight.T), up, gate, ctx.name), d_weight, None
 
 
 def activate(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
@@ -51,14 +82,20 @@ def activate(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
     Returns:
         `[..., F]`, dtype of `up`.
     """
-    if name == "swiglu":
-        assert gate is not None
-        return _SwiGLU.apply(gate, up)
-    if name == "gelu":
-        return F.gelu(up)
-    if name == "relu2":
-        return _SquaredReLU.apply(up)
-    raise ValueError(f"unknown activation {name!r}")
+    return _Activate.apply(up, gate, name)
+
+
+def activated_linear(up: Tensor, gate: Tensor | None, weight: Tensor, name: str) -> Tensor:
+    """`linear(activate(up, gate, name), weight)`, without keeping the activation.
+
+    Args:
+        up, gate, name: as in `activate`.
+        weight: `[O, F]`, dtype of `up`.
+
+    Returns:
+        `[..., O]`.
+    """
+    return _ActivatedLinear.apply(up, gate, weight, name)
 
 
 def activate_reference(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
@@ -69,8 +106,3 @@ def activate_reference(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
     if name == "gelu":
         return up * 0.5 * (1 + torch.erf(up / 2**0.5))
     return torch.where(up > 0, up, 0) ** 2
-
-
-def gated(name: str) -> bool:
-    """Whether the activation has a gate projection beside `up`."""
-    return name == "swiglu"

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.activation import activate, activate_reference
+from colonnade.kernels.activation import activate, activate_reference, activated_linear
+from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide, wide_dtype
 
 
@@ -151,8 +152,8 @@ def expert_mlp(
 
 
 def _mlp(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    inner = activate(F.linear(x, up), None if gate is None else F.linear(x, gate), activation)
-    return F.linear(inner, down)
+    inner = None if gate is None else linear(x, gate)
+    return activated_linear(linear(x, up), inner, down, activation)
 
 
 def _grouped_mlp(

@@ -36,7 +36,7 @@ def our_step(tokens: Tensor) -> Step:
     from colonnade.parallel.materialise import materialise
 
     with torch.device("meta"):
-        model = Decoder(SHAPE, loss_chunk=512)
+        model = Decoder(SHAPE, loss_chunk=256)
     materialise(model, torch.device("cpu"), seed=0)
     optimizer = build_optimizer(model, OptimizerConfig())
     inputs = tokens.T.contiguous()

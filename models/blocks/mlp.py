@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from colonnade.kernels.activation import activate, gated
+from colonnade.kernels.activation import activated_linear, gated
 from colonnade.kernels.linear import linear
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
@@ -11,32 +11,33 @@ from colonnade.models.part import Part, normal
 
 
 class Up(Part):
-    """Up and gate projections with the activation: `[S, B, D]` to `[S, B, F]`."""
+    """Up and gate projections: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.activation
-        for name in ("gate", "up") if gated(config.activation) else ("up",):
+        self.gated = gated(config.activation)
+        for name in ("gate", "up") if self.gated else ("up",):
             self.declare(name, (config.ffn, config.hidden), normal(config.init_std))
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        gate = linear(x, self.weight_of("gate")) if gated(self.activation) else None
-        return activate(linear(x, self.weight_of("up")), gate, self.activation)
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        gate = linear(x, self.weight_of("gate")) if self.gated else None
+        return linear(x, self.weight_of("up")), gate
 
 
 class Down(Part):
-    """Down projection: `[S, B, F]` to `[S, B, D]`."""
+    """Activation and down projection: back to `[S, B, D]`."""
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
+        self.activation = config.activation
         self.declare("down", (config.hidden, config.ffn), normal(out_std))
 
-    def forward(self, a: Tensor, context: Context) -> Tensor:
-        return linear(a, self.weight_of("down"))
+    def forward(self, inner: tuple[Tensor, Tensor | None], context: Context) -> Tensor:
+        return activated_linear(*inner, self.weight_of("down"), self.activation)
 
 
 class MLP(SubBlock):
-    """Halves: `up, gate, activation | down`."""
+    """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
 
     symbol = "-"
 
