@@ -15,6 +15,7 @@ from colonnade.launcher.ranks import (
     ALONE,
     Place,
     choose_device,
+    settle_memory,
     settle_threads,
     start_ranks,
 )
@@ -167,6 +168,7 @@ def be_rank(
     """Take part as one rank. Rank 0 opens the run's folder and prepares the data for all."""
     settle_threads(place)
     device = choose_device(recipe.train.device, place)
+    settle_memory(device)
     with world(place.rank, place.size, device) as here:
         path = on_first(opened)
         number = run_job(recipe, path, here, again, until)
