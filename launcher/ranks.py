@@ -68,7 +68,7 @@ def settle_threads(place: Place) -> None:
 
 
 def settle_memory(device: torch.device) -> None:
-    """On CPU, have glibc keep freed memory: fetching it anew every step costs a fifth of the time."""
+    """On CPU, have glibc keep freed memory: to fetch it anew every step is slow."""
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h

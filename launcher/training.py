@@ -20,8 +20,8 @@ from colonnade.launcher.ranks import (
     start_ranks,
 )
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.together import on_first
 from colonnade.launcher.schedule import first_sample
+from colonnade.launcher.together import on_first
 from colonnade.launcher.validate import validate
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import world
