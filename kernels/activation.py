@@ -48,7 +48,8 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *_derivative(grad, *ctx.saved_tensors, ctx.name), None
+        up, gate = ctx.saved_tensors
+        return *_derivative(grad, up, gate, ctx.name), None
 
 
 class _ActivatedLinear(torch.autograd.Function):
