@@ -1,0 +1,189 @@
+"""The command line as a user meets it: exit statuses, one readable message, no traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from colonnade.launcher.cli import build_parser, main
+
+TINY = [
+    "model.pattern=M*E",
+    "model.repeat=1",
+    "model.hidden=16",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.mamba_head_dim=8",
+    "model.ffn=",
+    "model.expert_ffn=16",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.seq_len=32",
+    "train.validate_rows=4",
+    "train.sample=5",
+    "optimizer.warmup=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and caches of these tests lie in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+
+
+def source(path: str = "corpus.txt") -> list[str]:
+    return ["data.sources.0.format=text", f"data.sources.0.path={path}", "data.validation=0"]
+
+
+def quick(*overrides: str) -> list[str]:
+    """`train` of a tiny model on the corpus, which has no validation part."""
+    kept = [o for o in TINY if not o.startswith("train.validate")]
+    dropped = ["train.validate_every=", "train.validate_rows="]
+    return ["train", "quickstart", *kept, *source(), *dropped, *overrides]
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    """The same in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "colonnade.launcher", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def only_run() -> Path:
+    (run,) = Path("runs").iterdir()
+    return run
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("train", "generate", "data", "doctor", "bench"):
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args([verb, "--help"])
+        assert ended.value.code == 0
+        assert verb in capsys.readouterr().out
+
+
+def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
+    """One process: a run, its files, two more steps of it, and text from it."""
+    assert main(quick("train.steps=4", "--until", "2")) == 0
+    run = only_run()
+    assert "go on with" in capfd.readouterr().out
+    assert main(["train", "--resume", str(run)]) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    for name in ("recipe.toml", "loss.png", "sample.txt", "checkpoints/step-00000004/state.json"):
+        assert (run / name).stat().st_size > 0, name
+    capfd.readouterr()
+    for _ in range(2):
+        assert main(["generate", str(run), "--prompt", "the ", "--tokens", "7", "--seed", "3"]) == 0
+    first, second = re.findall(r"the [^\x00]{0,7}\n", capfd.readouterr().out)[:2]
+    assert first == second
+
+
+def test_two_ranks_and_ctrl_c() -> None:
+    """SIGINT to the launcher alone: the ranks save, and the run can go on."""
+    process = command(*quick("train.steps=100000", "--nproc", "2"))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "saved; go on with" in out
+    assert "Traceback" not in err
+    (checkpoint,) = (only_run() / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["step"] == int(checkpoint.name.removeprefix("step-")) > 0
+
+
+def test_five_mistakes_at_once() -> None:
+    process = command(
+        *["train", "quickstart", "model.heads=3", "train.sed=1", "optimizer.lr=-1"],
+        *["model.pattern=M-*EX", "train.global_batch=7"],
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "5 mistakes" in err
+    for field in (
+        "model.heads",
+        "train.sed",
+        "optimizer.lr",
+        "model.pattern",
+        "train.global_batch",
+    ):
+        assert re.search(rf"^  {re.escape(field)} = ", err, re.MULTILINE), field
+    assert "Traceback" not in err
+
+
+def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
+    """A token beyond the vocabulary, deep in a file, read by a rank: said once, status 2."""
+    assert main(["data", "corpus.txt", "tokens"]) == 0
+    content = bytearray(Path("tokens.bin").read_bytes())
+    content[3000:3002] = (999).to_bytes(2, "little")
+    Path("tokens.bin").write_bytes(content)
+    overrides = ["data.sources.0.format=tokens", "data.sources.0.path=tokens", "train.steps=200"]
+    process = command(*quick(*overrides, "--nproc", "2"))
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 2, err
+    assert err.count("999") == 1
+    assert "model.vocab" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "quikstart"], "quickstart"),
+        (["train"], "name a recipe"),
+        (["train", "--resume", "nowhere"], "recipe.toml"),
+        (["generate", "nowhere"], "no complete checkpoint"),
+        (["data", "nowhere.txt", "out"], "nowhere.txt"),
+        (quick("data.sources.0.path=empty.txt"), "empty.txt"),
+        (quick("train.device=cuda"), "train.device"),
+    ],
+)
+def test_mistakes_of_a_user(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").touch()
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_other_failures_exit_with_1() -> None:
+    """A rank that dies: its status is not a user's mistake, and the others do not hang."""
+    process = command(*quick("train.steps=100000", "--nproc", "2"))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    start = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - start < 45
+
+
+def test_dry_run_counts_without_building(capfd: pytest.CaptureFixture[str]) -> None:
+    """The published size of the 8B hybrid is 8.66 B parameters; the data need not be there."""
+    assert main(["train", "mamba2-hybrid-8b", "--dry-run", "--nproc", "8", "--json", "-"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["parameters"] == pytest.approx(8.66e9, rel=0.01)
+    assert report["training FLOPs per token"] > 6 * report["parameters"] * 0.85
+    assert not Path("runs").exists()
