@@ -109,7 +109,7 @@ def test_two_ranks_and_ctrl_c() -> None:
 
 def test_five_mistakes_at_once() -> None:
     process = command(
-        *["train", "quickstart", "model.heads=3", "train.sed=1", "optimizer.lr=-1"],
+        *["train", "quickstart", "model.heads=6", "train.sed=1", "optimizer.lr=-1"],
         *["model.pattern=M-*EX", "train.global_batch=7"],
     )
     _, err = process.communicate(timeout=60)
@@ -133,6 +133,7 @@ def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
     content[3000:3002] = (999).to_bytes(2, "little")
     Path("tokens.bin").write_bytes(content)
     overrides = ["data.sources.0.format=tokens", "data.sources.0.path=tokens", "train.steps=200"]
+    overrides.append("data.tokenizer=bytes")
     process = command(*quick(*overrides, "--nproc", "2"))
     _, err = process.communicate(timeout=90)
     assert process.returncode == 2, err
