@@ -81,7 +81,7 @@ def operators() -> dict[str, str]:
 
 def examine() -> dict[str, Any]:
     """Everything `colonnade doctor` reports, one value a line."""
-    required = ("torch", "numpy", "pydantic", "safetensors", "spmd_types", "colonnade")
+    required = ("torch", "numpy", "pydantic", "safetensors", "colonnade")
     report: dict[str, Any] = {"python": platform.python_version()}
     report |= {name: version(name) for name in (*required, *OPTIONAL)}
     report |= devices() | backends()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
@@ -23,7 +24,7 @@ from colonnade.launcher.plot import plot_loss
 from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, micro_batches, reading_plan
-from colonnade.launcher.step import Result, sum_over_ranks, train_step, validate_loss
+from colonnade.launcher.step import Result, over_ranks, train_step, validate_loss
 from colonnade.launcher.together import on_first
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
@@ -168,25 +169,22 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
     peak = peak_flops(torch.cuda.get_device_name()) if job.here.device.type == "cuda" else None
-    number = saved = 0
+    number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
         while job.step < end and not number:
             result = one_step(job, job.reader, rank, ranks)
             job.step += 1
             if monitor:
                 report(job, monitor, result, flops, peak)
-            number = int(sum_over_ranks([float(stop.number)], job.here.device)[0])
-            number = min(number, stop.number) or number  # several ranks may have noted it
+            number = int(over_ranks([stop.number], job.here.device, dist.ReduceOp.MAX)[0])
             last = job.step == end or number
             every = recipe.train.validate_every
             if every and job.step % every == 0 and job.step < recipe.train.steps:
                 check(job, monitor)
             if last or (recipe.checkpoint.every and job.step % recipe.checkpoint.every == 0):
                 job.save()
-                saved = job.step
             if monitor:
                 monitor.restart_clock()
-    assert saved == job.step or job.step >= end
     return number
 
 

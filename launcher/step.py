@@ -40,10 +40,14 @@ def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return moved[0], moved[1], moved[2], moved[3] if packed else None
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Sum each value over all ranks, in fp64."""
+def over_ranks(
+    values: list[float],
+    device: torch.device,
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> list[float]:
+    """Sum each value over all ranks, in fp64, or combine them by another operation."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
     return total.tolist()
 
 
@@ -70,7 +74,7 @@ def train_step(
     count over all ranks, and gradients are summed.
     """
     valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
-    tokens = int(sum_over_ranks([valid], device)[0])
+    tokens = int(over_ranks([valid], device)[0])
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     loss = torch.zeros((), dtype=torch.float64, device=device)
     balance = torch.zeros((), dtype=torch.float64, device=device)
@@ -81,7 +85,7 @@ def train_step(
         part.backward()
         loss += part.detach()
         balance += sum(context.terms.values())
-    total_loss, total_balance = sum_over_ranks([loss.item(), balance.item()], device)
+    total_loss, total_balance = over_ranks([loss.item(), balance.item()], device)
     parameters = list(model.parameters())
     norm = gradient_norm(parameters)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
@@ -126,6 +130,6 @@ def validate_loss(
         tokens += label.numel()
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
-    nats, tokens, units = sum_over_ranks([nats, tokens, units], device)
+    nats, tokens, units = over_ranks([nats, tokens, units], device)
     bits = nats / math.log(2) / units if byte_lengths is not None and units else None
     return nats / max(tokens, 1), bits
