@@ -3,9 +3,9 @@
 The floor is a plain copy of the four tensors that a batch consists of: no loader can be faster.
 """
 
+import itertools
 import statistics
 import tempfile
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from colonnade.launcher.data import IndexedWriter, open_data
 from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
 
-TOKENS, MEAN, BATCH, SEQ = 64_000_000, 1000, 8, 4096
-BATCHES = 40  # per round
+MEAN, BATCH, SEQ = 1000, 8, 4096
 
 
-def write_tokens(prefix: Path, vocab: int) -> None:
+def write_tokens(prefix: Path, vocab: int, count: int) -> None:
     """A file of random documents, about MEAN tokens each."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocab, (TOKENS,), generator=generator, dtype=torch.int32).numpy()
-    lengths = torch.randint(1, 2 * MEAN, (TOKENS // MEAN,), generator=generator).tolist()
+    tokens = torch.randint(0, vocab, (count,), generator=generator, dtype=torch.int32).numpy()
+    lengths = torch.randint(1, 2 * MEAN, (count // MEAN,), generator=generator).tolist()
     with IndexedWriter(prefix, token_dtype(vocab)) as writer:
         start = 0
         for length in lengths:
@@ -32,12 +31,12 @@ def write_tokens(prefix: Path, vocab: int) -> None:
             start += length
 
 
-def run() -> dict[str, Any]:
+def run(count: int = 64_000_000, batches: int = 40, rounds: int = 9) -> dict[str, Any]:
     """Tokens/s of `Rows.batch` in one process, the copy's, and the share reached."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "tokens"
         vocab = 50_000
-        write_tokens(prefix, vocab)
+        write_tokens(prefix, vocab, count)
         recipe = Recipe(
             model=Recipe().model.model_copy(update={"vocab": vocab}),
             data=DataConfig(
@@ -46,19 +45,19 @@ def run() -> dict[str, Any]:
             train=TrainConfig(seq_len=SEQ),
         )
         rows = open_data(recipe).train
-        samples = count()
+        samples = itertools.count()
         tensors = [t.clone() for t in rows.batch(range(BATCH))]
 
         def read() -> None:
-            for _ in range(BATCHES):
+            for _ in range(batches):
                 rows.batch([next(samples) for _ in range(BATCH)])
 
         def copy() -> None:
-            for _ in range(BATCHES):
+            for _ in range(batches):
                 [t.clone() for t in tensors]
 
-        seconds = alternate({"loader": read, "copy": copy}, rounds=9)
-    tokens = BATCHES * BATCH * SEQ
+        seconds = alternate({"loader": read, "copy": copy}, rounds=rounds)
+    tokens = batches * BATCH * SEQ
     return {
         "shape": f"sequence {SEQ}, batch {BATCH}, documents of {MEAN} tokens, u16 on disk",
         "threads": torch.get_num_threads(),

@@ -9,11 +9,11 @@ from torch import Tensor
 from colonnade.kernels.ssd import ssd, ssd_recurrence
 from colonnade.launcher.bench.timing import alternate, median_ratio
 
-S, B, H, P, G, N, CHUNK = 2048, 1, 8, 64, 1, 128, 128
+B, H, P, G, N, CHUNK = 1, 8, 64, 1, 128, 64
 
 
-def run() -> dict[str, Any]:
-    """Seconds of each at 2048 tokens, their ratio, and the floor of the chunked one's products."""
+def run(S: int = 2048, rounds: int = 5) -> dict[str, Any]:
+    """Seconds of each at S tokens, their ratio, and the floor of the chunked one's products."""
     torch.manual_seed(0)
     shapes = {"x": (S, B, H, P), "B": (S, B, G, N), "C": (S, B, G, N)}
     inputs = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
@@ -31,7 +31,7 @@ def run() -> dict[str, Any]:
             "chunked": lambda: both(ssd(x, dt, A, Bs, C, D, chunk=CHUNK)[0]),
             "recurrence": lambda: both(ssd_recurrence(x, dt, A, Bs, C, D)[0]),
         },
-        rounds=5,
+        rounds=rounds,
     )
     per_token = 2 * (CHUNK * (G * N + H * P) + 2 * H * P * N)
     flops = 3 * S * B * per_token

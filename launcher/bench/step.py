@@ -22,7 +22,6 @@ from colonnade.models.config import ModelConfig
 
 SHAPE = ModelConfig(pattern="*-", repeat=4, hidden=512, heads=8, kv_heads=4, ffn=1408, vocab=8192)
 BATCH, SEQ = 4, 512
-ROUNDS = 15
 
 Step = Callable[[], object]
 
@@ -129,7 +128,7 @@ def serve(name: str, threads: int, pipe: Connection) -> None:
         pipe.send((resident_mib(), before))
 
 
-def run() -> dict[str, Any]:
+def run(rounds: int = 15) -> dict[str, Any]:
     """Medians over alternating steps: tokens/s, peak memory, their ratios, and the floor.
 
     Raises:
@@ -160,7 +159,7 @@ def run() -> dict[str, Any]:
 
         return action
 
-    seconds = alternate({name: ask(name) for name in CONTESTANTS}, ROUNDS, warmup=2)
+    seconds = alternate({name: ask(name) for name in CONTESTANTS}, rounds, warmup=2)
     for name, worker in zip(CONTESTANTS, workers, strict=True):
         pipes[name].send(False)
         worker.join()
