@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# The operator, or None in builds of PyTorch without oneDNN.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 
 def uses_onednn(x: Tensor) -> bool:
     """Whether oneDNN serves products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
@@ -19,7 +22,7 @@ def uses_onednn(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and ONEDNN_LINEAR is not None
     )
 
 
@@ -33,8 +36,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if uses_onednn(a) and a.numel() and b.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if ONEDNN_LINEAR and uses_onednn(a) and a.numel() and b.numel():
+        return ONEDNN_LINEAR(a, b, None, "none", [], "")
     return a @ b.T
 
 

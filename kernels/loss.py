@@ -17,8 +17,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's logits exist anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        need_x, need_w = x.requires_grad, weight.requires_grad
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool
+    ) -> Tensor:
+        need_x, need_w = training and x.requires_grad, training and weight.requires_grad
         total = x.new_zeros((), dtype=wide_dtype(x.dtype))
         d_x = torch.empty_like(x) if need_x else None
         d_w = torch.zeros_like(weight, dtype=total.dtype) if need_w else None
@@ -46,14 +48,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_x, d_w = ctx.gradients
         ctx.gradients = None  # scaled in place: they serve one backward pass
         if d_x is not None:
             d_x = d_x.mul_(grad)
         if d_w is not None:
             d_w = d_w.mul_(grad).to(ctx.weight_dtype)
-        return d_x, d_w, None, None
+        return d_x, d_w, None, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
@@ -71,7 +73,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) 
     Returns:
         scalar in at least fp32.
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, chunk)
+    training = torch.is_grad_enabled()  # inside `forward` it never is
+    return _LinearCrossEntropy.apply(x, weight, labels, chunk, training)
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_data(arguments: argparse.Namespace) -> int:
     """`colonnade data`."""
-    from colonnade.launcher.data import tokenise
+    from colonnade.launcher.corpus import tokenise
     from colonnade.launcher.recipe import SourceConfig
 
     path = Path(arguments.source)
@@ -69,15 +69,15 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """`colonnade doctor`."""
-    from colonnade.launcher.doctor import examine
+    from colonnade.launcher.health import doctor
 
-    emit(examine(), arguments.json)
+    emit(doctor(), arguments.json)
     return 0
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`colonnade bench`."""
-    from colonnade.launcher.bench import BENCHMARKS
+    from colonnade.launcher.benchmarks import BENCHMARKS
 
     emit(BENCHMARKS[arguments.name](), arguments.json)
     return 0

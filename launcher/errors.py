@@ -26,3 +26,7 @@ class RecipeError(UserError):
         self.faults = faults
         many = "1 mistake" if len(faults) == 1 else f"{len(faults)} mistakes"
         super().__init__("\n".join([f"the recipe has {many}:", *(f"  {f}" for f in faults)]))
+
+    def __reduce__(self) -> tuple[type, tuple[list[Fault]]]:
+        """Ranks send it to each other: it is made anew from its faults."""
+        return RecipeError, (self.faults,)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colonnade.launcher.checkpoint import load, newest
-from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.optimizer import named_tensors
@@ -63,13 +63,19 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
     recipe = load_recipe(folder.parent.parent / "recipe.toml")
+    named = recipe.data.tokenizer_name
+    if named is None:
+        raise UserError(
+            f"{run}: trained on tokens, and data.tokenizer does not say by what they were made; "
+            "resume the run with data.tokenizer=... (a tokenizer.json, or bytes) to write text"
+        )
     settle_threads(ALONE)
     device = choose_device(recipe.train.device, ALONE)
     with torch.device("meta"):
         model = Decoder(recipe.model)
     model.to(storage_dtype(recipe.train.precision)).to_empty(device=device)
     load(folder, named_tensors(model, None), partial=True)
-    return model, recipe, open_tokenizer(recipe.data.tokenizer), device
+    return model, recipe, open_tokenizer(named), device
 
 
 def generate(
@@ -93,11 +99,6 @@ def generate(
     """
     model, recipe, tokenizer, device = open_model(Path(checkpoint))
     start = tokenizer.encode([prompt])[0] or [tokenizer.eod]
-    if tokenizer.size > recipe.model.vocab:
-        raise UserError(
-            f"data.tokenizer = {recipe.data.tokenizer!r} has {tokenizer.size} tokens, "
-            f"model.vocab = {recipe.model.vocab}: this model cannot read its text"
-        )
     made = extend(
         model, start, tokens, recipe.train.seq_len, tokenizer.eod, device, temperature, top_k, seed
     )

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
-from colonnade.launcher.data import Batch, Data, open_data
-from colonnade.launcher.data.prefetch import Prefetcher
+from colonnade.launcher.corpus import Batch, Data, open_data
+from colonnade.launcher.corpus.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generation import extend
 from colonnade.launcher.monitor import Monitor, peak_flops

@@ -49,11 +49,19 @@ class DataConfig(Table):
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)] = (
         SourceConfig(),
     )
-    tokenizer: str = Field("bytes", description="`bytes`, or the path of a tokenizer.json")
+    tokenizer: str | None = Field(
+        None, description="`bytes`, or the path of a tokenizer.json; default: `bytes` for text"
+    )
     validation: float = Field(
         0.05, ge=0, lt=1, description="share of the documents kept for validation"
     )
     cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer in force; None where all sources are tokens and none is named."""
+        text = any(source.format != "tokens" for source in self.sources)
+        return self.tokenizer or ("bytes" if text else None)
 
 
 class TrainConfig(Table):

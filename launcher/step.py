@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.loss import IGNORED
-from colonnade.launcher.data import Batch, Rows
+from colonnade.launcher.corpus import Batch, Rows
 from colonnade.launcher.optimizer import set_learning_rate
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, learning_rate

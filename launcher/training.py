@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.data import prepare_data
+from colonnade.launcher.corpus import prepare_data
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.job import run_job
 from colonnade.launcher.load import dump_recipe, load_recipe

@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from colonnade.launcher.corpus.tokenizer import ByteTokenizer
 from colonnade.launcher.effects import given, involved, no_effect
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe import Recipe, SourceConfig
+from colonnade.launcher.recipe import Recipe
 from colonnade.models.config import SYMBOLS
-
-BYTE_VOCAB = 257  # 256 bytes and the end of a document
 
 
 class Finding(NamedTuple):
@@ -270,24 +269,19 @@ def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             yield Fault(field, source.path, remedy)
 
 
-def _only_tokens(sources: tuple[SourceConfig, ...]) -> bool:
-    return all(s.format == "tokens" for s in sources)
-
-
 @rule("data.tokenizer", "data.sources")
 def vocabulary(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The embedding has a row for every token the byte tokenizer makes."""
-    text = not _only_tokens(r.data.sources)
-    if text and r.data.tokenizer == "bytes" and r.model.vocab < BYTE_VOCAB:
-        remedy = f"the tokenizer `bytes` has {BYTE_VOCAB} tokens; set model.vocab to at least that"
+    if r.data.tokenizer_name == "bytes" and r.model.vocab < ByteTokenizer.size:
+        size = ByteTokenizer.size
+        remedy = f"the tokenizer `bytes` has {size} tokens; set model.vocab to at least that"
         yield Fault("model.vocab", r.model.vocab, remedy)
 
 
-@rule("data.tokenizer", "data.sources", "model.vocab")
+@rule("data.tokenizer", "data.sources")
 def sampling(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A sample can be turned into text. Tokens on disk do not say by what they were made."""
-    bytes_by_default = "tokenizer" not in r.data.model_fields_set and r.model.vocab > BYTE_VOCAB
-    if r.train.sample and _only_tokens(r.data.sources) and bytes_by_default:
+    if r.train.sample and r.data.tokenizer_name is None:
         remedy = "text needs the tokenizer that made the tokens; set data.tokenizer to its "
         remedy += "tokenizer.json (or to bytes), or train.sample to 0"
         yield Fault("train.sample", r.train.sample, remedy)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from colonnade.kernels.linear import ONEDNN_LINEAR
+
 aten = torch.ops.aten
 # Costly to compute again, and no larger than a sub-block's input or its inner width.
 KEPT = {
@@ -22,8 +24,9 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._grouped_mm.default,
-    torch.ops.mkldnn._linear_pointwise.default,
 }
+if ONEDNN_LINEAR is not None:
+    KEPT.add(ONEDNN_LINEAR.default)
 
 
 def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

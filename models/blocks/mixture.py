@@ -42,7 +42,11 @@ def balance_loss(logits: Tensor, chosen: Tensor, samples: int) -> Tensor:
 
 
 class Router(Part):
-    """Scores of every expert, in at least fp32, and the top k with weights that sum to 1."""
+    """Scores of every expert, in at least fp32, and the top k with weights that sum to 1.
+
+    A single expert's weight is its probability among all (arXiv:2101.03961, eq. 2): a weight that
+    is always 1 would teach the router nothing.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,7 +56,8 @@ class Router(Part):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = wide(x) @ wide(self.weight_of("weight")).T
         top, chosen = logits.topk(self.top_k, dim=-1)
-        return logits, chosen, top.softmax(-1)
+        weight = top.softmax(-1) if self.top_k > 1 else logits.softmax(-1).gather(-1, chosen)
+        return logits, chosen, weight
 
 
 class Dispatch(Part):

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from colonnade.launcher.bench import loader, scan, step
-from colonnade.launcher.bench.timing import alternate, median_ratio
-from colonnade.launcher.doctor import examine
+from colonnade.launcher.benchmarks import loader, scan, step
+from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.launcher.health import doctor
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_contestants_take_turns() -> None:
 
 
 def test_doctor_names_every_operator() -> None:
-    report = examine()
+    report = doctor()
     served = {name.removeprefix("kernel: ") for name in report if name.startswith("kernel: ")}
     assert served >= {"linear", "attention", "ssd", "conv", "experts", "loss", "rms_norm"}
     assert all(report[name] for name in report)

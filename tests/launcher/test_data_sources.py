@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from colonnade.launcher.data import Data, open_data, prepare_data, read_indexed, tokenise
-from colonnade.launcher.data.rows import Tokens, cut
-from colonnade.launcher.data.sources import read_documents
+from colonnade.launcher.corpus import Data, open_data, prepare_data, read_indexed, tokenise
+from colonnade.launcher.corpus.rows import Tokens, cut
+from colonnade.launcher.corpus.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.models.config import ModelConfig
@@ -137,7 +137,7 @@ def test_the_standard_library_is_split_by_file() -> None:
 def test_the_default_corpus_needs_neither_datasets_nor_tokenizers() -> None:
     program = """
 import sys
-from colonnade.launcher.data import open_data
+from colonnade.launcher.corpus import open_data
 from colonnade.launcher.recipe import Recipe
 open_data(Recipe()).train.batch([0, 1])
 print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules)))
@@ -207,7 +207,7 @@ def test_the_cache_is_used_until_something_changes(tmp_path: Path) -> None:
 def test_callers_at_the_same_time_do_not_harm_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from colonnade.launcher.data import cache
+    from colonnade.launcher.corpus import cache
 
     source = write_lines(tmp_path / "a.jsonl", 50)
     written: list[Data] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colonnade.launcher.data import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 
 

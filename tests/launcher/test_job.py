@@ -12,8 +12,8 @@ from ranks import RankError, Ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from colonnade.launcher import step
-from colonnade.launcher.data import IndexedWriter, open_data
-from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.corpus import IndexedWriter, open_data
+from colonnade.launcher.corpus.indexed import token_dtype
 from colonnade.launcher.job import build, run_job
 from colonnade.launcher.load import dump_recipe, load_recipe
 from colonnade.launcher.monitor import Monitor, read_metrics

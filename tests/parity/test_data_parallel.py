@@ -9,7 +9,7 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colonnade.launcher.data import Batch
+from colonnade.launcher.corpus import Batch
 from colonnade.launcher.optimizer import build_optimizer, start_state
 from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.schedule import micro_batches

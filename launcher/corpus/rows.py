@@ -7,10 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from colonnade.launcher.data.mixture import Permutation, locate, split_fractions
+from colonnade.kernels.loss import IGNORED
+from colonnade.launcher.corpus.mixture import Permutation, locate, split_fractions
 from colonnade.launcher.errors import UserError
-
-NO_LOSS = -100
 
 
 class Batch(NamedTuple):
@@ -73,7 +72,7 @@ def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Bat
     labels = window[:, 1:].astype(np.int32)
     if source.mask is not None:
         trained = np.stack([source.mask[o + 1 : o + seq_len + 1] for o in offsets])
-        labels[trained == 0] = NO_LOSS
+        labels[trained == 0] = IGNORED
 
     # Rows laid end to end fall into segments: one begins at each row and at each document start
     # in (offset, offset + S]. A start at offset + S makes a segment of no tokens, but takes away
@@ -87,7 +86,7 @@ def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Bat
     begins = source.starts[np.repeat(first, counts) + number - 1]
     begins = begins + np.repeat(row_begins - at, counts)
     begins[opening] = row_begins
-    labels.reshape(-1)[begins[number > 0] - 1] = NO_LOSS
+    labels.reshape(-1)[begins[number > 0] - 1] = IGNORED
 
     lengths = np.append(begins[1:], end) - begins
     positions = np.arange(end, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)

@@ -79,7 +79,7 @@ def operators() -> dict[str, str]:
     }
 
 
-def examine() -> dict[str, Any]:
+def doctor() -> dict[str, Any]:
     """Everything `colonnade doctor` reports, one value a line."""
     required = ("torch", "numpy", "pydantic", "safetensors", "colonnade")
     report: dict[str, Any] = {"python": platform.python_version()}

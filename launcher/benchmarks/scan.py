@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from colonnade.kernels.ssd import ssd, ssd_recurrence
-from colonnade.launcher.bench.timing import alternate, median_ratio
+from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 
 B, H, P, G, N, CHUNK = 1, 8, 64, 1, 128, 64
 

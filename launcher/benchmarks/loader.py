@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from colonnade.launcher.bench.timing import alternate, median_ratio
-from colonnade.launcher.data import IndexedWriter, open_data
-from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.launcher.corpus import IndexedWriter, open_data
+from colonnade.launcher.corpus.indexed import token_dtype
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
 
 MEAN, BATCH, SEQ = 1000, 8, 4096

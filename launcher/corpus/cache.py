@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from colonnade.launcher.data.indexed import IndexedWriter, token_dtype, token_files
-from colonnade.launcher.data.sources import (
+from colonnade.launcher.corpus.indexed import IndexedWriter, token_dtype, token_files
+from colonnade.launcher.corpus.sources import (
     Document,
     chunks,
     encode_documents,
@@ -21,7 +21,7 @@ from colonnade.launcher.data.sources import (
     source_files,
     source_name,
 )
-from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import DataConfig, SourceConfig
 

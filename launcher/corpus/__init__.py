@@ -11,19 +11,19 @@ import dataclasses
 
 import numpy as np
 
-from colonnade.launcher.data.cache import Summary, cached_tokens, tokenise
-from colonnade.launcher.data.indexed import IndexedWriter, read_indexed
-from colonnade.launcher.data.prefetch import Prefetcher
-from colonnade.launcher.data.rows import (
+from colonnade.launcher.corpus.cache import Summary, cached_tokens, tokenise
+from colonnade.launcher.corpus.indexed import IndexedWriter, read_indexed
+from colonnade.launcher.corpus.prefetch import Prefetcher
+from colonnade.launcher.corpus.rows import (
     Batch,
     ChainedRows,
     IndexedRows,
     MixtureRows,
     Rows,
 )
-from colonnade.launcher.data.sources import source_name, source_path
-from colonnade.launcher.data.stream import StreamRows
-from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus.sources import source_name, source_path
+from colonnade.launcher.corpus.stream import StreamRows
+from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe import Recipe, SourceConfig
 
@@ -49,7 +49,7 @@ class Data:
 
     train: Rows
     validation: Rows | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None where only tokens are read and nobody said what they mean
 
 
 def prepare_data(recipe: Recipe) -> None:
@@ -65,9 +65,9 @@ def open_data(recipe: Recipe) -> Data:
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
     smaller than the tokenizer.
     """
-    tokenizer = open_tokenizer(recipe.data.tokenizer)
-    from_text = any(source.format != "tokens" for source in recipe.data.sources)
-    if from_text and tokenizer.size > recipe.model.vocab:
+    named = recipe.data.tokenizer_name
+    tokenizer = None if named is None else open_tokenizer(named)
+    if tokenizer is not None and tokenizer.size > recipe.model.vocab:
         remedy = f"data.tokenizer has {tokenizer.size} tokens: set model.vocab to that or more"
         raise RecipeError([Fault("model.vocab", recipe.model.vocab, remedy)])
     opened = [_open(recipe, i, tokenizer) for i in range(len(recipe.data.sources))]
@@ -81,12 +81,13 @@ def open_data(recipe: Recipe) -> Data:
     )
 
 
-def _open(recipe: Recipe, index: int, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
+def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows | None]:
     """(training rows, validation rows) of one source."""
     source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
     shuffle = (recipe.train.seed, index)
     if source.format == "tokens":
         return _open_tokens(recipe, source, shuffle)
+    assert tokenizer is not None  # the default for text is `bytes`
     if source.stream and source.format != "stdlib":
         return StreamRows(source, tokenizer, S, vocab), None
     entry = cached_tokens(source, recipe.data, tokenizer)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colonnade.launcher.bench.timing import alternate, median_ratio
+from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 from colonnade.launcher.errors import UserError
 from colonnade.models.config import ModelConfig
 

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from colonnade.launcher.data.rows import Batch, Rows
+from colonnade.launcher.corpus.rows import Batch, Rows
 
 
 class Prefetcher:

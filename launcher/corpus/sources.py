@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.launcher.data.tokenizer import Tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import SourceConfig
 

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from colonnade.launcher.data.rows import Tokens
+from colonnade.launcher.corpus.rows import Tokens
 from colonnade.launcher.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -6,21 +6,21 @@ from typing import Any
 
 def bench_step() -> dict[str, Any]:
     """A training step of a small Llama beside Hugging Face's."""
-    from colonnade.launcher.bench.step import run
+    from colonnade.launcher.benchmarks.step import run
 
     return run()
 
 
 def bench_loader() -> dict[str, Any]:
     """Reading batches from a memory-mapped token file, beside copying as many bytes."""
-    from colonnade.launcher.bench.loader import run
+    from colonnade.launcher.benchmarks.loader import run
 
     return run()
 
 
 def bench_scan() -> dict[str, Any]:
     """Chunked Mamba-2 beside its token-by-token recurrence."""
-    from colonnade.launcher.bench.scan import run
+    from colonnade.launcher.benchmarks.scan import run
 
     return run()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.launcher.data.rows import Batch, Tokens, cut
-from colonnade.launcher.data.sources import (
+from colonnade.launcher.corpus.rows import Batch, Tokens, cut
+from colonnade.launcher.corpus.sources import (
     Document,
     chunks,
     encode_documents,
@@ -17,7 +17,7 @@ from colonnade.launcher.data.sources import (
     source_name,
     to_document,
 )
-from colonnade.launcher.data.tokenizer import Tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import SourceConfig
 
