@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-NPROC  ?= 2
+# Ranks of `make train`: two, or one where there is a single GPU.
+NPROC  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: train test lint types clean

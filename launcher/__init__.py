@@ -8,18 +8,24 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colonnade.launcher.benchmarks import bench as bench
+    from colonnade.launcher.corpus import data as data
     from colonnade.launcher.generation import generate as generate
+    from colonnade.launcher.health import doctor as doctor
     from colonnade.launcher.load import load_recipe as load_recipe
     from colonnade.launcher.training import resume as resume
     from colonnade.launcher.training import train as train
 
 _HOMES = {
+    "bench": "benchmarks",
+    "data": "corpus",
+    "doctor": "health",
     "generate": "generation",
     "load_recipe": "load",
     "resume": "training",
     "train": "training",
 }
-__all__ = ["generate", "load_recipe", "resume", "train"]
+__all__ = ["bench", "data", "doctor", "generate", "load_recipe", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

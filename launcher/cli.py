@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,18 +19,24 @@ def run_train(arguments: argparse.Namespace) -> int:
     """`colonnade train`."""
     from colonnade.launcher.training import describe, resume, train
 
-    overrides = list(arguments.overrides)
-    options = {"nproc": arguments.nproc, "until": arguments.until}
-    if arguments.resume is not None:
-        if arguments.recipe:
-            overrides.insert(0, arguments.recipe)
-        return resume(arguments.resume, overrides, **options).status
-    if arguments.recipe is None:
+    a, overrides = arguments, list(arguments.overrides)
+    if a.resume is not None:
+        if useless := "--dry-run" * a.dry_run or "--runs" * (a.runs is not None):
+            raise UserError(f"train --resume goes on in the run's own folder: leave out {useless}")
+        if a.recipe:
+            overrides.insert(0, a.recipe)
+        run = resume(a.resume, overrides, nproc=a.nproc, until=a.until)
+    elif a.recipe is None:
         raise UserError("train: name a recipe (for example: quickstart), or --resume RUN")
-    if arguments.dry_run:
-        emit(describe(arguments.recipe, overrides, nproc=arguments.nproc), arguments.json)
+    elif a.dry_run:
+        emit(describe(a.recipe, overrides, nproc=a.nproc), a.json)
         return 0
-    return train(arguments.recipe, overrides, runs=arguments.runs, **options).status
+    else:
+        folder = a.runs or "runs"
+        run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
+    if a.json:
+        emit(run.summary(), a.json)
+    return run.status
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
@@ -52,18 +59,19 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_data(arguments: argparse.Namespace) -> int:
     """`colonnade data`."""
-    from colonnade.launcher.corpus import tokenise
-    from colonnade.launcher.recipe import SourceConfig
+    from colonnade.launcher.corpus import data
 
-    path = Path(arguments.source)
-    kinds = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-    kind = arguments.format or kinds.get(path.suffix, "text")
-    fields = {"format": kind, "path": arguments.source, "column": arguments.column}
-    source = SourceConfig.model_validate(fields | {"prompt": arguments.prompt})
-    summary = tokenise(
-        source, Path(arguments.destination), arguments.tokenizer, arguments.overwrite
+    a = arguments
+    summary = data(
+        a.source,
+        a.destination,
+        format=a.format,
+        tokenizer=a.tokenizer,
+        column=a.column,
+        prompt=a.prompt,
+        overwrite=a.overwrite,
     )
-    emit(asdict(summary), arguments.json)
+    emit(asdict(summary), a.json)
     return 0
 
 
@@ -77,22 +85,25 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`colonnade bench`."""
-    from colonnade.launcher.benchmarks import BENCHMARKS
+    from colonnade.launcher.benchmarks import bench
 
-    emit(BENCHMARKS[arguments.name](), arguments.json)
+    emit(bench(arguments.name), arguments.json)
     return 0
 
 
 def emit(report: dict, target: str | None) -> None:
     """Print a report as aligned lines, or write it as JSON."""
+    text = json.dumps(report, indent=2)
     if target is None:
         width = max(len(key) for key in report)
-        for key, value in report.items():
-            print(f"{key:<{width}}  {figure(value)}")
+        print("\n".join(f"{key:<{width}}  {figure(value)}" for key, value in report.items()))
     elif target == "-":
-        print(json.dumps(report, indent=2))
+        print(text)
     else:
-        Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(target).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {target}: cannot write it: {error.strerror}") from error
 
 
 def figure(value: object) -> str:
@@ -106,9 +117,15 @@ def figure(value: object) -> str:
 
 def positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
+    if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """A number from 0."""
+    if not (number := float(text)) >= 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return number
 
 
@@ -131,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
-    train.add_argument("--runs", default="runs", help="folder for run folders (default: runs)")
+    train.add_argument("--runs", help="folder for run folders (default: runs)")
 
     train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")
 
@@ -145,8 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
     generate.add_argument("--prompt", default="", help="the text to go on from")
     generate.add_argument("--tokens", type=positive, default=200, help="how many at most")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
-    generate.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all")
+    generate.add_argument("--temperature", type=not_negative, default=0.8, help="0: the likeliest")
+    generate.add_argument("--top-k", type=positive, help="draw among the k likeliest only")
     generate.add_argument("--seed", type=int, default=0)
 
     data = add("data", run_data, "text to packed tokens in Megatron's .bin/.idx format")
@@ -166,16 +183,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments as given; a recipe's overrides may stand before or after options."""
+    parser = build_parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and (chosen.verb != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        chosen.overrides = [*chosen.overrides, *rest]
+    return chosen
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    chosen = build_parser().parse_args(arguments)
+    chosen = parse(arguments)
     try:
         status = chosen.action(chosen)
     except UserError as mistake:
         status = USER_MISTAKE
-        report_failure(str(mistake))
-    except BrokenPipeError:
-        status = 1
+        report_failure(str(mistake), started=chosen.verb == "_rank")
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     if status and Place.from_environment():
         sys.stdout.flush()
         os._exit(status)  # other ranks may be waiting in a collective: leave without its clean-up

@@ -17,7 +17,9 @@ from colonnade.models.decoder import Decoder
 from colonnade.parallel.parallelize import storage_dtype
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
     """Draw a token from `[V]` logits; temperature 0 takes the most likely."""
     logits = logits.float().cpu()
     if temperature == 0:
@@ -37,7 +39,7 @@ def extend(
     stop: int | None,
     device: torch.device,
     temperature: float = 0.8,
-    top_k: int = 0,
+    top_k: int | None = None,
     seed: int = 0,
 ) -> list[int]:
     """Up to `count` tokens that follow `tokens`, ending before `stop`.
@@ -83,7 +85,7 @@ def generate(
     prompt: str = "",
     tokens: int = 200,
     temperature: float = 0.8,
-    top_k: int = 0,
+    top_k: int | None = None,
     seed: int = 0,
 ) -> str:
     """The text that a trained model writes after `prompt` (prompt not included).
@@ -92,7 +94,7 @@ def generate(
         checkpoint: a run folder, or one of its checkpoints.
         tokens: how many at most; the end of the document ends it earlier.
         temperature: 0 always takes the most likely token.
-        top_k: draw among the k most likely only; 0 among all.
+        top_k: draw among the k most likely only; None: among all.
 
     Raises:
         UserError: no checkpoint there, or the prompt needs tokens the model lacks.

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from colonnade.kernels.linear import uses_onednn
+from colonnade.launcher.ranks import cores
 
 OPTIONAL = {
     "datasets": "text, JSON lines, parquet and hub data (extra: text)",
@@ -33,9 +33,8 @@ def version(package: str) -> str:
 
 def devices() -> dict[str, Any]:
     """Processors and memory that a run would use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
-        "cpu": f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+        "cpu": f"{platform.machine()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     }
     if not torch.cuda.is_available():
         found["gpu"] = "none: runs use the CPU"

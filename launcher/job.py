@@ -1,8 +1,7 @@
 """What one rank does from start to end: build, restore, train, save, report."""
 
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,12 +13,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
-from colonnade.launcher.corpus import Batch, Data, open_data
+from colonnade.launcher.corpus import Data, open_data
 from colonnade.launcher.corpus.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.folder import adopt
 from colonnade.launcher.generation import extend
-from colonnade.launcher.monitor import Monitor, peak_flops
-from colonnade.launcher.optimizer import build_optimizer, named_tensors, start_state, updates_done
+from colonnade.launcher.monitor import Monitor
+from colonnade.launcher.optimizer import (
+    build_optimizer,
+    named_tensors,
+    set_updates,
+    start_state,
+    updates_done,
+)
 from colonnade.launcher.plot import plot_loss
 from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
@@ -89,24 +95,18 @@ class Job:
         }
         tensors = named_tensors(self.model, self.optimizer)
         save(step_folder(self.checkpoints, self.step), tensors, state)
-        on_first(lambda: prune(self.checkpoints, self.recipe.checkpoint.keep))
+        keep = self.recipe.checkpoint.keep
+        on_first(lambda: writing(self.checkpoints, lambda: prune(self.checkpoints, keep)))
 
     def restore(self) -> None:
         """Continue from the newest checkpoint. Collective."""
         folder = on_first(lambda: newest(self.checkpoints))
         if folder is None:
             raise UserError(f"{self.run}: no complete checkpoint to resume from; train it anew")
-        start_state(self.optimizer, 0)
         state = load(folder, named_tensors(self.model, self.optimizer))
-        start_state_step(self.optimizer, state["updates"])
+        set_updates(self.optimizer, state["updates"])
         self.step, self.bad = state["step"], state["bad_steps"]
         self.data.train.load_state(state["data"])
-
-
-def start_state_step(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Set AdamW's count of updates."""
-    for state in optimizer.state.values():
-        state["step"].fill_(updates)
 
 
 def build(recipe: Recipe, run: Path, here: World) -> Job:
@@ -118,7 +118,7 @@ def build(recipe: Recipe, run: Path, here: World) -> Job:
     parallelize(model, mesh, recipe)
     materialise(model, here.device, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
-    start_state(optimizer, 0)
+    start_state(optimizer)
     return Job(recipe, run, here, mesh, model, optimizer, open_data(recipe))
 
 
@@ -133,22 +133,16 @@ def run_job(
     job = build(recipe, run, here)
     if resume:
         job.restore()
+        on_first(lambda: adopt(run))
     monitor = open_monitor(job)
     with stop_signal() as stop:
-        number = train_loop(
-            job, monitor, stop, min(until or recipe.train.steps, recipe.train.steps)
-        )
+        end = min(until or recipe.train.steps, recipe.train.steps)
+        number = train_loop(job, monitor, stop, end)
         if job.step == recipe.train.steps and not number:
             finish(job, monitor)
     if monitor:
         monitor.close()
-        if plot := plot_loss(run):
-            print(f"plot        {plot}")
-        print(f"run         {run}")
-        if job.step < recipe.train.steps:
-            print(
-                f"stopped after step {job.step}, saved; go on with: colonnade train --resume {run}"
-            )
+        close_run(job)
     return number
 
 
@@ -158,56 +152,101 @@ def open_monitor(job: Job) -> Monitor | None:
 
     def make() -> None:
         box.append(Monitor(job.run, job.recipe, job.step))
+        box[0].say(introduction(job))
 
-    on_first(make)
+    on_first(lambda: writing(job.run, make))
     return box[0] if box else None
+
+
+def introduction(job: Job) -> str:
+    """What is about to run, where, and on what data."""
+    recipe, here = job.recipe, job.here
+    size = measure(recipe.model, recipe.train.seq_len)
+    ranks = "1 rank" if here.size == 1 else f"{here.size} ranks"
+    text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {here.device.type}"
+    if here.device.type == "cpu" and torch.cuda.is_available():
+        text += f" (GPUs here: {torch.cuda.device_count()}; with at most a rank each they serve)"
+    text += f"\n{job.data.train.describe()}"
+    if recipe.data.validation and recipe.train.validate_rows and job.data.validation is None:
+        text += "\nno validation: the data are too few documents, or streamed, to hold rows out"
+    return text
 
 
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
     """Steps until `end` or a signal on any rank; a checkpoint at the last one always."""
     recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
-    flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
-    peak = peak_flops(torch.cuda.get_device_name()) if job.here.device.type == "cuda" else None
     number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
         while job.step < end and not number:
-            result = one_step(job, job.reader, rank, ranks)
+            count = len(micro_batches(recipe.train, job.step, rank, ranks))
+            batches = list(islice(job.reader, count))
+            result = train_step(
+                job.model, job.optimizer, batches, recipe, job.step, job.here.device
+            )
             job.step += 1
-            if monitor:
-                report(job, monitor, result, flops, peak)
-            number = int(over_ranks([stop.number], job.here.device, dist.ReduceOp.MAX)[0])
-            last = job.step == end or number
+            job.bad = job.bad + 1 if result.skipped else 0
+            number = agree(job, stop, reported(job, monitor, result))
+            if job.bad >= recipe.train.bad_steps:
+                give_up(job, result)
             every = recipe.train.validate_every
-            if every and job.step % every == 0 and job.step < recipe.train.steps:
+            if every and job.step % every == 0 and job.step < recipe.train.steps and not number:
                 check(job, monitor)
-            if last or (recipe.checkpoint.every and job.step % recipe.checkpoint.every == 0):
+            every = recipe.checkpoint.every
+            if job.step == end or number or (every and job.step % every == 0):
                 job.save()
             if monitor:
                 monitor.restart_clock()
     return number
 
 
-def one_step(job: Job, batches: Iterator[Batch], rank: int, ranks: int) -> Result:
-    """Train on the next global batch; too many bad steps in a row end the run."""
-    count = len(micro_batches(job.recipe.train, job.step, rank, ranks))
-    mine = list(islice(batches, count))
-    result = train_step(job.model, job.optimizer, mine, job.recipe, job.step, job.here.device)
-    job.bad = job.bad + 1 if result.skipped else 0
-    if job.bad >= job.recipe.train.bad_steps:
+def agree(job: Job, stop: StopSignal, trouble: UserError | None) -> int:
+    """The signal that any rank noted, or 0; all ranks raise what rank 0 could not write."""
+    noted = [float(stop.number), float(trouble is not None)]
+    number, failed = over_ranks(noted, job.here.device, dist.ReduceOp.MAX)
+    if failed:
+        raise UserError(on_first(lambda: str(trouble)))
+    return int(number)
+
+
+def reported(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
+    """Report a step on rank 0; returns what went wrong, for all ranks to raise."""
+    if monitor is None:
+        return None
+    try:
+        writing(job.run, lambda: report(job, monitor, result))
+    except UserError as trouble:
+        return trouble
+    return None
+
+
+def writing(path: Path, action: Callable[[], object]) -> None:
+    """Run `action`, which writes below `path`; what the disk refuses is a UserError."""
+    try:
+        action()
+    except OSError as error:
         raise UserError(
-            f"step {job.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not "
-            f"finite for {job.bad} steps in a row, so the run stops (train.bad_steps = "
-            f"{job.recipe.train.bad_steps}); the last checkpoint is intact. "
-            f"Lower optimizer.lr = {job.recipe.optimizer.lr}, lengthen optimizer.warmup = "
-            f"{job.recipe.optimizer.warmup}, or set train.precision = 'fp32'"
-        )
-    return result
+            f"cannot write {error.filename or path}: {error.strerror}; free space or mend the "
+            f"disk of {path.absolute()}, then resume the run"
+        ) from error
 
 
-def report(job: Job, monitor: Monitor, result: Result, flops: int, peak: float | None) -> None:
-    """One line of metrics. `tokens` counts all rows' tokens so far per step, masked ones too."""
-    tokens = batch_size(job.recipe.train, job.step - 1) * job.recipe.train.seq_len
+def give_up(job: Job, result: Result) -> None:
+    """End a run of bad steps: say why on all ranks, and what to try."""
+    last, recipe = on_first(lambda: newest(job.checkpoints)), job.recipe
+    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+    raise UserError(
+        f"step {job.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite for "
+        f"{job.bad} steps in a row, so the run stops (train.bad_steps = {recipe.train.bad_steps}); "
+        f"{kept}. Lower optimizer.lr = {recipe.optimizer.lr}, lengthen optimizer.warmup = "
+        f"{recipe.optimizer.warmup}, or set train.precision = 'fp32'"
+    )
+
+
+def report(job: Job, monitor: Monitor, result: Result) -> None:
+    """One line of metrics. `tokens` counts this step's, `trained_tokens` those with a loss."""
+    recipe = job.recipe.train
+    tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
     metrics: dict[str, Any] = {
         "step": job.step,
         "loss": result.loss,
@@ -222,12 +261,9 @@ def report(job: Job, monitor: Monitor, result: Result, flops: int, peak: float |
         metrics["skipped"] = True
         monitor.say(
             f"step {job.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-            f"step skipped ({job.bad} in a row, {job.recipe.train.bad_steps} end the run)"
+            f"step skipped ({job.bad} in a row, {recipe.bad_steps} end the run)"
         )
-    if peak:
-        seconds = time.perf_counter() - monitor.clock
-        metrics["mfu"] = round(tokens * flops / seconds / (peak * job.here.size), 4)
-    monitor.step(metrics, tokens)
+    monitor.step(metrics, tokens, job.here)
 
 
 def check(job: Job, monitor: Monitor | None) -> None:
@@ -238,7 +274,9 @@ def check(job: Job, monitor: Monitor | None) -> None:
     device = job.here.device
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths)
-    if monitor:
+
+    def tell() -> None:
+        assert monitor is not None
         metrics = {"step": job.step, "validation_loss": loss}
         text = f"validation  loss {loss:.4f}"
         if bits is not None:
@@ -246,6 +284,8 @@ def check(job: Job, monitor: Monitor | None) -> None:
             text += f", {bits:.3f} bits per byte"
         monitor.record(metrics)
         monitor.say(f"{text} at step {job.step}")
+
+    on_first(lambda: writing(job.run, tell))
 
 
 def finish(job: Job, monitor: Monitor | None) -> None:
@@ -256,7 +296,24 @@ def finish(job: Job, monitor: Monitor | None) -> None:
         return
     start = tokenizer.encode(["def "])[0]
     made = extend(job.model, start, count, job.recipe.train.seq_len, None, job.here.device)
+    text = "def " + tokenizer.decode(made)
+    path = job.run / "sample.txt"
+    on_first(lambda: writing(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
     if monitor:
-        text = "def " + tokenizer.decode(made)
-        (job.run / "sample.txt").write_text(text + "\n", encoding="utf-8")
-        print(f"sample\n{text}\n")
+        monitor.say(f"sample\n{text}\n")
+
+
+def close_run(job: Job) -> None:
+    """Rank 0's last words: the plot, the folder, and how to go on."""
+    try:
+        if plot := plot_loss(job.run):
+            print(f"plot        {plot}")
+    except OSError as error:
+        print(f"no plot     {job.run / 'loss.png'}: {error.strerror}")
+    print(f"run         {job.run}")
+    if job.step < job.recipe.train.steps:
+        ranks = f" --nproc {job.here.size}" if job.here.size > 1 else ""
+        print(
+            f"stopped after step {job.step}, saved; go on with: "
+            f"colonnade train --resume {job.run}{ranks}"
+        )

@@ -1,22 +1,30 @@
 """What a run tells while it trains: a live line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import Recipe
+from colonnade.models.shapes import measure
+from colonnade.parallel.world import World
 
 # dense bf16 peak, FLOP/s, from the vendor's data sheets (without sparsity)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def peak_flops(device_name: str) -> float | None:
-    """bf16 peak of a known GPU, by its name."""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in device_name), None)
+def device_peak(here: World) -> float | None:
+    """bf16 peak of this rank's GPU in FLOP/s, if it is a known one."""
+    if here.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(here.device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def duration(seconds: float) -> str:
@@ -26,8 +34,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def open_tensorboard(run: Path) -> Any:
-    """A TensorBoard writer into the run's folder."""
+def open_tensorboard(run: Path, start: int) -> Any:
+    """A TensorBoard writer into the run's folder; steps after `start` are shown anew."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as missing:
@@ -35,7 +43,7 @@ def open_tensorboard(run: Path) -> Any:
             "train.tensorboard = true, but tensorboard is not installed: "
             "pip install 'colonnade[tensorboard]', or leave the field out"
         ) from missing
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
 
 def open_wandb(run: Path, recipe: Recipe) -> Any:
@@ -58,42 +66,54 @@ class Monitor:
         self.path = run / "metrics.jsonl"
         self.keep_before(start)
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = open_tensorboard(run) if recipe.train.tensorboard else None
+        self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
-        self.live = sys.stdout.isatty()
+        self.flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
+        self.live, self.unfinished = sys.stdout.isatty(), False
         self.last_print = 0.0
         self.clock = time.perf_counter()
 
     def keep_before(self, start: int) -> None:
-        """Drop what an interrupted run wrote past its last checkpoint."""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        self.path.write_text(text, encoding="utf-8")
+        """Drop what a run wrote past its checkpoint, and the last validation if it comes again."""
+
+        def stays(row: dict[str, Any]) -> bool:
+            again = start == self.steps and "validation_loss" in row
+            return row["step"] < start or (row["step"] == start and not again)
+
+        text = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if stays(row))
+        coming = self.path.with_suffix(".coming")
+        coming.write_text(text, encoding="utf-8")
+        coming.replace(self.path)
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last step (validation, a checkpoint)."""
         self.clock = time.perf_counter()
 
-    def step(self, metrics: dict[str, Any], tokens: int) -> None:
+    def step(self, metrics: dict[str, Any], tokens: int, here: World) -> None:
         """Record one step. `metrics` holds at least `step`, counted from 1, and `loss`."""
         now = time.perf_counter()
+        rate = tokens / (now - self.clock)
         self.window.append((now - self.clock, tokens))
         self.clock = now
-        metrics["tokens_per_s"] = round(tokens / self.window[-1][0], 1)
+        metrics["tokens_per_s"] = round(rate, 1)
+        if peak := device_peak(here):
+            metrics["mfu"] = round(rate * self.flops / (peak * here.size), 4)
         self.record(metrics)
-        rate = sum(n for _, n in self.window) / sum(t for t, _ in self.window)
-        left = (self.steps - metrics["step"]) * sum(t for t, _ in self.window) / len(self.window)
+        seconds = sum(t for t, _ in self.window)
+        left = (self.steps - metrics["step"]) * seconds / len(self.window)
         self.line(
             f"step {metrics['step']:>{len(str(self.steps))}}/{self.steps}  "
-            f"loss {metrics['loss']:.4f}  {rate:,.0f} tokens/s  ETA {duration(left)}",
+            f"loss {metrics['loss']:.4f}  "
+            f"{sum(n for _, n in self.window) / seconds:,.0f} tokens/s  ETA {duration(left)}",
             last=metrics["step"] == self.steps,
         )
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Write one object to every sink."""
-        self.file.write(json.dumps(metrics) + "\n")
+        """Write one object to every sink; what is not finite is null, as JSON has no NaN."""
+        plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        numbers = {k: v for k, v in plain.items() if v is not None and k != "step"}
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])
@@ -104,16 +124,20 @@ class Monitor:
         """Overwrite the live line; without a terminal print one every ten seconds."""
         if self.live:
             print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+            self.unfinished = not last
         elif last or time.perf_counter() - self.last_print > 10:
             print(text, flush=True)
             self.last_print = time.perf_counter()
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the live one."""
+        """Print lines of their own, above the live one."""
         print(f"\r\033[K{text}" if self.live else text, flush=True)
+        self.unfinished = False
 
     def close(self) -> None:
         """Finish every sink."""
+        if self.unfinished:
+            print()
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()

@@ -26,14 +26,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def start_state(optimizer: torch.optim.Optimizer, updates: int) -> None:
+def start_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the zero moments that AdamW would make at its first step."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
-                "step": torch.full((), float(updates), dtype=torch.float32, device=p.device),
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 **{name: torch.zeros_like(p) for name in MOMENTS},
             }
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Set the count of updates, on which AdamW's bias correction depends."""
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
 
 
 def updates_done(optimizer: torch.optim.Optimizer) -> int:

@@ -15,7 +15,7 @@ def plot_loss(run: Path) -> Path | None:
     except ImportError:
         return None
     rows = read_metrics(run / "metrics.jsonl")
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
     checked = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1, label="training")

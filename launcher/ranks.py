@@ -18,6 +18,7 @@ import torch
 from colonnade.launcher.errors import UserError
 
 USER_MISTAKE = 2  # exit status
+SAVING = 3600  # seconds that stopping ranks are given to save
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     )
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def settle_threads(place: Place) -> None:
     """Share this host's cores among its ranks."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    torch.set_num_threads(max(1, cores // place.local_size))
+    torch.set_num_threads(max(1, cores() // place.local_size))
 
 
 def settle_memory(device: torch.device) -> None:
@@ -84,14 +87,14 @@ def settle_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def report_failure(message: str) -> None:
-    """Hand a mistake's message to the launcher, which says it once for all ranks."""
+def report_failure(message: str, started: bool) -> None:
+    """Say a mistake, or hand it to the launcher that `started` this rank, which says it for all."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
-        print(f"colonnade: {message}", file=sys.stderr, flush=True)
-    else:
+    if path is not None:
         text = json.dumps({"message": message, "timestamp": int(time.time())})
         Path(path).write_text(text, encoding="utf-8")
+    if not started:
+        print(f"colonnade: {message}", file=sys.stderr, flush=True)
 
 
 def start_ranks(arguments: list[str], nproc: int) -> int:
@@ -119,6 +122,8 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
+    if hasattr(config, "shutdown_timeout"):  # not in PyTorch 2.11
+        config.shutdown_timeout = SAVING
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks choose theirs; torchrun would warn
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)

@@ -1,15 +1,25 @@
 """`train`: from a recipe to a finished run, on this host or as one rank of a larger job."""
 
-import time
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.corpus import prepare_data
 from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.folder import (
+    COMING,
+    RECIPE,
+    check_resumable,
+    open_again,
+    open_new,
+    saved_recipe,
+)
 from colonnade.launcher.job import run_job
-from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.load import load_recipe
 from colonnade.launcher.monitor import read_metrics
 from colonnade.launcher.ranks import (
     ALONE,
@@ -41,8 +51,16 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Training loss of every step."""
-        return [row["loss"] for row in self.metrics if "loss" in row]
+        """Training loss of every step; NaN where it was not finite."""
+        losses = (row["loss"] for row in self.metrics if "loss" in row)
+        return [math.nan if loss is None else loss for loss in losses]
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run lies, how far it came, and its last figures."""
+        last: dict[str, Any] = {}
+        for row in self.metrics:
+            last |= row
+        return {"run": str(self.path), "status": self.status, **last}
 
 
 def train(
@@ -75,8 +93,8 @@ def train(
     """
     place = Place.from_environment()
     size = place.size if place else nproc
-    recipe = settle(recipe, overrides, size)
-    return start(recipe, place, nproc, Path(runs), None, until)
+    settled = settle(recipe, overrides, size)
+    return start(settled, place, nproc, lambda: open_new(settled, Path(runs)), False, until)
 
 
 def resume(
@@ -92,13 +110,11 @@ def resume(
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
     folder = Path(run)
-    if not (folder / "recipe.toml").is_file():
-        raise UserError(
-            f"{folder}: no run here (recipe.toml is missing); name a folder under runs/"
-        )
+    saved = saved_recipe(folder)
     place = Place.from_environment()
-    recipe = settle(folder / "recipe.toml", overrides, place.size if place else nproc)
-    return start(recipe, place, nproc, folder.parent, folder, until)
+    recipe = settle(folder / RECIPE, overrides, place.size if place else nproc)
+    check_resumable(saved, recipe)
+    return start(recipe, place, nproc, lambda: open_again(recipe, folder), True, until)
 
 
 def settle(recipe: Recipe | str | Path, overrides: Sequence[str], size: int) -> Recipe:
@@ -143,23 +159,26 @@ def start(
     recipe: Recipe,
     place: Place | None,
     nproc: int,
-    runs: Path,
-    folder: Path | None,
+    open_folder: Callable[[], Path],
+    again: bool,
     until: int | None,
 ) -> Run:
     """Run here as a rank, here alone, or start ranks and wait for them."""
 
     def opened() -> Path:
         prepare_data(recipe)
-        return open_run(recipe, runs, folder)
+        return open_folder()
 
-    again = folder is not None
     if place is not None or nproc == 1:
         return be_rank(recipe, place or ALONE, opened, again, until)
     choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
     path = opened()
+    before = newest(path / "checkpoints")
     options = ["--again"] * again + (["--until", str(until)] if until else [])
-    return Run(path, start_ranks(["_rank", str(path), *options], nproc))
+    status = start_ranks(["_rank", str(path), *options], nproc)
+    if status and newest(path / "checkpoints") == before:
+        print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
+    return Run(path, status)
 
 
 def be_rank(
@@ -178,21 +197,5 @@ def be_rank(
 def be_started_rank(path: Path, again: bool, until: int | None) -> None:
     """A rank that `start` launched: the folder and the data are there."""
     place = Place.from_environment() or ALONE
-    recipe = load_recipe(path / "recipe.toml", world_size=place.size)
+    recipe = load_recipe(path / (COMING if again else RECIPE), world_size=place.size)
     be_rank(recipe, place, lambda: path, again, until)
-
-
-def open_run(recipe: Recipe, runs: Path, folder: Path | None) -> Path:
-    """Make the run's folder, or take the one that is resumed, and write the recipe there."""
-    if folder is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name, again = f"{recipe.name}-{stamp}", 1
-        while (runs / name).exists():
-            name, again = f"{recipe.name}-{stamp}-{again}", again + 1
-        folder = runs / name
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the run's folder: {error.strerror}") from error
-    return folder

@@ -30,3 +30,8 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "loader": bench_loader,
     "scan": bench_scan,
 }
+
+
+def bench(name: str) -> dict[str, Any]:
+    """Run the benchmark `name`, one of `BENCHMARKS`, and return its figures."""
+    return BENCHMARKS[name]()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.ranks import cores
 from colonnade.models.config import ModelConfig
 
 SHAPE = ModelConfig(pattern="*-", repeat=4, hidden=512, heads=8, kv_heads=4, ffn=1408, vocab=8192)
@@ -140,9 +141,7 @@ def run(rounds: int = 15) -> dict[str, Any]:
         raise UserError(
             "bench step compares with transformers: pip install 'colonnade[bench]'"
         ) from missing
-    threads = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    threads = cores()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a resting process must not spin
     processes = multiprocessing.get_context("spawn")
     pipes, workers = {}, []

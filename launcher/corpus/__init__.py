@@ -8,6 +8,7 @@ loss) in a cache, then memory-mapped; a source with `stream = true` is read whil
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ __all__ = [
     "Rows",
     "Summary",
     "Tokenizer",
+    "data",
     "open_data",
     "open_tokenizer",
     "prepare_data",
@@ -50,6 +52,36 @@ class Data:
     train: Rows
     validation: Rows | None
     tokenizer: Tokenizer | None  # None where only tokens are read and nobody said what they mean
+
+
+def data(
+    source: str,
+    destination: str | Path,
+    *,
+    format: str | None = None,
+    tokenizer: str = "bytes",
+    column: str = "text",
+    prompt: str | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Tokenise text into `DESTINATION.bin` and `.idx`, and `.mask` where there is a prompt.
+
+    Args:
+        source: file, folder or glob; for `hub` the data set's name.
+        format: `text`, `jsonl`, `parquet`, `hub` or `stdlib`; default: by the file's ending.
+        tokenizer: `bytes`, or the path of a tokenizer.json.
+        column: the column that holds the text.
+        prompt: a column put before the text, without loss.
+
+    Raises:
+        UserError: the source cannot be read or is empty, or the destination is there already.
+    """
+    endings = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+    kind = format or endings.get(Path(source).suffix, "text")
+    fields: dict[str, object] = {"format": kind, "column": column, "prompt": prompt}
+    if kind != "stdlib":
+        fields["path"] = source
+    return tokenise(SourceConfig.model_validate(fields), Path(destination), tokenizer, overwrite)
 
 
 def prepare_data(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from colonnade.launcher.cli import build_parser, main
+from colonnade.launcher.cli import build_parser, main, parse
 
 TINY = [
     "model.pattern=M*E",
@@ -179,6 +180,81 @@ def test_other_failures_exit_with_1() -> None:
     process.communicate(timeout=60)
     assert process.returncode == 1
     assert time.monotonic() - start < 45
+
+
+def test_options_may_stand_before_overrides(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "quickstart", "--nproc", "2", "train.steps=21", "--dry-run"]) == 0
+    assert "dp_shard" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "quickstart", "--nprocs", "2"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--resume", "RUN", "--dry-run"], ["--resume", "RUN", "--runs", "elsewhere"]]
+)
+def test_options_without_effect_are_refused(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+    assert f"leave out {arguments[2]}" in capfd.readouterr().err
+
+
+def test_report_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(quick("train.steps=2", "--json", "report.json")) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["step"] == 2
+    assert report["run"] == str(only_run())
+    assert main(["doctor", "--json", "/nowhere/report.json"]) == 2
+    assert "cannot write" in capfd.readouterr().err
+
+
+def test_resume_keeps_the_model_and_the_order_of_data(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A refused change leaves the run as it was."""
+    assert main(quick("train.steps=3", "--until", "1")) == 0
+    run = only_run()
+    before = (run / "recipe.toml").read_text()
+    changes = ["model.hidden=32", "train.global_batch=8", "train.seed=4"]
+    assert main(["train", "--resume", str(run), *changes]) == 2
+    error = capfd.readouterr().err
+    assert all(change.split("=")[0] in error for change in changes)
+    assert main(["train", "--resume", str(run), "train.precision=fp64"]) == 2  # the checkpoint's no
+    assert (run / "recipe.toml").read_text() == before
+    assert main(["train", "--resume", str(run), "optimizer.lr=0.1"]) == 0
+    assert "lr = 0.1" in (run / "recipe.toml").read_text()
+
+
+def test_tokens_train_and_validate_without_a_tokenizer(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What made the tokens of a file is not known: no bits per byte, and no text."""
+    Path("corpus").mkdir()
+    for number in range(40):
+        Path(f"corpus/{number}.txt").write_text(f"{number} green bottles\n" * 9)
+    assert main(["data", "corpus", "tokens"]) == 0
+    overrides = ["data.sources.0.format=tokens", "data.sources.0.path=tokens", "train.sample="]
+    kept = [o for o in TINY if o != "train.sample=5"]
+    wide = ["model.vocab=1000", "train.steps=2", "train.validate_every=1", "data.validation=0.2"]
+    assert main(["train", "quickstart", *kept, *overrides, *wide]) == 0
+    rows = [json.loads(line) for line in (only_run() / "metrics.jsonl").open()]
+    assert any("validation_loss" in row for row in rows)
+    assert not any("validation_bits_per_byte" in row for row in rows)
+    assert main(["generate", str(only_run())]) == 2
+    assert "data.tokenizer" in capfd.readouterr().err
+
+
+def test_every_command_of_the_readme_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
+    """Recipes and options in the README parse; what needs no run is checked to the end."""
+    readme = Path(__file__).parents[2] / "README.md"
+    lines = re.findall(r"^\.venv/bin/colonnade ([^#\n]*)", readme.read_text(), re.MULTILINE)
+    assert len(lines) >= 6
+    for words in map(shlex.split, lines):
+        parse(words)
+        if words[0] == "train" and "--resume" not in words:
+            dry = [] if "--dry-run" in words else ["--dry-run"]
+            assert main([*words, *dry]) == 0, words
 
 
 def test_dry_run_counts_without_building(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A job from start to end on the pool of ranks: equal losses, resuming, signals, bad steps."""
 
+import errno
 import itertools
 import os
 import signal
@@ -167,8 +168,45 @@ def test_a_bad_step_is_skipped_on_all_ranks(
 def test_too_many_bad_steps_end_the_run(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    with pytest.raises(RankError, match=r"step 5: .* not finite for 3 steps in a row"):
-        ranks2.run(poisoned, recipe("train.bad_steps=3"), tmp_path / "run", {2, 3, 4})
+    """The last good checkpoint stays, and the metrics tell of the bad steps."""
+    run, limits = tmp_path / "run", ("train.bad_steps=3", "checkpoint.every=2")
+    with pytest.raises(RankError, match=r"step 5: .* not finite for 3 .*step-00000004"):
+        ranks2.run(poisoned, recipe(*limits), run, {2, 3, 4})
+    skipped = [row.get("skipped", False) for row in read_metrics(run / "metrics.jsonl")]
+    assert skipped == [False, False, True, True, True]
+
+
+def full(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """A job whose metrics file meets a full disk at the third line."""
+    record, lines = Monitor.record, itertools.count()
+
+    def refuse(self: Monitor, metrics: dict[str, object]) -> None:
+        if next(lines) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        record(self, metrics)
+
+    Monitor.record = refuse
+    try:
+        return job(rank, size, recipe, run)
+    finally:
+        Monitor.record = record
+
+
+def test_a_full_disk_is_one_message_on_all_ranks(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(RankError) as failed:
+        ranks2.run(full, recipe(), tmp_path / "run")
+    assert str(failed.value).count("UserError: cannot write") == 2
+
+
+def test_a_finished_run_is_not_validated_twice(
+    ranks1: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    ranks1.run(job, recipe(), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    ranks1.run(job, recipe(), tmp_path / "run", True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def validated(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, float]:

@@ -1,0 +1,89 @@
+"""A run's folder: how it is opened, and what of its recipe may change when it is resumed."""
+
+import os
+import time
+from pathlib import Path
+
+from colonnade.launcher.errors import Fault, RecipeError, UserError
+from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe import Recipe
+
+RECIPE = "recipe.toml"
+COMING = "recipe.coming.toml"  # of a resumed run, until its checkpoint has taken it
+
+
+def open_new(recipe: Recipe, runs: Path) -> Path:
+    """Make `runs/NAME-TIME`, which nothing else has, with the recipe in it."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    again = 0
+    while True:
+        folder = runs / (f"{recipe.name}-{stamp}-{again}" if again else f"{recipe.name}-{stamp}")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "checkpoints").mkdir()
+            break
+        except FileExistsError:
+            again += 1
+        except OSError as error:
+            raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
+    write_recipe(recipe, folder / RECIPE)
+    return folder
+
+
+def open_again(recipe: Recipe, folder: Path) -> Path:
+    """Lay a resumed run's recipe beside the old one, which stays until the checkpoint fits."""
+    write_recipe(recipe, folder / COMING)
+    return folder
+
+
+def adopt(folder: Path) -> None:
+    """The checkpoint fits: the coming recipe is the run's recipe."""
+    if (folder / COMING).exists():
+        os.replace(folder / COMING, folder / RECIPE)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as resolved."""
+    try:
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from error
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe a run was trained with. UserError where there is no run."""
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder}: no run here ({RECIPE} is missing); name a folder under runs/")
+    return load_recipe(folder / RECIPE)
+
+
+def check_resumable(saved: Recipe, wanted: Recipe) -> None:
+    """Refuse, as RecipeError, what would train another model or read other samples.
+
+    Layout, optimizer, precision, length and reports may change; where files lie may, too.
+    """
+
+    def fixed(recipe: Recipe) -> dict[str, object]:
+        train = ("seed", "seq_len", "global_batch", "ramp_batch", "ramp_steps")
+        source = {"path", "column"}
+        fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
+        fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
+        fields["data.validation"] = recipe.data.validation
+        if saved.data.tokenizer_name:
+            fields["data.tokenizer"] = recipe.data.tokenizer_name
+        fields["data.sources"] = [s.model_dump(exclude=source) for s in recipe.data.sources]
+        return fields
+
+    before = fixed(saved)
+    faults = [
+        Fault(
+            field,
+            value,
+            f"the run began with {before[field]!r}, and a run keeps its model and "
+            "the order of its data; leave it, or start a new run",
+        )
+        for field, value in fixed(wanted).items()
+        if value != before[field]
+    ]
+    if faults:
+        raise RecipeError(faults)
