@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from colonnade.kernels import loss
 from colonnade.kernels.activation import activate, activate_reference
 from colonnade.kernels.attention import (
     attention,
@@ -96,6 +97,17 @@ def test_activate(name: str) -> None:
     )
     assert_close(ours, reference)
     assert_close(ours, results(OF_TORCH[name], *inputs))
+
+
+def test_loss_without_gradients_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation: one product per chunk, though the weight is a Parameter."""
+    calls = []
+    monkeypatch.setattr(loss, "product", lambda a, b: calls.append(1) or a @ b.T)
+    x, weight = normal(10, 4), torch.nn.Parameter(normal(6, 4, seed=1))
+    labels = torch.arange(10) % 6
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, labels, 5)
+    assert len(calls) == 2
 
 
 def test_unknown_activation_is_refused() -> None:

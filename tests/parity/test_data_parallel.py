@@ -178,6 +178,16 @@ def test_bf16_reduces_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
         assert half.losses[0] == pytest.approx(exact.losses[0], rel=2**-8)
 
 
+def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
+    """A sum of two ranks' bf16 gradients is no bf16 number in general; a bf16 reduction's is."""
+    recipe = recipe_for("*-", "standard", {}, 8, precision="bf16")
+    unclipped = OptimizerConfig(lr=1e-2, clip=0)
+    trace = ranks2.run(trained, recipe.model_copy(update={"optimizer": unclipped}))[0]
+    gradient = trace.gradients["0.wiring.blocks.0.first.q"]
+    assert gradient.dtype == torch.float32
+    assert (gradient.bfloat16().float() != gradient).float().mean() > 0.2
+
+
 def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
     here = World(rank, size, torch.device("cpu"))
     with torch.device("meta"):
