@@ -25,10 +25,18 @@ def bench_scan() -> dict[str, Any]:
     return run()
 
 
+def bench_linear() -> dict[str, Any]:
+    """Products of a linear layer beside PyTorch's."""
+    from colonnade.launcher.benchmarks.linear import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
     "scan": bench_scan,
+    "linear": bench_linear,
 }
 
 
