@@ -73,6 +73,8 @@ class SafetensorsWriter(StorageWriter):
         if chunks:
             try:
                 save_file(chunks, path)
+                # safetensors makes it for the owner alone; a team reads what its folder lets it.
+                path.chmod(path.parent.stat().st_mode & 0o666)
             except SafetensorError as error:
                 raise _os_error(error, path) from error
             sync(path)

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from colonnade.launcher import load_recipe, resume, train
 from colonnade.launcher.cli import build_parser, main, parse
 
 TINY = [
@@ -264,3 +266,40 @@ def test_dry_run_counts_without_building(capfd: pytest.CaptureFixture[str]) -> N
     assert report["parameters"] == pytest.approx(8.66e9, rel=0.01)
     assert report["training FLOPs per token"] > 6 * report["parameters"] * 0.85
     assert not Path("runs").exists()
+
+
+def test_python_function_trains_as_the_verb_does() -> None:
+    """Twice the same run, with only deterministic operators, TensorBoard and a ramp."""
+    overrides = ["train.steps=4", "train.deterministic=true", "train.tensorboard=true"]
+    overrides += ["train.ramp_batch=2", "train.ramp_steps=2", "optimizer.schedule=wsd"]
+    overrides += ["optimizer.decay=2", "train.precision=bf16", "train.recompute=selective"]
+    try:
+        first, second = (train("quickstart", quick(*overrides)[2:]) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first.losses == second.losses
+    assert len(first.losses) == 4
+    assert first.path != second.path
+    assert [row["tokens"] for row in first.metrics if "lr" in row] == [64, 64, 128, 128]
+    assert any((first.path / "tensorboard").iterdir())
+    saved = load_recipe(first.path / "recipe.toml")
+    assert saved.train.ramp_batch == 2
+    more = resume(first.path, ["train.steps=6", "optimizer.decay=3"])
+    assert len(more.losses) == 6
+
+
+@pytest.mark.slow
+def test_under_torchrun() -> None:
+    """Started by torchrun itself: the same run, and a mistake said by every rank that met it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = [*torchrun, "-m", "colonnade.launcher", *quick("train.steps=2")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    written = list(only_run().glob("checkpoints/*/rank-*.safetensors"))
+    assert len(written) == 2
+    assert {path.stat().st_mode for path in written} == {
+        (only_run() / "recipe.toml").stat().st_mode
+    }
+    ended = subprocess.run([*words, "train.seq_len=0"], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "train.seq_len = 0" in ended.stderr
