@@ -109,9 +109,8 @@ class Job:
         self.data.train.load_state(state["data"])
 
 
-def build(recipe: Recipe, run: Path, here: World) -> Job:
-    """Mesh, sharded model from the seed, optimizer, data."""
-    settle_determinism(recipe.train.deterministic)
+def build_model(recipe: Recipe, here: World) -> tuple[DeviceMesh, Decoder, torch.optim.Optimizer]:
+    """Mesh, sharded model from the seed, optimizer with its first state."""
     mesh = build_mesh(recipe.parallel, here)
     with torch.device("meta"):
         model = Decoder(recipe.model, recipe.train.loss_chunk)
@@ -119,7 +118,13 @@ def build(recipe: Recipe, run: Path, here: World) -> Job:
     materialise(model, here.device, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
     start_state(optimizer)
-    return Job(recipe, run, here, mesh, model, optimizer, open_data(recipe))
+    return mesh, model, optimizer
+
+
+def build(recipe: Recipe, run: Path, here: World) -> Job:
+    """Everything a rank needs to train a recipe."""
+    settle_determinism(recipe.train.deterministic)
+    return Job(recipe, run, here, *build_model(recipe, here), open_data(recipe))
 
 
 def run_job(

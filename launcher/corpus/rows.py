@@ -1,5 +1,6 @@
 """Rows of tokens: cuts fixed-length rows out of concatenated documents, boundaries kept."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -171,7 +172,7 @@ class IndexedRows:
         )
 
 
-class _Joined:
+class _Joined(ABC):
     """Rows from several sources; `_locate` says which row of which source a sample is."""
 
     def __init__(self, sources: Sequence[Rows]) -> None:
@@ -179,8 +180,9 @@ class _Joined:
         known = [source.rows for source in sources if source.rows is not None]
         self.rows = sum(known) if len(known) == len(self._sources) else None
 
+    @abstractmethod
     def _locate(self, sample: int) -> tuple[int, int]:
-        raise NotImplementedError
+        """(source, row of that source)."""
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """See `Rows.batch`."""

@@ -63,6 +63,12 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_for_a_step(process: subprocess.Popen[str]) -> None:
+    """Read what it prints until it has trained."""
+    assert process.stdout is not None
+    assert any(line.startswith("step") for line in process.stdout)
+
+
 def only_run() -> Path:
     (run,) = Path("runs").iterdir()
     return run
@@ -96,10 +102,7 @@ def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
 def test_two_ranks_and_ctrl_c() -> None:
     """SIGINT to the launcher alone: the ranks save, and the run can go on."""
     process = command(*quick("train.steps=100000", "--nproc", "2"))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
+    wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, err
@@ -170,10 +173,7 @@ def test_mistakes_of_a_user(
 def test_other_failures_exit_with_1() -> None:
     """A rank that dies: its status is not a user's mistake, and the others do not hang."""
     process = command(*quick("train.steps=100000", "--nproc", "2"))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
+    wait_for_a_step(process)
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
     )

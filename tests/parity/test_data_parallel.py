@@ -10,16 +10,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from colonnade.launcher.corpus import Batch
-from colonnade.launcher.optimizer import build_optimizer, start_state
+from colonnade.launcher.job import build_model
 from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.schedule import micro_batches
 from colonnade.launcher.step import train_step
 from colonnade.models.config import ModelConfig
-from colonnade.models.decoder import Decoder
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.materialise import materialise
-from colonnade.parallel.mesh import build_mesh, data_rank
-from colonnade.parallel.parallelize import parallelize
+from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
 
 STEPS, VOCAB, SEQ = 3, 61, 13
@@ -100,13 +97,7 @@ def whole(t: Tensor) -> Tensor:
 def trained(rank: int, size: int, recipe: Recipe) -> Trace:
     """A few steps of a recipe as one rank."""
     here = World(rank, size, torch.device("cpu"))
-    mesh = build_mesh(recipe.parallel, here)
-    with torch.device("meta"):
-        model = Decoder(recipe.model, recipe.train.loss_chunk)
-    parallelize(model, mesh, recipe)
-    materialise(model, here.device, recipe.train.seed)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    start_state(optimizer)
+    mesh, model, optimizer = build_model(recipe, here)
     trace = Trace([], [], {}, {})
 
     def keep(*_: object) -> None:
@@ -190,10 +181,7 @@ def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
 
 def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
     here = World(rank, size, torch.device("cpu"))
-    with torch.device("meta"):
-        model = Decoder(recipe.model)
-    parallelize(model, build_mesh(recipe.parallel, here), recipe)
-    materialise(model, here.device, recipe.train.seed)
+    model = build_model(recipe, here)[1]
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
