@@ -104,6 +104,11 @@ class Job:
         if folder is None:
             raise UserError(f"{self.run}: no complete checkpoint to resume from; train it anew")
         state = load(folder, named_tensors(self.model, self.optimizer))
+        if state["step"] > self.recipe.train.steps:
+            raise UserError(
+                f"train.steps = {self.recipe.train.steps}: the run is at step {state['step']} "
+                "already; set train.steps above it"
+            )
         set_updates(self.optimizer, state["updates"])
         self.step, self.bad = state["step"], state["bad_steps"]
         self.data.train.load_state(state["data"])

@@ -125,8 +125,7 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
     if hasattr(config, "shutdown_timeout"):  # not in PyTorch 2.11
         config.shutdown_timeout = SAVING
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks choose theirs; torchrun would warn
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's log of what we tell in our own words
     command = [sys.executable, "-u", "-m", "colonnade.launcher", *arguments]
     try:
         elastic_launch(config, command[0])(*command[1:])
@@ -142,4 +141,6 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
         raise SystemExit(1) from None
     except SignalException as stop:
         return 128 + int(stop.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
     return 0

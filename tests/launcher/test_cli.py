@@ -108,6 +108,7 @@ def test_two_ranks_and_ctrl_c() -> None:
     assert process.returncode == 128 + signal.SIGINT, err
     assert "saved; go on with" in out
     assert "Traceback" not in err
+    assert "death signal" not in err  # torchrun's own words
     (checkpoint,) = (only_run() / "checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["step"] == int(checkpoint.name.removeprefix("step-")) > 0
@@ -226,6 +227,9 @@ def test_resume_keeps_the_model_and_the_order_of_data(
     assert (run / "recipe.toml").read_text() == before
     assert main(["train", "--resume", str(run), "optimizer.lr=0.1"]) == 0
     assert "lr = 0.1" in (run / "recipe.toml").read_text()
+    assert main(["train", "--resume", str(run), "train.steps=2"]) == 2
+    assert "the run is at step 3" in capfd.readouterr().err
+    assert "steps = 3" in (run / "recipe.toml").read_text()
 
 
 def test_tokens_train_and_validate_without_a_tokenizer(
