@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = add("doctor", run_doctor, "devices, backends, and which kernel serves each operator")
     bench = add("bench", run_bench, "a benchmark, beside its reference in one run")
-    bench.add_argument("name", choices=["step", "loader", "scan", "linear"])
+    bench.add_argument("name", choices=["step", "loader", "scan", "linear", "norm"])
     for verb in (train, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser

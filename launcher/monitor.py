@@ -34,15 +34,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def not_installed(package: str) -> UserError:
+    """A report was asked for whose library is missing."""
+    return UserError(
+        f"train.{package} = true, but {package} is not installed: "
+        f"pip install 'colonnade[{package}]', or leave the field out"
+    )
+
+
 def open_tensorboard(run: Path, start: int) -> Any:
     """A TensorBoard writer into the run's folder; steps after `start` are shown anew."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as missing:
-        raise UserError(
-            "train.tensorboard = true, but tensorboard is not installed: "
-            "pip install 'colonnade[tensorboard]', or leave the field out"
-        ) from missing
+        raise not_installed("tensorboard") from missing
     return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
 
@@ -51,10 +56,7 @@ def open_wandb(run: Path, recipe: Recipe) -> Any:
     try:
         import wandb
     except ImportError as missing:
-        raise UserError(
-            "train.wandb = true, but wandb is not installed: "
-            "pip install 'colonnade[wandb]', or leave the field out"
-        ) from missing
+        raise not_installed("wandb") from missing
     return wandb.init(project="colonnade", name=run.name, dir=run, config=recipe.model_dump())
 
 

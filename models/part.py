@@ -26,7 +26,7 @@ def constant(value: float) -> Fill:
 
 
 def log_uniform_a(low: float, high: float) -> Fill:
-    """log A with A ~ U(low, high): Mamba-2's decay rates (arXiv:2405.21060, section 7)."""
+    """log A with A ~ U(low, high): Mamba-2's decay rates (arXiv:2405.21060)."""
     return lambda t, g: t.uniform_(low, high, generator=g).log_()
 
 

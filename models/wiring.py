@@ -30,7 +30,7 @@ class Wiring(nn.Module):
 
     With H_t the stream after t sub-blocks and h_t what sub-block t adds, standard wiring feeds
     sub-block t with norm(H_t), ladder with norm(H_{t-1}), which lacks the newest output
-    (arXiv:2501.06589, section 3): that output may still be under way between ranks.
+    (arXiv:2501.06589): that output may still be under way between ranks.
 
     `enter` and `leave` are seams, the identity on one device: what gathers a sub-block's input and
     what reduces its output. `recompute` says which activations are computed again in backward.

@@ -32,11 +32,19 @@ def bench_linear() -> dict[str, Any]:
     return run()
 
 
+def bench_norm() -> dict[str, Any]:
+    """RMSNorm beside PyTorch's own and its formula."""
+    from colonnade.launcher.benchmarks.norm import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
     "scan": bench_scan,
     "linear": bench_linear,
+    "norm": bench_norm,
 }
 
 

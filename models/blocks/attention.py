@@ -54,8 +54,6 @@ class AttendOut(Part):
 class Attention(SubBlock):
     """Halves: `q, k, v, positions | attend, out`."""
 
-    symbol = "*"
-
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
         self.heads, self.width = config.heads, config.head_dim or config.hidden // config.heads

@@ -1,6 +1,6 @@
 """What the residual wiring sees of a sub-block: two halves, called one after the other."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +15,6 @@ class SubBlock(nn.Module):
     stay in fp32 whatever the precision (routers, decay rates), and is used by `begin` or `finish`.
     """
 
-    symbol: ClassVar[str]
     first: nn.Module
     second: nn.Module
     small: Part

@@ -107,7 +107,6 @@ class ScanOut(Part):
 class Mamba2(SubBlock):
     """Halves: `projections, convolution | scan, gated norm, out`."""
 
-    symbol = "M"
     small: Decay
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:

@@ -94,7 +94,6 @@ class Experts(Part):
 class Mixture(SubBlock):
     """Halves: `route, dispatch | experts, combine`."""
 
-    symbol = "E"
     small: Router
 
     def __init__(self, config: ModelConfig, out_std: float, index: int) -> None:

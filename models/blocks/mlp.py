@@ -39,8 +39,6 @@ class Down(Part):
 class MLP(SubBlock):
     """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
 
-    symbol = "-"
-
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
         self.first, self.second = Up(config), Down(config, out_std)

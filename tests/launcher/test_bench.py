@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from colonnade.launcher.benchmarks import loader, scan, step
+from colonnade.launcher.benchmarks import linear, loader, norm, scan, step
 from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 from colonnade.launcher.health import doctor
 
@@ -21,6 +21,7 @@ from colonnade.launcher.health import doctor
             lambda: scan.run(S=100, rounds=2),
             ["chunked ms", "recurrence ms", "speed, chunked / recurrence"],
         ),
+        (lambda: norm.run(rounds=2), ["ours ms", "speed, ours / torch"]),
         pytest.param(
             lambda: step.run(rounds=1),
             ["ours tokens/s", "speed, floor / reference", "memory, ours / reference"],
@@ -33,6 +34,11 @@ def test_benchmarks_report_positive_figures(
 ) -> None:
     report = run()
     assert all(report[name] > 0 for name in figures)
+
+
+def test_linear_reports_every_product() -> None:
+    report = linear.run(rounds=1)
+    assert sum("ratio" in str(value) for value in report.values()) == 3 * len(linear.SHAPES)
 
 
 def test_contestants_take_turns() -> None:
