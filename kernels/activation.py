@@ -1,5 +1,6 @@
 """Activations of MLPs and experts, alone or with the product that follows: only inputs are kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,102 +9,257 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.linear import product
+from colonnade.kernels.precision import wide
+
+aten = torch.ops.aten
+
+# Of one input: the value, and the input's gradient from the value's gradient and the input.
+_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward),
+    "gelu": (F.gelu, aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "relu2": (lambda x: F.relu(x).square_(), lambda grad, x: F.relu(x).mul_(grad).mul_(2)),
+}
+_GATES = {"swiglu": "silu", "geglu": "gelu"}  # what the gate goes through before it multiplies
+_POLYNOMIALS = ("polyrelu", "polynorm")
+POLYNORM_EPS = 1e-6
+
+NAMES = (*_GATES, *_PLAIN, *_POLYNOMIALS)
 
 
 def gated(name: str) -> bool:
     """Whether the activation has a gate projection beside `up`."""
-    return name == "swiglu"
+    return name in _GATES
 
 
-def _value(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
-    if name == "swiglu":
-        assert gate is not None
-        return F.silu(gate).mul_(up)
-    if name == "gelu":
-        return F.gelu(up)
-    if name == "relu2":
-        return F.relu(up).square_()
-    raise ValueError(f"unknown activation {name!r}")
+def polynomial(name: str) -> bool:
+    """Whether the activation has coefficients to learn, `poly`."""
+    return name in _POLYNOMIALS
+
+
+def _check(name: str, gate: Tensor | None, poly: Tensor | None) -> None:
+    if name not in NAMES:
+        raise ValueError(f"unknown activation {name!r}")
+    for operand, given, wanted in (
+        ("gate", gate is not None, gated(name)),
+        ("poly", poly is not None, polynomial(name)),
+    ):
+        if given != wanted:
+            raise ValueError(f"activation {name!r} {'needs' if wanted else 'has no'} `{operand}`")
+
+
+# PolyCom is a polynomial in u: Σ_i a_i ρ_i u^i. PolyReLU: u = relu(x), ρ_i = 1. PolyNorm: u = s_1 x
+# and ρ_i = s_i / s_1^i with s_i = 1/rms(x^i), so that powers are taken of numbers near 1 only.
+
+
+def _row_scales(x: Tensor, name: str) -> Tensor | None:
+    """s_i = 1/sqrt(mean(x^(2i)) + eps), `[..., 3]`, means over the whole width: for PolyNorm.
+
+    In fp64, which holds the sixth power of any fp32.
+    """
+    if name != "polynorm":
+        return None
+    x = wide(x)
+    top = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    unit = x / top.clamp_(min=torch.finfo(x.dtype).tiny)
+    powers = (unit, unit.square(), unit * unit.square())
+    norms = torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in powers], -1).double()
+    orders = torch.arange(1, 4, device=x.device)
+    means = (norms * top.double() ** orders).square_().div_(x.shape[-1])
+    return means.add_(POLYNORM_EPS).rsqrt_()
+
+
+def _base(x: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """u `[..., F]` and ρ (1 for the constant), `[4]` or `[..., 4]`, both in at least fp32."""
+    x = wide(x)
+    if scales is None:
+        return F.relu(x), x.new_ones(4)
+    first = scales[..., :1]
+    ratios = scales / first ** torch.arange(1, 4, device=x.device)
+    return x * first.to(x.dtype), torch.cat([torch.ones_like(first), ratios], -1).to(x.dtype)
+
+
+def _horner(u: Tensor, *coefficients: Tensor) -> Tensor:
+    """Σ_i coefficients[i] u^i; each `[1]` or `[..., 1]`."""
+    *lower, before, last = coefficients
+    y = torch.addcmul(before, u, last)
+    for c in reversed(lower):
+        torch.addcmul(c, y, u, out=y)
+    return y
+
+
+def _polynomial(x: Tensor, poly: Tensor, scales: Tensor | None) -> Tensor:
+    u, rho = _base(x, scales)
+    return _horner(u, *(poly.to(u.dtype) * rho).split(1, -1)).to(x.dtype)
+
+
+def _moments(grad: Tensor, u: Tensor) -> Tensor:
+    """Σ grad u^i over the width, i = 0..3: `[..., 4]`."""
+    product, sums = grad * u, [grad.sum(-1)]
+    for _ in range(2):
+        sums.append(product.sum(-1))
+        product.mul_(u)
+    return torch.stack([*sums, product.sum(-1)], -1)
+
+
+def _d_polynomial(
+    grad: Tensor, x: Tensor, poly: Tensor, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the coefficients."""
+    g, (u, rho) = wide(grad), _base(x, scales)
+    moments = _moments(g, u) * rho
+    d_poly = moments.reshape(-1, 4).sum(0).to(poly.dtype)
+    i = torch.arange(1, 4, device=x.device)
+    slopes = (poly.to(u.dtype) * rho)[..., 1:] * i
+    d_x = _horner(u, *slopes.split(1, -1)).mul_(g)
+    if scales is None:
+        d_x.mul_(u > 0)
+    else:  # through the scales: s_i changes with every x of the row
+        shares = slopes * rho[..., 1:] * moments[..., 1:] / x.shape[-1]
+        d_x.addcmul_(u, _horner(u.square(), *shares.split(1, -1)), value=-1)
+        d_x.mul_(scales[..., :1].to(u.dtype))
+    return d_x.to(x.dtype), d_poly
+
+
+def _value(
+    up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None, scales: Tensor | None
+) -> Tensor:
+    if gate is not None:
+        return _PLAIN[_GATES[name]][0](gate).mul_(up)
+    if poly is not None:
+        return _polynomial(up, poly, scales)
+    return _PLAIN[name][0](up)
 
 
 def _derivative(
-    grad: Tensor, up: Tensor, gate: Tensor | None, name: str
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `up` and `gate` from the activation's."""
-    if name == "swiglu":
-        assert gate is not None
-        return F.silu(gate).mul_(grad), torch.ops.aten.silu_backward(grad * up, gate)
-    if name == "gelu":
-        return torch.ops.aten.gelu_backward(grad, up), None
-    return F.relu(up).mul_(grad).mul_(2), None
+    grad: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    name: str,
+    poly: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `up`, `gate` and `poly` from the activation's."""
+    if gate is not None:
+        value, derivative = _PLAIN[_GATES[name]]
+        return value(gate).mul_(grad), derivative(grad * up, gate), None
+    if poly is not None:
+        d_up, d_poly = _d_polynomial(grad, up, poly, scales)
+        return d_up, None, d_poly
+    return _PLAIN[name][1](grad, up), None, None
 
 
 class _Activate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, up: Tensor, gate: Tensor | None, name: str) -> Tensor:
-        ctx.save_for_backward(up, gate)
+    def forward(
+        ctx: Any, up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None
+    ) -> Tensor:
+        scales = _row_scales(up, name)
+        ctx.save_for_backward(up, gate, poly, scales)
         ctx.name = name
-        return _value(up, gate, name)
+        return _value(up, gate, name, poly, scales)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        up, gate = ctx.saved_tensors
-        return *_derivative(grad, up, gate, ctx.name), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
+        up, gate, poly, scales = ctx.saved_tensors
+        d_up, d_gate, d_poly = _derivative(grad, up, gate, ctx.name, poly, scales)
+        return d_up, d_gate, None, d_poly
 
 
 class _ActivatedLinear(torch.autograd.Function):
     """Backward computes the activation again: cheap, and an inner width of memory is spared."""
 
     @staticmethod
-    def forward(ctx: Any, up: Tensor, gate: Tensor | None, weight: Tensor, name: str) -> Tensor:
-        ctx.save_for_backward(up, gate, weight)
+    def forward(
+        ctx: Any, up: Tensor, gate: Tensor | None, weight: Tensor, name: str, poly: Tensor | None
+    ) -> Tensor:
+        scales = _row_scales(up, name)
+        ctx.save_for_backward(up, gate, weight, poly, scales)
         ctx.name = name
-        return product(_value(up, gate, name), weight)
+        return product(_value(up, gate, name, poly, scales), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
-        up, gate, weight = ctx.saved_tensors
-        inner = _value(up, gate, ctx.name)
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None, Tensor | None]:
+        up, gate, weight, poly, scales = ctx.saved_tensors
+        inner = _value(up, gate, ctx.name, poly, scales)
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
         del inner
-        return *_derivative(product(grad, weight.T), up, gate, ctx.name), d_weight, None
+        d_inner = product(grad, weight.T)
+        d_up, d_gate, d_poly = _derivative(d_inner, up, gate, ctx.name, poly, scales)
+        return d_up, d_gate, d_weight, None, d_poly
 
 
-def activate(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
+def activate(up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None) -> Tensor:
     """The inner activation of an MLP.
+
+    | name | value |
+    |---|---|
+    | `swiglu`, `geglu` | silu(gate)·up, gelu(gate)·up (Shazeer 2020, arXiv:2002.05202, eq. 6) |
+    | `silu`, `gelu`, `relu` | x·sigmoid(x), x·Φ(x), max(x, 0) |
+    | `gelu_tanh` | gelu with tanh in place of Φ |
+    | `relu2` | relu(x)² (Primer, arXiv:2109.08668) |
+    | `polyrelu` | a_0 + Σ_i a_i relu(x)^i, i = 1..3 (PolyCom, arXiv:2411.03884) |
+    | `polynorm` | a_0 + Σ_i a_i x^i / rms(x^i), rms over F with eps 1e-6 (the same) |
 
     Args:
         up: `[..., F]`.
-        gate: `[..., F]` for `swiglu` (Shazeer 2020, arXiv:2002.05202, eq. 6), else None.
-        name: `swiglu` silu(gate)·up; `gelu` x·Φ(x); `relu2` relu(x)² (Primer, arXiv:2109.08668).
+        gate: `[..., F]` where `gated(name)`, else None.
+        name: one of `NAMES`.
+        poly: `[4]`, a_0 to a_3, any floating dtype, where `polynomial(name)`, else None.
 
     Returns:
         `[..., F]`, dtype of `up`.
+
+    Raises:
+        ValueError: an unknown name, or an operand missing or without use.
     """
-    return _Activate.apply(up, gate, name)
+    _check(name, gate, poly)
+    return _Activate.apply(up, gate, name, poly)
 
 
-def activated_linear(up: Tensor, gate: Tensor | None, weight: Tensor, name: str) -> Tensor:
-    """`linear(activate(up, gate, name), weight)`, without keeping the activation.
+def activated_linear(
+    up: Tensor, gate: Tensor | None, weight: Tensor, name: str, poly: Tensor | None = None
+) -> Tensor:
+    """`linear(activate(up, gate, name, poly), weight)`, without keeping the activation.
 
     Args:
-        up, gate, name: as in `activate`.
+        up, gate, name, poly: as in `activate`.
         weight: `[O, F]`, dtype of `up`.
 
     Returns:
         `[..., O]`.
     """
-    return _ActivatedLinear.apply(up, gate, weight, name)
+    _check(name, gate, poly)
+    return _ActivatedLinear.apply(up, gate, weight, name, poly)
 
 
-def activate_reference(up: Tensor, gate: Tensor | None, name: str) -> Tensor:
+def activate_reference(
+    up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None
+) -> Tensor:
     """`activate` by its formula."""
-    if name == "swiglu":
-        assert gate is not None
-        return gate * torch.sigmoid(gate) * up
+    if gate is not None:
+        return activate_reference(gate, None, _GATES[name]) * up
+    if poly is not None:
+        x, a = wide(up), wide(poly)
+        if name == "polyrelu":
+            terms = [a[i] * torch.where(x > 0, x, 0) ** i for i in (1, 2, 3)]
+        else:
+            mean = [x.pow(2 * i).mean(-1, keepdim=True) for i in (1, 2, 3)]
+            terms = [a[i] * x**i / (mean[i - 1] + POLYNORM_EPS).sqrt() for i in (1, 2, 3)]
+        return (sum(terms) + a[0]).to(up.dtype)
+    if name == "silu":
+        return up * torch.sigmoid(up)
     if name == "gelu":
         return up * 0.5 * (1 + torch.erf(up / 2**0.5))
-    return torch.where(up > 0, up, 0) ** 2
+    if name == "gelu_tanh":
+        return up * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
+    return torch.where(up > 0, up, 0) ** (2 if name == "relu2" else 1)

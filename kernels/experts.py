@@ -19,23 +19,28 @@ from colonnade.kernels.precision import wide, wide_dtype
 
 @dataclass(frozen=True)
 class Order:
-    """How assignments (token t's j-th choice is number t·k + j) became rows sorted by expert."""
+    """How assignments (token t's j-th choice is number t·k + j) became rows sorted by expert.
+
+    Rows of dropped assignments come last, after the `counts.sum()` rows that experts own: shapes
+    stay known to the host, and what the dropped rows hold is never read.
+    """
 
     counts: Tensor  # [E] int64, rows of each expert
     assignments: Tensor  # [T·k] int64, the assignment in each row
-    rows: Tensor  # [T·k] int64, the row of each assignment
+    rows: Tensor  # [T, k] int64, the row of each assignment
+    kept: Tensor | None  # [T, k] bool, the assignments that an expert serves; None for all
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Order, k: int) -> Tensor:
-        ctx.order, ctx.k = order, k
-        return x.index_select(0, order.assignments // k)
+    def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return x.index_select(0, order.assignments // order.rows.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_choices(grad, ctx.order.rows.view(-1, ctx.k)), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grad, ctx.order), None
 
 
 class _Combine(torch.autograd.Function):
@@ -43,7 +48,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.order = order
-        return _sum_choices(rows, order.rows.view_as(weight), weight)
+        return _sum_choices(rows, order, weight)
 
     @staticmethod
     @once_differentiable
@@ -51,41 +56,49 @@ class _Combine(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         order: Order = ctx.order
         spread = wide(grad.index_select(0, order.assignments // weight.shape[1]))
-        d_weight = (spread * rows).sum(-1)[order.rows].view_as(weight)
+        d_weight = (spread * rows).sum(-1)[order.rows]
         d_rows = spread.mul_(weight.reshape(-1)[order.assignments, None])
         return d_rows.to(rows.dtype), d_weight.to(weight.dtype), None
 
 
-def _sum_choices(rows: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
-    """y_t = Σ_j weight[t, j] rows[index[t, j]], j in order, summed in at least fp32."""
-    T, k = index.shape
+def _sum_choices(rows: Tensor, order: Order, weight: Tensor | None = None) -> Tensor:
+    """y_t = Σ_j weight[t, j] rows[order.rows[t, j]], j in order, summed in at least fp32."""
+    T, k = order.rows.shape
     y = torch.zeros(T, rows.shape[1], dtype=wide_dtype(rows.dtype), device=rows.device)
     for j in range(k):
-        chosen = rows.index_select(0, index[:, j]).to(y.dtype)
+        chosen = rows.index_select(0, order.rows[:, j]).to(y.dtype)
+        if order.kept is not None:  # not a weight of 0: dropped rows may hold NaN
+            chosen = chosen.masked_fill_(~order.kept[:, j, None], 0)
         y = y.add_(chosen) if weight is None else y.addcmul_(chosen, weight[:, j, None].to(y.dtype))
     return y.to(rows.dtype)
 
 
-def dispatch(x: Tensor, chosen: Tensor, experts: int) -> tuple[Tensor, Order]:
+def dispatch(
+    x: Tensor, chosen: Tensor, experts: int, kept: Tensor | None = None
+) -> tuple[Tensor, Order]:
     """Copy each token to a row for every expert it chose, rows sorted by expert, then by token.
 
     Args:
         x: `[T, D]`.
         chosen: `[T, k]` int64 in `[0, experts)`.
+        kept: `[T, k]` bool, the choices that find a place; the others are dropped. None keeps all.
 
     Returns:
-        rows `[T·k, D]` and the order, which `combine` needs.
+        rows `[T·k, D]`, those of dropped choices last and no expert's, and the order, which
+        `combine` needs.
     """
-    sorted_, assignments = chosen.reshape(-1).sort(stable=True)
+    expert = chosen if kept is None else torch.where(kept, chosen, experts)
+    sorted_, assignments = expert.reshape(-1).sort(stable=True)
     rows = torch.empty_like(assignments)
     rows[assignments] = torch.arange(len(assignments), device=chosen.device)
     ends = torch.searchsorted(sorted_, torch.arange(experts, device=chosen.device), right=True)
-    order = Order(ends.diff(prepend=ends.new_zeros(1)), assignments, rows)
-    return _Dispatch.apply(x, order, chosen.shape[1]), order
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    order = Order(counts, assignments, rows.view(chosen.shape), kept)
+    return _Dispatch.apply(x, order), order
 
 
 def combine(rows: Tensor, order: Order, weight: Tensor) -> Tensor:
-    """Sum each token's rows, weighted.
+    """Sum each token's rows, weighted; dropped choices add nothing.
 
     Args:
         rows: `[T·k, D]`, in the order of `dispatch`.
@@ -94,6 +107,8 @@ def combine(rows: Tensor, order: Order, weight: Tensor) -> Tensor:
     Returns:
         `[T, D]`, dtype of `rows`.
     """
+    if order.kept is not None:  # so dropped choices pass no gradient, neither to rows nor to weight
+        weight = torch.where(order.kept, weight, 0)
     return _Combine.apply(rows, weight, order)
 
 
@@ -130,39 +145,64 @@ def _grouped(rows: Tensor, up: Tensor) -> bool:
 
 
 def expert_mlp(
-    rows: Tensor, counts: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str
+    rows: Tensor,
+    counts: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    poly: Tensor | None = None,
 ) -> Tensor:
     """down_e · act(gate_e · row, up_e · row) for every row, e the expert that owns it.
 
     Args:
-        rows: `[M, D]`, the first `counts[0]` rows expert 0's, and so on.
-        counts: `[E]` integers that sum to M, zeros allowed (their experts' gradients are zeros).
+        rows: `[M, D]`, the first `counts[0]` rows expert 0's, and so on; the rest are no one's.
+        counts: `[E]` integers that sum to M or less, zeros allowed (their experts' gradients are
+            zeros).
         gate: `[E, F, D]`, or None where the activation has no gate.
         up: `[E, F, D]`; down: `[E, D, F]`.
         activation: a name that `kernels.activation.activate` knows.
+        poly: `[4]`, the coefficients of a polynomial activation, shared by the experts.
 
     Returns:
-        `[M, D]`.
+        `[M, D]`; what it holds for the rest is undefined.
     """
     if _grouped(rows, up):
-        return _grouped_mlp(rows, counts, gate, up, down, activation)
+        return _grouped_mlp(rows, counts, gate, up, down, activation, poly)
+    sizes = counts.tolist()
+    *owned, rest = rows.split([*sizes, len(rows) - sum(sizes)])
     gates = [None] * len(up) if gate is None else gate.unbind()
-    parts = zip(rows.split(counts.tolist()), gates, up.unbind(), down.unbind(), strict=True)
-    return torch.cat([_mlp(x, g, u, d, activation) for x, g, u, d in parts])
+    parts = zip(owned, gates, up.unbind(), down.unbind(), strict=True)
+    y = [_mlp(x, g, u, d, activation, poly) for x, g, u, d in parts]
+    return torch.cat([*y, torch.zeros_like(rest)])
 
 
-def _mlp(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+def _mlp(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, poly: Tensor | None
+) -> Tensor:
     inner = None if gate is None else linear(x, gate)
-    return activated_linear(linear(x, up), inner, down, activation)
+    return activated_linear(linear(x, up), inner, down, activation, poly)
 
 
 def _grouped_mlp(
-    rows: Tensor, counts: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str
+    rows: Tensor,
+    counts: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    poly: Tensor | None = None,
 ) -> Tensor:
     """`expert_mlp` by grouped products, without telling the host the counts."""
     ends = counts.cumsum(0, dtype=torch.int32)
     gated = None if gate is None else _GroupedProduct.apply(rows, gate, ends)
-    inner = activate(_GroupedProduct.apply(rows, up, ends), gated, activation)
+    inner = _GroupedProduct.apply(rows, up, ends)
+    if poly is None:
+        inner = activate(inner, gated, activation)
+    else:  # its gradient sums over rows, and products leave rubbish in those no expert owns
+        owned = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
+        inner = activate(torch.where(owned, inner, 0), gated, activation, poly)
+        inner = torch.where(owned, inner, 0)
     return _GroupedProduct.apply(inner, down, ends)
 
 
@@ -174,13 +214,16 @@ def experts(
     up: Tensor,
     down: Tensor,
     activation: str,
+    poly: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """y_t = Σ_j weight[t, j] · expert_{chosen[t, j]}(x_t): `dispatch`, `expert_mlp`, `combine`.
 
-    Args and result as there: x `[T, D]`, chosen and weight `[T, k]`, y `[T, D]`.
+    Args and result as there: x `[T, D]`, chosen, weight and kept `[T, k]`, y `[T, D]`.
     """
-    rows, order = dispatch(x, chosen, len(up))
-    return combine(expert_mlp(rows, order.counts, gate, up, down, activation), order, weight)
+    rows, order = dispatch(x, chosen, len(up), kept)
+    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly)
+    return combine(out, order, weight)
 
 
 def experts_reference(
@@ -191,11 +234,14 @@ def experts_reference(
     up: Tensor,
     down: Tensor,
     activation: str,
+    poly: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`experts` by its formula: every expert on every token, masked."""
     y = torch.zeros_like(x)
     for e in range(len(up)):
         g = None if gate is None else x @ gate[e].T
-        out = activate_reference(x @ up[e].T, g, activation) @ down[e].T
-        y = y + torch.where(chosen == e, weight, 0).sum(1)[:, None] * out
+        out = activate_reference(x @ up[e].T, g, activation, poly) @ down[e].T
+        used = chosen == e if kept is None else (chosen == e) & kept
+        y = y + torch.where(used, weight, 0).sum(1)[:, None] * out
     return y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""RMSNorm, computed in at least fp32, keeping only its input and one scale per row."""
+"""Norms over the last dimension, in at least fp32, keeping only inputs and statistics of rows."""
 
 from typing import Any
 
@@ -7,46 +7,186 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.precision import wide
+from colonnade.kernels.precision import wide, wide_dtype
 
 
 class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(Σ x² / width + eps) · (weight + offset) + bias.
+
+    `short` says that rows lack one channel, which would make their sum zero: Σ counts its square.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        offset: float,
+        width: int,
+        short: bool,
+    ) -> Tensor:
         w = wide(x)
         scale = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
-        scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (w * scale).mul_(weight).to(x.dtype)
+        total = w.sum(-1, keepdim=True) if short else None  # minus the channel that rows lack
+        if total is not None:
+            scale.addcmul_(total, total)
+        scale = scale.div_(width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale, total)
+        ctx.offset, ctx.width, ctx.bias_dtype = offset, width, None if bias is None else bias.dtype
+        y = w * scale
+        if weight is not None:
+            y.mul_(_factor(weight, offset))
+        if bias is not None:
+            y.add_(bias)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, total = ctx.saved_tensors
         g, normed = wide(grad), wide(x) * scale
         product = g * normed
-        d_weight = product.reshape(-1, *weight.shape).sum(0)
-        mean = product.mul_(weight).mean(-1, keepdim=True)
-        d_x = torch.addcmul(g * weight, normed, mean, value=-1).mul_(scale)
-        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+        d_weight = d_bias = None
+        if weight is not None:
+            if ctx.bias_dtype is not None:
+                d_bias = g.reshape(-1, *weight.shape).sum(0).to(ctx.bias_dtype)
+            d_weight = product.reshape(-1, *weight.shape).sum(0).to(weight.dtype)
+            factor = _factor(weight, ctx.offset)
+            product.mul_(factor)
+            g = g * factor
+        mean = product.sum(-1, keepdim=True).div_(ctx.width)
+        if total is not None:  # the sum is an input of the scale too
+            normed.add_(total * scale)
+        d_x = torch.addcmul(g, normed, mean, value=-1).mul_(scale)
+        return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv:1910.07467, eq. 4).
+def _factor(weight: Tensor, offset: float) -> Tensor:
+    """weight + offset, added in at least fp32: near 1, bf16 would lose most of a small weight."""
+    return wide(weight) + offset if offset else weight
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None, offset: float = 0.0
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · (weight + offset) + bias (arXiv:1910.07467, eq. 4).
 
     Args:
         x: `[..., D]`, or `[..., G, W]` to norm within G groups.
         weight: `[D]` or `[G, W]`, of `x`'s dtype or wider.
+        bias: as `weight`, or None.
+        offset: 1 for models that store the weight minus 1 (Gemma, Qwen3-Next).
 
     Returns:
         the shape and dtype of `x`.
     """
     if x.is_cuda:
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)
+        normed = F.rms_norm(x, x.shape[-1:], None, eps) * _factor(weight, offset).to(x.dtype)
+        return normed if bias is None else normed + bias.to(x.dtype)
+    return _RMSNorm.apply(x, weight, bias, eps, offset, x.shape[-1], False)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None, offset: float = 0.0
+) -> Tensor:
     """`rms_norm` by its formula."""
     w = wide(x)
-    return (w / (w.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(x.dtype)
+    y = w / (w.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + offset)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """PyTorch's operators; the backward one would sum the weight's gradient in bf16 beside bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            wide(grad),
+            wide(x),
+            x.shape[-1:],
+            mean,
+            scale,
+            weight,
+            bias,
+            (True, True, bias is not None),
+        )
+        return d_x.to(x.dtype), d_weight, d_bias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias (arXiv:1607.06450).
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`, of `x`'s dtype or wider.
+        bias: as `weight`, or None.
+
+    Returns:
+        the shape and dtype of `x`.
+    """
+    # PyTorch computes in fp32 inside; beside bf16 rows it takes fp32 parameters on CPU only.
+    dtype = x.dtype if x.is_cuda else wide_dtype(x.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if dtype == x.dtype:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` by its formula."""
+    w = wide(x) - wide(x).mean(-1, keepdim=True)
+    y = w / (w.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def crms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of zero-mean vectors of D channels from their first D − 1 (arXiv:2305.14858).
+
+    The last channel is minus the sum of the others: x / sqrt((Σ x² + (Σ x)²) / D + eps) · weight.
+
+    Args:
+        x: `[..., D - 1]`.
+        weight: `[D - 1]`, of `x`'s dtype or wider.
+
+    Returns:
+        the shape and dtype of `x`.
+    """
+    return _RMSNorm.apply(x, weight, None, eps, 0.0, x.shape[-1] + 1, True)
+
+
+def crms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`crms_norm` by its formula."""
+    w = wide(x)
+    squares = w.square().sum(-1, keepdim=True) + w.sum(-1, keepdim=True).square()
+    return (w / (squares / (x.shape[-1] + 1) + eps).sqrt() * weight).to(x.dtype)
+
+
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last dimension.
+
+    Args:
+        x: `[..., D]`.
+
+    Returns:
+        the shape and dtype of `x`.
+    """
+    if x.is_cuda:  # one kernel, and a factor that keeps nothing for backward
+        D = x.shape[-1]
+        return F.rms_norm(x, (D,), None, eps / D) * D**-0.5
+    return _RMSNorm.apply(x, None, None, eps, 0.0, 1, False)
+
+
+def l2_norm_reference(x: Tensor, eps: float) -> Tensor:
+    """`l2_norm` by its formula."""
+    w = wide(x)
+    return (w / (w.square().sum(-1, keepdim=True) + eps).sqrt()).to(x.dtype)

@@ -5,12 +5,13 @@ written.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from colonnade.launcher.recipe import DataConfig, Recipe
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CHANNEL_MIXERS, SYMBOLS, ModelConfig
 
 
 class Effect(NamedTuple):
@@ -25,34 +26,145 @@ class Effect(NamedTuple):
     involves: str
 
 
+def _rows(model: ModelConfig) -> list[str]:
+    """The rows of sub-blocks that a model has."""
+    return [model.symbols, model.mtp_pattern] if model.mtp else [model.symbols]
+
+
+def _unclear(model: ModelConfig) -> bool:
+    """Whether a pattern is faulty: while it is, whatever hangs on it counts as having effect."""
+    return not set("".join(_rows(model))) <= set(SYMBOLS)
+
+
 def _with(*symbols: str) -> Callable[[Recipe], bool]:
-    """Whether one of the symbols is in the pattern; true as well while the pattern is faulty."""
-    return lambda r: r.model.has(*symbols) or not set(r.model.pattern) <= set(SYMBOLS)
+    """Whether one of the symbols stands in the model."""
+    return lambda r: r.model.has(*symbols) or _unclear(r.model)
+
+
+def _side_by_side(model: ModelConfig) -> bool:
+    """Whether a channel mixer stands right behind a sequence mixer."""
+    pairs = [pair for row in _rows(model) for pair in pairwise(row)]
+    return any(a not in CHANNEL_MIXERS and b in CHANNEL_MIXERS for a, b in pairs)
+
+
+def in_balance_groups(model: ModelConfig) -> bool:
+    """Whether anything is computed by balance groups (a mean over all groups is not)."""
+    grouped = model.balance > 0 or model.capacity is not None
+    return model.has("T") or (model.has("E") and grouped)
+
+
+def _rope_mscale_all(model: ModelConfig) -> bool:
+    """It scales latent attention's scores, and is part of the factor of cosine and sine."""
+    computed = model.rope_attention_factor is None and model.rope_mscale > 0
+    return model.attention == "mla" or computed
 
 
 def _indexed(data: DataConfig) -> bool:
     return any(s.format != "tokens" and not s.stream for s in data.sources)
 
 
+_ROW = "model.pattern model.mtp model.mtp_pattern"
+
 # fmt: off
-EFFECTS = (
-    Effect("model.heads model.kv_heads model.head_dim model.positions model.rope_theta",
-           _with("*"), "without attention (`*` in model.pattern)", "model.pattern"),
-    Effect("model.rope_theta", lambda r: r.model.positions == "rope",
-           "with model.positions = none", "model.positions"),
+STREAM = (
+    Effect("model.share", lambda r: r.model.repeat > 1, "with model.repeat = 1", "model.repeat"),
+    Effect("model.residual",
+           lambda r: r.model.residual != "parallel" or _side_by_side(r.model) or _unclear(r.model),
+           "as parallel unless `-`, `E` or `T` stands right behind a sequence mixer "
+           "in model.pattern", f"{_ROW} model.repeat"),
+    Effect("model.ladder_last", lambda r: r.model.residual == "ladder",
+           "unless model.residual = ladder", "model.residual"),
+    Effect("model.norm_bias", lambda r: r.model.norm in ("layer", "pre_rms", "crms"),
+           "unless model.norm is layer or pre_rms", "model.norm"),  # crms: a rule refuses it
+    Effect("model.mtp_pattern model.mtp_weight", lambda r: r.model.mtp > 0,
+           "with model.mtp = 0", "model.mtp"),
+    Effect("model.mup_zero_init", lambda r: r.model.mup_base is not None,
+           "without model.mup_base", "model.mup_base"),
+    Effect("model.mup_zero_init", lambda r: _with("*")(r) or not r.model.tied,
+           "without attention (`*` in model.pattern) and with a tied head", f"{_ROW} model.tied"),
+)
+ATTENTION = (
+    Effect("model.attention model.heads model.kv_heads model.head_dim model.q_rank model.kv_rank "
+           "model.rope_dim model.value_dim model.positions model.rope_theta model.rope_fraction "
+           "model.rope_scaling model.rope_factor model.rope_original model.rope_low "
+           "model.rope_high model.rope_fast model.rope_slow model.rope_mscale "
+           "model.rope_mscale_all model.rope_attention_factor model.rope_truncate model.qk_norm "
+           "model.window model.full_attention model.sinks model.attention_gate "
+           "model.attention_cap model.clip_low model.clip_high model.ssa model.attention_conv",
+           _with("*"), "without attention (`*` in model.pattern)", _ROW),
+    Effect("model.q_rank model.kv_rank model.rope_dim model.value_dim",
+           lambda r: r.model.attention == "mla", "unless model.attention = mla", "model.attention"),
+    Effect("model.kv_heads model.rope_fraction model.qk_norm model.attention_gate "
+           "model.attention_conv",
+           lambda r: r.model.attention == "gqa", "with model.attention = mla", "model.attention"),
+    Effect("model.rope_theta model.rope_fraction model.rope_scaling model.rope_factor "
+           "model.rope_original model.rope_low model.rope_high model.rope_fast model.rope_slow "
+           "model.rope_mscale model.rope_mscale_all model.rope_attention_factor "
+           "model.rope_truncate",
+           lambda r: r.model.positions == "rope", "with model.positions = none", "model.positions"),
+    Effect("model.rope_factor", lambda r: r.model.rope_scaling != "none",
+           "with model.rope_scaling = none", "model.rope_scaling"),
+    Effect("model.rope_original", lambda r: r.model.rope_scaling in ("yarn", "llama3"),
+           "unless model.rope_scaling is yarn or llama3", "model.rope_scaling"),
+    Effect("model.rope_low model.rope_high", lambda r: r.model.rope_scaling == "llama3",
+           "unless model.rope_scaling = llama3", "model.rope_scaling"),
+    Effect("model.rope_fast model.rope_slow model.rope_mscale model.rope_mscale_all "
+           "model.rope_attention_factor model.rope_truncate",
+           lambda r: r.model.rope_scaling == "yarn",
+           "unless model.rope_scaling = yarn", "model.rope_scaling"),
+    Effect("model.rope_mscale", lambda r: r.model.rope_attention_factor is None,
+           "with model.rope_attention_factor given", "model.rope_attention_factor"),
+    Effect("model.rope_mscale", lambda r: r.model.rope_mscale_all > 0,
+           "with model.rope_mscale_all = 0", "model.rope_mscale_all"),
+    Effect("model.rope_mscale_all", lambda r: _rope_mscale_all(r.model),
+           "unless model.attention = mla, or model.rope_mscale is above 0 and "
+           "model.rope_attention_factor not given",
+           "model.attention model.rope_mscale model.rope_attention_factor"),
+    Effect("model.full_attention", lambda r: r.model.window is not None,
+           "without model.window", "model.window"),
+)
+MIXERS = (
     Effect("model.mamba_heads model.mamba_head_dim model.mamba_state model.mamba_groups "
            "model.mamba_conv model.mamba_chunk",
-           _with("M"), "without Mamba-2 (`M` in model.pattern)", "model.pattern"),
-    Effect("model.activation", _with("-", "E"),
-           "without an MLP or experts (`-` or `E` in model.pattern)", "model.pattern"),
-    Effect("model.ffn", lambda r: _with("-")(r) or (_with("E")(r) and r.model.expert_ffn is None),
-           "without an MLP (`-` in model.pattern) or experts (`E`) that take their width from it",
-           "model.pattern model.expert_ffn"),
-    Effect("model.experts model.top_k model.expert_ffn model.balance model.router_z "
-           "model.balance_samples",
-           _with("E"), "without a mixture of experts (`E` in model.pattern)", "model.pattern"),
-    Effect("model.balance_samples", lambda r: r.model.balance > 0,
-           "with model.balance = 0", "model.balance"),
+           _with("M"), "without Mamba-2 (`M` in model.pattern)", _ROW),
+    Effect("model.mamba1_inner model.mamba1_state model.mamba1_rank model.mamba1_conv "
+           "model.mamba1_chunk",
+           _with("m"), "without Mamba-1 (`m` in model.pattern)", _ROW),
+    Effect("model.delta_heads model.delta_key_heads model.delta_key_dim model.delta_value_dim "
+           "model.delta_conv model.delta_chunk model.delta_negative",
+           _with("D", "G"), "without DeltaNet (`D` or `G` in model.pattern)", _ROW),
+)
+EXPERTS = (
+    Effect("model.activation", _with("-", "E", "T"),
+           "without an MLP or experts (`-`, `E` or `T` in model.pattern)", _ROW),
+    Effect("model.ffn",
+           lambda r: _with("-")(r) or (_with("E", "T")(r) and r.model.expert_ffn is None),
+           "without an MLP (`-` in model.pattern) or experts (`E`, `T`) that take their width "
+           "from it", f"{_ROW} model.expert_ffn"),
+    Effect("model.experts model.expert_ffn model.balance_samples", _with("E", "T"),
+           "without experts (`E` or `T` in model.pattern)", _ROW),
+    Effect("model.top_k model.shared_ffn model.shared_gate model.router_score "
+           "model.router_normalise model.router_scale model.router_groups "
+           "model.router_top_groups model.router_bias model.router_bias_rate model.router_noise "
+           "model.capacity model.balance model.balance_sequence model.router_z",
+           _with("E"), "without a mixture of experts (`E` in model.pattern)", _ROW),
+    Effect("model.thor_alpha", _with("T"), "without THOR (`T` in model.pattern)", _ROW),
+    Effect("model.shared_gate", lambda r: r.model.shared_ffn > 0,
+           "with model.shared_ffn = 0", "model.shared_ffn"),
+    Effect("model.router_normalise", lambda r: r.model.top_k > 1,
+           "with model.top_k = 1: the weight of a single expert is never normalised",
+           "model.top_k"),
+    Effect("model.router_groups", lambda r: r.model.router_top_groups is not None,
+           "without model.router_top_groups", "model.router_top_groups"),
+    Effect("model.router_top_groups", lambda r: r.model.router_groups > 1,
+           "with model.router_groups = 1", "model.router_groups"),
+    Effect("model.router_bias_rate", lambda r: r.model.router_bias,
+           "without model.router_bias", "model.router_bias"),
+    Effect("model.balance_samples", lambda r: in_balance_groups(r.model) or _unclear(r.model),
+           "without THOR (`T` in model.pattern), with model.balance = 0 and no model.capacity",
+           f"{_ROW} model.balance model.capacity"),
+)
+RUN = (
     Effect("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",
            "unless optimizer.schedule = wsd", "optimizer.schedule"),
     Effect("optimizer.min_lr", lambda r: r.optimizer.schedule != "constant",
@@ -79,6 +191,7 @@ EFFECTS = (
            "with one source", "data.sources"),
 )
 # fmt: on
+EFFECTS = (*STREAM, *ATTENTION, *MIXERS, *EXPERTS, *RUN)
 
 
 def no_effect(recipe: Recipe, field: str) -> Effect | None:
@@ -87,6 +200,8 @@ def no_effect(recipe: Recipe, field: str) -> Effect | None:
     match field.split("."):
         case ["data", "sources", index, name]:
             owner, field = (recipe.data, recipe.data.sources[int(index)]), f"source.{name}"
+        case ["model", "mup_base", name]:  # a size has no effect on the base where it has none
+            field = f"model.{name}"
     return next((e for e in EFFECTS if field in e.fields.split() and not e.when(*owner)), None)
 
 
@@ -105,8 +220,10 @@ def given(table: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
             continue
         if isinstance(value, BaseModel):
             yield from given(value, f"{prefix}{name}.")
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and any(isinstance(entry, BaseModel) for entry in value):
             for index, entry in enumerate(value):
                 yield from given(entry, f"{prefix}{name}.{index}.")
+        elif isinstance(value, dict) and value:
+            yield from ((f"{prefix}{name}.{key}", entry) for key, entry in value.items())
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Text from a model: one token at a time, the whole context again for each."""
+"""Text from a model, one token at a time; what earlier tokens left behind is kept."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from colonnade.launcher.load import load_recipe
 from colonnade.launcher.optimizer import named_tensors
 from colonnade.launcher.ranks import ALONE, choose_device, settle_threads
 from colonnade.launcher.recipe import Recipe
-from colonnade.models.context import Context
+from colonnade.models.context import Context, Memory
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.parallelize import storage_dtype
 
@@ -44,18 +44,24 @@ def extend(
 ) -> list[int]:
     """Up to `count` tokens that follow `tokens`, ending before `stop`.
 
-    At most the last `seq_len` tokens are seen. Every rank of a sharded model must call this alike.
+    At most the last `seq_len` tokens are seen: when there are more, the model starts again with
+    their later half. Every rank of a sharded model must call this alike.
     """
     generator = torch.Generator().manual_seed(seed)
     made: list[int] = []
+    coming, memory, seen = tokens[-seq_len:], Memory(), 0
     while len(made) < count:
-        seen = torch.tensor((tokens + made)[-seq_len:], device=device)[:, None]
-        positions = torch.arange(seen.shape[0], device=device)[:, None]
-        logits = model(seen, Context(positions))[-1, 0]
+        if seen + len(coming) > seq_len:
+            coming, memory, seen = (tokens + made)[-max(1, seq_len // 2) :], Memory(), 0
+        positions = torch.arange(seen, seen + len(coming), device=device)[:, None]
+        inputs = torch.tensor(coming, device=device)[:, None]
+        logits = model(inputs, Context(positions, memory=memory))[-1, 0]
+        seen += len(coming)
         token = choose(logits, temperature, top_k, generator)
         if token == stop:
             break
         made.append(token)
+        coming = [token]
     return made
 
 

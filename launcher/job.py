@@ -189,10 +189,10 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
         while job.step < end and not number:
-            count = len(micro_batches(recipe.train, job.step, rank, ranks))
-            batches = list(islice(job.reader, count))
+            samples = micro_batches(recipe.train, job.step, rank, ranks)
+            batches = list(islice(job.reader, len(samples)))
             result = train_step(
-                job.model, job.optimizer, batches, recipe, job.step, job.here.device
+                job.model, job.optimizer, batches, samples, recipe, job.step, job.here.device
             )
             job.step += 1
             job.bad = job.bad + 1 if result.skipped else 0
@@ -267,6 +267,7 @@ def report(job: Job, monitor: Monitor, result: Result) -> None:
     }
     if result.balance:
         metrics["balance"] = result.balance
+    metrics |= result.extras
     if result.skipped:
         metrics["skipped"] = True
         monitor.say(

@@ -1,27 +1,34 @@
 """Reads recipes: TOML and overrides become a `Recipe`, or one error with every mistake in it."""
 
 import copy
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from colonnade.launcher.effects import no_effect
+from colonnade.launcher.effects import given, no_effect
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.remedies import (
+    Location,
+    dotted,
+    nearest,
+    remedy_for,
+    schema_of,
+    unknown,
+)
 from colonnade.launcher.validate import findings
-
-Location = tuple[int | str, ...]
 
 
 def load_recipe(
-    name_or_path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Recipe:
     """The recipe in a TOML file, or the shipped one of that name, with overrides applied.
 
@@ -29,17 +36,23 @@ def load_recipe(
     entries of a list by their number (`data.sources.0.path=…`); without a value (`model.experts=`)
     it takes the field out, so that its default holds. `world_size` as in `validate`.
 
+    What has an effect in the file, and none with these overrides, is taken out: a file may set the
+    heads of an attention that an override of the pattern removes. `tell` gets a line that names it.
+
     Raises RecipeError with all mistakes at once, UserError if there is nothing to read.
     """
     document = _read(name_or_path)
     mistakes = _Mistakes()
-    for text in overrides:
-        _override(document, text, mistakes)
-    recipe = _parse(document, mistakes)
+    at_rest = _effective(document) if overrides else set()
+    typed = [_override(document, text, mistakes) for text in overrides]
+    at_rest -= {f for f in at_rest for t in typed if t and f"{f}.".startswith(f"{t}.")}
+    recipe, unused = _without_unused(_parse(document, mistakes), document, at_rest)
     # A rule that looks at a refused field, whose default is in its place now, has nothing to say.
     faults = [f for f, involves in findings(recipe, world_size) if not mistakes.touch(involves)]
     if mistakes.faults or faults:
         raise RecipeError([*mistakes.faults, *faults])
+    if unused and tell is not None:
+        tell(f"not used with these overrides: {', '.join(unused)}")
     return recipe
 
 
@@ -61,7 +74,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
             data = path.read_bytes()
         return tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
-        near = _near(path.stem, names)
+        near = nearest(path.stem, names)
         hint = f"did you mean {near}? " if near else ""
         raise UserError(
             f"recipe {name_or_path}: there is no such file and no recipe of that name; {hint}"
@@ -120,9 +133,9 @@ def _parse(document: dict[str, Any], mistakes: _Mistakes) -> Recipe:
             if location in around:  # only says that something inside was wrong
                 continue
             if e["type"] == "extra_forbidden":
-                mistakes.add(_dotted(location), e["input"], *_unknown(location))
+                mistakes.add(dotted(location), e["input"], *unknown(location))
             else:
-                mistakes.add(_dotted(location), e["input"], _remedy(location, e["input"]))
+                mistakes.add(dotted(location), e["input"], remedy_for(location, e["input"]))
             _drop(document, location)
 
 
@@ -137,42 +150,78 @@ def _drop(document: Any, location: Location) -> None:
     document.pop(location[-1], None)
 
 
-def _dotted(location: Location) -> str:
-    return ".".join(map(str, location))
-
-
 # Overrides
 
 
-def _override(document: dict[str, Any], text: str, mistakes: _Mistakes) -> None:
-    """Writes one override into the document."""
+def _effective(document: dict[str, Any]) -> set[str]:
+    """The fields that a file sets and that have an effect in it."""
+    recipe = _parse(copy.deepcopy(document), _Mistakes())
+    return {field for field, _ in given(recipe) if not no_effect(recipe, field)}
+
+
+def _without_unused(
+    recipe: Recipe, document: dict[str, Any], fields: set[str]
+) -> tuple[Recipe, list[str]]:
+    """The recipe without those of the fields that have no effect in it, and their names."""
+    out: list[str] = []
+    while unused := [f for f, _ in given(recipe) if f in fields and no_effect(recipe, f)]:
+        for field in unused:
+            _drop(document, _location(field))
+        out += unused
+        recipe = Recipe.model_validate(document)
+    return recipe, out
+
+
+def _location(field: str) -> Location:
+    return tuple(int(key) if key.isdecimal() else key for key in field.split("."))
+
+
+def _override(document: dict[str, Any], text: str, mistakes: _Mistakes) -> str | None:
+    """Writes one override into the document; returns the field, if it set one."""
     field, equals, value = text.partition("=")
-    keys = field.strip().split(".")
-    if not equals or not all(keys):
+    location = _location(field.strip())
+    if not equals or "" in location:
         mistakes.add("override", text, "write it as table.field=value, such as train.steps=20")
-        return
-    location = tuple(int(key) if key.isdecimal() else key for key in keys)
-    if _schema(location) is None:
-        mistakes.add(_dotted(location), _value(value, location), *_unknown(location))
-        return
+        return None
+    if schema_of(location) is None:
+        mistakes.add(dotted(location), _value(value, location), *unknown(location))
+        return None
     node: Any = document
-    for key, after in pairwise((*location, "")):
+    for depth, key in enumerate(location, start=1):
         fits = isinstance(node, list) if isinstance(key, int) else isinstance(node, dict)
         if not fits:
-            return  # the file has something else there, which is a mistake by itself
-        if isinstance(key, int) and key >= len(node):
-            if key > len(node):
-                remedy = f"there are {len(node)} entries; {len(node)} would add the next"
-                mistakes.add(_dotted(location), value, remedy)
-                return
-            node.append({})
-        if after != "":
-            default: Any = [{}] if isinstance(after, int) else {}
-            node = node[key] if isinstance(key, int) else node.setdefault(key, default)
+            return None  # the file has something else there, which is a mistake by itself
+        if isinstance(key, int) and key > len(node):
+            remedy = f"there are {len(node)} entries; {len(node)} would add the next"
+            mistakes.add(dotted(location), value, remedy)
+            return None
+        there = key < len(node) if isinstance(key, int) else key in node
+        if not there and not value:
+            return None  # nothing to take out
+        if not there and depth < len(location):
+            _put(node, key, _default(location[: depth + 1]))
+        if depth < len(location):
+            node = node[key]
         elif value:
-            node[key] = _value(value, location)
-        elif isinstance(key, int) or key in node:
+            _put(node, key, _value(value, location))
+        else:
             del node[key]
+    return dotted(location) if value else None
+
+
+def _put(node: Any, key: int | str, value: Any) -> None:
+    """Sets an entry of a table or a list, or adds the next of a list."""
+    if isinstance(key, int) and key == len(node):
+        node.append(value)
+    else:
+        node[key] = value
+
+
+def _default(location: Location) -> Any:
+    """What holds the entry at a location before anything is set: an empty table, or a list."""
+    if isinstance(location[-1], str):
+        return {}
+    return [{}] if (schema_of(location) or {}).get("type") == "object" else []
 
 
 def _value(text: str, location: Location) -> Any:
@@ -181,95 +230,10 @@ def _value(text: str, location: Location) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    is_text = (_schema(location) or {}).get("type") == "string"
+    is_text = (schema_of(location) or {}).get("type") == "string"
     if parsed.keys() != {"value"} or (is_text and not isinstance(parsed["value"], str)):
         return text
     return parsed["value"]
-
-
-# Remedies
-
-
-def _schema(location: Location) -> dict[str, Any] | None:
-    """JSON schema of a field, or None if there is no such field."""
-    node: dict[str, Any] | None = _SCHEMA
-    for key in (*location, None):
-        if node is None:
-            return None
-        node = next((n for n in node.get("anyOf", [node]) if n.get("type") != "null"), node)
-        if "$ref" in node:
-            node = _SCHEMA["$defs"][node["$ref"].rpartition("/")[2]]
-        if isinstance(key, int):
-            node = node.get("items")
-        elif key is not None:
-            node = node.get("properties", {}).get(key)
-    return node
-
-
-def _fields(location: Location) -> list[str]:
-    return list((_schema(location) or {}).get("properties", ()))
-
-
-def _near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, 1, cutoff)), None)
-
-
-def _unknown(location: Location) -> tuple[str, str | None]:
-    """Remedy for a field that does not exist, and the field that was meant, if one is near."""
-    depth = next(n for n in range(len(location)) if _schema(location[: n + 1]) is None)
-    table, name, rest = location[:depth], str(location[depth]), location[depth + 1 :]
-    here = _fields(table)
-    if not here:
-        return f"{_dotted(table)} has no entry of that name; set it as a whole", None
-    elsewhere = {f: _dotted((*t, f)) for t in _TABLES if t != table for f in _fields(t)}
-    if name in elsewhere:
-        meant = elsewhere[name]
-    elif near := _near(name, here):
-        meant = _dotted((*table, near, *rest))
-    elif near := _near(name, elsewhere, cutoff=0.75):
-        meant = elsewhere[near]
-    else:
-        place = f"[{_dotted(table)}]" if table else "a recipe"
-        return f"unknown; the fields of {place} are {', '.join(here)}", None
-    return f"unknown; did you mean {meant}?", meant
-
-
-def _remedy(location: Location, value: object) -> str:
-    """What to give in place of a value of the wrong type or out of bounds."""
-    schema = _schema(location) or {}
-    kind, names = schema.get("type"), schema.get("enum") or [schema.get("const")]
-    if names != [None]:
-        near = _near(str(value), map(str, names))
-        hint = f"; did you mean {near}?" if near else ""
-        return f"give one of {', '.join(map(str, names))}{hint}"
-    if kind == "array" or isinstance(location[-1], int):
-        name = _dotted(location if kind == "array" else location[:-1])
-        return f"write each entry as a table, [[{name}]]"
-    if kind == "object":
-        return f"write it as a table, [{_dotted(location)}]"
-    if kind == "string":
-        return f"give text: {schema.get('description', 'in quotes')}"
-    if kind == "boolean":
-        return "give true or false, without quotes"
-    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
-    what = " ".join(["a whole number" if kind == "integer" else "a finite number", *bounds[:1]])
-    what = " and ".join([what, *bounds[1:]])
-    if kind == "integer" and isinstance(value, float) and value.is_integer():
-        what += f", such as {int(value)}"
-    return f"give {what}" + (", without quotes" if isinstance(value, str) else "")
-
-
-_SCHEMA = Recipe.model_json_schema()
-_TABLES: tuple[Location, ...] = (
-    *((name,) for name in Recipe.model_fields if _fields((name,))),
-    ("data", "sources", 0),
-)
-_BOUNDS = {
-    "minimum": "of at least",
-    "exclusiveMinimum": "above",
-    "maximum": "of at most",
-    "exclusiveMaximum": "below",
-}
 
 
 # Writing
@@ -286,19 +250,31 @@ def dump_recipe(recipe: Recipe) -> str:
 def _lines(recipe: Recipe, table: BaseModel, location: Location) -> Iterator[str]:
     values = {name: getattr(table, name) for name in type(table).model_fields}
     for name, value in values.items():
-        field = _dotted((*location, name))
-        if isinstance(value, BaseModel | tuple) or value is None or no_effect(recipe, field):
+        field = dotted((*location, name))
+        if value is None or _tables(value) or no_effect(recipe, field):
             continue
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if not no_effect(recipe, f"{field}.{k}")}
         yield f"{name} = {_toml(value)}"
     for name, value in values.items():
         inner = (*location, name)
         if isinstance(value, BaseModel):
-            yield from ("", f"[{_dotted(inner)}]", *_lines(recipe, value, inner))
-        elif isinstance(value, tuple):
+            yield from ("", f"[{dotted(inner)}]", *_lines(recipe, value, inner))
+        elif _tables(value):
             for index, entry in enumerate(value):
-                yield from ("", f"[[{_dotted(inner)}]]", *_lines(recipe, entry, (*inner, index)))
+                yield from ("", f"[[{dotted(inner)}]]", *_lines(recipe, entry, (*inner, index)))
 
 
-def _toml(value: str | int | float | bool) -> str:
-    """A scalar; JSON and TOML write them alike, but TOML wants DEL escaped."""
+def _tables(value: object) -> bool:
+    """Whether a value is written as tables of its own."""
+    entries = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(entry, BaseModel) for entry in entries)
+
+
+def _toml(value: object) -> str:
+    """A value on one line; JSON and TOML write scalars alike, but TOML wants DEL escaped."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items())}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,29 +1,47 @@
 """AdamW over a sharded model, and its state as named tensors for checkpoints."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
 from colonnade.launcher.recipe import OptimizerConfig
+from colonnade.models.part import Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv:1711.05101, algorithm 2); weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    """Fused AdamW (arXiv:1711.05101, algorithm 2), a group per learning rate and decay.
+
+    AdamW multiplies its decay by the learning rate; where muP lowers the rate, the decay rises, so
+    that their product stays (arXiv:2203.03466, appendix B.3).
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    for part in model.modules():
+        if isinstance(part, Part):
+            for name, p in part.named_parameters(recurse=False):
+                groups[part.rates.get(name, 1.0), name not in part.undecayed].append(p)
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        [
+            {
+                "params": parameters,
+                "rate": rate,
+                "lr": config.lr * rate,
+                "weight_decay": config.weight_decay / rate if decayed else 0.0,
+            }
+            for (rate, decayed), parameters in sorted(groups.items(), key=lambda g: g[0])
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from the next step on."""
+    """Use `lr`, times each group's own rate, from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
 
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
@@ -51,7 +69,7 @@ def updates_done(optimizer: torch.optim.Optimizer) -> int:
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """All tensors of a checkpoint: `model.NAME`, and `optimizer.NAME.MOMENT`."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"model.{name}": b for name, b in model.named_buffers()}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.data
         if optimizer is not None:

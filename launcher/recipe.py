@@ -75,6 +75,9 @@ class TrainConfig(Table):
     seq_len: int = Field(256, ge=1, description="tokens per row")
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     recompute: Literal["none", "selective", "block"] = "none"
+    compile: bool = Field(
+        False, description="compile the sub-blocks' halves (needs a C++ compiler)"
+    )
     deterministic: bool = Field(False, description="only deterministic operators")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)

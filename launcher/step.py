@@ -1,13 +1,16 @@
 """One optimizer step over the global batch, and one pass over the validation rows."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from colonnade.kernels.draws import hashed
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus import Batch, Rows
 from colonnade.launcher.optimizer import set_learning_rate
@@ -26,6 +29,7 @@ class Result:
 
     loss: float  # mean negative log likelihood per valid token, in nats
     balance: float  # balancing terms, as they enter the objective
+    extras: dict[str, float]  # other parts of the objective, per valid token, by name
     grad_norm: float
     lr: float
     tokens: int  # valid tokens
@@ -52,18 +56,43 @@ def over_ranks(
 
 
 def forward(
-    model: Decoder, batch: Batch, groups: float, device: torch.device
+    model: Decoder,
+    batch: Batch,
+    samples: Sequence[int],
+    device: torch.device,
+    groups: float = 1.0,
+    draw: int = 0,
 ) -> tuple[Tensor, Context]:
-    """Summed loss of one micro-batch, and the context with its balancing terms."""
+    """Summed objective of one micro-batch, and the context with what else the pass found."""
     tokens, labels, positions, documents = on_device(batch, device)
-    context = Context(positions, documents, groups)
+    numbers = torch.tensor(samples, device=device)
+    context = Context(positions, documents, groups, numbers, draw)
     return model(tokens, context, labels), context
+
+
+class Sums(dict[Any, Tensor]):
+    """Tensors added up by name over the micro-batches of a step."""
+
+    def add(self, named: Mapping[Any, Tensor]) -> None:
+        """Add each tensor to the one of its name."""
+        for name, value in named.items():
+            self[name] = self[name] + value if name in self else value
+
+    def over_ranks(self) -> dict[Any, Tensor]:
+        """The sums over all ranks, which all hold the same names."""
+        if not self:
+            return self
+        names = sorted(self)
+        stacked = torch.stack([self[name] for name in names])
+        dist.all_reduce(stacked)
+        return dict(zip(names, stacked, strict=True))
 
 
 def train_step(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
+    samples: list[list[int]],
     recipe: Recipe,
     step: int,
     device: torch.device,
@@ -76,27 +105,34 @@ def train_step(
     valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
     tokens = int(over_ranks([valid], device)[0])
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    balance = torch.zeros((), dtype=torch.float64, device=device)
-    for number, batch in enumerate(batches, start=1):
+    draw = int(hashed(recipe.train.seed, step))
+    losses, loads = Sums(), Sums()
+    model.begin_step()
+    for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
         last_micro_batch(model, number == len(batches))
-        part, context = forward(model, batch, groups, device)
+        part, context = forward(model, batch, numbers, device, groups, draw)
         part = part / max(tokens, 1)
         part.backward()
-        loss += part.detach()
-        balance += sum(context.terms.values())
-    total_loss, total_balance = over_ranks([loss.item(), balance.item()], device)
+        extras = {name: value.double() / max(tokens, 1) for name, value in context.extras.items()}
+        loss = part.detach().double() - sum(extras.values())
+        balance = sum(term.double() for term in context.terms.values()) + torch.zeros_like(loss)
+        losses.add({"loss": loss, "balance": balance, **extras})
+        loads.add(context.loads)
+    totals = {name: value.item() for name, value in losses.over_ranks().items()}
+    total_loss, total_balance = totals.pop("loss"), totals.pop("balance")
     parameters = list(model.parameters())
     norm = gradient_norm(parameters)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
-    finite = math.isfinite(total_loss + total_balance) and bool(norm.isfinite())
+    finite = math.isfinite(sum(totals.values(), total_loss + total_balance))
+    finite = finite and bool(norm.isfinite())
     if finite and tokens:
         if recipe.optimizer.clip:
             clip_gradients(parameters, norm, recipe.optimizer.clip)
         set_learning_rate(optimizer, lr)
         optimizer.step()
+        model.end_step(loads.over_ranks())
     optimizer.zero_grad()
-    return Result(total_loss, total_balance, norm.item(), lr, tokens, not finite)
+    return Result(total_loss, total_balance, totals, norm.item(), lr, tokens, not finite)
 
 
 @torch.no_grad()
@@ -124,7 +160,7 @@ def validate_loss(
         mine = chosen[first : first + size]
         batch = rows.batch(mine or [0])
         labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
-        loss, _ = forward(model, batch._replace(labels=labels), 1.0, device)
+        loss, _ = forward(model, batch._replace(labels=labels), mine or [0], device)
         nats += loss.item()
         label = labels[labels != IGNORED].long()
         tokens += label.numel()

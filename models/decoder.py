@@ -1,13 +1,20 @@
-"""The language model: embedding, wiring, head."""
+"""The language model: embedding, wiring, head, and heads for further tokens."""
 
+import dataclasses
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colonnade.kernels.linear import linear
-from colonnade.kernels.loss import linear_cross_entropy
+from colonnade.kernels.loss import linear_consistency, linear_objective
+from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.mtp import Predictor, shifted
 from colonnade.models.part import Part, normal
+from colonnade.models.reparam import reparametrise
 from colonnade.models.wiring import Wiring
 
 
@@ -16,7 +23,8 @@ class Embedding(Part):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.declare("weight", (config.vocab, config.hidden), normal(config.init_std))
+        shape = config.vocab, config.hidden
+        self.declare("weight", shape, normal(config.init_std), "table")
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight_of("weight"))
@@ -25,20 +33,40 @@ class Embedding(Part):
 class Head(Part):
     """Vocabulary projection: logits, or the loss without ever holding all of them.
 
-    Tied, it has no weight of its own and is handed the embedding's.
+    Tied, it has no weight of its own and is handed the embedding's. `scale` multiplies its input
+    (muP's output multiplier).
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
+        self.alpha, self.scale = config.thor_alpha, 1.0
         if not config.tied:
-            self.declare("weight", (config.vocab, config.hidden), normal(config.init_std))
+            std = 0.0 if config.mup_zero_init else config.init_std
+            self.declare("weight", (config.vocab, config.hidden), normal(std), "reads")
 
-    def forward(self, x: Tensor, labels: Tensor | None, tied: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None, tied: Tensor | None, context: Context
+    ) -> Tensor:
         weight = self.weight_of("weight") if tied is None else tied
+        x = x if self.scale == 1.0 else x * self.scale
         if labels is None:
-            return linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), self.chunk)
+            logits = linear(x, weight)
+            return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        flat, z = labels.flatten(), self.z if torch.is_grad_enabled() else 0.0
+        if context.passes == 2:
+            one, two = (half.flatten(0, 1) for half in x.chunk(2, dim=1))
+            objective, mean, consistency = linear_consistency(
+                one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z
+            )
+            context.extras["consistency"] = consistency
+            context.extras["second_pass"] = objective.detach() - mean - consistency
+            return objective
+        rows = x.flatten(0, 1)
+        objective, extra = linear_objective(rows, weight, flat, self.chunk, cap=self.cap, z=z)
+        if z:
+            context.extras["logit_z"] = extra
+        return objective
 
 
 class Decoder(nn.Module):
@@ -48,11 +76,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.wiring = Wiring(config)
+        distinct = len(config.pattern) if config.share else len(config.symbols)
+        self.wiring = Wiring(config, config.symbols, distinct)
         self.head = Head(config, loss_chunk)
+        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
+        reparametrise(self)
+
+    def wirings(self) -> Iterator[Wiring]:
+        """All rows of sub-blocks: the model's own, and those of the further tokens' modules."""
+        yield self.wiring
+        for predictor in self.mtp:
+            assert isinstance(predictor, Predictor)
+            yield predictor.wiring
 
     def forward(self, tokens: Tensor, context: Context, labels: Tensor | None = None) -> Tensor:
-        """Loss or logits.
+        """Objective or logits.
 
         Args:
             tokens: `[S, B]` integers.
@@ -60,9 +98,57 @@ class Decoder(nn.Module):
             labels: `[S, B]` integers, −100 where there is no loss; None for logits.
 
         Returns:
-            sum over valid tokens of the negative log likelihood, a scalar in at least fp32; without
-            labels the logits `[S, B, V]`.
+            the objective, summed over valid tokens, a scalar in at least fp32: the negative log
+            likelihood and what `context.extras` then names; without labels the logits `[S, B, V]`.
         """
+        training = labels is not None and torch.is_grad_enabled()
+        if training and self.config.has("T"):
+            tokens, context = doubled(tokens, context)
         x = self.wiring(self.embedding(tokens), context)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
-        return self.head(x, labels, tied)
+        objective = self.head(x, labels, tied, context)
+        if not training or not len(self.mtp):
+            return objective
+        assert labels is not None
+        further = objective.new_zeros(())
+        for depth, predictor in enumerate(self.mtp, start=1):
+            ahead, wanted = shifted(tokens, labels, context, depth)
+            x = predictor(x, self.embedding(ahead), context)
+            apart = dataclasses.replace(context, extras={})
+            further = further + self.head(x, wanted, tied, apart)
+        further = further * (self.config.mtp_weight / len(self.mtp))
+        context.extras["mtp"] = further.detach()
+        return objective + further
+
+    def begin_step(self) -> None:
+        """An optimizer step begins: what changes once a step may do so at its next use."""
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.due = set(module.changes)
+
+    def end_step(self, loads: dict[int, Tensor]) -> None:
+        """An optimizer step is done; `loads` are `Context.loads` over the whole global batch."""
+        steered: dict[Mixture, Tensor] = {}
+        for wiring in self.wirings():
+            for t in range(len(wiring.late)):
+                block, place = wiring.block(t), wiring.first + t
+                if isinstance(block, Mixture) and self.config.router_bias:
+                    steered[block] = steered.get(block, 0) + loads[place].double()
+        for block, counts in steered.items():
+            block.small.steer(counts, self.config.router_bias_rate)
+
+
+def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
+    """Every sample twice, for two passes with draws of their own; each weighs half in balancing."""
+
+    def twice(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.cat([t, t], dim=-1)
+
+    return torch.cat([tokens, tokens], dim=1), dataclasses.replace(
+        context,
+        positions=twice(context.positions),
+        documents=twice(context.documents),
+        samples=twice(context.sample_numbers()),
+        groups=2 * context.groups,
+        passes=2,
+    )

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 # Fills a tensor with independent draws: any block of a parameter can be made alone, anywhere.
 Fill = Callable[[Tensor, Generator], object]
+# What stands between a parameter and its use, such as a spectral reparametrisation.
+Change = Callable[[Tensor], Tensor]
+# A linear weight `[..., out, in]` reads the stream, writes onto it, or stands within a sub-block.
+Role = Literal["reads", "inner", "writes", "table", "other"]
 
 
 def normal(std: float) -> Fill:
@@ -30,6 +35,11 @@ def log_uniform_a(low: float, high: float) -> Fill:
     return lambda t, g: t.uniform_(low, high, generator=g).log_()
 
 
+def log_counting(t: Tensor, g: Generator) -> None:
+    """log(1), log(2), ... along the last dimension: Mamba-1's decay rates (arXiv:2312.00752)."""
+    t.copy_(torch.arange(1, t.shape[-1] + 1, dtype=t.dtype).log_().expand_as(t))
+
+
 def inverse_softplus_dt(low: float, high: float, floor: float) -> Fill:
     """A bias whose softplus is log-uniform in [low, high], at least floor (Mamba's dt bias)."""
 
@@ -40,23 +50,68 @@ def inverse_softplus_dt(low: float, high: float, floor: float) -> Fill:
     return fill
 
 
+def coefficients(t: Tensor, g: Generator) -> None:
+    """a_0 = 0, then 1/3 each: the first coefficients of PolyCom (arXiv:2411.03884)."""
+    t.fill_(1 / 3)
+    t[..., 0] = 0.0
+
+
+def last_tap(t: Tensor, g: Generator) -> None:
+    """The filter of a causal convolution that changes nothing."""
+    t.zero_()
+    t[..., -1] = 1.0
+
+
 class Part(nn.Module):
     """One half of a sub-block, or another holder of parameters.
 
     `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
-    `parallel/` replaces it by the rank's shard.
+    `parallel/` replaces it by the rank's shard. `changes` holds, by name, what is done to a weight
+    wherever it is used (`models.reparam`), `started` and `due` which of these have a state, and may
+    advance it at the next use, `rates` factors of the learning rate (`models.mup`). Sub-blocks know
+    of none of it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
         self.fills: dict[str, Fill] = {}
+        self.roles: dict[str, Role] = {}
+        self.undecayed: set[str] = set()
+        self.rates: dict[str, float] = {}
+        self.changes: dict[str, list[Change]] = {}
+        self.due: set[str] = set()
+        self.started: set[str] = set()
 
-    def declare(self, name: str, shape: tuple[int, ...], fill: Fill) -> None:
-        """Register the parameter `name`, to be filled by `fill` wherever its shards lie."""
+    def declare(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        fill: Fill,
+        role: Role = "other",
+        decay: bool | None = None,
+    ) -> None:
+        """Register the parameter `name`, to be filled by `fill` wherever its shards lie.
+
+        `decay` says whether weight decay acts on it; by default on whatever has two dimensions.
+        """
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.fills[name] = fill
+        self.fills[name], self.roles[name] = fill, role
+        if not (len(shape) > 1 if decay is None else decay):
+            self.undecayed.add(name)
+
+    def declare_state(self, name: str, shape: tuple[int, ...], value: float) -> None:
+        """Register a buffer: fp32 state beside the parameters, whole on every rank, saved."""
+        self.register_buffer(name, torch.empty(shape))
+        self.fills[name] = constant(value)
+
+    def change(self, name: str, change: Change) -> None:
+        """Put `change` between the parameter `name` and its uses, behind those already there."""
+        self.changes.setdefault(name, []).append(change)
 
     def weight_of(self, name: str) -> Tensor:
         """The parameter `name` as this rank uses it."""
-        return self.local(getattr(self, name))
+        weight = self.local(getattr(self, name))
+        for change in self.changes.get(name, ()):
+            weight = change(weight)
+        return weight

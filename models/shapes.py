@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from colonnade.models.blocks import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 
@@ -28,9 +28,19 @@ def measure(config: ModelConfig, seq_len: int) -> Size:
     with torch.device("meta"):
         model = Decoder(config)
     total = sum(p.numel() for p in model.parameters())
-    blocks = [b for b in model.wiring.blocks if isinstance(b, SubBlock)]
-    idle = sum(b.idle_weights() for b in blocks)
-    table = config.vocab * config.hidden
-    met = total - idle - (0 if config.tied else table)  # a tied table is the head's
-    mixing = sum(b.mixing_flops(seq_len) for b in blocks)
-    return Size(total, total - idle, 3 * (2 * met + mixing))
+    places = [(w.block(t), w.first + t) for w in model.wirings() for t in range(len(w.late))]
+    blocks = {block for block, _ in places}
+    idle = sum(block.idle_weights() for block in blocks)
+    ends = [model.embedding, model.head]
+    head = config.vocab * config.hidden  # met once by the model, and once by each further token
+    outside = total - sum(weights(module) for module in [*blocks, *ends])
+    met = outside + (1 + config.mtp) * head
+    met += sum(weights(block) - block.idle_weights() for block, _ in places)
+    mixing = sum(block.mixing_flops(seq_len, index) for block, index in places)
+    passes = 2 if config.has("T") else 1  # THOR's objective takes every token twice
+    return Size(total, total - idle, 3 * passes * (2 * met + mixing))
+
+
+def weights(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())

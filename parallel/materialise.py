@@ -14,27 +14,28 @@ from colonnade.models.part import Fill, Part
 BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
 
 
-def declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]]:
-    """Every parameter with its full name and its initial distribution."""
+def declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
+    """Every parameter and buffer with its full name and its initial distribution."""
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
             assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
-            yield f"{prefix}.{name}", parameter, module.fills[name]
+            yield f"{prefix}.{name}", tensor, module.fills[name]
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocate the model's parameters, built on meta and sharded, on `device`, and fill them."""
+    """Allocate a model that was built on meta and sharded, on `device`, and fill it."""
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter, fill in declared(model):
-            if isinstance(parameter, DTensor):
+        for name, tensor, fill in declared(model):
+            if isinstance(tensor, DTensor):
                 _, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
+                    tensor.shape, tensor.device_mesh, tensor.placements
                 )
-                fill_shard(parameter.to_local(), parameter.shape, offset, fill, f"{seed}/{name}")
+                fill_shard(tensor.to_local(), tensor.shape, offset, fill, f"{seed}/{name}")
             else:
-                whole = (0,) * parameter.dim()
-                fill_shard(parameter, parameter.shape, whole, fill, f"{seed}/{name}")
+                whole = (0,) * tensor.dim()
+                fill_shard(tensor, tensor.shape, whole, fill, f"{seed}/{name}")
 
 
 def fill_shard(

@@ -1,6 +1,7 @@
 """The one place that applies parallelism to a model."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colonnade.models.blocks import SubBlock
 from colonnade.models.decoder import Decoder
+from colonnade.models.mtp import Predictor
 from colonnade.parallel.recompute import recompute_policy
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -27,6 +29,8 @@ class TrainSettings(Protocol):
     def precision(self) -> str: ...
     @property
     def recompute(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
 
 
 class Settings(Protocol):
@@ -44,10 +48,31 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
-    model.wiring.recompute = recompute_policy(recipe.train.recompute)
+    for wiring in model.wirings():
+        wiring.recompute = recompute_policy(recipe.train.recompute)
+    if recipe.train.compile:
+        compile_halves(model)
     if mesh.size() > 1 or precision == "bf16":
         shard(model, mesh, precision)
     return model
+
+
+def groups(model: Decoder) -> Iterator[list[nn.Module]]:
+    """The modules whose weights are gathered together: both halves of a sub-block, and so on."""
+    for wiring in model.wirings():
+        for block in wiring.blocks:
+            assert isinstance(block, SubBlock)
+            yield [block.first, block.second]
+    for predictor in model.mtp:
+        assert isinstance(predictor, Predictor)
+        yield [predictor.join]
+
+
+def compile_halves(model: Decoder) -> None:
+    """Compile every half alone, so that what is launched between them stays outside the graphs."""
+    for group in groups(model):
+        for half in group:
+            half.compile()
 
 
 # Nothing here writes into the output of a half, which is all the warning is about.
@@ -71,9 +96,8 @@ def shard(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
         fully_shard(
             group, mesh=data, mp_policy=compute, reshard_after_forward=not model.config.tied
         )
-    for block in model.wiring.blocks:
-        assert isinstance(block, SubBlock)
-        fully_shard([block.first, block.second], mesh=data, mp_policy=compute)
+    for group in groups(model):
+        fully_shard(group, mesh=data, mp_policy=compute)
     fully_shard(model, mesh=data, mp_policy=policy(storage))
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count

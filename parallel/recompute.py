@@ -14,11 +14,11 @@ from torch.utils.checkpoint import (
 from colonnade.kernels.linear import ONEDNN_LINEAR
 
 aten = torch.ops.aten
-# Costly to compute again, and no larger than a sub-block's input or its inner width.
+# Costly to compute again, and no larger than a sub-block's input or its inner width. Batched
+# products are not: they stand inside kernels, which choose themselves what they keep.
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
-    aten.bmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,

@@ -1,66 +1,207 @@
-"""`*`: grouped-query softmax attention with rotary positions."""
+"""`*`: softmax attention over grouped queries, and what latent attention shares with it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from colonnade.kernels.attention import attention, rotate
+from colonnade.kernels.attention import attention
 from colonnade.kernels.linear import linear
-from colonnade.models.blocks.base import SubBlock
+from colonnade.kernels.norm import rms_norm
+from colonnade.kernels.precision import wide
+from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
+from colonnade.models.blocks.base import Conv, SubBlock, conv_here
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, normal
-
-Attend = Callable[[Tensor, Tensor, Tensor, Context], Tensor]
+from colonnade.models.part import Part, constant, last_tap, normal
 
 
-def attend_here(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """How scores become weights; the names are those of `kernels.attention.attention`."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None  # [H]
+    clip: tuple[float, float] | None = None
+
+
+class Projected(NamedTuple):
+    """What the first half hands to the second."""
+
+    q: Tensor  # [S, B, H, P]
+    k: Tensor  # [S, B, K, P], earlier tokens' in front where the context has a memory
+    v: Tensor  # [S, B, K, V]
+    gate: Tensor | None  # [S, B, H, 1] or [S, B, H, V], before the sigmoid
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Softmax, Context], Tensor]
+
+
+def attend_here(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
     """The `attend` seam's default: all keys and values are on this device."""
-    return attention(q, k, v, context.mask)
+    return attention(q, k, v, documents=context.documents, **vars(softmax))
+
+
+def rope_scaling(config: ModelConfig) -> RopeScaling | None:
+    """The configured stretching of rotary positions."""
+    c = config
+    if c.positions == "none" or c.rope_scaling == "none":
+        return None
+    return RopeScaling(
+        c.rope_scaling, c.rope_factor, c.rope_original, low=c.rope_low, high=c.rope_high,
+        fast=c.rope_fast, slow=c.rope_slow, mscale=c.rope_mscale, mscale_all=c.rope_mscale_all,
+        attention_factor=c.rope_attention_factor, truncate=c.rope_truncate,
+    )  # fmt: skip
+
+
+def score_scale(config: ModelConfig) -> float:
+    """The factor of scores: 1/√P; under muP 1/P, equal at the base width (arXiv:2203.03466, 4.1).
+
+    Latent attention under YaRN squares its `mscale_all_dim` into it (DeepSeek-V3).
+    """
+    base, width = config.base(), config.score_width
+    scale = width**-0.5 if base is None else base.score_width**0.5 / width
+    if config.attention == "mla" and config.rope_scaling == "yarn" and config.rope_mscale_all:
+        scale *= yarn_mscale(config.rope_factor, config.rope_mscale_all) ** 2
+    return scale
 
 
 class QKV(Part):
-    """Queries, keys and values, with positions: `[S, B, D]` to `[S, B, heads, P]` each."""
+    """Queries, keys, values and gate: `[S, B, D]` to `[S, B, heads, P]` each."""
 
-    def __init__(self, config: ModelConfig, heads: int, kv_heads: int, width: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.width, self.theta = width, config.rope_theta
-        self.rope = config.positions == "rope"
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            self.declare(name, (count * width, config.hidden), normal(config.init_std))
+        self.conv: Conv = conv_here
+        c = config
+        self.width = c.head_dim or c.hidden // c.heads
+        self.rotated = round(self.width * c.rope_fraction) if c.positions == "rope" else 0
+        self.theta, self.scaling = c.rope_theta, rope_scaling(c)
+        self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
+        self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
+        heads = {"q": c.heads, "k": c.kv_heads or c.heads, "v": c.kv_heads or c.heads}
+        for name, count in heads.items():
+            std = 0.0 if name == "q" and c.mup_zero_init else c.init_std
+            self.declare(name, (count * self.width, c.hidden), normal(std), "reads")
+            if self.taps:  # the identity at first
+                self.declare(f"conv_{name}", (count * self.width, self.taps), last_tap)
+        if c.qk_norm != "none":
+            for name in "qk":
+                width = self.width * (heads[name] if c.qk_norm == "full" else 1)
+                self.declare(f"{name}_norm", (width,), constant(1.0 - self.offset))
+        if c.attention_gate == "channel":
+            self.declare("gate_z", (c.heads * self.width, c.hidden), normal(c.init_std), "reads")
+        elif c.attention_gate == "head":
+            self.declare("gate_w", (c.heads, c.hidden // c.heads), normal(c.init_std))
+            self.declare("gate_b", (c.heads,), constant(0.0))
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            linear(x, self.weight_of(name)).unflatten(-1, (-1, self.width)) for name in "qkv"
-        )
-        if self.rope:
-            table = context.rope(self.width, self.theta, x.dtype)
+    def project(self, x: Tensor, name: str, context: Context) -> Tensor:
+        """One of q, k, v before positions: `[S, B, heads, P]`."""
+        y = linear(x, self.weight_of(name))
+        if self.taps:
+            y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
+        normed = self.qk_norm != "none" and name != "v"
+        if normed and self.qk_norm == "full":
+            y = rms_norm(y, self.weight_of(f"{name}_norm"), self.eps, None, self.offset)
+        y = y.unflatten(-1, (-1, self.width))
+        if normed and self.qk_norm == "head":
+            y = rms_norm(y, self.weight_of(f"{name}_norm"), self.eps, None, self.offset)
+        return y
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """Per channel from the whole input, or per head from the head's slice of it.
+
+        The latter is gated attention of arXiv:2306.12929, section 4.2.
+        """
+        if self.gate == "channel":
+            return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
+        if self.gate == "head":
+            weight = self.weight_of("gate_w")
+            slices = x.unflatten(-1, weight.shape)
+            return ((slices * weight).sum(-1) + self.weight_of("gate_b"))[..., None]
+        return None
+
+    def forward(self, x: Tensor, context: Context) -> Projected:
+        q, k, v = (self.project(x, name, context) for name in "qkv")
+        if self.rotated:
+            table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
             q, k = rotate(q, table), rotate(k, table)
-        return q, k, v
+        return Projected(q, k, v, self.gates(x))
 
 
 class AttendOut(Part):
-    """Attention and its output projection: back to `[S, B, D]`."""
+    """Attention, gate and output projection: back to `[S, B, D]`."""
 
-    def __init__(self, config: ModelConfig, heads: int, width: int, out_std: float) -> None:
+    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
         self.attend: Attend = attend_here
-        self.declare("out", (config.hidden, heads * width), normal(out_std))
+        self.declare("out", (config.hidden, config.heads * width), normal(out_std), "writes")
 
-    def forward(self, qkv: tuple[Tensor, Tensor, Tensor], context: Context) -> Tensor:
-        return linear(self.attend(*qkv, context).flatten(-2), self.weight_of("out"))
+    def forward(self, carried: tuple[Projected, Softmax], context: Context) -> Tensor:
+        p, softmax = carried
+        y = self.attend(p.q, p.k, p.v, softmax, context)
+        if p.gate is not None:
+            y = y * p.gate.sigmoid()
+        return linear(y.flatten(-2), self.weight_of("out"))
+
+
+class Temperature(Part):
+    """Sinks and the growth of the temperature, `[H]` each, in fp32 whatever the precision."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.sinks:
+            self.declare("sinks", (config.heads,), constant(0.0))
+        if config.ssa:
+            self.declare("growth", (config.heads,), constant(1.5))
+
+    def scale(self, q: Tensor, positions: Tensor) -> Tensor:
+        """q times 1 + exp(−exp(β)) ln n, n the position from 1 (SSA's position temperature)."""
+        if "growth" not in self.fills:
+            return q
+        rate = (-self.weight_of("growth").exp()).exp()
+        log_n = (positions + 1).to(rate.dtype).log()
+        return (wide(q) * (1 + log_n[..., None] * rate)[..., None]).to(q.dtype)
 
 
 class Attention(SubBlock):
-    """Halves: `q, k, v, positions | attend, out`."""
+    """Halves: `q, k, v, positions | attend, gate, out`."""
+
+    small: Temperature
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
-        self.heads, self.width = config.heads, config.head_dim or config.hidden // config.heads
-        kv_heads = config.kv_heads or config.heads
-        self.first = QKV(config, self.heads, kv_heads, self.width)
-        self.second = AttendOut(config, self.heads, self.width, out_std)
+        self.config, self.scale = config, score_scale(config)
+        width = config.head_dim or config.hidden // config.heads
+        self.first = QKV(config)
+        self.small = Temperature(config)
+        self.second = AttendOut(config, width, out_std)
 
-    def mixing_flops(self, seq_len: int) -> int:
-        # scores and values, 2 FLOPs each per visible key, of which a causal query sees half
-        return 2 * seq_len * self.heads * self.width
+    def begin(self, x: Tensor, context: Context) -> Projected:
+        p: Projected = self.first(x, context)
+        window = self.config.window_of(context.index)
+        last = None if window is None else window - 1
+        k, v = context.extended("k", p.k, last), context.extended("v", p.v, last)
+        return p._replace(q=self.small.scale(p.q, context.positions), k=k, v=v)
+
+    def finish(self, carried: Projected, context: Context) -> Tensor:
+        c = self.config
+        clip = (c.clip_low, c.clip_high)
+        softmax = Softmax(
+            self.scale,
+            c.window_of(context.index),
+            c.attention_cap,
+            self.small.weight_of("sinks") if c.sinks else None,
+            None if clip == (0.0, 1.0) else clip,
+        )
+        return self.second((carried, softmax), context)
+
+    def mixing_flops(self, seq_len: int, index: int) -> int:
+        # scores and values, 2 FLOPs each per visible key; causal, so half of them without a window
+        c, width = self.config, self.config.score_width
+        values = c.value_dim or c.head_dim or c.hidden // c.heads
+        window = min(c.window_of(index) or seq_len, seq_len)
+        seen = window - window * window / (2 * seq_len)
+        return round(2 * seen * c.heads * (width + values))

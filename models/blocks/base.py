@@ -1,9 +1,12 @@
 """What the residual wiring sees of a sub-block: two halves, called one after the other."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from colonnade.kernels.conv import causal_conv
 from colonnade.models.context import Context
 from colonnade.models.part import Part
 
@@ -13,6 +16,7 @@ class SubBlock(nn.Module):
 
     `first` and `second` hold the matrices; `small`, where a sub-block has it, holds parameters that
     stay in fp32 whatever the precision (routers, decay rates), and is used by `begin` or `finish`.
+    A sub-block may stand at several places of the row; `context.index` says at which it is called.
     """
 
     first: nn.Module
@@ -27,10 +31,28 @@ class SubBlock(nn.Module):
         """Second half. Returns `[S, B, D]`, to be added to the stream."""
         return self.second(carried, context)
 
-    def mixing_flops(self, seq_len: int) -> int:
-        """Forward FLOPs per token beside those of the weights (2 per weight used)."""
+    def mixing_flops(self, seq_len: int, index: int) -> int:
+        """Forward FLOPs per token at this place beside those of the weights (2 per weight used)."""
         return 0
 
     def idle_weights(self) -> int:
         """Weights that one token does not use (experts not chosen)."""
         return 0
+
+
+# x, weight, bias, whether SiLU follows, the name under which it keeps its last inputs, context
+Conv = Callable[[Tensor, Tensor, Tensor | None, bool, str, Context], Tensor]
+
+
+def conv_here(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, role: str, context: Context
+) -> Tensor:
+    """The `conv` seam's default: the whole sequence is on this device."""
+    before = context.recall(role)
+    if context.memory is not None:
+        if before is None:
+            before = x.new_zeros(weight.shape[1] - 1, *x.shape[1:])
+        context.keep(role, torch.cat([before, x])[len(x) :])
+    return causal_conv(
+        x, weight, bias, activation=activation, documents=context.documents, before=before
+    )

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from colonnade.kernels.conv import causal_conv
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.ssd import ssd
-from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.base import Conv, SubBlock, conv_here
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
@@ -34,16 +33,17 @@ class Projected(NamedTuple):
     dt: Tensor  # [S, B, H] before bias and softplus
 
 
-def conv_here(x: Tensor, weight: Tensor, bias: Tensor, context: Context) -> Tensor:
-    """The `conv` seam's default: the whole sequence is on this device."""
-    return causal_conv(x, weight, bias, activation=True, documents=context.documents)
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
 def scan_here(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context
 ) -> Tensor:
     """The `scan` seam's default: the whole sequence is on this device."""
-    return ssd(x, dt, A, B, C, D, chunk=chunk, documents=context.documents)[0]
+    state = context.recall("state")
+    y, state = ssd(x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state)
+    context.keep("state", state)
+    return y
 
 
 class InConv(Part):
@@ -51,12 +51,12 @@ class InConv(Part):
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
-        self.conv: Callable[[Tensor, Tensor, Tensor, Context], Tensor] = conv_here
+        self.conv: Conv = conv_here
         inner = heads * config.mamba_head_dim
         state = config.mamba_groups * config.mamba_state
         widths = {"z": inner, "x": inner, "B": state, "C": state, "dt": heads}
         for name, width in widths.items():
-            self.declare(name, (width, config.hidden), normal(config.init_std))
+            self.declare(name, (width, config.hidden), normal(config.init_std), "reads")
         bound = config.mamba_conv**-0.5  # a depthwise filter's fan-in is its width
         for name in "xBC":
             self.declare(f"conv_{name}", (widths[name], config.mamba_conv), uniform(-bound, bound))
@@ -66,7 +66,7 @@ class InConv(Part):
         parts = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
         for name in "xBC":
             weight, bias = self.weight_of(f"conv_{name}"), self.weight_of(f"conv_{name}_bias")
-            parts[name] = self.conv(parts[name], weight, bias, context)
+            parts[name] = self.conv(parts[name], weight, bias, True, f"conv_{name}", context)
         return Projected(**parts)
 
 
@@ -85,12 +85,12 @@ class ScanOut(Part):
 
     def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
         super().__init__()
-        self.scan = scan_here
+        self.scan: Scan = scan_here
         self.width, self.state = config.mamba_head_dim, config.mamba_state
         self.groups, self.chunk, self.eps = config.mamba_groups, config.mamba_chunk, config.norm_eps
         inner = heads * self.width
         self.declare("norm", (inner,), constant(1.0))
-        self.declare("out", (config.hidden, inner), normal(out_std))
+        self.declare("out", (config.hidden, inner), normal(out_std), "writes")
 
     def forward(
         self, carried: tuple[Projected, Tensor, Tensor, Tensor], context: Context
@@ -123,7 +123,7 @@ class Mamba2(SubBlock):
         A = -small.weight_of("A_log").exp()
         return self.second((carried, dt, A, small.weight_of("D")), context)
 
-    def mixing_flops(self, seq_len: int) -> int:
+    def mixing_flops(self, seq_len: int, index: int) -> int:
         # per token: C Bᵀ per group and its product with x over half a chunk, state in and state out
         c = self.config
         half = min(c.mamba_chunk, seq_len) // 2

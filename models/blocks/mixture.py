@@ -1,76 +1,95 @@
-"""`E`: a dropless mixture of experts with top-k routing."""
+"""`E`: a mixture of experts, dropless or with a capacity, behind a router."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from colonnade.kernels.activation import gated
+from colonnade.kernels.activation import activated_linear, gated
+from colonnade.kernels.draws import draw_normal
 from colonnade.kernels.experts import Order, combine, dispatch, expert_mlp
+from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide
+from colonnade.kernels.routing import (
+    Rule,
+    balance_loss,
+    loads,
+    route,
+    router_z_loss,
+    within_capacity,
+)
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.mlp import Coefficients
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
 from colonnade.models.part import Part, normal
 
 
 class Dispatched(NamedTuple):
-    """Rows sorted by expert, how to undo it, and each choice's weight."""
+    """Rows sorted by expert, how to undo it, each choice's weight; the shared expert's input."""
 
-    rows: Tensor  # [T*k, D]
+    rows: Tensor  # [M, D], at most T*k rows
     order: Order
     weight: Tensor  # [T, k]
     shape: torch.Size  # [S, B, D]
+    shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate
+    opening: Tensor | None  # [S, B, 1] gate on the shared expert, before the sigmoid
 
 
-def balance_loss(logits: Tensor, chosen: Tensor, samples: int) -> Tensor:
-    """Load-balancing loss, summed over balance groups (arXiv:2101.03961, eqs. 4 to 6).
-
-    A group is `samples` consecutive samples, whichever ranks hold them: E · Σ_e f_e P_e, with f_e
-    the share of the group's choices that fell on e, and P_e its mean probability.
-
-    Args:
-        logits: `[S, B, E]` in at least fp32.
-        chosen: `[S, B, k]` expert numbers.
-    """
-    S, B, E = logits.shape
-    mean = logits.softmax(-1).view(S, B // samples, samples, E).mean((0, 2))
-    groups = chosen.transpose(0, 1).reshape(B // samples, -1)
-    count = torch.zeros(B // samples, E, dtype=logits.dtype, device=logits.device)
-    count.scatter_add_(1, groups, torch.ones_like(groups, dtype=logits.dtype))
-    return E * (count / groups.shape[1] * mean).sum()
-
-
-class Router(Part):
-    """Scores of every expert, in at least fp32, and the top k with weights that sum to 1.
-
-    A single expert's weight is its probability among all (arXiv:2101.03961, eq. 2): a weight that
-    is always 1 would teach the router nothing.
-    """
+class Router(Coefficients):
+    """Scores of every expert, `[S, B, E]`, in at least fp32, and the bias that steers choices."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.top_k = config.top_k
-        self.declare("weight", (config.experts, config.hidden), normal(config.init_std))
+        super().__init__(config)
+        self.noise = config.router_noise
+        self.declare("weight", (config.experts, config.hidden), normal(config.init_std), "reads")
+        if config.router_bias:
+            self.declare_state("bias", (config.experts,), 0.0)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         logits = wide(x) @ wide(self.weight_of("weight")).T
-        top, chosen = logits.topk(self.top_k, dim=-1)
-        weight = top.softmax(-1) if self.top_k > 1 else logits.softmax(-1).gather(-1, chosen)
-        return logits, chosen, weight
+        if self.noise and torch.is_grad_enabled():
+            S, _, E = logits.shape
+            place = torch.arange(S, device=x.device)[:, None, None]
+            keys = context.sample_numbers()[:, None], place, torch.arange(E, device=x.device)
+            drawn = draw_normal(context.draw, context.index, *keys, dtype=logits.dtype)
+            logits = logits + self.noise * drawn
+        return logits
+
+    @torch.no_grad()
+    def steer(self, counts: Tensor, rate: float) -> None:
+        """Favour experts with less than the mean load, `[E]` of a batch (arXiv:2408.15664)."""
+        self.bias += rate * (counts.mean() - counts).sign().to(self.bias)
 
 
 class Dispatch(Part):
-    """Sort tokens by expert: `[S, B, D]` to `[S*B*k, D]`."""
+    """Sort tokens by expert, and start the shared expert: `[S, B, D]` to `[M, D]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.experts = config.experts
+        self.experts, self.gated = config.experts, gated(config.activation)
+        self.width = config.shared_ffn
+        if self.width:
+            for name in ("shared_gate", "shared_up") if self.gated else ("shared_up",):
+                self.declare(name, (self.width, config.hidden), normal(config.init_std), "reads")
+        if config.shared_gate:
+            self.declare("shared_open", (1, config.hidden), normal(config.init_std), "reads")
 
-    def forward(self, routed: tuple[Tensor, Tensor, Tensor]) -> Dispatched:
-        x, chosen, weight = routed
-        rows, order = dispatch(x.flatten(0, 1), chosen.flatten(0, 1), self.experts)
-        return Dispatched(rows, order, weight.flatten(0, 1), x.shape)
+    def forward(self, routed: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Dispatched:
+        x, chosen, kept, weight = routed
+        rows, order = dispatch(
+            x.flatten(0, 1),
+            chosen.flatten(0, 1),
+            self.experts,
+            None if kept is None else kept.flatten(0, 1),
+        )
+        shared, opening = None, None
+        if self.width:
+            gate = linear(x, self.weight_of("shared_gate")) if self.gated else None
+            shared = linear(x, self.weight_of("shared_up")), gate
+        if "shared_open" in self.fills:
+            opening = linear(x, self.weight_of("shared_open"))
+        return Dispatched(rows, order, weight.flatten(0, 1), x.shape, shared, opening)
 
 
 class Experts(Part):
@@ -81,14 +100,22 @@ class Experts(Part):
         self.activation = config.activation
         E, F, D = config.experts, config.expert_ffn or config.ffn, config.hidden
         for name in ("gate", "up") if gated(config.activation) else ("up",):
-            self.declare(name, (E, F, D), normal(config.init_std))
-        self.declare("down", (E, D, F), normal(out_std))
+            self.declare(name, (E, F, D), normal(config.init_std), "reads")
+        self.declare("down", (E, D, F), normal(out_std), "writes")
+        if config.shared_ffn:
+            self.declare("shared_down", (D, config.shared_ffn), normal(out_std), "writes")
 
-    def forward(self, sent: Dispatched, context: Context) -> Tensor:
+    def forward(self, carried: tuple[Dispatched, Tensor | None], context: Context) -> Tensor:
+        sent, poly = carried
         gate = self.weight_of("gate") if gated(self.activation) else None
         up, down = self.weight_of("up"), self.weight_of("down")
-        rows = expert_mlp(sent.rows, sent.order.counts, gate, up, down, self.activation)
-        return combine(rows, sent.order, sent.weight).view(sent.shape)
+        rows = expert_mlp(sent.rows, sent.order.counts, gate, up, down, self.activation, poly)
+        y = combine(rows, sent.order, sent.weight).view(sent.shape)
+        if sent.shared is None:
+            return y
+        down = self.weight_of("shared_down")
+        shared = activated_linear(*sent.shared, down, self.activation, poly)
+        return y + (shared if sent.opening is None else shared * sent.opening.sigmoid())
 
 
 class Mixture(SubBlock):
@@ -96,23 +123,46 @@ class Mixture(SubBlock):
 
     small: Router
 
-    def __init__(self, config: ModelConfig, out_std: float, index: int) -> None:
+    def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
-        self.config, self.index = config, index
+        c = self.config = config
+        self.rule = Rule(
+            c.top_k, c.router_score, c.router_normalise, c.router_scale, c.router_groups,
+            c.router_top_groups,
+        )  # fmt: skip
         self.small = Router(config)
         self.first, self.second = Dispatch(config), Experts(config, out_std)
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
-        logits, chosen, weight = self.small(x)
-        c = self.config
-        if torch.is_grad_enabled() and (c.balance or c.router_z):
-            term = c.balance * balance_loss(logits, chosen, c.balance_samples) / context.groups
-            if c.router_z:  # arXiv:2202.08906, eq. 5: mean over tokens of logsumexp²
-                z = logits.logsumexp(-1).square().mean(0).sum() / c.balance_samples
-                term = term + c.router_z * z / context.groups
-            context.terms[self.index] = term.detach()
-            weight = attach(weight, term)
-        return self.first((x, chosen, weight))
+        c, logits = self.config, self.small(x, context)
+        bias = self.small.bias if c.router_bias else None
+        probabilities, chosen, weight = route(logits, self.rule, bias)
+        kept = None
+        if c.capacity is not None and torch.is_grad_enabled():  # only training drops choices
+            kept = within_capacity(chosen, c.experts, c.capacity, c.balance_samples)
+        if torch.is_grad_enabled():
+            context.loads[context.index] = loads(chosen, None, c.experts)
+            if c.balance or c.balance_sequence or c.router_z:
+                term = self.losses(logits, probabilities, chosen) / context.groups
+                context.terms[context.index] = term.detach()
+                weight = attach(weight, term)
+        return self.first((x, chosen, kept, weight))
+
+    def losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """Balancing terms, summed over balance groups; a sample's own weigh 1/samples each."""
+        c, samples = self.config, self.config.balance_samples
+        term = logits.new_zeros(())
+        if c.balance:
+            term = term + c.balance * balance_loss(probabilities, chosen, samples)
+        if c.balance_sequence:
+            alone = balance_loss(probabilities, chosen, 1) / samples
+            term = term + c.balance_sequence * alone
+        if c.router_z:
+            term = term + c.router_z * router_z_loss(logits, samples)
+        return term
+
+    def finish(self, carried: Dispatched, context: Context) -> Tensor:
+        return self.second((carried, self.small.values()), context)
 
     def idle_weights(self) -> int:
         c = self.config

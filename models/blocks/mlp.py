@@ -2,22 +2,22 @@
 
 from torch import Tensor
 
-from colonnade.kernels.activation import activated_linear, gated
+from colonnade.kernels.activation import activated_linear, gated, polynomial
 from colonnade.kernels.linear import linear
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, normal
+from colonnade.models.part import Part, coefficients, normal
 
 
 class Up(Part):
     """Up and gate projections: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.gated = gated(config.activation)
         for name in ("gate", "up") if self.gated else ("up",):
-            self.declare(name, (config.ffn, config.hidden), normal(config.init_std))
+            self.declare(name, (width, config.hidden), normal(config.init_std), "reads")
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         gate = linear(x, self.weight_of("gate")) if self.gated else None
@@ -27,18 +27,40 @@ class Up(Part):
 class Down(Part):
     """Activation and down projection: back to `[S, B, D]`."""
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
+    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
         self.activation = config.activation
-        self.declare("down", (config.hidden, config.ffn), normal(out_std))
+        self.declare("down", (config.hidden, width), normal(out_std), "writes")
 
-    def forward(self, inner: tuple[Tensor, Tensor | None], context: Context) -> Tensor:
-        return activated_linear(*inner, self.weight_of("down"), self.activation)
+    def forward(
+        self, carried: tuple[tuple[Tensor, Tensor | None], Tensor | None], context: Context
+    ) -> Tensor:
+        inner, poly = carried
+        return activated_linear(*inner, self.weight_of("down"), self.activation, poly)
+
+
+class Coefficients(Part):
+    """a_0 to a_3 of a polynomial activation (arXiv:2411.03884), in fp32 whatever the precision."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if polynomial(config.activation):
+            self.declare("poly", (4,), coefficients)
+
+    def values(self) -> Tensor | None:
+        """`[4]`, or None where the activation is no polynomial."""
+        return self.weight_of("poly") if "poly" in self.fills else None
 
 
 class MLP(SubBlock):
     """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
 
+    small: Coefficients
+
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
-        self.first, self.second = Up(config), Down(config, out_std)
+        self.first, self.small = Up(config, config.ffn), Coefficients(config)
+        self.second = Down(config, config.ffn, out_std)
+
+    def finish(self, carried: tuple[Tensor, Tensor | None], context: Context) -> Tensor:
+        return self.second((carried, self.small.values()), context)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from equal import assert_equal
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from colonnade.kernels import experts as module
 from colonnade.kernels.experts import combine, dispatch, expert_mlp, experts, experts_reference
@@ -25,9 +26,9 @@ def inputs(T: int = 20, k: int = 2, E: int = 5, D: int = 6, F: int = 7, seed: in
 
 def results(function: Callable[..., Tensor], t: Inputs, activation: str) -> Inputs:
     """The output, and gradients of a random function of it."""
-    chosen = t["chosen"]
-    t = {k: v.detach().requires_grad_() for k, v in t.items() if k != "chosen"}
-    y = function(chosen=chosen, activation=activation, **{"gate": None, **t})
+    fixed = {k: v for k, v in t.items() if not v.is_floating_point()}
+    t = {k: v.detach().requires_grad_() for k, v in t.items() if k not in fixed}
+    y = function(activation=activation, **fixed, **{"gate": None, **t})
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = torch.autograd.grad(y, list(t.values()), dy.to(y.dtype))
     return {"y": y.detach(), **{f"d{k}": v for k, v in zip(t, gradients, strict=True)}}
@@ -41,6 +42,110 @@ def test_equals_reference(T: int, k: int, activation: str) -> None:
         del t["gate"]
     expected = results(experts_reference, t, activation)
     assert_equal(results(experts, t, activation), expected, of_all=0)
+
+
+def dropping(t: Inputs, activation: str, share: float = 0.4) -> Inputs:
+    """The same with choices dropped, all of token 0's among them, and what the activation needs."""
+    g = torch.Generator().manual_seed(2)
+    t = dict(t, kept=torch.rand(t["chosen"].shape, generator=g) > share)
+    t["kept"][0] = False
+    if activation != "swiglu":
+        del t["gate"]
+    if activation.startswith("poly"):
+        t["poly"] = torch.randn(4, generator=g, dtype=torch.float64)
+    return t
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2", "polyrelu", "polynorm"])
+@pytest.mark.parametrize(("T", "k"), [(20, 2), (20, 1), (13, 5), (1, 3)])
+def test_dropped_choices_add_nothing(T: int, k: int, activation: str) -> None:
+    t = dropping(inputs(T, k), activation)
+    got = results(experts, t, activation)
+    assert_equal(got, results(experts_reference, t, activation), of_all=0)
+    assert (got["y"][0] == 0).all()
+    assert (got["dx"][0] == 0).all()
+    assert (got["dweight"][~t["kept"]] == 0).all()
+    if T > 1:  # dropped choices take no part in the products, nor in the gradients
+        rows, order = dispatch(t["x"], t["chosen"], 5, t["kept"])
+        assert order.counts.sum() == t["kept"].sum() < len(rows)
+
+
+def test_all_kept_is_bit_equal_to_none_dropped() -> None:
+    t = inputs()
+    kept = dict(t, kept=torch.ones(20, 2, dtype=torch.bool))
+    assert_equal(results(experts, kept, "swiglu"), results(experts, t, "swiglu"), 0, 0)
+
+
+def test_all_dropped() -> None:
+    got = results(experts, dict(inputs(), kept=torch.zeros(20, 2, dtype=torch.bool)), "swiglu")
+    assert all((v == 0).all() for v in got.values())
+
+
+def rubbish_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+    """torch's `grouped_mm` in any dtype, NaN wherever CUDA writes nothing."""
+    ends = offs.tolist()
+    if b.dim() == 2:  # a gradient of weights: the inner dimension is cut
+        y = a.new_full((len(ends), a.shape[0], b.shape[1]), torch.nan)
+    else:
+        y = a.new_full((a.shape[0], b.shape[2]), torch.nan)
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end and b.dim() == 2:
+            y[e] = a[:, start:end] @ b[start:end]
+        elif start < end:
+            y[start:end] = a[start:end] @ b[e]
+    return y
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2", "polyrelu", "polynorm"])
+def test_grouped_products_read_no_rubbish(
+    activation: str, drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", rubbish_grouped_mm)
+    t = dropping(inputs(), activation, 0.4 if drop else -1)
+    if not drop:
+        t["kept"][0] = True
+    assert_equal(
+        results(experts, t, activation), results(experts_reference, t, activation), of_all=0
+    )
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "polynorm"])
+def test_grouped_path_never_asks_for_counts(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors, which have no values to wait for."""
+    monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
+    t = dropping(inputs(D=8, F=8), activation)
+    t = {k: (v.bfloat16() if v.is_floating_point() else v).to("meta") for k, v in t.items()}
+    t = {k: v.requires_grad_(v.is_floating_point()) for k, v in t.items()}
+    experts(activation=activation, **{"gate": None, **t}).sum().backward()
+    assert t["x"].grad.shape == t["x"].shape
+
+
+def test_one_expert_for_all_is_an_mlp() -> None:
+    """As THOR draws it: the others have gradients of zeros."""
+    t = inputs(k=1)
+    t["chosen"], t["weight"] = torch.full((20, 1), 3), torch.ones(20, 1, dtype=torch.float64)
+    got = results(experts, t, "swiglu")
+    gate, up = t["x"] @ t["gate"][3].T, t["x"] @ t["up"][3].T
+    expected = (gate * gate.sigmoid() * up) @ t["down"][3].T
+    assert_equal({"y": got["y"]}, {"y": expected}, of_all=0)
+    for name in ("dgate", "dup", "ddown"):
+        assert [bool((g != 0).any()) for g in got[name]] == [e == 3 for e in range(5)]
+
+
+def test_recomputation_and_no_grad() -> None:
+    t = dropping(inputs(), "polynorm")
+    expected = results(experts, t, "polynorm")
+
+    def recomputed(**arguments: Tensor) -> Tensor:
+        return checkpoint(experts, use_reentrant=False, **arguments)
+
+    assert_equal(results(recomputed, t, "polynorm"), expected, 0, 0)
+    with torch.no_grad():
+        assert torch.equal(experts(gate=None, activation="polynorm", **t), expected["y"])
 
 
 def test_all_experts_equal_the_weighted_sum() -> None:

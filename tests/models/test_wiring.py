@@ -1,7 +1,6 @@
 """The row of sub-blocks: its recursion, recomputation, packed documents, first weights."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +13,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.kernels.norm import rms_norm_reference
-from colonnade.models.blocks import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import constant, normal
-from colonnade.parallel import materialise as materialise_module
-from colonnade.parallel.materialise import fill_shard, materialise
 from colonnade.parallel.recompute import recompute_policy
 
 S, B, V = 23, 2, 31
 WIRINGS = ["standard", "ladder"]
 
 
-def config_of(pattern: str, residual: Any, **more: Any) -> ModelConfig:
+def config_of(pattern: str, residual: Any = "standard", **more: Any) -> ModelConfig:
     """Small and odd, with both balancing terms on."""
     return ModelConfig(
         pattern=pattern, residual=residual, vocab=V, hidden=12, heads=4, kv_heads=2, head_dim=6,
         ffn=11, mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, mamba_chunk=8,
+        mamba1_inner=10, mamba1_rank=3, mamba1_chunk=8, delta_heads=4, delta_key_dim=3,
+        delta_value_dim=5, delta_key_heads=2, delta_chunk=8,
         experts=5, top_k=2, expert_ffn=7, **({"balance": 0.5, "router_z": 0.1} | more),
     )  # fmt: skip
 
@@ -58,12 +55,11 @@ def context() -> Context:
 # What the wiring computes
 
 
-def final_stream(residual: str, r0: Tensor, h: Callable[[int, Tensor], Tensor], n: int) -> Tensor:
-    """The stream after n sub-blocks, by index; h(t, r) is what sub-block t makes of stream r."""
-    if residual == "standard":
-        for t in range(n):
-            r0 = r0 + h(t, r0)
-        return r0
+Output = Callable[[int, Tensor], Tensor]  # what sub-block t makes of a stream
+
+
+def by_index(r0: Tensor, h: Output, n: int) -> Tensor:
+    """Ladder over all n sub-blocks, as an index recursion."""
     r: list[Tensor] = [r0, r0]
     added: list[Tensor] = []
     for t in range(n):
@@ -73,31 +69,75 @@ def final_stream(residual: str, r0: Tensor, h: Callable[[int, Tensor], Tensor], 
     return r[n - 1] + torch.stack(added[-2:]).sum(0)
 
 
+def by_layer(r0: Tensor, h: Output, n: int, ladder_layers: int) -> Tensor:
+    """Layers of two sub-blocks, the last ones laddered, between them the stream H and P, the same
+    without the newest output."""
+    P = H = r0
+    for layer in range(n // 2):
+        ladder = layer >= n // 2 - ladder_layers
+        A = H + h(2 * layer, P if ladder else H)
+        P, H = A, A + h(2 * layer + 1, H if ladder else A)
+    return H
+
+
+def side_by_side(r0: Tensor, h: Output, n: int) -> Tensor:
+    """Layers of two sub-blocks that read the same stream."""
+    for t in range(0, n, 2):
+        r0 = r0 + h(t, r0) + h(t + 1, r0)
+    return r0
+
+
+def one_by_one(r0: Tensor, h: Output, n: int) -> Tensor:
+    """The standard residual."""
+    for t in range(n):
+        r0 = r0 + h(t, r0)
+    return r0
+
+
+def final_stream(config: ModelConfig, r0: Tensor, h: Output) -> Tensor:
+    """The stream behind the last sub-block."""
+    n = len(config.symbols)
+    if config.residual == "standard":
+        return one_by_one(r0, h, n)
+    if config.residual == "parallel":
+        return side_by_side(r0, h, n)
+    if config.ladder_last is None:
+        return by_index(r0, h, n)
+    assert config.ladder_last % 2 == 0
+    return by_layer(r0, h, n, config.ladder_last // 2)
+
+
 def written_out(model: Decoder, context: Context, tokens: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of the model with its own sub-blocks, all between them written out here."""
-    wiring, eps, weights = model.wiring, model.config.norm_eps, dict(model.named_parameters())
+    wiring, config, weights = model.wiring, model.config, dict(model.named_parameters())
 
     def norm(name: str, x: Tensor) -> Tensor:
-        return rms_norm_reference(x, weights[f"wiring.{name}.weight"], eps)
+        name = f"wiring.{name}.weight"
+        return rms_norm_reference(x, weights[name], config.norm_eps) if name in weights else x
 
     def h(t: int, r: Tensor) -> Tensor:
-        block = wiring.blocks[t]
-        assert isinstance(block, SubBlock)
+        block, here = wiring.block(t), context.at(t)
         x = wiring.enter(norm(f"norms.{t}", r))
-        return wiring.leave(block.finish(block.begin(x, context), context))
+        return norm(f"after.{t}", wiring.leave(block.finish(block.begin(x, here), here)))
 
-    embedding = weights["embedding.weight"][tokens]
-    x = final_stream(model.config.residual, embedding, h, len(wiring.blocks))
+    x = final_stream(config, weights["embedding.weight"][tokens], h)
     logits = norm("final", x) @ weights["head.weight"].T
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
-@pytest.mark.parametrize("residual", WIRINGS)
-@pytest.mark.parametrize("pattern", ["*-*-", "M-*E", "*E-", "M", "*-"])
-def test_wiring_is_its_recursion(pattern: str, residual: str, recompute: str) -> None:
+RESIDUALS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "ladder": {"residual": "ladder"},
+    "ladder-last-0": {"residual": "ladder", "ladder_last": 0},
+    "ladder-last-2": {"residual": "ladder", "ladder_last": 2},
+    "ladder-last-4": {"residual": "ladder", "ladder_last": 4},
+    "parallel": {"residual": "parallel"},
+}
+
+
+def check_wiring(pattern: str, recompute: str, **fields: Any) -> None:
     """Loss, balancing terms and gradients; seams that are not the identity act once each."""
-    model = model_of(config_of(pattern, residual), seed=len(pattern))
+    model = model_of(config_of(pattern, **fields), seed=len(pattern))
     model.wiring.enter, model.wiring.leave = lambda x: 1.5 * x, lambda h: 0.7 * h
     reference = copy.deepcopy(model)
     model.wiring.recompute = recompute_policy(recompute)
@@ -107,12 +147,46 @@ def test_wiring_is_its_recursion(pattern: str, residual: str, recompute: str) ->
     loss, expected = model(tokens, ours, labels), written_out(reference, theirs, tokens, labels)
     loss.backward()
     expected.backward()
-    assert list(ours.terms) == [t for t, s in enumerate(pattern) if s == "E"]
+    assert list(ours.terms) == [t for t, s in enumerate(model.config.symbols) if s == "E"]
     assert_equal(
         {"loss": loss.detach()} | {str(t): term for t, term in ours.terms.items()},
         {"loss": expected.detach()} | {str(t): term for t, term in theirs.terms.items()},
     )
     assert_equal(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("pattern", ["*-*-", "M-*E", "*-", "mEG-D-"])
+def test_wiring_is_its_recursion(pattern: str, residual: str, recompute: str) -> None:
+    fields = RESIDUALS[residual]
+    if fields.get("ladder_last", 0) <= len(pattern):
+        check_wiring(pattern, recompute, **fields)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+@pytest.mark.parametrize("pattern", ["M", "*E-"])
+def test_rows_of_odd_length(pattern: str, residual: str, recompute: str) -> None:
+    check_wiring(pattern, recompute, residual=residual)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
+@pytest.mark.parametrize("position", ["after", "both"])
+def test_norms_behind_sub_blocks(position: str, residual: str, recompute: str) -> None:
+    check_wiring("*-M-", recompute, residual=residual, norm_position=position)
+
+
+def test_ladder_of_no_sub_block_has_the_bits_of_standard() -> None:
+    tokens, labels = data(5)
+    found = []
+    for fields in ({}, {"residual": "ladder", "ladder_last": 0}):
+        model = model_of(config_of("M-*E", **fields), 5)
+        loss = model(tokens, context(), labels)
+        loss.backward()
+        found.append([loss.detach(), *gradients(model).values()])
+    assert all(map(torch.equal, *found))
 
 
 def test_wirings_differ_from_the_second_sub_block_on() -> None:
@@ -172,7 +246,7 @@ LENGTHS = ((9, 2, 1, 11), (17, 6))  # of the documents in each row; some shorter
 
 
 @pytest.mark.parametrize("residual", WIRINGS)
-@pytest.mark.parametrize("pattern", ["*-", "M-", "*E", "M-*E"])
+@pytest.mark.parametrize("pattern", ["*-", "M-", "*E", "M-*E", "m-", "D-", "G-"])
 def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
     """Logits, loss and gradients of packed rows are those of the documents one by one."""
     model = model_of(config_of(pattern, residual, balance=0.0, router_z=0.0), seed=8)
@@ -198,84 +272,3 @@ def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
             with torch.no_grad():
                 assert_equal({"logits": packed[part]}, {"logits": alone(tokens[part], here)})
     assert_equal(gradients(model), gradients(alone))
-
-
-# First weights
-
-
-def first_distribution(name: str, layers: int, config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """The distribution function a parameter must have: Mamba's from its paper, others by std."""
-    role = name.split(".")[-1]
-    if role == "A_log":  # A ~ U(1, 16)
-        return lambda t: (t.exp() - 1) / 15
-    if role == "dt_bias":  # softplus is log-uniform in [0.001, 0.1]
-        return lambda t: (F.softplus(t).log() - math.log(1e-3)) / math.log(100)
-    if role.startswith("conv_"):  # U(± 1/sqrt(width))
-        return lambda t: (t * config.mamba_conv**0.5 + 1) / 2
-    std = config.init_std / (layers**0.5 if role in ("out", "down") else 1)
-    return lambda t: torch.special.ndtr(t / std)
-
-
-def test_first_weights_have_their_distribution() -> None:
-    """By Kolmogorov and Smirnov's statistic, at 1 in 10 000; norms and D are 1."""
-    config = config_of("M-*E", "standard", init_std=0.05).model_copy(
-        update={"hidden": 32, "mamba_heads": 1024, "mamba_conv": 3, "repeat": 2, "ffn": 33}
-    )
-    with torch.device("meta"):
-        model = Decoder(config)
-    materialise(model, torch.device("cpu"), seed=9)
-    for name, p in model.named_parameters():
-        flat = p.detach().double().flatten()
-        if "norm" in name or "final" in name or name.endswith(".D"):
-            assert bool((flat == 1).all()), name
-            continue
-        uniform = first_distribution(name, 8, config)(flat).sort().values
-        n = len(uniform)
-        steps = torch.arange(n + 1, dtype=torch.float64) / n
-        distance = torch.maximum(steps[1:] - uniform, uniform - steps[:-1]).max().item()
-        assert distance < 2.23 / n**0.5, f"{name}: {distance} with {n} elements"
-
-
-def test_first_weights_are_a_function_of_seed_and_name() -> None:
-    def weights(seed: int) -> dict[str, Tensor]:
-        model = empty(config_of("**", "standard"))
-        materialise(model, torch.device("cpu"), seed)
-        return {n: p.detach() for n, p in model.named_parameters() if "norm" not in n}
-
-    one, again, other = weights(1), weights(1), weights(2)
-    del one["wiring.final.weight"]
-    flat = [t.flatten()[:16] for t in one.values()] + [other[n].flatten()[:16] for n in one]
-    assert all(torch.equal(one[n], again[n]) for n in one)
-    assert len({tuple((t / t[0]).tolist()) for t in flat}) == len(flat)  # no two alike, nor scaled
-
-
-@pytest.mark.parametrize("block", [1, 10, 64, 1 << 16])
-def test_any_shard_is_the_slice_of_the_whole(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For random shapes and shards of one to three dimensions, in fp32 and fp64."""
-    monkeypatch.setattr(materialise_module, "BLOCK", block)
-    g = torch.Generator().manual_seed(block)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=g))
-
-    for case in range(150):
-        shape = tuple(draw(1, 9) for _ in range(1 + case % 3))
-        offset = tuple(draw(0, n) for n in shape)  # some shards are empty
-        size = tuple(draw(0, n - o) for n, o in zip(shape, offset, strict=True))
-        whole, shard = torch.empty(shape), torch.full(size, math.nan, dtype=torch.float64)
-        fill_shard(whole, shape, (0,) * len(shape), normal(1.0), f"7/{case}")
-        fill_shard(shard, shape, offset, normal(1.0), f"7/{case}")
-        part = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
-        assert torch.equal(whole[part].double(), shard), (shape, offset, size)
-        assert whole.unique().numel() == whole.numel()  # no block repeats another
-
-
-def test_a_shard_of_a_large_parameter() -> None:
-    """With the true block size, which this parameter exceeds several times."""
-    shape, offset, size = (700, 3, 111), (303, 1, 5), (290, 2, 100)
-    whole, shard = torch.empty(shape), torch.empty(size)
-    fill_shard(whole, shape, (0, 0, 0), normal(1.0), "1/w")
-    fill_shard(shard, shape, offset, normal(1.0), "1/w")
-    assert torch.equal(whole[303:593, 1:3, 5:105], shard)
-    fill_shard(shard, shape, offset, constant(3.0), "1/w")
-    assert bool((shard == 3).all())

@@ -1,6 +1,7 @@
 """FSDP2, HSDP and accumulation against one process: losses, gradients, parameters."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from colonnade.launcher.corpus import Batch
 from colonnade.launcher.job import build_model
+from colonnade.launcher.optimizer import named_tensors
 from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.schedule import micro_batches
 from colonnade.launcher.step import train_step
@@ -24,23 +26,24 @@ STEPS, VOCAB, SEQ = 3, 61, 13
 
 def recipe_for(
     pattern: str,
-    residual: str,
     layout: dict[str, int],
     micro_batch: int,
     precision: str = "fp64",
     recompute: str = "none",
-    tied: bool = False,
+    **fields: Any,
 ) -> Recipe:
     """A tiny model with every setting that could depend on the layout."""
-    model = ModelConfig(
+    small = dict(
         pattern=pattern,
-        residual=residual,
         hidden=24,
         heads=4,
         kv_heads=2,
         ffn=40,
         vocab=VOCAB,
-        tied=tied,
+        delta_key_dim=6,
+        delta_chunk=4,
+        mamba1_state=4,
+        mamba1_chunk=4,
         mamba_head_dim=8,
         mamba_state=8,
         mamba_groups=2,
@@ -52,6 +55,7 @@ def recipe_for(
         balance_samples=2,
         init_std=0.2,
     )
+    model = ModelConfig.model_validate(small | fields)
     train = TrainConfig(
         steps=STEPS,
         global_batch=16,
@@ -84,7 +88,7 @@ def random_rows(samples: list[int]) -> Batch:
 class Trace:
     """What a few steps left behind, whole."""
 
-    losses: list[float]
+    losses: list[list[float]]
     norms: list[float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
@@ -110,11 +114,12 @@ def trained(rank: int, size: int, recipe: Recipe) -> Trace:
     for step in range(STEPS):
         mine = micro_batches(recipe.train, step, *data_rank(mesh))
         batches = [random_rows(samples) for samples in mine]
-        result = train_step(model, optimizer, batches, recipe, step, here.device)
+        result = train_step(model, optimizer, batches, mine, recipe, step, here.device)
         assert not result.skipped
-        trace.losses += [result.loss, result.balance]
+        trace.losses.append([result.loss, result.balance, *result.extras.values()])
         trace.norms.append(result.grad_norm)
-    trace.parameters = {name: whole(p) for name, p in model.named_parameters()}
+    tensors = named_tensors(model, None)
+    trace.parameters = {name: whole(tensor) for name, tensor in tensors.items()}
     return trace
 
 
@@ -125,15 +130,35 @@ def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -
     assert_equal(a.parameters, b.parameters, relative, of_all)
 
 
-MODELS = [("*-", "standard", False), ("M-*E", "ladder", True), ("E*M-", "standard", False)]
+LADDER: dict[str, Any] = {"residual": "ladder"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("*-", {}),
+    "hybrid, ladder, tied": ("M-*E", {**LADDER, "tied": True}),
+    "mixture first": ("E*M-", {}),
+    "recurrent": ("mD-G", LADDER),
+    "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
+    "shared depth": ("*E", {"repeat": 3, "share": True}),
+    "steered and noisy routing": (
+        "E-E",
+        {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "experts": 6,
+         "router_noise": 0.3, "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 8},
+    ),
+    "further tokens": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
+    "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
+    "centred, latent": (
+        "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
+               "ssa": True, "sinks": True},
+    ),
+    "muP": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("pattern", "residual", "tied"), MODELS)
-def test_layouts_equal_one_process(
-    ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, pattern: str, residual: str, tied: bool
-) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_equal_one_process(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, name: str) -> None:
+    pattern, fields = MODELS[name]
+
     def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
-        recipe = recipe_for(pattern, residual, layout, micro, tied=tied)
+        recipe = recipe_for(pattern, layout, micro, **fields)
         traces = ranks.run(trained, recipe)
         assert all(t.losses == traces[0].losses for t in traces)
         return traces[0]
@@ -147,31 +172,36 @@ def test_layouts_equal_one_process(
 
 
 @pytest.mark.parametrize("recompute", ["block", "selective"])
-def test_recomputation_changes_nothing(ranks1: Ranks, ranks2: Ranks, recompute: str) -> None:
-    alone = ranks1.run(trained, recipe_for("M-*E", "ladder", {}, 8))[0]
-    again = ranks2.run(trained, recipe_for("M-*E", "ladder", {}, 4, recompute=recompute))[0]
+@pytest.mark.parametrize("pattern", ["M-*E", "mTDG"])
+def test_recomputation_changes_nothing(
+    ranks1: Ranks, ranks2: Ranks, pattern: str, recompute: str
+) -> None:
+    fields: dict[str, Any] = {**LADDER, "sigma_reparam": True, "router_noise": 0.3}
+    alone = ranks1.run(trained, recipe_for(pattern, {}, 8, **fields))[0]
+    recipe = recipe_for(pattern, {}, 4, recompute=recompute, **fields)
+    again = ranks2.run(trained, recipe)[0]
     compare(again, alone)
 
 
 def test_single_precision_within_rounding(ranks1: Ranks, ranks2: Ranks) -> None:
     """fp32 covers operators that have no fp64: 1e-4 of each tensor's largest element, 3 steps."""
-    exact = ranks1.run(trained, recipe_for("*-", "standard", {}, 16))[0]
-    single = ranks2.run(trained, recipe_for("*-", "standard", {}, 4, precision="fp32"))[0]
+    exact = ranks1.run(trained, recipe_for("*-", {}, 16))[0]
+    single = ranks2.run(trained, recipe_for("*-", {}, 4, precision="fp32"))[0]
     compare(single, exact, relative=1e-4, of_all=1e-5)
 
 
 def test_bf16_reduces_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
     """bf16 keeps 8 bits: losses agree to 2^-8, and parameters at rest stay fp32."""
-    exact = ranks1.run(trained, recipe_for("M-*E", "ladder", {}, 16))[0]
+    exact = ranks1.run(trained, recipe_for("M-*E", {}, 16, **LADDER))[0]
     for ranks in (ranks1, ranks2):
-        half = ranks.run(trained, recipe_for("M-*E", "ladder", {}, 4, precision="bf16"))[0]
+        half = ranks.run(trained, recipe_for("M-*E", {}, 4, precision="bf16", **LADDER))[0]
         assert all(p.dtype == torch.float32 for p in half.parameters.values())
-        assert half.losses[0] == pytest.approx(exact.losses[0], rel=2**-8)
+        assert half.losses[0][0] == pytest.approx(exact.losses[0][0], rel=2**-8)
 
 
 def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
     """A sum of two ranks' bf16 gradients is no bf16 number in general; a bf16 reduction's is."""
-    recipe = recipe_for("*-", "standard", {}, 8, precision="bf16")
+    recipe = recipe_for("*-", {}, 8, precision="bf16")
     unclipped = OptimizerConfig(lr=1e-2, clip=0)
     trace = ranks2.run(trained, recipe.model_copy(update={"optimizer": unclipped}))[0]
     gradient = trace.gradients["0.wiring.blocks.0.first.q"]
@@ -186,7 +216,7 @@ def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks) -> None:
-    recipe = recipe_for("M-*E", "ladder", {}, 4, precision="fp32")
+    recipe = recipe_for("M-*E", {}, 4, precision="fp32", **LADDER)
     alone = ranks1.run(initial, recipe)[0]
     for ranks in (ranks2, ranks4):
         for name, weight in ranks.run(initial, recipe)[0].items():

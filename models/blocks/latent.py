@@ -1,0 +1,84 @@
+"""`*` with `attention = "mla"`: DeepSeek's latent attention (arXiv:2405.04434, section 2.1)."""
+
+import torch
+from torch import Tensor
+
+from colonnade.kernels.linear import linear
+from colonnade.kernels.norm import rms_norm
+from colonnade.kernels.rope import rotate
+from colonnade.models.blocks.attention import (
+    AttendOut,
+    Attention,
+    Projected,
+    Temperature,
+    rope_scaling,
+    score_scale,
+)
+from colonnade.models.blocks.base import SubBlock
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.part import Part, constant, normal
+
+
+class Latents(Part):
+    """Queries; keys and values through a latent that is all a cache has to hold.
+
+    A head's key is its own channels beside rotated ones that all heads share.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.own = c.head_dim or c.hidden // c.heads
+        self.value = c.value_dim or self.own
+        self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
+        self.scaling, self.eps, self.q_rank = rope_scaling(c), c.norm_eps, c.q_rank
+        queries = c.heads * (self.own + self.rotated)
+        q_std = 0.0 if c.mup_zero_init else c.init_std
+        if c.q_rank:
+            self.declare("q_a", (c.q_rank, c.hidden), normal(c.init_std), "reads")
+            self.declare("q_norm", (c.q_rank,), constant(1.0))
+            self.declare("q_b", (queries, c.q_rank), normal(q_std), "inner")
+        else:
+            self.declare("q", (queries, c.hidden), normal(q_std), "reads")
+        self.declare("kv_a", (c.kv_rank, c.hidden), normal(c.init_std), "reads")
+        self.declare("kv_norm", (c.kv_rank,), constant(1.0))
+        self.declare("k_rope", (self.rotated, c.hidden), normal(c.init_std), "reads")
+        self.declare("k_b", (c.heads * self.own, c.kv_rank), normal(c.init_std), "inner")
+        self.declare("v_b", (c.heads * self.value, c.kv_rank), normal(c.init_std), "inner")
+
+    def queries(self, x: Tensor) -> Tensor:
+        """`[S, B, H * P]`."""
+        if not self.q_rank:
+            return linear(x, self.weight_of("q"))
+        latent = rms_norm(linear(x, self.weight_of("q_a")), self.weight_of("q_norm"), self.eps)
+        return linear(latent, self.weight_of("q_b"))
+
+    def forward(self, x: Tensor, context: Context) -> Projected:
+        latent = rms_norm(linear(x, self.weight_of("kv_a")), self.weight_of("kv_norm"), self.eps)
+        shared = linear(x, self.weight_of("k_rope"))[..., None, :]
+        q = self.queries(x).unflatten(-1, (-1, self.own + self.rotated))
+        if self.rope:
+            table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
+            own, turned = q.split([self.own, self.rotated], dim=-1)
+            q, shared = torch.cat([own, rotate(turned, table)], dim=-1), rotate(shared, table)
+        latent, shared = context.extended("latent", latent), context.extended("k_rope", shared)
+        k = linear(latent, self.weight_of("k_b")).unflatten(-1, (-1, self.own))
+        v = linear(latent, self.weight_of("v_b")).unflatten(-1, (-1, self.value))
+        k = torch.cat([k, shared.expand(*k.shape[:-1], -1)], dim=-1)
+        return Projected(q, k, v, None)
+
+
+class LatentAttention(Attention):
+    """Halves: `queries, latent, keys, values | attend, out`."""
+
+    def __init__(self, config: ModelConfig, out_std: float) -> None:
+        SubBlock.__init__(self)
+        self.config, self.scale = config, score_scale(config)
+        self.first = Latents(config)
+        self.small = Temperature(config)
+        self.second = AttendOut(config, self.first.value, out_std)
+
+    def begin(self, x: Tensor, context: Context) -> Projected:
+        p: Projected = self.first(x, context)
+        return p._replace(q=self.small.scale(p.q, context.positions))

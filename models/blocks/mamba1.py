@@ -1,0 +1,114 @@
+"""`m`: Mamba-1, a state-space mixer with a decay per channel and state (arXiv:2312.00752)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from colonnade.kernels.linear import linear
+from colonnade.kernels.precision import wide
+from colonnade.kernels.selective_scan import selective_scan
+from colonnade.models.blocks.base import Conv, SubBlock, conv_here
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.part import (
+    Part,
+    constant,
+    inverse_softplus_dt,
+    log_counting,
+    normal,
+    uniform,
+)
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
+
+
+class Projected(NamedTuple):
+    """What the first half hands to the second. C channels."""
+
+    z: Tensor  # [S, B, C] gate
+    x: Tensor  # [S, B, C] convolved
+
+
+def scan_here(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context
+) -> Tensor:
+    """The `scan` seam's default: the whole sequence is on this device."""
+    state = context.recall("state")
+    y, state = selective_scan(
+        x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state
+    )
+    context.keep("state", state)
+    return y
+
+
+class InConv(Part):
+    """Projections to z and x, and the causal convolution of x."""
+
+    def __init__(self, config: ModelConfig, inner: int) -> None:
+        super().__init__()
+        self.conv: Conv = conv_here
+        for name in "zx":
+            self.declare(name, (inner, config.hidden), normal(config.init_std), "reads")
+        bound = config.mamba1_conv**-0.5  # a depthwise filter's fan-in is its width
+        self.declare("conv_x", (inner, config.mamba1_conv), uniform(-bound, bound))
+        self.declare("conv_x_bias", (inner,), uniform(-bound, bound))
+
+    def forward(self, u: Tensor, context: Context) -> Projected:
+        weight, bias = self.weight_of("conv_x"), self.weight_of("conv_x_bias")
+        x = self.conv(linear(u, self.weight_of("x")), weight, bias, True, "conv_x", context)
+        return Projected(linear(u, self.weight_of("z")), x)
+
+
+class Decay(Part):
+    """log A `[C, N]`, dt bias and the skip D `[C]`, in fp32 whatever the precision."""
+
+    def __init__(self, inner: int, state: int) -> None:
+        super().__init__()
+        self.declare("A_log", (inner, state), log_counting, decay=False)
+        self.declare("dt_bias", (inner,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
+        self.declare("D", (inner,), constant(1.0))
+
+
+class ScanOut(Part):
+    """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
+
+    def __init__(self, config: ModelConfig, inner: int, rank: int, out_std: float) -> None:
+        super().__init__()
+        self.scan: Scan = scan_here
+        self.chunk = config.mamba1_chunk
+        for name, width in (("dt_a", rank), ("B", config.mamba1_state), ("C", config.mamba1_state)):
+            self.declare(name, (width, inner), normal(config.init_std), "inner")
+        self.declare("dt_b", (inner, rank), uniform(-(rank**-0.5), rank**-0.5), "inner")
+        self.declare("out", (config.hidden, inner), normal(out_std), "writes")
+
+    def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:
+        (z, x), small = carried
+        raw = linear(linear(x, self.weight_of("dt_a")), self.weight_of("dt_b"))
+        dt = F.softplus(wide(raw) + small.weight_of("dt_bias"))
+        A = -small.weight_of("A_log").exp()
+        B, C = (linear(x, self.weight_of(name)) for name in "BC")
+        y = self.scan(x, dt, A, B, C, small.weight_of("D"), self.chunk, context)
+        return linear(y * F.silu(z), self.weight_of("out"))
+
+
+class Mamba1(SubBlock):
+    """Halves: `projections, convolution | selection, scan, gate, out`."""
+
+    small: Decay
+
+    def __init__(self, config: ModelConfig, out_std: float) -> None:
+        super().__init__()
+        self.inner = config.mamba1_inner or 2 * config.hidden
+        self.state = config.mamba1_state
+        self.first = InConv(config, self.inner)
+        self.small = Decay(self.inner, self.state)
+        rank = config.mamba1_rank or -(-config.hidden // 16)
+        self.second = ScanOut(config, self.inner, rank, out_std)
+
+    def finish(self, carried: Projected, context: Context) -> Tensor:
+        return self.second((carried, self.small), context)
+
+    def mixing_flops(self, seq_len: int, index: int) -> int:
+        return 6 * self.inner * self.state  # decay, write and read of every state, 2 each

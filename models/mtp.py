@@ -1,0 +1,60 @@
+"""Multi-token prediction: modules that predict further tokens, each from the one before."""
+
+import torch
+from torch import Tensor, nn
+
+from colonnade.kernels.linear import linear
+from colonnade.kernels.loss import IGNORED
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.norms import Norm
+from colonnade.models.part import Part, normal
+from colonnade.models.wiring import Wiring
+
+
+class Join(Part):
+    """The two inputs of a module become one: `[S, B, D]` each to `[S, B, D]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        for name in ("stream", "token"):
+            shape = config.hidden, config.hidden
+            self.declare(name, shape, normal(config.init_std), "writes")  # its output is a stream
+
+    def forward(self, stream: Tensor, token: Tensor) -> Tensor:
+        return linear(stream, self.weight_of("stream")) + linear(token, self.weight_of("token"))
+
+
+class Predictor(nn.Module):
+    """Module `depth` (from 0): from the stream of the one before and the token that it predicted.
+
+    h' = M [norm(h) ; norm(embedding)], then a row of sub-blocks (arXiv:2412.19437, eqs. 21 and 22);
+    embedding and head are the model's.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        row = config.mtp_pattern
+        self.norm_stream, self.norm_token = Norm(config), Norm(config)
+        self.join = Join(config)
+        self.wiring = Wiring(config, row, len(row), len(config.symbols) + depth * len(row))
+
+    def forward(self, stream: Tensor, token: Tensor, context: Context) -> Tensor:
+        """`[S, B, D]` each: the normed stream before, and the further tokens' embeddings."""
+        x = self.join(self.norm_stream(stream), self.norm_token(token))
+        return self.wiring(x, context)
+
+
+def shifted(tokens: Tensor, labels: Tensor, context: Context, depth: int) -> tuple[Tensor, Tensor]:
+    """Tokens `[S, B']` and labels `[S, B]`, `depth` places on.
+
+    A place whose token would come from behind the row's end or from another document has no loss.
+    """
+    ahead = torch.cat([tokens[depth:], tokens[-1:].expand(min(depth, len(tokens)), -1)])
+    wanted = torch.full_like(labels, IGNORED)
+    wanted[:-depth] = labels[depth:]
+    if context.documents is not None:
+        d = context.documents[:, : labels.shape[1]]
+        crossed = d[depth:] != d[:-depth]
+        wanted[:-depth].masked_fill_(crossed, IGNORED)
+    return ahead, wanted

@@ -1,0 +1,32 @@
+"""The norms of the residual stream, by name."""
+
+from torch import Tensor
+
+from colonnade.kernels.norm import crms_norm, layer_norm, rms_norm
+from colonnade.models.config import ModelConfig
+from colonnade.models.part import Part, constant
+
+
+class Norm(Part):
+    """A norm over the stream's width; weight, and bias where there is one, `[D]`, in fp32.
+
+    `pre_rms` is RMSNorm on a stream that is kept centred, which makes it LayerNorm; `crms` the same
+    without the stream's last channel, which is minus the sum of the others (arXiv:2305.14858).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.offset = 1.0 if config.norm == "rms_offset" else 0.0
+        self.declare("weight", (config.hidden,), constant(1.0 - self.offset))
+        if config.norm_bias:
+            self.declare("bias", (config.hidden,), constant(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_of("weight")
+        bias = self.weight_of("bias") if "bias" in self.fills else None
+        if self.kind == "layer":
+            return layer_norm(x, weight, bias, self.eps)
+        if self.kind == "crms":
+            return crms_norm(x, weight, self.eps)
+        return rms_norm(x, weight, self.eps, bias, self.offset)

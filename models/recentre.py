@@ -1,0 +1,115 @@
+"""From LayerNorm to RMSNorm on a centred stream, exactly (arXiv:2305.14858).
+
+LayerNorm is RMSNorm of the input less its mean; where all that is written onto the stream has mean
+zero, the stream has it too. CRMSNorm leaves out the last channel of such a stream, minus the sum of
+the others, from the stream and from every weight that reads or writes it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
+from colonnade.models.part import Part, Role
+from colonnade.models.reparam import centred
+
+Weights = Mapping[str, Tensor]
+
+
+def to_pre_rms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same function with `norm = "pre_rms"`. A tied head is untied: it was not centred.
+
+    Raises:
+        ValueError: the model is not one of LayerNorms in front of its sub-blocks alone.
+    """
+    check(config)
+    made, roles = dict(weights), roles_of(config)
+    if config.tied:
+        made["head.weight"] = weights["embedding.weight"].clone()
+    for name, role in roles.items():
+        if role in ("writes", "table"):
+            made[name] = centred(weights[name], -2 if role == "writes" else -1)
+    return config.model_copy(update={"norm": "pre_rms", "tied": False}), made
+
+
+def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same function with `norm = "crms"` and a stream narrower by one channel.
+
+    The norms' weights go into what reads behind them and become 1.
+
+    Raises:
+        ValueError: as `to_pre_rms`; or the norms have biases, their weights are more than one for
+            the same sub-block (`share`), or a weight reads the stream in slices.
+    """
+    check(config)
+    for field, value in (("norm_bias", config.norm_bias), ("share", config.share)):
+        if value:
+            raise ValueError(f"model.{field} = {value}: CRMSNorm cannot hold it; pre_rms can")
+    if config.mtp or (config.has("*") and config.attention_gate == "head"):
+        field = "mtp" if config.mtp else "attention_gate"
+        value = getattr(config, field)
+        raise ValueError(f"model.{field} = {value}: not with CRMSNorm; pre_rms can")
+    centred_config, made = to_pre_rms(config, weights)
+    for name, role in roles_of(centred_config).items():
+        weight = made[name]
+        if role == "reads":
+            gained = weight * weights[norm_before(name)]
+            made[name] = gained[..., :-1] - gained[..., -1:]
+        elif role == "writes":
+            made[name] = weight[..., :-1, :]
+        elif role == "table":
+            made[name] = weight[..., :-1]
+        elif is_stream_norm(name):
+            made[name] = torch.ones_like(weight[:-1])
+    return explicit(centred_config).model_copy(
+        update={"norm": "crms", "hidden": config.hidden - 1}
+    ), made
+
+
+def check(config: ModelConfig) -> None:
+    """Only LayerNorms in front of sub-blocks: what a norm behind one writes is not centred."""
+    asked = {"norm": "layer", "norm_position": "before", "sigma_reparam": False}
+    for field, wanted in asked.items():
+        if (value := getattr(config, field)) != wanted:
+            raise ValueError(f"model.{field} = {value}: this conversion starts from {wanted}")
+
+
+def roles_of(config: ModelConfig) -> dict[str, Role]:
+    """The role of every parameter, by its full name."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return {
+        f"{path}.{name}": role
+        for path, part in model.named_modules()
+        if isinstance(part, Part)
+        for name, role in part.roles.items()
+    }
+
+
+def is_stream_norm(name: str) -> bool:
+    """Whether a parameter belongs to a norm of the stream, not to one inside a sub-block."""
+    return name.startswith(("wiring.norms.", "wiring.final."))
+
+
+def norm_before(name: str) -> str:
+    """The norm whose output the weight `name` reads."""
+    if name == "head.weight":
+        return "wiring.final.weight"
+    index = name.removeprefix("wiring.blocks.").split(".")[0]
+    return f"wiring.norms.{index}.weight"
+
+
+def explicit(config: ModelConfig) -> ModelConfig:
+    """The config with every width written out that else follows from `hidden`."""
+    c = config
+    return c.model_copy(
+        update={
+            "head_dim": c.head_dim or c.hidden // c.heads,
+            "mamba_heads": c.mamba_heads or 2 * c.hidden // c.mamba_head_dim,
+            "mamba1_inner": c.mamba1_inner or 2 * c.hidden,
+            "mamba1_rank": c.mamba1_rank or -(-c.hidden // 16),
+            "delta_heads": c.delta_heads or c.hidden // c.delta_key_dim,
+        }
+    )

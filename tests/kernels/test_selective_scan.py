@@ -1,0 +1,273 @@
+"""The chunked Mamba-1 scan against the token-by-token recurrence."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equal import assert_equal
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from colonnade.kernels import selective_scan as module
+from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
+SEQUENCES = ("x", "dt", "B", "C")
+
+
+def inputs(S: int, B: int = 2, C: int = 6, N: int = 5, seed: int = 0) -> dict[str, Tensor]:
+    """Random fp64 arguments of selective_scan."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return {
+        "x": normal(S, B, C),
+        "dt": F.softplus(normal(S, B, C) - 2),
+        "A": -normal(C, N).exp(),
+        "B": normal(S, B, N),
+        "C": normal(S, B, N),
+        "D": normal(C),
+        "initial_state": normal(B, C, N),
+    }
+
+
+def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
+    """Rows of documents with random bounds, some of them absent."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
+
+
+def call(
+    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
+) -> tuple[Tensor, Tensor]:
+    """`function` on the arguments in `t`, those that are absent None."""
+    args = {name: t.get(name) for name in NAMES}
+    return function(**args, **options)
+
+
+def results(
+    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a random function of both outputs."""
+    t = {name: v.detach().requires_grad_() for name, v in t.items()}
+    y, state = call(function, t, **options)
+    g = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+    dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).to(state.dtype)
+    gradients = torch.autograd.grad([y, state], list(t.values()), [dy, dstate])
+    named = {f"d{name}": v for name, v in zip(t, gradients, strict=True)}
+    return {"y": y.detach(), "state": state.detach(), **named}
+
+
+@pytest.mark.parametrize("documents", [0, 4])
+@pytest.mark.parametrize(("S", "chunk"), [(64, 16), (37, 8), (5, 64), (1, 4), (23, 1)])
+def test_equals_recurrence(S: int, chunk: int, documents: int) -> None:
+    t, ids = inputs(S), packed(S, 2, documents) if documents else None
+    expected = results(selective_scan_recurrence, t, documents=ids)
+    assert_equal(results(selective_scan, t, chunk=chunk, documents=ids), expected, of_all=0)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_blocks_of_channels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six channels in blocks of one, and in blocks of four and two."""
+    t, ids = inputs(21), packed(21, 2, 3)
+    expected = results(selective_scan_recurrence, t, documents=ids)
+    monkeypatch.setattr(module, "STEP", width * 2 * 5)
+    assert_equal(results(selective_scan, t, chunk=8, documents=ids), expected, of_all=0)
+
+
+def test_optional_arguments() -> None:
+    t = inputs(21)
+    del t["D"], t["initial_state"]
+    assert_equal(
+        results(selective_scan, t, chunk=8), results(selective_scan_recurrence, t), of_all=0
+    )
+
+
+def test_documents_equal_alone() -> None:
+    """A packed row gives what its documents give alone, the first with the initial state."""
+    t, bounds = inputs(40, B=1), [0, 3, 16, 17, 40]
+    ids = torch.zeros(40, 1, dtype=torch.int32)
+    for start in bounds[1:-1]:
+        ids[start:] += 2
+    y, state = call(selective_scan, t, chunk=8, documents=ids)
+    for start, stop in pairwise(bounds):
+        alone = {k: v[start:stop] if k in SEQUENCES else v for k, v in t.items()}
+        if start:
+            del alone["initial_state"]
+        y_alone, state_alone = call(selective_scan_recurrence, alone)
+        assert_equal({"y": y[start:stop]}, {"y": y_alone}, of_all=0)
+    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+
+
+def test_chained_halves_equal_the_whole() -> None:
+    t, ids = inputs(33), packed(33, 2, 3)
+
+    def halves(initial_state: Tensor, **whole: Tensor) -> tuple[Tensor, Tensor]:
+        cut, outputs, state = 18, [], initial_state
+        for part in (slice(None, cut), slice(cut, None)):
+            # The second half's initial state belongs to its first token's document: pass it only
+            # where the first half's last token is of that document.
+            if part.start:
+                state = state * (ids[cut] == ids[cut - 1])[:, None, None]
+            half = {k: v[part] if k in SEQUENCES else v for k, v in whole.items()}
+            half["initial_state"] = state
+            y, state = call(selective_scan, half, chunk=8, documents=ids[part])
+            outputs.append(y)
+        return torch.cat(outputs), state
+
+    whole = results(selective_scan, t, chunk=8, documents=ids)
+    assert_equal(results(halves, t), whole, of_all=0)
+
+
+def test_gradcheck() -> None:
+    t = {k: v.requires_grad_() for k, v in inputs(5, B=1, C=2, N=2).items()}
+    ids = torch.tensor([0, 0, 0, 7, 7], dtype=torch.int32)[:, None]
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(NAMES, values, strict=True))
+        return call(selective_scan, named, chunk=2, documents=ids)
+
+    assert torch.autograd.gradcheck(function, tuple(t[name] for name in NAMES))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
+    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    t, ids = inputs(100, C=16, N=16), packed(100, 2, 3)
+    narrow = {k: v.to(dtype if k in SEQUENCES else torch.float32) for k, v in t.items()}
+    got = results(selective_scan, narrow, chunk=16, documents=ids)
+    assert got["y"].dtype == dtype
+    assert got["state"].dtype == torch.float32
+    assert all(got[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
+    exact = {k: v.double() for k, v in narrow.items()}
+    expected = results(selective_scan_recurrence, exact, documents=ids)
+    assert_equal(got, expected, relative=bound, of_all=0)
+
+
+def test_ten_thousand_bf16_tokens() -> None:
+    """Within what rounding allows, of the recurrence in fp64 on the same bf16 inputs.
+
+    A term of y is a product that meets at most 6 fp32 roundings per token it is carried over (the
+    log-decay's three, its exponential's, the product's and the sum's), each at most 2^-24, so it
+    loses at most 6 S 2^-24 of its magnitude. Rounding the result to bf16 adds 2^-8 of it. Of a
+    gradient, the same is asked in proportion to its largest element.
+    """
+    S = 10_000
+    t = {k: v.to(torch.bfloat16) for k, v in inputs(S, B=1, C=4, N=4).items()}
+    t["x"][3000:3100], t["dt"][5000:5100], t["dt"][7000] = 0, 0, 1e4
+    exact = {k: v.double() for k, v in t.items()}
+    got, expected = results(selective_scan, t, chunk=32), results(selective_scan_recurrence, exact)
+
+    magnitudes = {k: v if k == "A" else v.abs() for k, v in exact.items()}
+    terms, _ = call(selective_scan, magnitudes, chunk=32)
+    lost = 6 * S * 2**-24
+    allowed = 2**-8 * expected["y"].abs() + lost * terms
+    assert ((got["y"] - expected["y"]).abs() <= allowed).all()
+    assert_equal(got, expected, relative=2**-8 + lost, of_all=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dt", [0.0, 1e-44, 1e-30, 100.0, 1e4, 1e10])
+def test_extreme_steps_are_finite_and_right(dt: float, dtype: torch.dtype) -> None:
+    """1e-44 and 100 are about what softplus makes of -100 and 100."""
+    t = inputs(20)
+    t["dt"][::3] = dt
+    t = {k: v.to(dtype) for k, v in t.items()}
+    got, expected = results(selective_scan, t, chunk=8), results(selective_scan_recurrence, t)
+    relative = 1e-9 if dtype == torch.float64 else 1e-4
+    assert_equal(got, expected, relative=relative, of_all=0)
+
+
+def test_decays_vanish_within_a_chunk() -> None:
+    """Decays whose running products are 0 in fp32 leave the tokens after them exact."""
+    t = {k: v.float() for k, v in inputs(64).items()}
+    t["dt"] = torch.full_like(t["dt"], 0.3)
+    t["dt"][5] = 1e6  # forgets everything
+    t["A"] = torch.full_like(t["A"], -16.0)
+    expected = call(selective_scan_recurrence, {k: v.double() for k, v in t.items()})[0][6:]
+    y = call(selective_scan, t, chunk=64)[0][6:]
+    assert_equal({"y": y}, {"y": expected}, relative=1e-6, of_all=0)
+
+
+def test_extreme_values_are_finite() -> None:
+    zeros = {k: torch.zeros_like(v) for k, v in inputs(9).items()}
+    expected = results(selective_scan_recurrence, zeros)
+    assert_equal(results(selective_scan, zeros, chunk=4), expected, of_all=0)
+    t = inputs(9)
+    t["x"][4, 0, 1] = 1e30
+    expected = results(selective_scan_recurrence, t)
+    assert_equal(results(selective_scan, t, chunk=4), expected, of_all=0)
+
+
+def test_any_strides() -> None:
+    """Batch-first memory, as a transposed view."""
+    t = inputs(19)
+    views = {
+        k: v.transpose(0, 1).contiguous().transpose(0, 1) if v.dim() > 2 else v
+        for k, v in t.items()
+    }
+    expected = results(selective_scan, t, chunk=8)
+    assert_equal(results(selective_scan, views, chunk=8), expected, relative=1e-13, of_all=0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+def test_memory() -> None:
+    """Backward keeps the inputs and one state per chunk; no tensor is larger than x on the way."""
+    chunk, B, C, N = 16, 2, 32, 8
+    for S in (256, 512):
+        t = inputs(S, B=B, C=C, N=N)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with Largest() as largest, saved_tensors_hooks(pack, lambda tensor: tensor):
+            results(selective_scan, t, chunk=chunk)
+        sequences = sum(t[k].numel() for k in SEQUENCES) + S * B  # and where documents end
+        states = (S // chunk) * B * C * N
+        assert sum(saved.values()) <= sequences + states + t["A"].numel() + t["D"].numel()
+        assert largest.elements == S * B * C
+
+
+def test_no_grad_and_recomputation() -> None:
+    t, ids = inputs(21), packed(21, 2, 3)
+    expected = results(selective_scan, t, chunk=8, documents=ids)
+    with torch.no_grad():
+        y, state = call(selective_scan, t, chunk=8, documents=ids)
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(state, expected["state"])
+
+    def recomputed(**args: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(
+            lambda **a: selective_scan(**a, chunk=8, documents=ids), use_reentrant=False, **args
+        )
+
+    assert_equal(results(recomputed, t), expected, relative=0, of_all=0)
+
+
+def test_bad_chunk() -> None:
+    with pytest.raises(ValueError, match="chunks of 0 tokens"):
+        call(selective_scan, inputs(4), chunk=0)

@@ -1,0 +1,67 @@
+"""Logits with caches, a few tokens at a time, equal those of the whole row at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from equal import assert_equal
+from small import S, config_of, context, data, model_of
+
+from colonnade.models.config import SYMBOLS
+from colonnade.models.context import Context, Memory
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{symbol: (symbol * 2, {}) for symbol in SYMBOLS},
+    "hybrid, ladder": ("MmD*GE-T", {"residual": "ladder"}),
+    "shared": ("*M-", {"repeat": 2, "share": True}),
+    "grouped queries, window": ("***", {"kv_heads": 2, "window": 4, "full_attention": (1,)}),
+    "window of one": ("*", {"window": 1}),
+    "latent attention": ("*-*", {"attention": "mla", "q_rank": 5, "kv_rank": 7, "rope_dim": 4}),
+    "gates, norms, convolutions": (
+        "**",
+        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3},
+    ),
+    "yarn, sinks, cap": (
+        "**",
+        {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 8, "sinks": True,
+         "attention_cap": 2.0},
+    ),
+    "clipped softmax, temperature": ("**", {"clip_low": -0.05, "clip_high": 1.1, "ssa": True}),
+    "capacity": ("E*E", {"capacity": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pieces", [(1,) * S, (9, 1, 1, 2, 10), (S - 1, 1)])
+@pytest.mark.parametrize("name", CASES)
+def test_cached_logits(name: str, pieces: tuple[int, ...]) -> None:
+    pattern, fields = CASES[name]
+    model = model_of(config_of(pattern, **fields), seed=1)
+    tokens, _ = data(1)
+    memory, parts, start = Memory(), [], 0
+    with torch.no_grad():
+        whole = model(tokens, context())
+        for piece in pieces:
+            here = slice(start, start + piece)
+            parts.append(model(tokens[here], Context(context().positions[here], memory=memory)))
+            start += piece
+    assert_equal({"logits": torch.cat(parts)}, {"logits": whole})
+
+
+def test_a_window_bounds_its_cache() -> None:
+    model = model_of(config_of("**", window=4, full_attention=(1,)), seed=2)
+    memory = Memory()
+    with torch.no_grad():
+        model(data(2)[0], context(memory=memory))
+    assert [len(memory[t, "k"]) for t in (0, 1)] == [3, S]
+
+
+def test_a_latent_cache_holds_latents_alone() -> None:
+    fields = {"attention": "mla", "kv_rank": 7, "rope_dim": 4}
+    model = model_of(config_of("*", **fields), seed=3)
+    memory = Memory()
+    with torch.no_grad():
+        model(data(3)[0], context(memory=memory))
+    assert {role: t.shape[2:] for (_, role), t in memory.items()} == {
+        "latent": (7,),
+        "k_rope": (1, 4),
+    }

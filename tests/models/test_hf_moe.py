@@ -1,0 +1,323 @@
+"""Mixtral, Qwen3-MoE, DeepSeek-V3 equal Hugging Face's in fp64: logits, loss, gradients; maps."""
+
+from typing import Any
+
+import oracle  # before transformers, which it keeps from packages that need a GPU
+import pytest
+import torch
+import torch.nn.functional as F
+from equal import assert_equal
+from oracle import B, Case, S, fp64
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.modeling_layers import MtpModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from colonnade.models.hf_base import Unsupported, to_ours, to_theirs, without_absent
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def shape(**more: Any) -> dict[str, Any]:
+    """A tiny transformer of odd sizes."""
+    return {
+        "vocab_size": 97, "hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "use_cache": False,
+        "max_position_embeddings": 128, "pad_token_id": None, "num_experts_per_tok": 2,
+        "attn_implementation": "eager", "experts_implementation": "eager", **more,
+    }  # fmt: skip
+
+
+def mixtral(**more: Any) -> Any:
+    """Five experts of an odd width."""
+    options = {"head_dim": 6, "num_local_experts": 5, "output_router_logits": True, **more}
+    with fp64():
+        return MixtralForCausalLM(MixtralConfig(**shape(**options)))
+
+
+def qwen3_moe(**more: Any) -> Any:
+    """QK-norm in each head."""
+    options = {"head_dim": 6, "num_experts": 5, "moe_intermediate_size": 7, **more}
+    with fp64():
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape(**options)))
+
+
+def deepseek(**more: Any) -> Any:
+    """The first of three layers dense, one of two groups of experts."""
+    options = {
+        "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-6, "kv_lora_rank": 5, "q_lora_rank": 7, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6, "v_head_dim": 5, "n_group": 2, "topk_group": 1,
+        "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 7, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    }  # fmt: skip
+    with fp64():
+        return DeepseekV3ForCausalLM(DeepseekV3Config(**shape(**options | more)))
+
+
+def case(name: str, symbols: str, options: str, model: str, build: Any) -> Case:
+    return Case(name, symbols, options, f"transformers {model}", build)
+
+
+CASES = [
+    case("mixtral", "*E", "softmax over the chosen experts", "Mixtral", mixtral),
+    case(
+        "mixtral-3-of-4", "*E", "three of four experts, tied head", "Mixtral",
+        lambda: mixtral(num_local_experts=4, num_experts_per_tok=3, tie_word_embeddings=True),
+    ),
+    case(
+        "mixtral-window", "*E", "sliding window in every layer", "Mixtral",
+        lambda: mixtral(sliding_window=7),
+    ),
+    case(
+        "qwen3-moe", "*E", "softmax over all experts, weights as they are", "Qwen3-MoE", qwen3_moe
+    ),
+    case(
+        "qwen3-moe-normalised", "*E", "weights of a token sum to 1, YaRN", "Qwen3-MoE",
+        lambda: qwen3_moe(norm_topk_prob=True, rope_parameters=dict(YARN)),
+    ),
+    case(
+        "qwen3-moe-top-1", "*E", "one expert per token", "Qwen3-MoE",
+        lambda: qwen3_moe(num_experts_per_tok=1),
+    ),
+    case(
+        "qwen3-moe-dense-layers", "*-E", "dense layers among mixtures, sliding window", "Qwen3-MoE",
+        lambda: qwen3_moe(
+            num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3],
+            use_sliding_window=True, sliding_window=9,
+        ),
+    ),
+    case(
+        "deepseek", "*-E", "latent attention, sigmoid router with bias, groups, shared expert",
+        "DeepSeek-V3", deepseek,
+    ),
+    case(
+        "deepseek-yarn", "*-E", "latent attention with YaRN, mscale in the scores", "DeepSeek-V3",
+        lambda: deepseek(rope_parameters=dict(YARN)),
+    ),
+    case(
+        "deepseek-plain-queries", "*E", "latent attention without a latent of queries",
+        "DeepSeek-V3", lambda: deepseek(q_lora_rank=None, first_k_dense_replace=0),
+    ),
+    case(
+        "deepseek-no-groups", "*-E", "all groups, weights as they are, two shared experts",
+        "DeepSeek-V3",
+        lambda: deepseek(n_group=1, norm_topk_prob=False, n_shared_experts=2,
+                         num_experts_per_tok=3, tie_word_embeddings=True),
+    ),
+    case(
+        "deepseek-dense", "*-", "latent attention alone", "DeepSeek-V3",
+        lambda: deepseek(first_k_dense_replace=3, v_head_dim=6),
+    ),
+]  # fmt: skip
+each = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@each
+def test_logits_loss_and_gradients(case: Case) -> None:
+    oracle.assert_same_function(case.build(), seed=1)
+
+
+@each
+def test_config_round_trip(case: Case) -> None:
+    oracle.assert_config_round_trip(case.build())
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_weight_round_trips(case: Case, dtype: torch.dtype) -> None:
+    oracle.assert_weight_round_trips(case.build(), dtype)
+
+
+@pytest.mark.parametrize("samples", [1, 2, B])
+def test_balance_equals_transformers(samples: int) -> None:
+    """Balancing loss and z-loss, in value and in every gradient.
+
+    transformers has one balancing loss for all it is given: it averages the experts' shares and
+    probabilities over all layers and samples before it multiplies them, and its shares sum to k.
+    Ours is per sub-block and balance group, with shares that sum to 1. So theirs is called on one
+    layer's logits of one group at a time, and divided by k.
+    """
+    weight, z_weight, groups = 0.7, 0.03, 5.0
+    theirs = mixtral()
+    losses = {"balance": weight, "router_z": z_weight, "balance_samples": samples}
+    config = oracle.our_config(theirs).model_copy(update=losses)
+    ours = oracle.copied(config, theirs, seed=3)
+    tokens, labels = oracle.data(config.vocab, 3)
+
+    output = oracle.run_theirs(theirs, tokens)
+    terms = {}
+    for layer, flat in enumerate(output.router_logits):
+        term = flat.new_zeros(())
+        for group in flat.view(B // samples, samples * S, config.experts):  # samples stand in order
+            with fp64():
+                balance = load_balancing_loss_func((group,), config.experts, config.top_k)
+            z = torch.logsumexp(group, -1).square().mean()
+            term = term + (weight * balance / config.top_k + z_weight * z) / groups
+        terms[str(2 * layer + 1)] = term
+    objective = oracle.mean_loss(output.logits, labels) + sum(terms.values())
+    objective.backward()
+
+    passed = oracle.whole_rows(groups)
+    (ours(tokens, passed, labels) / (labels != -100).sum()).backward()
+    assert_equal(
+        {str(t): term for t, term in passed.terms.items()},
+        {t: term.detach() for t, term in terms.items()},
+    )
+    theirs_as_ours = oracle.in_our_names(oracle.gradients(theirs), config, theirs)
+    assert_equal(oracle.gradients(ours), theirs_as_ours)
+
+
+def checkpoint_names(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Tensors of transformers' modules for further tokens, named as in a checkpoint."""
+    named = {}
+    for name, tensor in tensors.items():
+        number, rest = name.split(".", 1)
+        rest = rest.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        named[f"model.layers.{layers + int(number)}.{rest}"] = tensor
+    return named
+
+
+def theirs_further(
+    theirs: Any, modules: Any, hidden: Tensor, tokens: Tensor, labels: Tensor
+) -> Tensor:
+    """Sum of transformers' losses of further tokens, averaged over modules."""
+    loss = hidden.new_zeros(())
+    positions = torch.arange(S).expand(B, S)
+    for depth, module in enumerate(modules, start=1):
+        ahead, wanted = tokens.roll(-depth, 0).T, labels.roll(-depth, 0).T.clone()
+        wanted[:, S - depth :] = -100
+        embedded = theirs.model.embed_tokens(ahead)
+        causal = torch.full((S, S), -torch.inf, dtype=hidden.dtype).triu(1).expand(B, 1, S, S)
+        rope = theirs.model.rotary_emb(embedded, position_ids=positions)
+        hidden = module(embedded, hidden, rope, causal, positions, None)
+        logits = theirs.lm_head(hidden).flatten(0, 1)
+        loss = loss + F.cross_entropy(logits, wanted.flatten(), ignore_index=-100, reduction="sum")
+    return loss / len(modules)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_further_tokens_equal_transformers(depths: int) -> None:
+    """DeepSeek-V3's modules for further tokens: objective, every gradient, and both maps."""
+    theirs = deepseek(num_mtp_layers=depths)
+    with fp64():
+        modules = MtpModel(theirs, depths).layers
+    oracle.randomise(theirs, seed=4)
+    oracle.randomise(modules, seed=5)
+    weights = theirs.state_dict() | checkpoint_names(modules.state_dict(), layers=3)
+    table = oracle.family(theirs)
+    config = table.config_from(theirs.config.to_dict())
+    assert (config.mtp, config.mtp_pattern) == (depths, "*E")
+    assert without_absent(table, config, weights) == config
+    assert without_absent(table, config, theirs.state_dict()).mtp == 0
+    assert table.config_from(table.config_to(config)) == config
+
+    mine = to_ours(table, config, weights)
+    back = to_theirs(table, config, mine, packed=True)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[n], weights[n]) for n in weights)
+    ours = oracle.decoder(config, mine)
+
+    tokens, labels = oracle.data(config.vocab, 4)
+    with fp64():
+        hidden = theirs.model(tokens.T).last_hidden_state
+        logits = theirs.lm_head(hidden).flatten(0, 1)
+        sum_of_losses = F.cross_entropy(logits, labels.T.flatten(), reduction="sum")
+        more = theirs_further(theirs, modules, hidden, tokens, labels)
+        objective = sum_of_losses + config.mtp_weight * more
+    objective.backward()
+    my_objective = ours(tokens, oracle.whole_rows(), labels)
+    my_objective.backward()
+    assert_equal({"objective": my_objective.detach()}, {"objective": objective.detach()})
+
+    gradients = oracle.gradients(theirs) | checkpoint_names(oracle.gradients(modules), layers=3)
+    assert_equal(oracle.gradients(ours), to_ours(table, config, gradients, state=False))
+
+    # copies of embedding and head may stand in a checkpoint, if they are equal
+    copies = {copy: weights[name] for copy, name in table.copies(config).items()}
+    assert len(copies) == 2 * depths
+    to_ours(table, config, weights | copies)
+    first = min(copies)
+    with pytest.raises(Unsupported, match=first):
+        to_ours(table, config, weights | copies | {first: copies[first] + 1})
+
+
+REFUSED = [
+    (mixtral, "router_jitter_noise", {"router_jitter_noise": 0.1}),
+    (mixtral, "norm_topk_prob", {"num_experts_per_tok": 1}),
+    (mixtral, "attention_bias", {"attention_bias": True}),
+    (qwen3_moe, "norm_topk_prob", {"norm_topk_prob": True, "num_experts_per_tok": 1}),
+    (qwen3_moe, "sliding_window", {"use_sliding_window": True}),
+    (qwen3_moe, "shared_expert_intermediate_size", {"shared_expert_intermediate_size": 8}),
+    (deepseek, "rms_norm_eps", {"rms_norm_eps": 1e-5}),
+    (deepseek, "scoring_func", {"scoring_func": "softmax"}),
+    (deepseek, "topk_method", {"topk_method": "greedy"}),
+    (deepseek, "rope_interleave", {"rope_interleave": False}),
+    (deepseek, "moe_layer_freq", {"moe_layer_freq": 2}),
+    (deepseek, "num_key_value_heads", {"num_key_value_heads": 1}),
+    (deepseek, "n_shared_experts", {"n_shared_experts": "two"}),
+    (deepseek, "quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "field", "change"), REFUSED, ids=[f"{b.__name__}-{f}" for b, f, _ in REFUSED]
+)
+def test_unknown_fields_are_refused(build: Any, field: str, change: dict[str, Any]) -> None:
+    theirs = build()
+    given = theirs.config.to_dict()
+    with pytest.raises(Unsupported) as caught:
+        oracle.family(theirs).config_from(given | change)
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("build", "field", "change"),
+    [
+        (mixtral, "shared_ffn", {"shared_ffn": 13}),
+        (mixtral, "capacity", {"capacity": 1.5}),
+        (mixtral, "router_score", {"router_score": "sigmoid"}),
+        (qwen3_moe, "router_scale", {"router_scale": 2.0}),
+        (qwen3_moe, "windows", {"window": 7, "full_attention": (0,)}),
+        (deepseek, "shared_ffn", {"shared_ffn": 9}),
+        (deepseek, "symbols", {"pattern": "*E*-*E"}),
+        (deepseek, "router_bias", {"router_bias": False}),
+        (deepseek, "mtp_pattern", {"mtp": 1, "mtp_pattern": "*-"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_ours_that_they_cannot_represent(build: Any, field: str, change: dict[str, Any]) -> None:
+    theirs = build()
+    config = oracle.our_config(theirs).model_copy(update=change)
+    with pytest.raises(Unsupported) as caught:
+        oracle.family(theirs).config_to(config)
+    assert caught.value.field == field
+
+
+def test_every_expert_finds_its_place() -> None:
+    """A checkpoint has a tensor per expert; one too few or too many is refused by name."""
+    theirs = qwen3_moe()
+    table, config = oracle.family(theirs), oracle.our_config(theirs)
+    disk = to_theirs(table, config, to_ours(table, config, theirs.state_dict()))
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    assert name.format(4) in disk
+    with pytest.raises(Unsupported, match=r"experts\.4\.down_proj\.weight = 'missing'"):
+        to_ours(table, config, {n: t for n, t in disk.items() if n != name.format(4)})
+    with pytest.raises(Unsupported, match=r"experts\.5\.down_proj"):
+        to_ours(table, config, disk | {name.format(5): disk[name.format(4)]})
+    mine = to_ours(table, config, disk)
+    del mine["wiring.blocks.3.small.weight"]
+    with pytest.raises(Unsupported, match=r"small\.weight"):
+        to_theirs(table, config, mine)

@@ -1,0 +1,282 @@
+"""Weights changed at use: σReparam, centred streams and the conversion from LayerNorm, muP."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equal import assert_equal
+from oracle import decoder, gradients
+from small import config_of, context, data, model_of
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from colonnade.launcher.optimizer import build_optimizer
+from colonnade.launcher.recipe import OptimizerConfig
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
+from colonnade.models.part import Part
+from colonnade.models.recentre import to_crms, to_pre_rms
+from colonnade.parallel.materialise import materialise
+from colonnade.parallel.recompute import recompute_policy
+
+# σReparam
+
+
+class Reparametrised(Part):
+    """One linear weight, as `reparametrise` changes it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        from colonnade.models.part import normal
+        from colonnade.models.reparam import spectral
+
+        self.declare("w", shape, normal(1.0), "reads")
+        spectral(self)
+        self.double()
+
+
+def test_sigma_reparam_is_torch_spectral_norm() -> None:
+    """Values, gradients and the iteration over several steps, given the same start."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 5, generator=g, dtype=torch.float64)
+    theirs = spectral_norm(nn.Linear(5, 7, bias=False, dtype=torch.float64), eps=0.0)
+    state = theirs.parametrizations.weight[0]
+    ours = Reparametrised(7, 5)
+    with torch.no_grad():
+        theirs.parametrizations.weight.original.copy_(weight)
+        ours.w.copy_(weight)
+        ours.w_gain.fill_(1.0)
+        start = F.normalize(torch.randn(12, generator=g, dtype=torch.float64), dim=0)
+        state._u.copy_(F.normalize(start[:7], dim=0))
+        state._v.copy_(F.normalize(start[7:], dim=0))
+        ours.w_left.copy_(state._u)
+        ours.w_right.copy_(state._v)
+    ours.started.add("w")
+    for step in range(4):
+        # Their iteration takes u from v and then v from u, as ours takes left from right.
+        target = torch.randn(7, 5, generator=g, dtype=torch.float64)
+        ours.due.add("w")
+        used, used_again = ours.weight_of("w"), ours.weight_of("w")
+        assert torch.equal(used, used_again)  # once a step
+        expected = theirs.weight
+        assert_equal({f"W{step}": used.detach()}, {f"W{step}": expected.detach()})
+        (one,) = torch.autograd.grad((used * target).sum(), ours.w)
+        (two,) = torch.autograd.grad(
+            (expected * target).sum(), theirs.parametrizations.weight.original
+        )
+        assert_equal({"dW": one}, {"dW": two})
+        with torch.no_grad():
+            ours.w += 0.1 * target
+            theirs.parametrizations.weight.original += 0.1 * target
+
+
+def test_sigma_reparam_starts_at_the_spectral_norm_per_expert() -> None:
+    g = torch.Generator().manual_seed(1)
+    part = Reparametrised(3, 6, 4)
+    with torch.no_grad():
+        part.w.copy_(torch.randn(3, 6, 4, generator=g))
+        part.w_gain.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        part.w_left.zero_()
+        part.w_right.zero_()
+    norms = torch.linalg.matrix_norm(part.weight_of("w"), ord=2)
+    assert (norms - torch.tensor([1.0, 2.0, 3.0])).abs().max() < 1e-3  # a few dozen iterations
+
+
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+def test_sigma_reparam_under_recomputation(recompute: str) -> None:
+    """The iteration advances once a step, and backward meets the same weights."""
+    tokens, labels = data(1)
+    models = [model_of(config_of("*-ME", sigma_reparam=True), 2) for _ in range(2)]
+    models[1].wiring.recompute = recompute_policy(recompute)
+    for _ in range(2):
+        for model in models:
+            model.zero_grad()
+            model.begin_step()
+            for _ in range(2):  # micro-batches
+                model(tokens, context(), labels).backward()
+        assert_equal(gradients(models[1]), gradients(models[0]))
+    states = [dict(model.named_buffers()) for model in models]
+    assert states[0] and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+# LayerNorm to RMSNorm on a centred stream
+
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("*-M-", {}),
+    ("*EmGD", {"shared_ffn": 5}),
+    ("*-", {"tied": True, "attention": "mla", "kv_rank": 7, "rope_dim": 4}),
+    ("T-*-", {"residual": "ladder", "logit_cap": 3.0}),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("pattern", "fields"), ROWS)
+def test_layer_norm_becomes_pre_rms(pattern: str, fields: dict[str, Any], bias: bool) -> None:
+    config = config_of(pattern, norm="layer", norm_bias=bias, **fields)
+    before = model_of(config, 3)
+    made, weights = to_pre_rms(config, before.state_dict())
+    after = decoder(made, weights)
+    with torch.no_grad():
+        tokens, _ = data(3)
+        assert_equal({"logits": after(tokens, context())}, {"logits": before(tokens, context())})
+        written = after.wiring.run(after.embedding(tokens), context())
+    assert written.mean(-1).abs().max() < 1e-12 * written.abs().max()
+
+
+@pytest.mark.parametrize(("pattern", "fields"), ROWS)
+def test_layer_norm_becomes_crms(pattern: str, fields: dict[str, Any]) -> None:
+    config = config_of(pattern, norm="layer", **fields)
+    before = model_of(config, 4)
+    made, weights = to_crms(config, before.state_dict())
+    assert made.hidden == config.hidden - 1
+    after = decoder(made, weights)
+    with torch.no_grad():
+        tokens, _ = data(4)
+        assert_equal({"logits": after(tokens, context())}, {"logits": before(tokens, context())})
+
+
+def test_a_centred_stream_stays_centred_in_training() -> None:
+    model = model_of(config_of("*-", norm="pre_rms"), 5)
+    tokens, labels = data(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, context(), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        stream = model.wiring.run(model.embedding(tokens), context())
+    assert stream.mean(-1).abs().max() < 1e-12 * stream.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("norm", {"norm": "rms"}),
+        ("norm_position", {"norm_position": "after"}),
+        ("sigma_reparam", {"sigma_reparam": True}),
+        ("norm_bias", {"norm_bias": True}),
+        ("share", {"share": True, "repeat": 2}),
+        ("mtp", {"mtp": 1}),
+        ("attention_gate", {"attention_gate": "head"}),
+    ],
+)
+def test_what_crms_cannot_hold_is_refused(field: str, fields: dict[str, Any]) -> None:
+    config = config_of("*-", **{"norm": "layer", **fields})
+    with pytest.raises(ValueError, match=rf"model\.{field} = "):
+        to_crms(config, model_of(config, 6).state_dict())
+
+
+# muP
+
+
+def sized(width: int, base: int | None, **fields: Any) -> ModelConfig:
+    """`*-EM` at some width, growing in every width but the head's."""
+
+    def widths(n: int) -> dict[str, int]:
+        return {"hidden": n, "ffn": 2 * n, "expert_ffn": n, "heads": n // 8, "mamba_heads": n // 4}
+
+    mup = None if base is None else widths(base)
+    return ModelConfig.model_validate(
+        dict(
+            pattern="*-EM", vocab=31, head_dim=8, mamba_head_dim=8, mamba_state=8, mamba_chunk=8,
+            experts=4, init_std=0.1, mup_base=mup, **widths(width), **fields,
+        )
+    )  # fmt: skip
+
+
+def started(config: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config)
+    materialise(model.double(), torch.device("cpu"), seed=0)
+    return model
+
+
+def test_mup_at_its_base_is_the_plain_model() -> None:
+    tokens, labels = data(7)
+    found = []
+    for base in (None, 32):
+        model = started(sized(32, base))
+        model(tokens, context(), labels).backward()
+        groups = build_optimizer(model, OptimizerConfig()).param_groups
+        found.append((gradients(model), [(g["lr"], g["weight_decay"]) for g in groups]))
+    assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_mup_rules() -> None:
+    """By the table: hidden weights, an output-like one (the router), vectors, embedding, head."""
+    r = 4.0
+    plain, model = started(sized(128, None)), started(sized(128, 32))
+    assert model.head.scale == 1 / r
+    rates = {
+        f"{path}.{name}": part.rates.get(name, 1.0)
+        for path, part in model.named_modules()
+        if isinstance(part, Part)
+        for name in part.fills
+    }
+    before = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        ratio = (p / before[name]).median().item() if before[name].any() else 1.0
+        role = name.rpartition(".")[2]
+        hidden = name.startswith("wiring.blocks") and p.dim() > 1 and "conv" not in role
+        hidden = hidden and not name.endswith("small.weight") and role not in "BC"
+        assert rates[name] == (1 / r if hidden else 1.0), name
+        assert ratio == pytest.approx(r**-0.5 if hidden else 1.0, rel=1e-5), name
+    router, wide_router = (m.wiring.blocks[2].small for m in (plain, model))
+    used = wide_router.weight_of("weight"), router.weight_of("weight")
+    assert_equal({"router": used[0]}, {"router": used[1] / r})
+    # B and C of Mamba-2 do not grow: their input alone does
+    used = (m.wiring.blocks[3].first.weight_of("B") for m in (model, plain))
+    assert_equal({"B": next(used)}, {"B": next(used) / r})
+    decay = {
+        g["rate"]: g["weight_decay"]
+        for g in build_optimizer(model, OptimizerConfig()).param_groups
+        if g["weight_decay"]
+    }
+    assert decay == {1.0: pytest.approx(0.1), 1 / r: pytest.approx(0.1 * r)}
+
+
+def growth(base: int | None) -> dict[str, float]:
+    """How the change of each output after 5 Adam steps grows with width: slope of log over log."""
+    widths = (32, 64, 128, 256)
+    tokens, labels = data(8)
+    sizes: dict[str, list[float]] = {}
+    for width in widths:
+        model = started(sized(width, base))
+        optimizer = build_optimizer(model, OptimizerConfig(lr=0.02))
+
+        def outputs(model: Decoder = model) -> dict[str, Tensor]:
+            kept: dict[str, Tensor] = {}
+            handles = [
+                half.register_forward_hook(
+                    lambda m, i, o, name=f"{t}": kept.__setitem__(name, o.detach())
+                )
+                for t, half in enumerate(block.second for block in model.wiring.blocks)
+            ]
+            with torch.no_grad():
+                kept["logits"] = model(tokens, context())
+            for handle in handles:
+                handle.remove()
+            return kept
+
+        before = outputs()
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(tokens, context(), labels) / (labels != -100).sum()).backward()
+            optimizer.step()
+        for name, after in outputs().items():
+            sizes.setdefault(name, []).append((after - before[name]).abs().mean().log().item())
+    x = torch.tensor(widths, dtype=torch.float64).log()
+    x = x - x.mean()
+    return {
+        n: float((torch.tensor(y, dtype=torch.float64) * x).sum() / x.square().sum())
+        for n, y in sizes.items()
+    }
+
+
+def test_coordinates_do_not_grow_under_mup() -> None:
+    """A coordinate check: standard parametrisation grows with width, muP does not."""
+    standard, mup = growth(None), growth(32)
+    assert max(mup.values()) < 0.3, mup
+    assert max(standard.values()) > 1.0, standard
