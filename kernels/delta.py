@@ -4,14 +4,14 @@ Shape letters: S sequence, B batch, H value heads, K key heads, R = H / K value 
 P key width, V value width, n chunks of Q tokens. Inside, tensors are in head order, [n, B, K, R, Q,
 ·], with R = 1 where the value heads of a key head share them, and flat, [n·B·H, Q, ·], for bmm.
 
-Let S be the state before a chunk, and, in logs of the gates' running sums, E_t the decay from it to
-token t, D_ts from token s to token t, F_s from token s to the chunk's end. The corrections
+In the formulas S is the state before a chunk, E_t the decay from it to token t, D_ts from token s
+to token t, F_s from token s to the chunk's end. The corrections
 d_t = β_t (v_t − (what the decayed state holds under k_t)) of a chunk solve
 
     (I + L) d = β (v − E k S),    L_ts = β_t D_ts k_t·k_s for s < t,
 
 so that d = U − W S with U = (I + L)⁻¹ β v and W = (I + L)⁻¹ β E k, which do not depend on S; then
-o = E q S + (D ∘ q kᵀ) d, and the state after the chunk is E_Q S + (F k)ᵀ d.
+o = E q S + (D ∘ q kᵀ) d with s <= t, and the state after the chunk is E_Q S + (F k)ᵀ d.
 """
 
 import math
@@ -261,7 +261,7 @@ class _DeltaRule(torch.autograd.Function):
         dk = dwritten.sub_(dheld).sum(3, keepdim=True)
         dk.add_(dscores.mT @ x.queries).add_((dgram + dgram.mT) @ x.keys)
         dq, dk, dv = (_natural(d, t.dtype) for d, t in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, _natural(dbeta, beta.dtype), ddecay, dstates[0], None
+        return dq, dk, dv, _natural(dbeta, beta.dtype), ddecay, dstates[0].clone(), None
 
 
 def delta_rule(

@@ -73,6 +73,7 @@ def _sum_choices(rows: Tensor, order: Order, weight: Tensor | None = None) -> Te
     return y.to(rows.dtype)
 
 
+@torch.compiler.disable
 def dispatch(
     x: Tensor, chosen: Tensor, experts: int, kept: Tensor | None = None
 ) -> tuple[Tensor, Order]:
@@ -97,6 +98,7 @@ def dispatch(
     return _Dispatch.apply(x, order), order
 
 
+@torch.compiler.disable
 def combine(rows: Tensor, order: Order, weight: Tensor) -> Tensor:
     """Sum each token's rows, weighted; dropped choices add nothing.
 
@@ -144,6 +146,7 @@ def _grouped(rows: Tensor, up: Tensor) -> bool:
     return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
 
 
+@torch.compiler.disable
 def expert_mlp(
     rows: Tensor,
     counts: Tensor,

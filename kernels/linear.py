@@ -15,15 +15,30 @@ from torch.autograd.function import once_differentiable
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+@torch.compiler.assume_constant_result  # Dynamo does not trace these look-ups
+def _onednn_is_on() -> bool:
+    mkldnn = torch.backends.mkldnn
+    return bool(ONEDNN_LINEAR and mkldnn.is_available() and mkldnn.enabled)
+
+
 def uses_onednn(x: Tensor) -> bool:
     """Whether oneDNN serves products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
-    return bool(
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and ONEDNN_LINEAR is not None
-    )
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_on()
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    assert ONEDNN_LINEAR is not None
+    return ONEDNN_LINEAR(a, b, None, "none", [], "")
+
+
+# What stands in compiled graphs for it: Inductor takes the operator itself for one of its own, with
+# packed weights, and refuses it.
+_onednn_in_graphs = torch.library.custom_op("colonnade::onednn_product", _onednn, mutates_args=())
+
+
+@_onednn_in_graphs.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[0])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,8 +51,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if ONEDNN_LINEAR and uses_onednn(a) and a.numel() and b.numel():
-        return ONEDNN_LINEAR(a, b, None, "none", [], "")
+    if uses_onednn(a) and a.numel() and b.numel():
+        return _onednn_in_graphs(a, b) if torch.compiler.is_compiling() else _onednn(a, b)
     return a @ b.T
 
 

@@ -1,11 +1,12 @@
 """The selective scan of Mamba-1 (arXiv:2312.00752): chunks of tokens in cache, and a recurrence.
 
-Shape letters: S sequence, B batch, C channels, N state, n chunks of Q tokens, W channels of a block.
+Shape letters: S sequence, B batch, C channels, N state, Q tokens of a chunk, W channels of a block.
 
 Every channel and state forgets at a rate of its own, so products of matrices over tokens do not
 apply. What can be done for a chunk's tokens at once (decays, inputs, reading the states) is; only
-state_t = decay_t state_{t-1} + input_t goes token by token, as one fused operation. Inside, channels
-are last and contiguous, and taken in blocks, so that a chunk's `[Q, B, N, W]` stays in cache.
+state_t = decay_t state_{t-1} + input_t goes token by token, as one fused operation. Inside,
+channels are last and contiguous, and taken in blocks, so that a chunk's `[Q, B, N, W]` stays in
+cache. Decays are never divided, nor multiplied over tokens: any dt is safe.
 """
 
 import math
@@ -35,9 +36,9 @@ class _Block:
     def run(self, dt: Tensor, u: Tensor, B: Tensor, barrier: Tensor, state: Tensor) -> None:
         """Fills the buffers from dt and u = dt·x `[q, B, W]`, B, and `state` before the chunk."""
         q = len(dt)
+        self.states[0] = state  # first: it may be the last row of the chunk before
         torch.addcmul(barrier, dt[:, :, None], self.rate, out=self.decay[:q]).exp2_()
         torch.mul(u[:, :, None], B[..., None], out=self.states[1 : q + 1])
-        self.states[0] = state
         for t in range(q):
             self.state_of[t + 1].addcmul_(self.decay_of[t], self.state_of[t])
 
@@ -147,6 +148,8 @@ def _over_channels(weights: Tensor, t: Tensor) -> Tensor:
     return torch.bmm(weights.reshape(-1, 1, W), t.view(-1, N, W).mT).view(q, batch, N)
 
 
+# Traced, every token would be a node of the graph, and compiling would take minutes.
+@torch.compiler.disable
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -184,7 +187,7 @@ def selective_scan(
     """
     if chunk < 1:
         raise ValueError(f"selective_scan: chunks of {chunk} tokens")
-    S, batch, channels = x.shape
+    S, batch, _ = x.shape
     dtype = wide_dtype(x.dtype)
     if initial_state is None:
         initial_state = torch.zeros(batch, *A.shape, dtype=dtype, device=x.device)
@@ -218,8 +221,7 @@ def selective_scan_recurrence(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` by its formula, token by token."""
-    _, batch, channels = x.shape
-    dtype = wide_dtype(x.dtype)
+    batch, dtype = x.shape[1], wide_dtype(x.dtype)
     x_wide, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     state = torch.zeros(batch, *A.shape, dtype=dtype, device=x.device)
     if initial_state is not None:

@@ -41,7 +41,7 @@ class Shards(Mapping[str, Tensor]):
                 raise UserError(
                     f"{folder / name} is no whole safetensors file ({error}); fetch it again"
                 ) from error
-            for key in self.files[name].keys():  # noqa: SIM118: no mapping
+            for key in self.files[name].keys():  # noqa: SIM118
                 if listed and listed.get(key) != name:
                     raise UserError(
                         f"{folder / name} holds {key}, which {INDEX} does not list there; "
@@ -111,7 +111,7 @@ def listed_tensors(folder: Path) -> dict[str, str] | None:
     index, single = folder / INDEX, folder / SINGLE
     if index.exists() and single.exists():
         raise UserError(
-            f"{folder} holds both {SINGLE} and {INDEX}; take away the one that does not belong there"
+            f"{folder} holds both {SINGLE} and {INDEX}; take away the one that does not belong"
         )
     if single.exists():
         return None

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def train(
         True
     """
     place = Place.from_environment()
-    size = place.size if place else nproc
-    settled = settle(recipe, overrides, size)
+    settled = settle(recipe, overrides, place, nproc)
     return start(settled, place, nproc, lambda: open_new(settled, Path(runs)), False, until)
 
 
@@ -112,15 +112,19 @@ def resume(
     folder = Path(run)
     saved = saved_recipe(folder)
     place = Place.from_environment()
-    recipe = settle(folder / RECIPE, overrides, place.size if place else nproc)
+    recipe = settle(folder / RECIPE, overrides, place, nproc)
     check_resumable(saved, recipe)
     return start(recipe, place, nproc, lambda: open_again(recipe, folder), True, until)
 
 
-def settle(recipe: Recipe | str | Path, overrides: Sequence[str], size: int) -> Recipe:
-    """A valid recipe for this many ranks."""
+def settle(
+    recipe: Recipe | str | Path, overrides: Sequence[str], place: Place | None, nproc: int
+) -> Recipe:
+    """A valid recipe for these ranks; the first one tells what overrides leave unused."""
+    size = place.size if place else nproc
     if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, overrides, size)
+        tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
+        return load_recipe(recipe, overrides, size, tell)
     if overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     if faults := validate(recipe, size):
@@ -138,7 +142,7 @@ def describe(
     """
     place = Place.from_environment()
     size = place.size if place else nproc
-    recipe = settle(recipe, overrides, size)
+    recipe = settle(recipe, overrides, place, nproc)
     shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
     tokens = train.global_batch * train.seq_len
     total = first_sample(train, train.steps) * train.seq_len

@@ -275,6 +275,8 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     """Theirs, of `read_qwen3_next`."""
     c = config
     only_symbols(c, "G*", "-E")
+    if c.has("*"):
+        check_rotated(c.rope_fraction, c.head_dim or c.hidden // c.heads, "rope_fraction")
     kinds = {ours: theirs for theirs, ours in QWEN3_NEXT.items()}
     heads = c.delta_heads or c.hidden // c.delta_key_dim
     experts = {

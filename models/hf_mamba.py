@@ -129,6 +129,7 @@ def read_mamba1(fields: Fields) -> ModelConfig:
 
 def write_mamba1(config: ModelConfig) -> dict[str, Any]:
     """Mamba's fields."""
+    only_symbols(config, "m")
     inner = config.mamba1_inner or 2 * config.hidden
     return shared_fields(config) | {
         "expand": expansion(config, "mamba1_inner", inner),
@@ -173,6 +174,7 @@ def read_mamba2(fields: Fields) -> ModelConfig:
 
 def write_mamba2(config: ModelConfig) -> dict[str, Any]:
     """Mamba2's fields."""
+    only_symbols(config, "M")
     heads = config.mamba_heads or 2 * config.hidden // config.mamba_head_dim
     return shared_fields(config) | {
         "expand": expansion(config, "mamba_heads", heads * config.mamba_head_dim),
@@ -209,12 +211,12 @@ def read_partial_rope(f: Fields, default: float) -> dict[str, Any]:
     return rope if given is not None else rope | {"rope_fraction": default}
 
 
-def check_rotated(fraction: float, head_dim: int) -> None:
+def check_rotated(fraction: float, head_dim: int, name: str = "partial_rotary_factor") -> None:
     """Refuse a fraction of which both sides do not make the same even number of channels."""
     width = int(head_dim * fraction)
     if width % 2 or not width or round(head_dim * fraction) != width:
         remedy = f"of head_dim = {head_dim} this must be a whole, even number of channels"
-        raise Unsupported("partial_rotary_factor", fraction, remedy)
+        raise Unsupported(name, fraction, remedy)
 
 
 # Bamba: pairs of Mamba-2 or attention, and an MLP.
@@ -272,7 +274,7 @@ def write_bamba(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_common(c),
         **write_heads(c),
-        "partial_rotary_factor": c.rope_fraction if c.has("*") else 0.5,
+        "partial_rotary_factor": 0.5,
         "attn_layer_indices": [i for i, symbol in enumerate(c.symbols[::2]) if symbol == "*"],
         "intermediate_size": c.ffn,
         "mlp_bias": False,

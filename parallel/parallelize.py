@@ -1,8 +1,8 @@
 """The one place that applies parallelism to a model."""
 
 import warnings
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.parallel.recompute import recompute_policy
 
+Forward = Callable[..., Any]
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -69,10 +70,27 @@ def groups(model: Decoder) -> Iterator[list[nn.Module]]:
 
 
 def compile_halves(model: Decoder) -> None:
-    """Compile every half alone, so that what is launched between them stays outside the graphs."""
+    """Compile every half alone, so that what is launched between them stays outside the graphs.
+
+    Their `forward` alone: hooks, which gather weights, stay outside too. Without gradients, as in
+    validation and generation, they run as they are: that would be one more graph a half, and a
+    cache that grows with every token no graph at all.
+    """
     for group in groups(model):
         for half in group:
-            half.compile()
+            for seam in ("attend", "scan"):
+                if hasattr(half, seam):
+                    setattr(half, seam, torch.compiler.disable(getattr(half, seam)))
+            half.forward = in_training(torch.compile(half.forward), half.forward)
+
+
+def in_training(compiled: Forward, plain: Forward) -> Forward:
+    """`compiled` where gradients are wanted, else `plain`."""
+
+    def forward(*inputs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(*inputs)
+
+    return forward
 
 
 # Nothing here writes into the output of a half, which is all the warning is about.

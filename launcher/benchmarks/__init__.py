@@ -1,7 +1,33 @@
 """Benchmarks: each beside its reference in one run, alternating, with the floor printed."""
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from colonnade.launcher.errors import UserError
+
+# Where these are installed transformers takes them, and they need a GPU.
+GPU_ONLY = ("mamba_ssm", "causal_conv1d", "fla")
+
+
+def need(name: str, *modules: str) -> None:
+    """Import what `bench name` compares with, or draws with; transformers in plain PyTorch.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for module in GPU_ONLY:
+        sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # None: not importable
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as missing:
+            package = module.partition(".")[0]
+            extra = "plot" if package == "matplotlib" else "bench"
+            raise UserError(
+                f"bench {name} needs {package}: pip install 'colonnade[{extra}]'"
+            ) from missing
 
 
 def bench_step() -> dict[str, Any]:
@@ -14,13 +40,6 @@ def bench_step() -> dict[str, Any]:
 def bench_loader() -> dict[str, Any]:
     """Reading batches from a memory-mapped token file, beside copying as many bytes."""
     from colonnade.launcher.benchmarks.loader import run
-
-    return run()
-
-
-def bench_scan() -> dict[str, Any]:
-    """Chunked Mamba-2 beside its token-by-token recurrence."""
-    from colonnade.launcher.benchmarks.scan import run
 
     return run()
 
@@ -39,12 +58,35 @@ def bench_norm() -> dict[str, Any]:
     return run()
 
 
+def bench_mixers() -> dict[str, Any]:
+    """Chunked sequence mixers beside their token recurrences and transformers' code."""
+    from colonnade.launcher.benchmarks.mixers import run
+
+    return run()
+
+
+def bench_moe() -> dict[str, Any]:
+    """A mixture of experts beside Mixtral's loop over experts."""
+    from colonnade.launcher.benchmarks.moe import run
+
+    return run()
+
+
+def bench_mup() -> dict[str, Any]:
+    """A coordinate check of muP beside the standard parametrisation; draws `mup.png`."""
+    from colonnade.launcher.benchmarks.mup import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
-    "scan": bench_scan,
     "linear": bench_linear,
     "norm": bench_norm,
+    "mixers": bench_mixers,
+    "moe": bench_moe,
+    "mup": bench_mup,
 }
 
 

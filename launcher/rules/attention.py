@@ -68,7 +68,8 @@ def full_attention(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         remedy = f"name each once; set model.full_attention to {sorted(set(chosen))}"
         yield Fault("model.full_attention", value, remedy)
     elif len(chosen) == there and not further:
-        remedy = f"{names}: the window is left to none; take some out, or leave out model.window"
+        remedy = f"{names}: none is left to the window; take some out, or leave both it and "
+        remedy += "model.window out"
         yield Fault("model.full_attention", value, remedy)
 
 

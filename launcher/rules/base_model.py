@@ -13,10 +13,10 @@ RULES = Rules()
 # Widths and numbers of heads. Not those of keys and states, of which neither Mamba nor DeltaNet has
 # a rule for growth, nor numbers of experts, which are no width.
 SIZES = (
-    "hidden heads kv_heads head_dim q_rank kv_rank rope_dim value_dim ffn expert_ffn shared_ffn "
-    "mamba_heads mamba_head_dim mamba_groups mamba1_inner mamba1_rank "
-    "delta_heads delta_key_heads delta_value_dim"
-).split()
+    "hidden", "heads", "kv_heads", "head_dim", "q_rank", "kv_rank", "rope_dim", "value_dim",
+    "ffn", "expert_ffn", "shared_ffn", "mamba_heads", "mamba_head_dim", "mamba_groups",
+    "mamba1_inner", "mamba1_rank", "delta_heads", "delta_key_heads", "delta_value_dim",
+)  # fmt: skip
 OPTIONAL = ("q_rank", "shared_ffn")  # sizes of something that a model may lack
 
 

@@ -1,8 +1,12 @@
-"""Drawing tokens from logits."""
+"""Drawing tokens from logits, and extending a text with caches."""
 
+import pytest
 import torch
+from small import V, config_of, model_of
 
-from colonnade.launcher.generation import choose
+from colonnade.launcher.generation import choose, extend
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
 
 
 def draws(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:
@@ -26,3 +30,39 @@ def test_top_k_leaves_the_others_out() -> None:
     shares = draws(1.0, 2)
     assert shares[0] == shares[3] == 0
     assert torch.allclose(shares[1:3], expected, atol=0.03)
+
+
+def by_whole_context(model: Decoder, tokens: list[int], count: int, seq_len: int) -> list[int]:
+    """The most likely tokens, each from all that is seen, without caches."""
+    seen, made = tokens[-seq_len:], []
+    for _ in range(count):
+        if len(seen) > seq_len:
+            seen = (tokens + made)[-(seq_len // 2) :]
+        row = torch.tensor(seen)[:, None]
+        with torch.no_grad():
+            logits = model(row, Context(torch.arange(len(seen))[:, None]))
+        made.append(int(logits[-1, 0].argmax()))
+        seen = [*seen, made[-1]]
+    return made
+
+
+@pytest.mark.parametrize("pattern", ["*-", "MmDG", "*T-E"])
+@pytest.mark.parametrize("prompt", [1, 9, 30])
+def test_extending_with_caches_writes_what_the_whole_context_does(
+    pattern: str, prompt: int
+) -> None:
+    """Also past `seq_len`, where the model starts again with the later half."""
+    model = model_of(config_of(pattern), seed=prompt)
+    g = torch.Generator().manual_seed(prompt)
+    tokens = torch.randint(V, (prompt,), generator=g).tolist()
+    made = extend(model, tokens, 40, 16, None, torch.device("cpu"), temperature=0)
+    assert made == by_whole_context(model, tokens, 40, 16)
+    assert len(set(made)) > 2
+
+
+def test_extending_ends_before_the_stop() -> None:
+    model = model_of(config_of("*-"), seed=1)
+    free = extend(model, [1, 2], 12, 16, None, torch.device("cpu"), temperature=0)
+    stop = free[5]
+    made = extend(model, [1, 2], 12, 16, stop, torch.device("cpu"), temperature=0)
+    assert made == free[: free.index(stop)]

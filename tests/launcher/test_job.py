@@ -99,14 +99,30 @@ def test_losses_do_not_depend_on_ranks(
     assert losses(tmp_path / "4") == pytest.approx(alone, rel=1e-10)
 
 
+STATEFUL = (  # what a checkpoint holds beside parameters, and draws that go on
+    "model.pattern=E-mTG",
+    "model.router_bias=true",
+    "model.router_bias_rate=0.1",
+    "model.router_noise=0.5",
+    "model.sigma_reparam=true",
+    "model.delta_key_dim=4",
+)
+
+
+@pytest.mark.parametrize("overrides", [(), STATEFUL])
 def test_resuming_equals_not_stopping(
-    ranks1: Ranks, ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+    ranks1: Ranks,
+    ranks2: Ranks,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    overrides: tuple[str, ...],
 ) -> None:
-    ranks2.run(job, recipe(), tmp_path / "whole")
+    settings = recipe(*overrides)
+    ranks2.run(job, settings, tmp_path / "whole")
     for name in ("same", "fewer"):
-        ranks2.run(job, recipe(), tmp_path / name, False, 5)
-    ranks2.run(job, recipe(), tmp_path / "same", True)
-    ranks1.run(job, recipe(), tmp_path / "fewer", True)
+        ranks2.run(job, settings, tmp_path / name, False, 5)
+    ranks2.run(job, settings, tmp_path / "same", True)
+    ranks1.run(job, settings, tmp_path / "fewer", True)
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "same") == whole
     assert losses(tmp_path / "fewer") == pytest.approx(whole, rel=1e-10)

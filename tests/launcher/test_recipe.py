@@ -10,6 +10,7 @@ from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.load import dump_recipe, load_recipe, recipe_names
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.validate import validate
+from colonnade.models.config import ModelConfig
 
 Write = Callable[[str], Path]
 Faults = Callable[..., list[Fault]]
@@ -98,13 +99,25 @@ def test_five_mistakes_are_told_at_once(write: Write) -> None:
         ("data.sources=[3]", "[[data.sources]]"),
         ('data.sources={format = "text"}', "[[data.sources]]"),
         ("data.sources.0.weight=0", "above 0"),
+        ("model.full_attention=2", "whole numbers in brackets, such as [0, 2]"),
+        ("model.full_attention=0,2", "whole numbers in brackets"),
+        ('model.full_attention=["a"]', "whole numbers in brackets"),
+        ("model.full_attention=[0.5]", "whole numbers in brackets"),
+        ("model.full_attention=[true]", "whole numbers in brackets"),
+        ("model.full_attention.0=a", "whole numbers in brackets"),
+        ("model.mup_base=128", "a table, [model.mup_base], a whole number for each name"),
+        ("model.mup_base=[128]", "a table, [model.mup_base]"),
+        ("model.mup_base.hidden=wide", "whole number, without quotes"),
+        ("model.mup_base.hidden=128.0", "such as 128"),
+        ("model.mup_base={hidden = true}", "whole number"),
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_allowed(
     faults: Faults, override: str, remedy: str
 ) -> None:
     (fault,) = faults(override)
-    assert fault.field in (override.partition("=")[0], "data.sources.0")
+    inside = ("data.sources.0", "model.full_attention.0", "model.mup_base.hidden")
+    assert fault.field in (override.partition("=")[0], *inside)
     assert remedy in fault.remedy
 
 
@@ -183,6 +196,21 @@ def test_an_override_without_a_value_takes_the_field_out(write: Write) -> None:
     assert recipe == Recipe()
 
 
+def test_overrides_of_lists_and_tables_of_numbers(write: Write) -> None:
+    windowed = ("model.repeat=3", "model.window=8")
+    base = ("model.heads=8", "model.mup_base.hidden=128", "model.mup_base.heads=4")
+    model = load_recipe(write(""), (*windowed, *base, "model.full_attention=[0, 2]")).model
+    assert (model.full_attention, model.mup_base) == ((0, 2), {"hidden": 128, "heads": 4})
+    path = write("[model]\nwindow = 8\nrepeat = 3\nfull_attention = [1, 2]\n"
+                 "[model.mup_base]\nhidden = 64\nffn = 8\n")  # fmt: skip
+    changed = ("model.full_attention.0=0", "model.mup_base.hidden=128", "model.mup_base.ffn=")
+    model = load_recipe(path, changed).model
+    assert (model.full_attention, model.mup_base) == ((0, 2), {"hidden": 128})
+    model = load_recipe(path, ("model.full_attention.1=", "model.mup_base=")).model
+    assert (model.full_attention, model.mup_base) == ((1,), None)
+    assert load_recipe(write(""), ("model.mup_base.hidden=", "model.full_attention.0=")) == Recipe()
+
+
 @pytest.mark.parametrize(
     ("override", "field", "words"),
     [
@@ -192,6 +220,9 @@ def test_an_override_without_a_value_takes_the_field_out(write: Write) -> None:
         ("train.steps.x=3", "train.steps.x", "train.steps"),
         ("data.sources.x.path=a", "data.sources.x.path", "data.sources"),
         ("data.sources.4.path=a", "data.sources.4.path", "1"),
+        ("model.full_attention.1=3", "model.full_attention.1", "there are 0 entries"),
+        ("model.full_attention.x=3", "model.full_attention.x", "model.full_attention"),
+        ("model.mup_base.hidden.x=3", "model.mup_base.hidden.x", "model.mup_base.hidden"),
         ("model.exprts=", "model.exprts", "model.experts"),
         ("model.exprts.1=2", "model.exprts.1", "model.experts"),
     ],
@@ -200,6 +231,85 @@ def test_a_wrong_override_is_a_fault(faults: Faults, override: str, field: str, 
     (fault,) = faults(override)
     assert fault.field == field
     assert words in fault.remedy
+
+
+# What only overrides leave without effect
+
+
+@pytest.mark.parametrize(
+    ("pattern", "unused"),
+    [
+        ("*-*-", "experts top_k expert_ffn mamba_head_dim mamba_state mamba_chunk"),
+        ("M-M-", "experts top_k expert_ffn heads kv_heads"),
+        ("m-m-", "experts top_k expert_ffn heads kv_heads mamba_head_dim mamba_state mamba_chunk"),
+        ("D-D-", "experts top_k expert_ffn heads kv_heads mamba_head_dim mamba_state mamba_chunk"),
+        ("G-G-", "experts top_k expert_ffn heads kv_heads mamba_head_dim mamba_state mamba_chunk"),
+        ("*E*E", "ffn mamba_head_dim mamba_state mamba_chunk"),
+        ("*T*T", "top_k ffn mamba_head_dim mamba_state mamba_chunk"),
+        ("M-*E", ""),
+    ],
+)
+def test_quickstart_with_another_pattern(write: Write, pattern: str, unused: str) -> None:
+    told: list[str] = []
+    recipe = load_recipe("quickstart", [f"model.pattern={pattern}"], 1, told.append)
+    fields = {f"model.{name}" for name in unused.split()}
+    if fields:
+        (line,) = told
+        start, _, names = line.partition(": ")
+        assert start == "not used with these overrides"
+        assert sorted(names.split(", ")) == sorted(fields)
+    else:
+        assert told == []
+    assert not {f"model.{f}" for f in recipe.model.model_fields_set} & fields
+    assert recipe.model.hidden == load_recipe("quickstart").model.hidden  # the rest stays
+    assert validate(recipe, 1) == []
+    assert load_recipe(write(dump_recipe(recipe)), tell=told.append) == recipe
+    assert not fields & {f"model.{f}" for f in tomllib.loads(dump_recipe(recipe))["model"]}
+    assert len(told) == bool(fields)
+
+
+def test_what_the_overrides_themselves_give_must_have_an_effect(faults: Faults) -> None:
+    text = '[model]\npattern = "*-E"\nheads = 8\nkv_heads = 2\nexperts = 4\n'
+    assert faults("model.pattern=-", text=text) == []
+    (fault,) = faults("model.pattern=-", "model.kv_heads=4", text=text)
+    assert fault.field == "model.kv_heads"
+    assert "without attention" in fault.remedy
+    table = 'model={pattern = "-", heads = 4}'
+    assert [f.field for f in faults(table, text=text)] == ["model.heads"]
+    assert faults("model.pattern=-", "model.kv_heads=4", "model.kv_heads=", text=text) == []
+
+
+def test_what_has_no_effect_in_the_file_is_its_mistake(faults: Faults) -> None:
+    text = '[model]\npattern = "*-"\nheads = 8\nmamba_state = 16\n'
+    for overrides in ((), ("train.steps=3",), ("model.pattern=-",)):
+        (fault,) = faults(*overrides, text=text)
+        assert (fault.field, fault.value) == ("model.mamba_state", 16)
+    assert faults("model.pattern=*M", text=text) == []
+
+
+def test_other_tables_and_several_steps(write: Write) -> None:
+    told: list[str] = []
+    path = write(
+        '[optimizer]\nmin_lr = 1e-4\n[[data.sources]]\nformat = "jsonl"\npath = "a"\n'
+        'column = "c"\nweight = 2.0\n[[data.sources]]\n'
+        "[model]\nwindow = 8\nrepeat = 2\nfull_attention = [1]\nmup_base = {hidden = 64, heads = 2}"
+    )
+    overrides = ("optimizer.schedule=constant", "data.sources.0.format=stdlib", "data.sources.1=")
+    recipe = load_recipe(path, (*overrides, "model.pattern=-"), tell=told.append)
+    gone = "model.window, model.full_attention, model.mup_base.heads, optimizer.min_lr"
+    gone += ", data.sources.0.path, data.sources.0.column, data.sources.0.weight"
+    (line,) = told
+    assert sorted(line.partition(": ")[2].split(", ")) == sorted(gone.split(", "))
+    assert recipe.model.mup_base == {"hidden": 64}
+    assert recipe.data == Recipe().data
+
+
+def test_nothing_is_told_of_a_recipe_with_mistakes(write: Write) -> None:
+    told: list[str] = []
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", ("model.pattern=*-", "train.steps=0"), 1, told.append)
+    assert [f.field for f in caught.value.faults] == ["train.steps"]
+    assert told == []
 
 
 # Files
@@ -241,6 +351,8 @@ NASTY = 'a "b" \\c\td\x7f\x01é漢😀 #[x]\n'
         ("optimizer.schedule=wsd", "optimizer.decay=7", "model.pattern=M", "parallel.dp_shard=2"),
         ("data.sources.0.format=hub", "data.sources.0.path=a/b", "data.sources.0.prompt=q",
          "data.sources.0.weight=0.25", "data.sources.1.format=stdlib"),
+        ("model.repeat=4", "model.window=8", "model.full_attention=[1, 3]"),
+        ("model.mup_base={hidden = 128, heads = 2}", "model.mup_zero_init=true"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_is_written_and_read_is_the_same(
@@ -254,6 +366,18 @@ def test_a_recipe_that_is_written_and_read_is_the_same(
 def test_shipped_recipes_survive_writing(write: Write, name: str) -> None:
     recipe = load_recipe(name)
     assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_lists_and_tables_of_numbers_as_written(write: Write) -> None:
+    fields = {"repeat": 4, "window": 8, "full_attention": [1, 3], "mup_base": {"hidden": 128}}
+    text = dump_recipe(Recipe.model_validate({"model": fields}))
+    assert "full_attention = [1, 3]\n" in text
+    assert tomllib.loads(text)["model"]["mup_base"] == {"hidden": 128}
+    assert load_recipe(write(text)).model.model_dump() == ModelConfig(**fields).model_dump()
+    base = {'a "b".c': 3, "hidden": 8, "heads": 2}  # heads: of no attention
+    odd = Recipe.model_validate({"model": {"pattern": "-", "mup_base": base}})
+    written = tomllib.loads(dump_recipe(odd))["model"]["mup_base"]
+    assert written == {'a "b".c': 3, "hidden": 8}
 
 
 def test_text_survives_writing(write: Write) -> None:

@@ -212,7 +212,7 @@ def test_write_refuses(tmp_path: Path) -> None:
     new = tmp_path / "new"
     with pytest.raises(UserError, match="qk_norm = 'none'"):
         write_hf(new, config, ours, family="Qwen3ForCausalLM")
-    with pytest.raises(UserError, match="near names: .*LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"near names: .*LlamaForCausalLM"):
         write_hf(new, config, ours, family="LamaForCausalLM")
     with pytest.raises(UserError, match=r"(?s)none can.*LlamaForCausalLM: .*DeepseekV3ForCausalLM"):
         write_hf(new, config.model_copy(update={"residual": "ladder"}), ours)

@@ -186,7 +186,7 @@ def test_unknown_fields_are_refused(name: str, field: str, change: dict[str, Any
 @pytest.mark.parametrize(
     ("name", "field", "change"),
     [
-        ("MambaForCausalLM", "symbols", {"pattern": "mM"}),
+        ("MambaForCausalLM", "pattern", {"pattern": "mM"}),
         ("MambaForCausalLM", "mamba1_inner", {"pattern": "m", "mamba1_inner": 300}),
         ("MambaForCausalLM", "norm", {"pattern": "m", "norm": "layer"}),
         ("Mamba2ForCausalLM", "mamba_heads", {"pattern": "M", "mamba_heads": 7}),

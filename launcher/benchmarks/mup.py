@@ -1,0 +1,224 @@
+"""`bench mup`: a coordinate check of muP beside the standard parametrisation, with a plot.
+
+Models of several widths take a few steps of Adam on the same text. Under muP (arXiv:2203.03466,
+appendix D.1) what these change in the outputs of sub-blocks, and in the logits, neither grows nor
+vanishes with width; under the standard parametrisation it grows. A sweep of learning rates at two
+widths shows what that is for: the best one stays.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colonnade.launcher.benchmarks import need
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.optimizer import build_optimizer
+from colonnade.launcher.recipe import OptimizerConfig
+from colonnade.models.config import SYMBOLS, ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.materialise import materialise
+
+PATTERN = "*-MmGE"
+SWEPT = "*-*-"
+KINDS = ("standard", "muP")
+LR = 2**-7  # of the coordinate check
+RATES = tuple(2.0**-n for n in range(11, 3, -1))  # of the sweep
+S, B, VOCAB = 64, 8, 256  # tokens a row, rows, bytes
+
+Changes = dict[int, dict[str, list[float]]]  # by width and output, after each step
+
+
+def config_of(pattern: str, width: int, base: int | None) -> ModelConfig:
+    """A model whose every width grows with `width`, heads and experts in number or inner width."""
+
+    def widths(n: int) -> dict[str, int]:
+        heads = {f"{mixer}_heads": n // 16 for mixer in ("mamba", "delta")}
+        return {"hidden": n, "ffn": 2 * n, "expert_ffn": n, "heads": n // 16, **heads}
+
+    return ModelConfig.model_validate(
+        dict(
+            pattern=pattern, vocab=VOCAB, experts=4, init_std=0.08, mamba_head_dim=16,
+            mamba_state=16, mamba_chunk=32, delta_key_dim=16, delta_chunk=32,
+            mup_base=None if base is None else widths(base), **widths(width),
+        )
+    )  # fmt: skip
+
+
+def started(config: ModelConfig, seed: int = 0) -> Decoder:
+    """The model with its first weights."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    materialise(model, torch.device("cpu"), seed)
+    return model
+
+
+def text(batches: int) -> Tensor:
+    """Bytes of one file of the standard library, `[batches, S + 1, B]`, at random places."""
+    data = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(data) - S, (batches, 1, B), generator=generator)
+    return data[starts + torch.arange(S + 1)[:, None]].long()
+
+
+def step(model: Decoder, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
+    """One step; the loss before it, in nats per byte."""
+    loss = model(rows[:-1], context(), rows[1:]) / rows[1:].numel()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def context() -> Context:
+    """Whole rows."""
+    return Context(torch.arange(S)[:, None].expand(S, B))
+
+
+@torch.no_grad()
+def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
+    """What every sub-block adds to the stream, and the logits."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, given, output: found.__setitem__(name, output)
+
+    handles = []
+    for t, symbol in enumerate(model.config.symbols):
+        block = model.wiring.block(t)
+        handles.append(block.second.register_forward_hook(keep(f"{t} {SYMBOLS[symbol]}")))
+    found["logits"] = model(tokens, context())
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def coordinates(pattern: str, widths: Sequence[int], base: int | None, steps: int) -> Changes:
+    """Mean absolute change of every output since the start, by width, after each step."""
+    rows = text(1)[0]
+    changes: Changes = {}
+    for width in widths:
+        model = started(config_of(pattern, width, base))
+        optimizer = build_optimizer(model, OptimizerConfig(lr=LR))
+        before = outputs(model, rows[:-1])
+        found: dict[str, list[float]] = {name: [] for name in before}
+        for _ in range(steps):
+            step(model, optimizer, rows)
+            for name, after in outputs(model, rows[:-1]).items():
+                found[name].append((after - before[name]).abs().mean().item())
+        changes[width] = found
+    return changes
+
+
+def slopes(changes: Changes) -> dict[str, float]:
+    """Exponent of width in every output's change after the last step, by least squares."""
+    x = torch.tensor(list(changes), dtype=torch.float64).log()
+    x = x - x.mean()
+    found = {}
+    for name in next(iter(changes.values())):
+        last = [changes[width][name][-1] for width in changes]
+        y = torch.tensor(last, dtype=torch.float64).log()
+        found[name] = float((x * y).sum() / x.square().sum())
+    return found
+
+
+def sweep(width: int, base: int | None, rates: Sequence[float], steps: int) -> dict[float, float]:
+    """Mean loss of the last quarter of the steps, by learning rate."""
+    batches, losses = text(steps), {}
+    for rate in rates:
+        model = started(config_of(SWEPT, width, base))
+        optimizer = build_optimizer(model, OptimizerConfig(lr=rate))
+        seen = [step(model, optimizer, rows) for rows in batches]
+        last = seen[-max(1, steps // 4) :]
+        losses[rate] = sum(last) / len(last)
+    return losses
+
+
+def draw(found: dict[str, Changes], path: Path) -> None:
+    """One panel per parametrisation: change over width, a line per output; early steps faint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, (kind, changes) in zip(panels, found.items(), strict=True):
+        widths = list(changes)
+        for number, name in enumerate(changes[widths[0]]):
+            for at, _ in enumerate(steps := changes[widths[0]][name]):
+                last = at == len(steps) - 1
+                panel.plot(
+                    widths,
+                    [changes[width][name][at] for width in widths],
+                    color=f"C{number}",
+                    alpha=1.0 if last else 0.2,
+                    marker="o" if last else None,
+                    label=name if last else None,
+                )
+        panel.set(title=kind, xlabel="width", xscale="log", yscale="log")
+        panel.set_xticks(widths, [str(width) for width in widths], minor=False)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("mean absolute change since the start")
+    panels[1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(
+    widths: Sequence[int] = (64, 128, 256, 512),
+    steps: int = 5,
+    swept: Sequence[int] = (64, 256),
+    rates: Sequence[float] = RATES,
+    sweep_steps: int = 60,
+    plot: Path = Path("mup.png"),
+) -> dict[str, Any]:
+    """Changes, their slopes over width, the plot, and losses by learning rate.
+
+    Args:
+        widths: multiples of 16, growing; the first is muP's base.
+        steps: of Adam in the coordinate check.
+        swept: widths of the sweep; none: no sweep.
+        rates: learning rates of the sweep.
+        sweep_steps: steps at each.
+        plot: where the plot is written.
+
+    Raises:
+        UserError: matplotlib is not installed, or the plot cannot be written.
+    """
+    need("mup", "matplotlib")
+    found = {
+        kind: coordinates(PATTERN, widths, None if kind == "standard" else widths[0], steps)
+        for kind in KINDS
+    }
+    try:
+        draw(found, plot)
+    except OSError as error:
+        raise UserError(f"bench mup: cannot write {plot}: {error.strerror}") from error
+    report: dict[str, Any] = {
+        "shape": f"{PATTERN}, widths {', '.join(map(str, widths))}, {S} bytes, batch {B}, fp32",
+        "steps": f"{steps} of AdamW at {LR:.4g}",
+        "plot": str(plot),
+    }
+    for kind, changes in found.items():
+        for name, slope in slopes(changes).items():
+            report[f"{kind}, {name}: slope of change over width"] = slope
+            for at in sorted({0, steps - 1}):
+                report[f"{kind}, {name}: change after step {at + 1}"] = ", ".join(
+                    f"{changes[width][name][at]:.3g}" for width in widths
+                )
+    for kind in KINDS:
+        for width in swept:
+            base = None if kind == "standard" else swept[0]
+            losses = sweep(width, base, rates, sweep_steps)
+            report[f"{kind}, width {width}: loss by learning rate"] = ", ".join(
+                f"{rate:.2g}: {loss:.3f}" for rate, loss in losses.items()
+            )
+            report[f"{kind}, width {width}: best learning rate"] = min(
+                losses, key=losses.__getitem__
+            )
+    return report

@@ -1,0 +1,284 @@
+"""Settings without effect: every condition, unmet and met; none reaches a written recipe."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from colonnade.launcher.effects import EFFECTS
+from colonnade.launcher.errors import Fault, RecipeError
+from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe import Recipe
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.models.part import Part
+from colonnade.parallel.materialise import materialise
+
+Write = Callable[[str], Path]
+Faults = Callable[..., list[Fault]]
+
+_SOURCE = "data.sources.0"
+_YARN = "rope_scaling=yarn rope_factor=2"
+_LATENT = ("q_rank=8", "kv_rank=8", "rope_dim=8", "value_dim=8")
+ATTENTION = {  # setting of [model]: what else it needs there
+    **dict.fromkeys(
+        ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
+         "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
+         "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1", "ssa=true",
+         "attention_conv=3"),
+        "",
+    ),
+    **dict.fromkeys(_LATENT, "attention=mla"),
+    "rope_factor=2": "rope_scaling=linear",
+    "rope_low=2": "rope_scaling=llama3 rope_factor=2",
+    "rope_high=8": "rope_scaling=llama3 rope_factor=2",
+    **dict.fromkeys(
+        ("rope_original=512", "rope_fast=16", "rope_slow=2", "rope_attention_factor=1",
+         "rope_truncate=false"),
+        _YARN,
+    ),
+    "rope_mscale=1": f"{_YARN} rope_mscale_all=1",
+    "rope_mscale_all=1": f"{_YARN} attention=mla",
+    "full_attention=[0]": "window=8 repeat=2",
+}  # fmt: skip
+_ROTATED = [s for s in ATTENTION if s.startswith("rope_") and not s.startswith("rope_dim")]
+
+
+def model(settings: str) -> str:
+    """Overrides of [model]."""
+    return " ".join(f"model.{setting}" for setting in settings.split())
+
+
+EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the field, what mends it
+    # the stream
+    ("", "model.share=true", "model.repeat=2"),
+    ("model.pattern=-*", "model.residual=parallel", "model.pattern=*-"),
+    ("model.pattern=-*", "model.residual=parallel", "model.repeat=2"),
+    ("model.pattern=-*", "model.residual=parallel", "model.mtp=1"),
+    ("model.pattern=MDmG*", "model.residual=parallel", "model.pattern=MD-"),
+    ("", "model.ladder_last=1", "model.residual=ladder"),
+    ("", "model.norm_bias=true", "model.norm=layer"),
+    ("model.norm=rms_offset", "model.norm_bias=true", "model.norm=pre_rms"),
+    ("", "model.mtp_pattern=M", "model.mtp=1"),
+    ("", "model.mtp_weight=0.1", "model.mtp=1"),
+    ("", "model.mup_zero_init=true", "model.mup_base.hidden=128"),
+    ("model.pattern=- model.tied=true model.mup_base.hidden=128", "model.mup_zero_init=true",
+     "model.tied=false"),
+    ("model.pattern=- model.tied=true model.mup_base.hidden=128", "model.mup_zero_init=true",
+     "model.pattern=*"),
+    # attention
+    *(
+        ("model.pattern=-", f"model.{setting}", f"model.pattern=* {model(needs)}")
+        for setting, needs in ATTENTION.items()
+    ),
+    ("model.pattern=-", "model.heads=2", "model.mtp=1"),
+    *(("", f"model.{setting}", "model.attention=mla") for setting in _LATENT),
+    *(
+        ("model.attention=mla", f"model.{setting}", "model.attention=gqa")
+        for setting in ("kv_heads=2", "rope_fraction=0.5", "qk_norm=full", "attention_gate=channel",
+                        "attention_conv=3")
+    ),
+    *(
+        ("model.positions=none", f"model.{setting}", f"model.positions=rope {model(needs)}")
+        for setting, needs in ATTENTION.items() if setting in _ROTATED
+    ),
+    *(
+        ("", f"model.{setting}", model(ATTENTION[setting]))
+        for setting in _ROTATED if ATTENTION[setting]
+    ),
+    (model("rope_scaling=ntk rope_factor=2"), "model.rope_original=8", "model.rope_scaling=llama3"),
+    (model("rope_scaling=llama3 rope_factor=2"), "model.rope_fast=8", "model.rope_scaling=yarn"),
+    (model(_YARN), "model.rope_low=2", "model.rope_scaling=llama3"),
+    (model(_YARN), "model.rope_mscale=1", "model.rope_mscale_all=1"),
+    (model(f"{_YARN} attention=mla rope_mscale_all=1 rope_attention_factor=1"),
+     "model.rope_mscale=1", "model.rope_attention_factor="),
+    (model(_YARN), "model.rope_mscale_all=1", "model.attention=mla"),
+    (model(_YARN), "model.rope_mscale_all=1", "model.rope_mscale=1"),
+    ("model.repeat=2", "model.full_attention=[1]", "model.window=8"),
+    # state-space mixers and DeltaNet
+    *(
+        ("model.pattern=*m-", f"model.mamba_{setting}", "model.pattern=*-M")
+        for setting in ("heads=4", "head_dim=64", "state=8", "groups=1", "conv=4", "chunk=8")
+    ),
+    *(
+        ("model.pattern=*M-", f"model.mamba1_{setting}", "model.pattern=m")
+        for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8")
+    ),
+    *(
+        ("model.pattern=*-", f"model.delta_{setting}", f"model.pattern=*{symbol}")
+        for symbol in "DG"
+        for setting in ("heads=4", "key_heads=2", "key_dim=32", "value_dim=8", "conv=2", "chunk=8",
+                        "negative=true")
+    ),
+    # MLPs and experts
+    ("model.pattern=*M", "model.activation=gelu", "model.pattern=*E"),
+    ("model.pattern=*M", "model.activation=gelu", "model.pattern=*T"),
+    ("model.pattern=*M", "model.ffn=8", "model.pattern=*-"),
+    ("model.pattern=*M", "model.ffn=8", "model.pattern=*T"),
+    ("model.pattern=*E model.expert_ffn=8", "model.ffn=8", "model.expert_ffn="),
+    *(
+        ("model.pattern=*-", f"model.{setting}", f"model.pattern=*{symbol}")
+        for symbol in "ET"
+        for setting in ("experts=4", "expert_ffn=8", "balance_samples=2")
+    ),
+    *(
+        ("model.pattern=*T", f"model.{setting}", f"model.pattern=*E {model(needs)}")
+        for setting, needs in {
+            "top_k=1": "", "shared_ffn=8": "", "shared_gate=true": "shared_ffn=8",
+            "router_score=sigmoid": "", "router_normalise=false": "", "router_scale=2.5": "",
+            "router_groups=4": "router_top_groups=2", "router_top_groups=2": "router_groups=4",
+            "router_bias=true": "", "router_bias_rate=0.1": "router_bias=true",
+            "router_noise=0.1": "", "capacity=1.0": "", "balance=0.0": "",
+            "balance_sequence=0.1": "", "router_z=0.1": "",
+        }.items()
+    ),
+    ("model.pattern=*E", "model.thor_alpha=5", "model.pattern=*T"),
+    ("model.pattern=E", "model.shared_gate=true", "model.shared_ffn=8"),
+    ("model.pattern=E model.top_k=1", "model.router_normalise=true", "model.top_k=2"),
+    ("model.pattern=E", "model.router_groups=4", "model.router_top_groups=2"),
+    ("model.pattern=E", "model.router_top_groups=1", "model.router_groups=4"),
+    ("model.pattern=E", "model.router_bias_rate=0.1", "model.router_bias=true"),
+    ("model.pattern=E model.balance=0", "model.balance_samples=2", "model.balance=0.1"),
+    ("model.pattern=E model.balance=0", "model.balance_samples=2", "model.capacity=2"),
+    (model("pattern=E balance=0 router_z=0.1 balance_sequence=0.1"), "model.balance_samples=2",
+     "model.pattern=ET"),
+    # the run
+    ("", "optimizer.decay=5", "optimizer.schedule=wsd"),
+    ("optimizer.schedule=constant", "optimizer.min_lr=1e-4", "optimizer.schedule=cosine"),
+    (f"{_SOURCE}.format=tokens {_SOURCE}.path=a", "data.cache=c", f"{_SOURCE}.format=text"),
+    (f"{_SOURCE}.format=text {_SOURCE}.path=a {_SOURCE}.stream=true", "data.cache=c",
+     f"{_SOURCE}.stream=false"),
+    (f"{_SOURCE}.format=text {_SOURCE}.path=a {_SOURCE}.stream=true", "data.validation=0.1",
+     f"{_SOURCE}.stream=false"),
+    *(
+        (f"{_SOURCE}.format=text {_SOURCE}.path=a {_SOURCE}.stream=true", f"train.{setting}=8",
+         f"{_SOURCE}.stream=false")
+        for setting in ("validate_rows", "validate_every")
+    ),
+    ("data.validation=0", "train.validate_rows=8", "data.validation=0.1"),
+    ("data.validation=0", "train.validate_every=8", "data.validation=0.1"),
+    ("train.validate_rows=0", "train.validate_every=8", "train.validate_rows=8"),
+    ("", f"{_SOURCE}.path=a", f"{_SOURCE}.format=text"),
+    (f"{_SOURCE}.format=tokens {_SOURCE}.path=a", f"{_SOURCE}.column=a", f"{_SOURCE}.format=jsonl"),
+    (f"{_SOURCE}.format=text {_SOURCE}.path=a", f"{_SOURCE}.prompt=a", f"{_SOURCE}.format=hub"),
+    (f"{_SOURCE}.format=text {_SOURCE}.path=a", f"{_SOURCE}.subset=a", f"{_SOURCE}.format=hub"),
+    (f"{_SOURCE}.format=text {_SOURCE}.path=a", f"{_SOURCE}.split=a", f"{_SOURCE}.format=hub"),
+    (f"{_SOURCE}.format=tokens {_SOURCE}.path=a", f"{_SOURCE}.stream=true",
+     f"{_SOURCE}.format=text"),
+    ("", f"{_SOURCE}.weight=2", "data.sources.1.format=stdlib"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rest", "setting", "mend"), EFFECT_CASES)
+def test_a_setting_without_effect_is_a_fault(
+    faults: Faults, rest: str, setting: str, mend: str
+) -> None:
+    field = setting.partition("=")[0]
+    (fault,) = faults(*rest.split(), setting)
+    assert fault.field == field
+    assert fault.remedy.startswith("has no effect")
+    assert faults(*rest.split(), setting, f"{field}=") == []  # as the remedy says
+    assert faults(*rest.split()) == []  # not set, not a fault
+    assert faults(*rest.split(), setting, *mend.split()) == []
+
+
+def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
+    met = set()
+    for rest, setting, _ in EFFECT_CASES:
+        (fault,) = faults(*rest.split(), setting)
+        why = fault.remedy.removeprefix("has no effect ").partition("; leave it out")[0]
+        met.add((re.sub(r"^data\.sources\.0", "source", fault.field), why))
+    assert met == {(field, e.otherwise) for e in EFFECTS for field in e.fields.split()}
+
+
+def test_every_field_of_a_model_has_an_effect_or_a_condition() -> None:
+    always = {
+        "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
+        "init_std", "sigma_reparam", "logit_cap", "logit_z", "mtp", "mup_base",
+    }  # fmt: skip
+    named = {field for effect in EFFECTS for field in effect.fields.split()}
+    conditional = {f.removeprefix("model.") for f in named if f.startswith("model.")}
+    assert always | conditional == set(ModelConfig.model_fields)
+    assert not always & conditional
+    known = {f"{t}.{f}" for t, table in Recipe() for f in getattr(type(table), "model_fields", ())}
+    known |= {f"source.{f}" for f in type(Recipe().data.sources[0]).model_fields}
+    assert named <= known
+
+
+def trained(config: ModelConfig) -> dict[str, Any]:
+    """What a config decides: parameters with their rates and decay, and two steps' objectives."""
+    with torch.device("meta"):
+        model = Decoder(config).double()
+    materialise(model, torch.device("cpu"), 0)
+    tokens, labels = torch.arange(64).view(2, 8, 4) * 7 % config.vocab
+    positions = torch.arange(8)[:, None].expand(8, 4)
+    seen: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for path, part in model.named_modules():
+        if isinstance(part, Part):
+            seen[f"{path}: rates, undecayed"] = part.rates, part.undecayed
+    for step in range(2):
+        context = Context(positions, None, 4 / config.balance_samples, torch.arange(4), step)
+        model.begin_step()
+        objective = model(tokens, context, labels).detach()
+        seen[f"step {step}"] = torch.stack([objective, *context.terms.values()])
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view_as(p)
+        model.end_step(context.loads)
+    return seen
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    """Names under which two models are not the same."""
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.shape == y.shape and torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+        return x == y
+
+    return {name for name in a.keys() | b.keys() if not same(a.get(name), b.get(name))}
+
+
+def test_a_setting_that_is_said_to_change_nothing_changes_nothing(
+    write: Write, faults: Faults
+) -> None:
+    small, before = {"hidden": 64, "vocab": 32}, {}
+    changed = {}
+    for rest, setting, _ in EFFECT_CASES:
+        if setting.startswith("model."):
+            without = load_recipe(write(""), rest.split()).model.model_copy(update=small)
+            (fault,) = faults(*rest.split(), setting)
+            given = without.model_copy(update={fault.field.removeprefix("model."): fault.value})
+            if rest not in before:
+                before[rest] = trained(without)
+            if names := differing(before[rest], trained(given)):
+                changed[f"{rest} {setting}"] = sorted(names)[:3]
+    assert changed == {}
+
+
+def test_a_size_of_the_base_that_the_model_does_not_use(faults: Faults) -> None:
+    base = ("model.pattern=-", "model.mup_base={hidden=128, heads=2}")
+    (fault,) = faults(*base)
+    assert (fault.field, fault.value) == ("model.mup_base.heads", 2)
+    assert "without attention" in fault.remedy
+    assert faults(*base, "model.mup_base.heads=") == []
+    assert faults(*base, "model.pattern=*") == []
+
+
+def test_random_recipes_survive_writing(write: Write) -> None:
+    draw, kept = random.Random(1), 0
+    for _ in range(250):
+        drawn = [" ".join(case).split() for case in draw.sample(EFFECT_CASES, 2)]
+        try:
+            recipe = load_recipe(write(""), [s for overrides in drawn for s in overrides])
+        except RecipeError:
+            continue
+        kept += 1
+        assert load_recipe(write(dump_recipe(recipe))) == recipe
+    assert kept > 50
