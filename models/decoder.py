@@ -141,13 +141,13 @@ class Decoder(nn.Module):
 def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
     """Every sample twice, for two passes with draws of their own; each weighs half in balancing."""
 
-    def twice(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.cat([t, t], dim=-1)
+    def twice(t: Tensor) -> Tensor:
+        return torch.cat([t, t], dim=-1)
 
-    return torch.cat([tokens, tokens], dim=1), dataclasses.replace(
+    return twice(tokens), dataclasses.replace(
         context,
         positions=twice(context.positions),
-        documents=twice(context.documents),
+        documents=None if context.documents is None else twice(context.documents),
         samples=twice(context.sample_numbers()),
         groups=2 * context.groups,
         passes=2,

@@ -5,6 +5,7 @@ model starts with a standard deviation smaller by √r and learns r times slower
 input; one whose input alone grows is divided by r where it is used.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,7 @@ def scale_part(part: Part, base: Part) -> None:
             part.fills[name] = scaled(part.fills[name], columns**-0.5)
             part.rates[name] = 1 / columns
         elif columns != 1:
-            part.change(name, lambda weight, factor=1 / columns: weight * factor)
+            part.change(name, partial(torch.mul, other=1 / columns))
 
 
 def scaled(fill: Fill, factor: float) -> Fill:

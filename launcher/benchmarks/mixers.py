@@ -253,19 +253,19 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def memory(name: str, lengths: Sequence[int]) -> dict[str, Any]:
-    """MiB kept and at the peak, by length, and how much the largest grows from the one before."""
+    """MiB kept and at the peak, by length, and the largest growth from one to the next."""
     report: dict[str, Any] = {}
     kept, peak = [], []
     for S in lengths:
         case = CASES[name](S)
         kept.append(kept_bytes(case.chunked, case.leaves) / 2**20)
         peak.append(peak_bytes(both(case.chunked, case.leaves)) / 2**20)
-    for what, sizes in (("kept for backward", kept), ("peak", peak)):
+    for what, sizes in (("kept beside the inputs", kept), ("at the peak", peak)):
         report[f"{name}: MiB {what}"] = ", ".join(
             f"{size:.1f} at {S}" for S, size in zip(lengths, sizes, strict=True)
         )
         growth = [b / a for a, b in itertools.pairwise(sizes)]
-        report[f"{name}: {what}, largest growth per doubling"] = max(growth)
+        report[f"{name}: growth of MiB {what} on doubling S"] = max(growth)
     return report
 
 

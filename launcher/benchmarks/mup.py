@@ -1,9 +1,10 @@
 """`bench mup`: a coordinate check of muP beside the standard parametrisation, with a plot.
 
-Models of several widths take a few steps of Adam on the same text. Under muP (arXiv:2203.03466,
-appendix D.1) what these change in the outputs of sub-blocks, and in the logits, neither grows nor
-vanishes with width; under the standard parametrisation it grows. A sweep of learning rates at two
-widths shows what that is for: the best one stays.
+Models of several widths take a few steps of Adam on the same text. Under muP (arXiv:2203.03466)
+what these change in the outputs of sub-blocks neither grows nor vanishes with width; under the
+standard parametrisation it grows. (The logits' change falls at first: the share that passes through
+the head's first weights does, until the learned share outweighs it.) A sweep of learning rates at
+two widths shows what that is for: the best one stays.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from colonnade.parallel.materialise import materialise
 PATTERN = "*-MmGE"
 SWEPT = "*-*-"
 KINDS = ("standard", "muP")
-LR = 2**-7  # of the coordinate check
-RATES = tuple(2.0**-n for n in range(11, 3, -1))  # of the sweep
+LR = 2**-9  # of the coordinate check
+RATES = tuple(2.0**-n for n in range(11, 4, -1))  # of the sweep
 S, B, VOCAB = 64, 8, 256  # tokens a row, rows, bytes
 
 Changes = dict[int, dict[str, list[float]]]  # by width and output, after each step
@@ -171,7 +172,7 @@ def draw(found: dict[str, Changes], path: Path) -> None:
 
 def run(
     widths: Sequence[int] = (64, 128, 256, 512),
-    steps: int = 5,
+    steps: int = 10,
     swept: Sequence[int] = (64, 256),
     rates: Sequence[float] = RATES,
     sweep_steps: int = 60,

@@ -114,7 +114,7 @@ def rotated_pairs(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add(*ROW, "model.attention", "model.hidden", "model.heads", "model.head_dim",
            "model.positions", "model.rope_fraction", "model.rope_dim",
-           "model.rope_scaling")  # fmt: skip
+           "model.rope_scaling", "model.rope_high", "model.rope_fast")  # fmt: skip
 def rope_scaling(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A scaling stretches, over a ramp that rises."""
     m, turned = r.model, rotated_width(r.model)

@@ -39,6 +39,8 @@ class Dispatched(NamedTuple):
 class Router(Coefficients):
     """Scores of every expert, `[S, B, E]`, in at least fp32, and the bias that steers choices."""
 
+    bias: Tensor  # [E], where configured
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.noise = config.router_noise

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from shown import Row
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,10 @@ from colonnade.kernels.activation import (
     gated,
     polynomial,
 )
+
+TABLE = [
+    Row("-", "; ".join(NAMES), "torch's own, or the formula"),
+]
 
 Inputs = dict[str, Tensor]
 OF_TORCH: dict[str, Callable[..., Tensor]] = {

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from oracle import fp64  # before transformers
+from shown import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,11 @@ from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from colonnade.kernels import attention as module
 from colonnade.kernels.attention import attention, attention_reference
+
+TABLE = [
+    Row("*", "attention sinks", "transformers gpt-oss"),
+    Row("*", "soft-capped scores", "transformers Gemma 2"),
+]
 
 S, B, P = 13, 2, 6
 PACKED = (5, 1, 7), (13,)  # documents' lengths by row

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from shown import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,11 @@ import oracle  # before transformers, which it keeps from packages that need a G
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
+
+TABLE = [
+    Row("D", "chunks; packed documents; states in and out", "token recurrence"),
+    Row("G", "chunks; packed documents; states in and out", "token recurrence"),
+]
 
 ROWS = ("q", "k", "v", "beta", "decay")
 Rule = Callable[..., tuple[Tensor, Tensor]]

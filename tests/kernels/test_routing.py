@@ -9,6 +9,7 @@ import oracle  # before transformers, which it keeps from packages that need a G
 import pytest
 import torch
 from equal import assert_equal
+from shown import Row
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -25,6 +26,11 @@ from colonnade.kernels.routing import (
     router_z_loss,
     within_capacity,
 )
+
+TABLE = [
+    Row("E", "group-limited softmax router", "transformers DeepSeek-V2"),
+    Row("E", "capacity; auxiliary, sequence and z-losses", "plain loops and formulas"),
+]
 
 S, B, E, D = 7, 4, 8, 5
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from shown import Row
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade.kernels import selective_scan as module
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
+
+TABLE = [Row("m", "chunks; packed documents; states in and out", "token recurrence")]
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 SEQUENCES = ("x", "dt", "B", "C")

@@ -1,13 +1,29 @@
 """Benchmarks run and report what they promise; no figure is judged here."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from colonnade.launcher.benchmarks import linear, loader, norm, scan, step
+from colonnade.launcher.benchmarks import (
+    BENCHMARKS,
+    bench,
+    linear,
+    loader,
+    mixers,
+    moe,
+    mup,
+    norm,
+    step,
+)
 from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.launcher.cli import build_parser
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.health import doctor
+from colonnade.models.config import SYMBOLS
 
 
 @pytest.mark.parametrize(
@@ -16,10 +32,6 @@ from colonnade.launcher.health import doctor
         (
             lambda: loader.run(count=200_000, batches=2, rounds=2),
             ["loader tokens/s", "copy tokens/s (floor)", "speed, loader / copy"],
-        ),
-        (
-            lambda: scan.run(S=100, rounds=2),
-            ["chunked ms", "recurrence ms", "speed, chunked / recurrence"],
         ),
         (lambda: norm.run(rounds=2), ["ours ms", "speed, ours / torch"]),
         pytest.param(
@@ -34,6 +46,78 @@ def test_benchmarks_report_positive_figures(
 ) -> None:
     report = run()
     assert all(report[name] > 0 for name in figures)
+
+
+def test_mixers_compute_the_same_in_linear_memory() -> None:
+    report = mixers.run(S=70, rounds=1, lengths=(256, 512), slow=20)
+    for name in mixers.CASES:
+        peers = ["recurrence"] if name == "delta_rule" else ["recurrence", "transformers"]
+        for peer in peers:
+            assert report[f"{name}: largest difference from {peer}"] < 1e-4
+            assert report[f"{name}: speed, chunked / {peer}"] > 0
+        assert report[f"{name}: floor ms"] > 0
+        for memory in ("kept beside the inputs", "at the peak"):
+            assert 1 < report[f"{name}: growth of MiB {memory} on doubling S"] < 2.1
+
+
+def test_memory_is_what_is_kept_and_held() -> None:
+    """exp keeps its output, a square its input."""
+    x = torch.ones(1000, requires_grad=True)
+    assert mixers.kept_bytes(lambda x: x.exp(), [x]) == 4000
+    assert mixers.kept_bytes(lambda x: x * x, [x]) == 0
+
+    def hold_two() -> None:
+        first = torch.ones(1000)
+        del first
+        pair = torch.ones(1000), torch.ones(1000)
+        del pair
+
+    assert 8000 <= mixers.peak_bytes(hold_two) < 9000
+
+
+def test_moe_computes_the_same() -> None:
+    report = moe.run(sizes=((64, 16, 32),), rounds=1)
+    size = "T=64 D=16 F=32"
+    assert report[f"{size}: largest difference of ours from transformers"] < 1e-5
+    assert 0 < report[f"{size}: choices dropped at capacity 1.0"] < 1
+    for name in ("ours", "capacity 1.0", "floor"):
+        assert report[f"{size}: speed, {name} / transformers"] > 0
+
+
+def test_mup_draws_a_coordinate_check(tmp_path: Path) -> None:
+    plot, rates = tmp_path / "mup.png", (1e-3, 3e-3)
+    report = mup.run(
+        widths=(32, 64, 128), steps=2, swept=(32, 64), rates=rates, sweep_steps=2, plot=plot
+    )
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    names = ["logits", *(f"{t} {SYMBOLS[s]}" for t, s in enumerate(mup.PATTERN))]
+    slope = {
+        kind: [report[f"{kind}, {name}: slope of change over width"] for name in names]
+        for kind in mup.KINDS
+    }
+    assert max(slope["muP"]) < 0.3 < 1 < max(slope["standard"])
+    assert {report[f"{kind}, width 64: best learning rate"] for kind in mup.KINDS} <= set(rates)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("mixers", "transformers", "bench"),
+        ("moe", "transformers", "bench"),
+        ("mup", "matplotlib", "plot"),
+    ],
+)
+def test_missing_packages_are_named(
+    name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'colonnade\[{extra}\]'"):
+        bench(name)
+
+
+def test_the_command_line_knows_every_benchmark() -> None:
+    for name in BENCHMARKS:
+        assert build_parser().parse_args(["bench", name]).name == name
 
 
 def test_linear_reports_every_product() -> None:

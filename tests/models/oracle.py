@@ -82,9 +82,6 @@ def randomise(model: nn.Module, seed: int) -> None:
             state.normal_(0.0, 0.1, generator=generator)
 
 
-TOLERANCE = "1e-9"  # of `equal.assert_equal`, relative to each tensor's largest element, in fp64
-
-
 @dataclass(frozen=True)
 class Case:
     """A row of the README's table, and of a parametrised test.

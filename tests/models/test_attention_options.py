@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from oracle import gradients
+from shown import Row
 from small import S, config_of, context, data, model_of
 from torch import Tensor
 
@@ -79,6 +80,9 @@ CASES: dict[str, dict[str, Any]] = {
     "all of it": {"attention_gate": "head", "attention_conv": 2, "ssa": True, "clip_low": -0.06,
                   "window": 6, "kv_heads": 2},
 }  # fmt: skip
+
+
+TABLE = [Row("*", name, "its formula, per token and head") for name in CASES]
 
 
 @pytest.mark.parametrize("name", CASES)

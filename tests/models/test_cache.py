@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from equal import assert_equal
+from shown import Row
 from small import S, config_of, context, data, model_of
 
 from colonnade.models.config import SYMBOLS
@@ -29,6 +30,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clipped softmax, temperature": ("**", {"clip_low": -0.05, "clip_high": 1.1, "ssa": True}),
     "capacity": ("E*E", {"capacity": 1.0}),
 }  # fmt: skip
+
+
+TABLE = [
+    Row("every symbol, cached", name, "logits of the whole row")
+    for name in CASES
+    if name not in SYMBOLS
+]
 
 
 @pytest.mark.parametrize("pieces", [(1,) * S, (9, 1, 1, 2, 10), (S - 1, 1)])

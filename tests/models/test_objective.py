@@ -7,12 +7,20 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from oracle import gradients
+from shown import Row
 from small import B, S, config_of, context, data, model_of
 from torch import Tensor
 
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+
+TABLE = [
+    Row("any row", "z-loss on logits; soft-capping", "their formulas"),
+    Row("any row", "further tokens (MTP), packed or not", "its formula, token by token"),
+    Row("T", "two passes with draws of their own, consistency loss", "dense models of the experts"),
+    Row("*EM", "shared depth (WideNet); ladder", "an unshared model with tied weights"),
+]
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:

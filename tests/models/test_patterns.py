@@ -4,8 +4,13 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from shown import Row
 
 from colonnade.models.patterns import hybrid_pattern
+
+TABLE = [
+    Row("pattern generator", "attention and MLP ratios", "megatron-core", "symbols"),
+]
 
 PUBLISHED = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"  # arXiv:2406.07887
 

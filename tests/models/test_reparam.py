@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from oracle import decoder, gradients
+from shown import Row
 from small import config_of, context, data, model_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -19,6 +20,12 @@ from colonnade.models.part import Part
 from colonnade.models.recentre import to_crms, to_pre_rms
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.recompute import recompute_policy
+
+TABLE = [
+    Row("any row", "σReparam", "torch's spectral_norm, step by step"),
+    Row("any row", "Pre-RMSNorm; CRMSNorm (weights converted)", "LayerNorm"),
+    Row("any row", "muP at its base width", "the plain model", "bits"),
+]
 
 # σReparam
 
@@ -97,7 +104,8 @@ def test_sigma_reparam_under_recomputation(recompute: str) -> None:
                 model(tokens, context(), labels).backward()
         assert_equal(gradients(models[1]), gradients(models[0]))
     states = [dict(model.named_buffers()) for model in models]
-    assert states[0] and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert states[0]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
 # LayerNorm to RMSNorm on a centred stream
@@ -237,6 +245,22 @@ def test_mup_rules() -> None:
     assert decay == {1.0: pytest.approx(0.1), 1 / r: pytest.approx(0.1 * r)}
 
 
+def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
+    """The output of every sub-block, and the logits."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, given, output: kept.update({name: output.detach()})
+
+    halves = [block.second for block in model.wiring.blocks]
+    handles = [half.register_forward_hook(keep(str(t))) for t, half in enumerate(halves)]
+    with torch.no_grad():
+        kept["logits"] = model(tokens, context())
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
 def growth(base: int | None) -> dict[str, float]:
     """How the change of each output after 5 Adam steps grows with width: slope of log over log."""
     widths = (32, 64, 128, 256)
@@ -245,34 +269,17 @@ def growth(base: int | None) -> dict[str, float]:
     for width in widths:
         model = started(sized(width, base))
         optimizer = build_optimizer(model, OptimizerConfig(lr=0.02))
-
-        def outputs(model: Decoder = model) -> dict[str, Tensor]:
-            kept: dict[str, Tensor] = {}
-            handles = [
-                half.register_forward_hook(
-                    lambda m, i, o, name=f"{t}": kept.__setitem__(name, o.detach())
-                )
-                for t, half in enumerate(block.second for block in model.wiring.blocks)
-            ]
-            with torch.no_grad():
-                kept["logits"] = model(tokens, context())
-            for handle in handles:
-                handle.remove()
-            return kept
-
-        before = outputs()
+        before = outputs(model, tokens)
         for _ in range(5):
             optimizer.zero_grad()
             (model(tokens, context(), labels) / (labels != -100).sum()).backward()
             optimizer.step()
-        for name, after in outputs().items():
+        for name, after in outputs(model, tokens).items():
             sizes.setdefault(name, []).append((after - before[name]).abs().mean().log().item())
     x = torch.tensor(widths, dtype=torch.float64).log()
     x = x - x.mean()
-    return {
-        n: float((torch.tensor(y, dtype=torch.float64) * x).sum() / x.square().sum())
-        for n, y in sizes.items()
-    }
+    slopes = {name: torch.tensor(y, dtype=torch.float64) @ x for name, y in sizes.items()}
+    return {name: float(slope / x.square().sum()) for name, slope in slopes.items()}
 
 
 def test_coordinates_do_not_grow_under_mup() -> None:

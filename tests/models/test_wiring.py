@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from oracle import empty, gradients, randomise
+from shown import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,6 +136,9 @@ RESIDUALS: dict[str, dict[str, Any]] = {
 }
 
 
+TABLE = [Row("any row", f"{name} wiring", "its recursion written out") for name in RESIDUALS]
+
+
 def check_wiring(pattern: str, recompute: str, **fields: Any) -> None:
     """Loss, balancing terms and gradients; seams that are not the identity act once each."""
     model = model_of(config_of(pattern, **fields), seed=len(pattern))
@@ -245,8 +249,12 @@ def test_no_balancing_terms_without_gradients() -> None:
 LENGTHS = ((9, 2, 1, 11), (17, 6))  # of the documents in each row; some shorter than a convolution
 
 
+PACKED = ["*-", "M-", "*E", "M-*E", "m-", "D-", "G-"]
+TABLE += [Row("packed documents", f"`{pattern}`", "the documents one by one") for pattern in PACKED]
+
+
 @pytest.mark.parametrize("residual", WIRINGS)
-@pytest.mark.parametrize("pattern", ["*-", "M-", "*E", "M-*E", "m-", "D-", "G-"])
+@pytest.mark.parametrize("pattern", PACKED)
 def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
     """Logits, loss and gradients of packed rows are those of the documents one by one."""
     model = model_of(config_of(pattern, residual, balance=0.0, router_z=0.0), seed=8)
