@@ -123,7 +123,7 @@ def _preceded(
     if documents is None:
         return rows, None
     owners = torch.cat([documents[:1].expand(K - 1, -1), documents])
-    same = owners.unfold(0, len(x), 1).movedim(-1, 1) == documents
+    same = torch.stack([owners[j : j + len(x)] == documents for j in range(K)])
     return rows, same[..., None]
 
 

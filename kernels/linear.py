@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.opaque import opaque
+
 # The operator, or None in builds of PyTorch without oneDNN.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -26,19 +28,11 @@ def uses_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_on()
 
 
+@opaque("onednn_product", lambda a, b: a.new_empty(*a.shape[:-1], b.shape[0]))
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """Opaque: Inductor has this operator for packed weights alone and refuses any other use."""
     assert ONEDNN_LINEAR is not None
     return ONEDNN_LINEAR(a, b, None, "none", [], "")
-
-
-# What stands in compiled graphs for it: Inductor takes the operator itself for one of its own, with
-# packed weights, and refuses it.
-_onednn_in_graphs = torch.library.custom_op("colonnade::onednn_product", _onednn, mutates_args=())
-
-
-@_onednn_in_graphs.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[0])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +46,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         `[..., N]`.
     """
     if uses_onednn(a) and a.numel() and b.numel():
-        return _onednn_in_graphs(a, b) if torch.compiler.is_compiling() else _onednn(a, b)
+        return _onednn(a, b)
     return a @ b.T
 
 

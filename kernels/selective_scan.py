@@ -63,21 +63,22 @@ class _SelectiveScan(torch.autograd.Function):
         barrier: Tensor,  # [S, B, 1, 1]
         Q: int,
     ) -> tuple[Tensor, Tensor]:
-        chunks, blocks = _ranges(len(x), Q), _blocks(x, len(A))
+        chunks = _ranges(len(x), Q)
         y, final = x.new_empty(x.shape), torch.empty_like(initial)
         before = initial.new_empty(len(chunks), *initial.shape)
-        for c in blocks:
-            block = _Block(A[:, c], Q, x.shape[1])
-            state = initial[..., c]
-            for i, s in enumerate(chunks):
-                before[i, ..., c] = state
-                x_s, dt_s = wide(x[s, :, c]), wide(dt[s, :, c])
-                block.run(dt_s, dt_s * x_s, wide(B[s]), barrier[s], state)
-                states = block.states[1 : len(x_s) + 1]
-                state = states[-1]
-                y_s = _over_states(wide(C[s]), states)
-                y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
-            final[..., c] = state
+        with torch.inference_mode():  # the steps are so short that views' bookkeeping would show
+            for c in _blocks(x, len(A)):
+                block = _Block(A[:, c], Q, x.shape[1])
+                state = initial[..., c]
+                for i, s in enumerate(chunks):
+                    before[i, ..., c] = state
+                    x_s, dt_s = wide(x[s, :, c]), wide(dt[s, :, c])
+                    block.run(dt_s, dt_s * x_s, wide(B[s]), barrier[s], state)
+                    states = block.states[1 : len(x_s) + 1]
+                    state = states[-1]
+                    y_s = _over_states(wide(C[s]), states)
+                    y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
+                final[..., c] = state
         ctx.save_for_backward(x, dt, A, B, C, D, barrier, before)
         ctx.Q = Q
         return y, final
@@ -86,41 +87,43 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, barrier, before = ctx.saved_tensors
-        chunks, blocks = _ranges(len(x), ctx.Q), _blocks(x, len(A))
-        dx, ddt, dinitial = x.new_empty(x.shape), dt.new_empty(dt.shape), torch.empty_like(dfinal)
-        dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
+        chunks = list(enumerate(_ranges(len(x), ctx.Q)))
+        dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+        dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])
         dB, dC = (torch.zeros(t.shape, dtype=A.dtype, device=A.device) for t in (B, C))
-        for c in blocks:
-            A_c = A[:, c]
-            block = _Block(A_c, ctx.Q, x.shape[1])
-            grads = torch.empty_like(block.decay)  # of the states
-            grad_of = grads.unbind()
-            carried = dfinal[..., c]  # from the tokens after the chunk
-            for i, s in reversed(list(enumerate(chunks))):
-                x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
-                dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
-                block.run(dt_s, u, B_s, barrier[s], before[i, ..., c])
-                decay, grad = block.decay[:q], grads[:q]
+        dD = None if D is None else torch.zeros_like(D)
+        with torch.inference_mode():
+            for c in _blocks(x, len(A)):
+                A_c = A[:, c]
+                block = _Block(A_c, ctx.Q, x.shape[1])
+                grads, dA_of = torch.empty_like(block.decay), torch.zeros_like(block.decay)
+                grad_of = grads.unbind()  # of the states after each token
+                carried = dfinal[..., c]  # from the tokens after the chunk
+                for i, s in reversed(chunks):
+                    x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
+                    dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
+                    block.run(dt_s, u, B_s, barrier[s], before[i, ..., c])
 
-                torch.mul(dy_s[:, :, None], wide(C[s])[..., None], out=grad)
-                grad_of[q - 1].add_(carried)
-                for t in range(q - 1, 0, -1):
-                    grad_of[t - 1].addcmul_(block.decay_of[t], grad_of[t])
+                    grad = torch.mul(dy_s[:, :, None], wide(C[s])[..., None], out=grads[:q])
+                    grad_of[q - 1].add_(carried)
+                    for t in range(q - 1, 0, -1):
+                        grad_of[t - 1].addcmul_(block.decay_of[t], grad_of[t])
 
-                dC[s] += _over_channels(dy_s, block.states[1 : q + 1])
-                dB[s] += _over_channels(u, grad)
-                du = _over_states(B_s, grad)
+                    dC[s] += _over_channels(dy_s, block.states[1 : q + 1])
+                    dB[s] += _over_channels(u, grad)
+                    du = _over_states(B_s, grad)
 
-                carried = grad.mul_(decay)[0].clone()
-                dlog = grad.mul_(block.states[:q])  # of dt·A, the decays' logarithms
-                dA[:, c] += torch.mul(dlog, dt_s[:, :, None], out=decay).sum((0, 1))
-                ddt[s, :, c] = dlog.mul_(A_c).sum(2).addcmul_(du, x_s)
-                dx_s = du.mul_(dt_s)
-                if D is not None and dD is not None:
-                    dx_s.addcmul_(dy_s, D[c])
-                    dD[c] += (dy_s * x_s).sum((0, 1))
-                dx[s, :, c] = dx_s
-            dinitial[..., c] = carried
+                    carried = grad.mul_(block.decay[:q])[0].clone()
+                    dlog = grad.mul_(block.states[:q])  # of dt·A, the decays' logarithms
+                    dA_of[:q].addcmul_(dlog, dt_s[:, :, None])
+                    ddt[s, :, c] = dlog.mul_(A_c).sum(2).addcmul_(du, x_s)
+                    dx_s = du.mul_(dt_s)
+                    if D is not None and dD is not None:
+                        dx_s.addcmul_(dy_s, D[c])
+                        dD[c] += (dy_s * x_s).sum((0, 1))
+                    dx[s, :, c] = dx_s
+                dA[:, c] = dA_of.sum((0, 1))
+                dinitial[..., c] = carried
         return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dinitial, None, None
 
 

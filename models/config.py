@@ -163,8 +163,8 @@ class ExpertOptions(Options):
     thor_alpha: float = Field(1.0, ge=0, description="weight of the consistency loss")
 
 
-class ModelConfig(
-    StreamOptions, AttentionOptions, MLPOptions, MambaOptions, DeltaOptions, ExpertOptions
+class ModelConfig(  # pydantic takes the fields of the last one first
+    ExpertOptions, DeltaOptions, MambaOptions, MLPOptions, AttentionOptions, StreamOptions
 ):
     """A decoder: a row of residual sub-blocks given by `pattern`, one symbol of `SYMBOLS` each."""
 
@@ -182,6 +182,11 @@ class ModelConfig(
         """The window of the attention that stands at `index` of the row; None: it sees all."""
         before = self.symbols[:index].count("*")
         return None if before in self.full_attention else self.window
+
+    @property
+    def zero_init(self) -> bool:
+        """Whether queries and an untied head start at zero."""
+        return self.mup_base is not None and self.mup_zero_init
 
     def base(self) -> "ModelConfig | None":
         """The model whose hyper-parameters muP transfers; None without muP."""

@@ -42,7 +42,7 @@ class Head(Part):
         self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
         self.alpha, self.scale = config.thor_alpha, 1.0
         if not config.tied:
-            std = 0.0 if config.mup_zero_init else config.init_std
+            std = 0.0 if config.zero_init else config.init_std
             self.declare("weight", (config.vocab, config.hidden), normal(std), "reads")
 
     def forward(

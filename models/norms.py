@@ -19,7 +19,7 @@ class Norm(Part):
         self.kind, self.eps = config.norm, config.norm_eps
         self.offset = 1.0 if config.norm == "rms_offset" else 0.0
         self.declare("weight", (config.hidden,), constant(1.0 - self.offset))
-        if config.norm_bias:
+        if config.norm_bias and config.norm in ("layer", "pre_rms"):
             self.declare("bias", (config.hidden,), constant(0.0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,6 +41,16 @@ def bias_of_norms(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("model.norm_bias", True, f"{remedy}model.norm_bias to false")
 
 
+@RULES.add("model.norm")
+def centred_stream(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """What a norm behind a sub-block writes is not centred, so pre_rms would not be LayerNorm."""
+    m = r.model
+    if m.norm == "pre_rms" and m.norm_position != "before":
+        remedy = "model.norm = pre_rms needs a centred stream, and norms behind sub-blocks write "
+        remedy += "what is not; set model.norm_position to before, or model.norm to layer"
+        yield Fault("model.norm_position", m.norm_position, remedy)
+
+
 @RULES.add("train.seq_len")
 def further_tokens(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A row holds the furthest token that is predicted."""

@@ -83,7 +83,7 @@ class QKV(Part):
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
         heads = {"q": c.heads, "k": c.kv_heads or c.heads, "v": c.kv_heads or c.heads}
         for name, count in heads.items():
-            std = 0.0 if name == "q" and c.mup_zero_init else c.init_std
+            std = 0.0 if name == "q" and c.zero_init else c.init_std
             self.declare(name, (count * self.width, c.hidden), normal(std), "reads")
             if self.taps:  # the identity at first
                 self.declare(f"conv_{name}", (count * self.width, self.taps), last_tap)

@@ -34,7 +34,7 @@ class Latents(Part):
         self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
         self.scaling, self.eps, self.q_rank = rope_scaling(c), c.norm_eps, c.q_rank
         queries = c.heads * (self.own + self.rotated)
-        q_std = 0.0 if c.mup_zero_init else c.init_std
+        q_std = 0.0 if c.zero_init else c.init_std
         if c.q_rank:
             self.declare("q_a", (c.q_rank, c.hidden), normal(c.init_std), "reads")
             self.declare("q_norm", (c.q_rank,), constant(1.0))

@@ -74,7 +74,7 @@ class Dispatch(Part):
         if self.width:
             for name in ("shared_gate", "shared_up") if self.gated else ("shared_up",):
                 self.declare(name, (self.width, config.hidden), normal(config.init_std), "reads")
-        if config.shared_gate:
+        if config.shared_gate and self.width:
             self.declare("shared_open", (1, config.hidden), normal(config.init_std), "reads")
 
     def forward(self, routed: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Dispatched:
