@@ -11,10 +11,59 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import wide
 
 # Elements handled at a time on CPU: what a few passes go over stays in cache.
 BLOCK = 2**17
+
+
+def _fake_convolved(rows: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0] - weight.shape[0] + 1, *rows.shape[1:])
+
+
+@opaque("causal_conv", _fake_convolved)
+def _convolved(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None, activation: bool
+) -> Tensor:
+    """Opaque: fused by Inductor it takes longer than block by block, and seconds to compile."""
+    y = rows.new_empty(len(rows) - len(weight) + 1, *rows.shape[1:])
+    for start, stop in _blocks(y):
+        out = _linear(rows, weight, bias, same, start, stop)
+        y[start:stop] = F.silu(out, inplace=True) if activation else out
+    return y
+
+
+def _fake_gradients(
+    dy: Tensor, rows: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weight), torch.empty_like(weight[0])
+
+
+@opaque("causal_conv_backward", _fake_gradients)
+def _gradients(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    same: Tensor | None,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows, weight and bias; zeros without a bias."""
+    drows, dweight = torch.zeros_like(rows, dtype=weight.dtype), torch.zeros_like(weight)
+    dbias = torch.zeros_like(weight[0])
+    for start, stop in _blocks(dy):
+        grad = wide(dy[start:stop])
+        if activation:
+            out = _linear(rows, weight, bias, same, start, stop)
+            grad = torch.ops.aten.silu_backward(grad, out)
+        if bias is not None:
+            dbias += grad.sum((0, 1))
+        for j, w in enumerate(weight):
+            seen = grad if same is None else grad * same[j, start:stop]
+            drows[start + j : stop + j].addcmul_(seen, w)
+            dweight[j] += (seen * rows[start + j : stop + j]).sum((0, 1))
+    return drows.to(rows.dtype), dweight, dbias
 
 
 class _CausalConv(torch.autograd.Function):
@@ -34,30 +83,14 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, same)
         ctx.activation = activation
-        y = rows.new_empty(len(rows) - len(weight) + 1, *rows.shape[1:])
-        for start, stop in _blocks(y):
-            out = _linear(rows, weight, bias, same, start, stop)
-            y[start:stop] = F.silu(out, inplace=True) if activation else out
-        return y
+        return _convolved(rows, weight, bias, same, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, same = ctx.saved_tensors
-        drows, dweight = torch.zeros_like(rows, dtype=weight.dtype), torch.zeros_like(weight)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for start, stop in _blocks(dy):
-            grad = wide(dy[start:stop])
-            if ctx.activation:
-                out = _linear(rows, weight, bias, same, start, stop)
-                grad = torch.ops.aten.silu_backward(grad, out)
-            if dbias is not None:
-                dbias += grad.sum((0, 1))
-            for j, w in enumerate(weight):
-                seen = grad if same is None else grad * same[j, start:stop]
-                drows[start + j : stop + j].addcmul_(seen, w)
-                dweight[j] += (seen * rows[start + j : stop + j]).sum((0, 1))
-        return drows.to(rows.dtype), dweight, dbias, None, None
+        drows, dweight, dbias = _gradients(dy, rows, weight, bias, same, ctx.activation)
+        return drows, dweight, None if bias is None else dbias, None, None
 
 
 def _blocks(y: Tensor) -> Iterator[tuple[int, int]]:
@@ -105,11 +138,6 @@ def causal_conv(
     """
     rows, masks = _preceded(x, weight.shape[1], documents, before)
     taps = wide(weight).t().contiguous()
-    if (
-        False and torch.compiler.is_compiling()
-    ):  # fused, and computed again in backward, by the compiler
-        out = _linear(rows, taps, None if bias is None else wide(bias), masks, 0, len(x))
-        return (F.silu(out) if activation else out).to(x.dtype)
     return _CausalConv.apply(rows, taps, None if bias is None else wide(bias), masks, activation)
 
 

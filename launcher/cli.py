@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from colonnade.launcher.benchmarks import BENCHMARKS
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.ranks import USER_MISTAKE, Place, report_failure
 
@@ -177,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = add("doctor", run_doctor, "devices, backends, and which kernel serves each operator")
     bench = add("bench", run_bench, "a benchmark, beside its reference in one run")
-    bench.add_argument("name", choices=["step", "loader", "scan", "linear", "norm"])
+    bench.add_argument("name", choices=list(BENCHMARKS))
     for verb in (train, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser

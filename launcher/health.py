@@ -17,7 +17,7 @@ OPTIONAL = {
     "matplotlib": "the loss plot (extra: plot)",
     "tensorboard": "train.tensorboard (extra: tensorboard)",
     "wandb": "train.wandb (extra: wandb)",
-    "transformers": "bench step (extra: bench)",
+    "transformers": "bench step, mixers, moe (extra: bench)",
 }
 
 
