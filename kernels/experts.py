@@ -73,6 +73,8 @@ def _sum_choices(rows: Tensor, order: Order, weight: Tensor | None = None) -> Te
     return y.to(rows.dtype)
 
 
+# Compiled graphs break at `dispatch`, `expert_mlp` and `combine`: how many rows an expert owns is
+# known when it is too late for them, and between gathers and products there is nothing to fuse.
 @torch.compiler.disable
 def dispatch(
     x: Tensor, chosen: Tensor, experts: int, kept: Tensor | None = None

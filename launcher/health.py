@@ -3,12 +3,15 @@
 import importlib.metadata
 import importlib.util
 import platform
+import subprocess
+import sysconfig
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from colonnade.kernels.linear import uses_onednn
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.ranks import cores
 
 OPTIONAL = {
@@ -78,10 +81,36 @@ def operators() -> dict[str, str]:
     }
 
 
+def lacks_for_compiling() -> str | None:
+    """What `train.compile` needs on a CPU and does not find, with the remedy; None: nothing."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler: install g++, or name one in the environment variable CXX"
+    if platform.system() != "Linux":
+        return None
+    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
+    command = [compiler, "-E", "-x", "c++", *(f"-I{folder}" for folder in folders), "-"]
+    tried = subprocess.run(command, input=b"#include <Python.h>", capture_output=True)
+    if tried.returncode:
+        return f"{compiler} finds no Python.h: install the headers of Python (python3-dev)"
+    return None
+
+
+def check_compiling(wanted: bool, device: torch.device) -> None:
+    """A UserError where the sub-blocks are to be compiled and cannot be."""
+    if wanted and device.type == "cpu" and (lack := lacks_for_compiling()):
+        raise UserError(f"train.compile = True: {lack}; or set train.compile = false")
+
+
 def doctor() -> dict[str, Any]:
     """Everything `colonnade doctor` reports, one value a line."""
     required = ("torch", "numpy", "pydantic", "safetensors", "colonnade")
     report: dict[str, Any] = {"python": platform.python_version()}
     report |= {name: version(name) for name in (*required, *OPTIONAL)}
     report |= devices() | backends()
+    report["train.compile"] = lacks_for_compiling() or "yes: there is a C++ compiler"
     return report | {f"kernel: {name}": served for name, served in operators().items()}

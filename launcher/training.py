@@ -19,6 +19,7 @@ from colonnade.launcher.folder import (
     open_new,
     saved_recipe,
 )
+from colonnade.launcher.health import check_compiling
 from colonnade.launcher.job import run_job
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.monitor import read_metrics
@@ -175,7 +176,8 @@ def start(
 
     if place is not None or nproc == 1:
         return be_rank(recipe, place or ALONE, opened, again, until)
-    choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
+    device = choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
+    check_compiling(recipe.train.compile, device)
     path = opened()
     before = newest(path / "checkpoints")
     options = ["--again"] * again + (["--until", str(until)] if until else [])
@@ -191,6 +193,7 @@ def be_rank(
     """Take part as one rank. Rank 0 opens the run's folder and prepares the data for all."""
     settle_threads(place)
     device = choose_device(recipe.train.device, place)
+    check_compiling(recipe.train.compile, device)
     settle_memory(device)
     with world(place.rank, place.size, device) as here:
         path = on_first(opened)

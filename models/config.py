@@ -122,7 +122,7 @@ class MambaOptions(Options):
     mamba1_state: int = Field(16, ge=1, description="state width N")
     mamba1_rank: int | None = Field(None, ge=1, description="rank of dt; default: hidden / 16")
     mamba1_conv: int = Field(4, ge=1, description="width of the causal convolution")
-    mamba1_chunk: int = Field(32, ge=1, description="tokens per chunk of the scan")
+    mamba1_chunk: int = Field(64, ge=1, description="tokens per chunk of the scan")
 
 
 class DeltaOptions(Options):

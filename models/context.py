@@ -49,6 +49,7 @@ class Context:
         """The same context, seen by the sub-block at `index`."""
         return dataclasses.replace(self, index=index)
 
+    @torch.compiler.disable  # or the first sub-block's graph would make it, and differ from others'
     def rope(
         self, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None
     ) -> tuple[Tensor, Tensor]:

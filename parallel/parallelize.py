@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from colonnade.models.blocks import SubBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
+from colonnade.models.part import Part
 from colonnade.parallel.recompute import recompute_policy
 
 Forward = Callable[..., Any]
@@ -72,25 +73,45 @@ def groups(model: Decoder) -> Iterator[list[nn.Module]]:
 def compile_halves(model: Decoder) -> None:
     """Compile every half alone, so that what is launched between them stays outside the graphs.
 
-    Their `forward` alone: hooks, which gather weights, stay outside too. Without gradients, as in
-    validation and generation, they run as they are: that would be one more graph a half, and a
-    cache that grows with every token no graph at all.
+    Of a half its `forward`: hooks, which gather weights, stay outside as well. So do its seams:
+    collectives are plugged in there, and by default kernels that a compiler could only unroll.
     """
     for group in groups(model):
         for half in group:
+            assert isinstance(half, Part)
             for seam in ("attend", "scan"):
                 if hasattr(half, seam):
                     setattr(half, seam, torch.compiler.disable(getattr(half, seam)))
-            half.forward = in_training(torch.compile(half.forward), half.forward)
+            half.forward = compiled(half)
 
 
-def in_training(compiled: Forward, plain: Forward) -> Forward:
-    """`compiled` where gradients are wanted, else `plain`."""
+def compiled(half: Part) -> Forward:
+    """The half's `forward`, compiled where gradients are wanted.
+
+    Elsewhere it runs as it is: validation would need one more graph, and generation, whose caches
+    grow with every token, one after the other.
+    """
+    plain, fast = half.forward, torch.compile(half.forward)
 
     def forward(*inputs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(*inputs)
+        if not torch.is_grad_enabled():
+            return plain(*inputs)
+        advance(half)
+        return fast(*inputs)
 
     return forward
+
+
+def advance(half: Part) -> None:
+    """Let every state that is to advance at the coming use of its weight do so outside the graph.
+
+    Recomputation has nothing to advance, so no checkpoint may see what this saves for backward.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
+        for name in half.due | (half.changes.keys() - half.started):
+            half.weight_of(name)
+            half.due.discard(name)
+            half.started.add(name)
 
 
 # Nothing here writes into the output of a half, which is all the warning is about.

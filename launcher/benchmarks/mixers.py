@@ -26,7 +26,7 @@ from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 
 # Heads H of width P (keys and values alike), state width N; Mamba-1: CHANNELS with STATE each.
 H, P, N, CHANNELS, STATE = 8, 64, 128, 512, 16
-CHUNK = {"ssd": 64, "selective_scan": 32, "delta_rule": 64, "delta_rule gated": 64}
+CHUNK = {"ssd": 64, "selective_scan": 64, "delta_rule": 64, "delta_rule gated": 64}
 
 Run = Callable[..., Tensor]  # of the leaves, to outputs `[S, B, ...]`
 
