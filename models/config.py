@@ -31,7 +31,7 @@ class StreamOptions(Options):
     )
     residual: Literal["standard", "ladder", "parallel"] = "standard"
     ladder_last: int | None = Field(
-        None, ge=0, description="ladder over the last n sub-blocks only; default: all"
+        None, ge=0, description="ladder over the last n sub-blocks of a row only; default: all"
     )
     hidden: int = Field(256, ge=1, description="width D of the residual stream")
     vocab: int = Field(257, ge=2, description="rows of the embedding and of the head")
@@ -150,7 +150,9 @@ class ExpertOptions(Options):
     router_scale: float = Field(1.0, gt=0, description="factor of the weights")
     router_groups: int = Field(1, ge=1, description="groups of experts")
     router_top_groups: int | None = Field(None, ge=1, description="groups a token may choose from")
-    router_bias: bool = Field(False, description="a bias steers choices instead of a loss")
+    router_bias: bool = Field(
+        False, description="a bias steers choices; set balance to 0 to do without the loss"
+    )
     router_bias_rate: float = Field(1e-3, ge=0, description="its change per step")
     router_noise: float = Field(0.0, ge=0, description="standard deviation of noise in training")
     capacity: float | None = Field(

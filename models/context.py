@@ -83,6 +83,11 @@ class Context:
             return self.samples
         return torch.arange(self.positions.shape[1], device=self.positions.device)
 
+    def turns(self) -> Tensor:
+        """`[B]`: in which of the passes each column is."""
+        columns = torch.arange(len(self.sample_numbers()), device=self.positions.device)
+        return columns // (len(columns) // self.passes)
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod

@@ -60,7 +60,7 @@ class Head(Part):
                 one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z
             )
             context.extras["consistency"] = consistency
-            context.extras["second_pass"] = objective.detach() - mean - consistency
+            context.extras["second_pass"] = objective.detach() - mean - consistency  # and z
             return objective
         rows = x.flatten(0, 1)
         objective, extra = linear_objective(rows, weight, flat, self.chunk, cap=self.cap, z=z)
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         steered: dict[Mixture, Tensor] = {}
         for wiring in self.wirings():
             for t in range(len(wiring.late)):
-                block, place = wiring.block(t), wiring.first + t
+                block, place = wiring.block(t), wiring.start + t
                 if isinstance(block, Mixture) and self.config.router_bias:
                     steered[block] = steered.get(block, 0) + loads[place].double()
         for block, counts in steered.items():
@@ -151,4 +151,5 @@ def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
         samples=twice(context.sample_numbers()),
         groups=2 * context.groups,
         passes=2,
+        _cache={},
     )

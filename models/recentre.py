@@ -41,16 +41,19 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
 
     Raises:
         ValueError: as `to_pre_rms`; or the norms have biases, their weights are more than one for
-            the same sub-block (`share`), or a weight reads the stream in slices.
+            the same sub-block (`share`), a weight reads the stream in slices, or muP counts widths.
     """
     check(config)
-    for field, value in (("norm_bias", config.norm_bias), ("share", config.share)):
+    sliced = config.attention_gate if config.has("*") else "none"
+    held = {
+        "norm_bias": config.norm_bias,
+        "share": config.share,
+        "mup_base": config.mup_base,
+        "attention_gate": sliced if sliced == "head" else None,
+    }
+    for field, value in held.items():
         if value:
             raise ValueError(f"model.{field} = {value}: CRMSNorm cannot hold it; pre_rms can")
-    if config.mtp or (config.has("*") and config.attention_gate == "head"):
-        field = "mtp" if config.mtp else "attention_gate"
-        value = getattr(config, field)
-        raise ValueError(f"model.{field} = {value}: not with CRMSNorm; pre_rms can")
     centred_config, made = to_pre_rms(config, weights)
     for name, role in roles_of(centred_config).items():
         weight = made[name]
@@ -69,8 +72,8 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
 
 
 def check(config: ModelConfig) -> None:
-    """Only LayerNorms in front of sub-blocks: what a norm behind one writes is not centred."""
-    asked = {"norm": "layer", "norm_position": "before", "sigma_reparam": False}
+    """Only LayerNorms in front of sub-blocks: what a norm writes is not centred."""
+    asked = {"norm": "layer", "norm_position": "before", "sigma_reparam": False, "mtp": 0}
     for field, wanted in asked.items():
         if (value := getattr(config, field)) != wanted:
             raise ValueError(f"model.{field} = {value}: this conversion starts from {wanted}")

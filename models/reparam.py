@@ -50,16 +50,17 @@ def centred(weight: Tensor, dim: int) -> Tensor:
 
 
 def spectral(part: Part) -> None:
-    """σReparam (arXiv:2303.06296, eq. 3): every linear weight is used as γ W / σ(W).
+    """σReparam (arXiv:2303.06296, eq. 3): linear weights of sub-blocks are used as γ W / σ(W).
 
-    γ, `[1]` or one per expert, starts at 1. The singular vectors are fp32 state, advanced by one
-    power iteration per optimizer step, at the first use in training.
+    γ, `[1]` or one per expert, starts at 1 and is stored less 1, so that bf16 rounds its change
+    alone. The singular vectors are fp32 state, advanced by one power iteration per optimizer step,
+    at the first use in training.
     """
     for name, role in list(part.roles.items()):
         if role not in ("reads", "inner", "writes"):
             continue
         *many, rows, columns = getattr(part, name).shape
-        part.declare(f"{name}_gain", tuple(many) or (1,), constant(1.0))
+        part.declare(f"{name}_gain", tuple(many) or (1,), constant(0.0))
         part.declare_state(f"{name}_left", (*many, rows), 0.0)
         part.declare_state(f"{name}_right", (*many, columns), 0.0)
         part.change(name, partial(normalised, part, name))
@@ -81,7 +82,7 @@ def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
         iterate(w, left, right, 1)
         part.due.discard(name)
     sigma = torch.einsum("...o,...oi,...i->...", left.clone(), w, right.clone())
-    gain = wide(part.weight_of(f"{name}_gain")).view(sigma.shape)
+    gain = 1 + wide(part.weight_of(f"{name}_gain")).view(sigma.shape)
     return (w * (gain / sigma)[..., None, None]).to(weight.dtype)
 
 

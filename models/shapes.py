@@ -28,7 +28,7 @@ def measure(config: ModelConfig, seq_len: int) -> Size:
     with torch.device("meta"):
         model = Decoder(config)
     total = sum(p.numel() for p in model.parameters())
-    places = [(w.block(t), w.first + t) for w in model.wirings() for t in range(len(w.late))]
+    places = [(w.block(t), w.start + t) for w in model.wirings() for t in range(len(w.late))]
     blocks = {block for block, _ in places}
     idle = sum(block.idle_weights() for block in blocks)
     ends = [model.embedding, model.head]

@@ -36,10 +36,10 @@ class Wiring(nn.Module):
 
     `enter` and `leave` are seams, the identity on one device: what gathers a sub-block's input and
     what reduces its output. `recompute` says which activations are computed again in backward.
-    `first` is the number of the row's first sub-block in the whole model.
+    `start` is the number of the row's first sub-block in the whole model.
     """
 
-    def __init__(self, config: ModelConfig, row: str, distinct: int, first: int = 0) -> None:
+    def __init__(self, config: ModelConfig, row: str, distinct: int, start: int = 0) -> None:
         super().__init__()
         out_std = config.init_std * len(row) ** -0.5  # one residual add per sub-block
         self.blocks = nn.ModuleList(BLOCKS[s](config, out_std) for s in row[:distinct])
@@ -47,7 +47,7 @@ class Wiring(nn.Module):
         self.norms = nn.ModuleList(Norm(config) for _ in row if before)
         self.after = nn.ModuleList(Norm(config) for _ in row if after)
         self.final = Norm(config)
-        self.late, self.first = lacks_newest(config, row), first
+        self.late, self.start = lacks_newest(config, row), start
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
         self.recompute: Callable[[], tuple[Any, Any]] | None = None
@@ -75,7 +75,7 @@ class Wiring(nn.Module):
         """All sub-blocks, the next input prepared between the halves wherever it can be."""
         x, pending = self.prepare(0, stream), None
         for t, late in enumerate([*self.late[1:], False]):  # late: the next sub-block
-            block, here = self.block(t), context.at(self.first + t)
+            block, here = self.block(t), context.at(self.start + t)
             carried = block.begin(x, here)
             if pending is not None:
                 stream = self.add(t - 1, stream, pending)
@@ -98,7 +98,7 @@ class Wiring(nn.Module):
         before = stream  # the stream without the newest output
         for t, late in enumerate(self.late):
             x = self.prepare(t, before if late else stream)
-            here = context.at(self.first + t)
+            here = context.at(self.start + t)
             h = checkpoint(
                 region, self.block(t), x, here, use_reentrant=False, context_fn=self.recompute
             )

@@ -55,6 +55,31 @@ def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             yield Fault("model.mup_base", dict(m.mup_base or {}), f"{remedy}the base {fault}")
 
 
+@RULES.add("model")
+def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Nothing stands between muP's scales and the weights they are for."""
+    m, base = r.model, r.model.base()
+    if base is None:
+        return
+    if m.sigma_reparam:
+        remedy = "holds the norm of every weight fixed, which model.mup_base scales; set "
+        yield Fault(
+            "model.sigma_reparam", True, f"{remedy}it to false, or leave model.mup_base out"
+        )
+    if not m.has("*") or m.attention != "gqa":
+        return
+    if m.mup_zero_init and m.qk_norm != "none":
+        remedy = f"model.qk_norm = {m.qk_norm} blows up the gradient of queries that are zero; set "
+        yield Fault("model.mup_zero_init", True, f"{remedy}one of them to false or none")
+    slices = m.hidden // m.heads, base.hidden // base.heads
+    if m.attention_gate == "head" and slices[0] != slices[1]:
+        remedy = (
+            f"it reads slices of {slices[0]} channels, in the base of {slices[1]}, and muP has "
+        )
+        remedy += "no rule for them; set model.attention_gate to channel, or model.mup_base.heads "
+        yield Fault("model.attention_gate", "head", f"{remedy}so that they are equal")
+
+
 def model_faults(r: Recipe) -> Iterator[Fault]:
     """What the rules on the model find."""
     for _, check in (*row.RULES, *attention.RULES, *mixers.RULES, *experts.RULES):

@@ -51,6 +51,20 @@ def centred_stream(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("model.norm_position", m.norm_position, remedy)
 
 
+@RULES.add("model.norm", "model.mtp_pattern")
+def further_rows(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Modules for further tokens read a normed stream, and take no passes of their own."""
+    m = r.model
+    if m.mtp and m.norm == "pre_rms":
+        remedy = "its modules read the normed stream, which is not centred as model.norm = pre_rms "
+        yield Fault(
+            "model.mtp", m.mtp, f"{remedy}needs; set model.norm to layer, or model.mtp to 0"
+        )
+    if m.mtp and "T" in m.mtp_pattern and "T" not in m.pattern:
+        remedy = "`T` takes every token through the whole model twice; put it into model.pattern, "
+        yield Fault("model.mtp_pattern", m.mtp_pattern, f"{remedy}too, or take it out here")
+
+
 @RULES.add("train.seq_len")
 def further_tokens(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A row holds the furthest token that is predicted."""

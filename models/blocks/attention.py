@@ -86,7 +86,7 @@ class QKV(Part):
             std = 0.0 if name == "q" and c.zero_init else c.init_std
             self.declare(name, (count * self.width, c.hidden), normal(std), "reads")
             if self.taps:  # the identity at first
-                self.declare(f"conv_{name}", (count * self.width, self.taps), last_tap)
+                self.declare(f"conv_{name}", (count * self.width, self.taps), last_tap, decay=False)
         if c.qk_norm != "none":
             for name in "qk":
                 width = self.width * (heads[name] if c.qk_norm == "full" else 1)

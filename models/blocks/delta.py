@@ -94,7 +94,7 @@ class Decay(Part):
     def __init__(self, heads: int, gated: bool) -> None:
         super().__init__()
         if gated:
-            self.declare("A_log", (heads,), log_uniform_a(1.0, 16.0))
+            self.declare("A_log", (heads,), log_uniform_a(0.01, 16.0))
             self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
 
     def log_decay(self, dt: Tensor | None) -> Tensor | None:

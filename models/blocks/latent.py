@@ -33,6 +33,7 @@ class Latents(Part):
         self.value = c.value_dim or self.own
         self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
         self.scaling, self.eps, self.q_rank = rope_scaling(c), c.norm_eps, c.q_rank
+        self.window_of = c.window_of
         queries = c.heads * (self.own + self.rotated)
         q_std = 0.0 if c.zero_init else c.init_std
         if c.q_rank:
@@ -62,7 +63,9 @@ class Latents(Part):
             table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
             own, turned = q.split([self.own, self.rotated], dim=-1)
             q, shared = torch.cat([own, rotate(turned, table)], dim=-1), rotate(shared, table)
-        latent, shared = context.extended("latent", latent), context.extended("k_rope", shared)
+        last = None if (window := self.window_of(context.index)) is None else window - 1
+        latent = context.extended("latent", latent, last)
+        shared = context.extended("k_rope", shared, last)
         k = linear(latent, self.weight_of("k_b")).unflatten(-1, (-1, self.own))
         v = linear(latent, self.weight_of("v_b")).unflatten(-1, (-1, self.value))
         k = torch.cat([k, shared.expand(*k.shape[:-1], -1)], dim=-1)

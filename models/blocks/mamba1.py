@@ -71,16 +71,22 @@ class Decay(Part):
         self.declare("D", (inner,), constant(1.0))
 
 
+def rank_of(config: ModelConfig) -> int:
+    """The rank of dt."""
+    return config.mamba1_rank or -(-config.hidden // 16)
+
+
 class ScanOut(Part):
     """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
 
-    def __init__(self, config: ModelConfig, inner: int, rank: int, out_std: float) -> None:
+    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
         super().__init__()
         self.scan: Scan = scan_here
-        self.chunk = config.mamba1_chunk
+        self.chunk, rank = config.mamba1_chunk, rank_of(config)
+        bound = rank_of(config.base() or config) ** -0.5  # muP scales the base's bound by itself
         for name, width in (("dt_a", rank), ("B", config.mamba1_state), ("C", config.mamba1_state)):
             self.declare(name, (width, inner), normal(config.init_std), "inner")
-        self.declare("dt_b", (inner, rank), uniform(-(rank**-0.5), rank**-0.5), "inner")
+        self.declare("dt_b", (inner, rank), uniform(-bound, bound), "inner")
         self.declare("out", (config.hidden, inner), normal(out_std), "writes")
 
     def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:
@@ -104,8 +110,7 @@ class Mamba1(SubBlock):
         self.state = config.mamba1_state
         self.first = InConv(config, self.inner)
         self.small = Decay(self.inner, self.state)
-        rank = config.mamba1_rank or -(-config.hidden // 16)
-        self.second = ScanOut(config, self.inner, rank, out_std)
+        self.second = ScanOut(config, self.inner, out_std)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         return self.second((carried, self.small), context)

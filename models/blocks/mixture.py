@@ -53,7 +53,8 @@ class Router(Coefficients):
         if self.noise and torch.is_grad_enabled():
             S, _, E = logits.shape
             place = torch.arange(S, device=x.device)[:, None, None]
-            keys = context.sample_numbers()[:, None], place, torch.arange(E, device=x.device)
+            keys = context.turns()[:, None], place, torch.arange(E, device=x.device)
+            keys = context.sample_numbers()[:, None], *keys
             drawn = draw_normal(context.draw, context.index, *keys, dtype=logits.dtype)
             logits = logits + self.noise * drawn
         return logits

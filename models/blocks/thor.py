@@ -1,6 +1,5 @@
 """`T`: THOR, experts chosen at random, of which every one learns the same (arXiv:2110.04260)."""
 
-import torch
 from torch import Tensor
 
 from colonnade.kernels.activation import gated
@@ -28,11 +27,10 @@ class Thor(SubBlock):
         self.first, self.second = Dispatch(self.config), Experts(self.config, out_std)
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
-        S, B, _ = x.shape
+        S = len(x)
         group = context.sample_numbers() // self.config.balance_samples
-        turn = torch.arange(B, device=x.device) // (B // context.passes)
-        expert = draw_integers(self.config.experts, context.draw, context.index, group, turn)
-        chosen = expert.expand(S, B)[..., None]
+        keys = context.draw, context.index, group, context.turns()
+        chosen = draw_integers(self.config.experts, *keys).expand(S, -1)[..., None]
         return self.first((x, chosen, None, x.new_ones(chosen.shape)))
 
     def finish(self, carried: Dispatched, context: Context) -> Tensor:

@@ -1,4 +1,4 @@
-"""Options of `*` by their formulas, one token and head at a time: gates, convolutions, SSA, spans."""
+"""Options of `*` by their formulas, a token and head at a time: gates, filters, SSA, spans."""
 
 import math
 from typing import Any

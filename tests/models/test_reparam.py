@@ -1,5 +1,6 @@
 """Weights changed at use: σReparam, centred streams and the conversion from LayerNorm, muP."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_sigma_reparam_is_torch_spectral_norm() -> None:
     with torch.no_grad():
         theirs.parametrizations.weight.original.copy_(weight)
         ours.w.copy_(weight)
-        ours.w_gain.fill_(1.0)
+        ours.w_gain.zero_()
         start = F.normalize(torch.randn(12, generator=g, dtype=torch.float64), dim=0)
         state._u.copy_(F.normalize(start[:7], dim=0))
         state._v.copy_(F.normalize(start[7:], dim=0))
@@ -83,7 +84,7 @@ def test_sigma_reparam_starts_at_the_spectral_norm_per_expert() -> None:
     part = Reparametrised(3, 6, 4)
     with torch.no_grad():
         part.w.copy_(torch.randn(3, 6, 4, generator=g))
-        part.w_gain.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        part.w_gain.copy_(torch.tensor([0.0, 1.0, 2.0]))
         part.w_left.zero_()
         part.w_right.zero_()
     norms = torch.linalg.matrix_norm(part.weight_of("w"), ord=2)
@@ -106,6 +107,20 @@ def test_sigma_reparam_under_recomputation(recompute: str) -> None:
     states = [dict(model.named_buffers()) for model in models]
     assert states[0]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_a_small_change_of_gamma_is_seen_in_bf16() -> None:
+    """Stored less 1, it is not lost in bf16's eight bits."""
+    model, (tokens, labels) = model_of(config_of("-", sigma_reparam=True), 4), data(4)
+    losses = []
+    for gain in (0.0, 0.003):
+        for name, p in model.named_parameters():
+            if name.endswith("_gain"):
+                p.data.fill_(gain)
+        model(tokens, context(), labels)  # starts the singular vectors
+        part = copy.deepcopy(model.wiring.blocks[0].first).bfloat16()
+        losses.append((1 + part.up_gain.double()).item())
+    assert losses == pytest.approx([1.0, 1.003], rel=1e-5)
 
 
 # LayerNorm to RMSNorm on a centred stream
@@ -167,6 +182,7 @@ def test_a_centred_stream_stays_centred_in_training() -> None:
         ("share", {"share": True, "repeat": 2}),
         ("mtp", {"mtp": 1}),
         ("attention_gate", {"attention_gate": "head"}),
+        ("mup_base", {"mup_base": {"hidden": 6}}),
     ],
 )
 def test_what_crms_cannot_hold_is_refused(field: str, fields: dict[str, Any]) -> None:
@@ -176,6 +192,15 @@ def test_what_crms_cannot_hold_is_refused(field: str, fields: dict[str, Any]) ->
 
 
 # muP
+
+
+def test_mup_scales_the_bound_of_dt_once() -> None:
+    """U(±1/√rank) in the base, and its width shrinks by the growth of the rank alone."""
+    fields = {"mamba1_inner": 64, "init_std": 0.1}
+    base = config_of("m", mamba1_rank=4, **fields)
+    wide = config_of("m", mamba1_rank=64, mup_base={"mamba1_rank": 4, "mamba1_inner": 16}, **fields)
+    bounds = [started(c).wiring.blocks[0].second.dt_b.abs().max().item() for c in (base, wide)]
+    assert bounds == pytest.approx([4**-0.5, 64**-0.5], rel=0.02)
 
 
 def sized(width: int, base: int | None, **fields: Any) -> ModelConfig:
