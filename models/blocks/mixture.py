@@ -53,8 +53,8 @@ class Router(Coefficients):
         if self.noise and torch.is_grad_enabled():
             S, _, E = logits.shape
             place = torch.arange(S, device=x.device)[:, None, None]
-            keys = context.turns()[:, None], place, torch.arange(E, device=x.device)
-            keys = context.sample_numbers()[:, None], *keys
+            columns = context.sample_numbers()[:, None], context.turns()[:, None]
+            keys = *columns, place, torch.arange(E, device=x.device)
             drawn = draw_normal(context.draw, context.index, *keys, dtype=logits.dtype)
             logits = logits + self.noise * drawn
         return logits
