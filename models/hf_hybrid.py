@@ -26,7 +26,7 @@ from colonnade.models.hf_mamba import (
     plain_ssm,
     read_partial_rope,
 )
-from colonnade.models.hf_moe import mixture, normalised
+from colonnade.models.hf_moe import mixture, normalised, shared_expert
 
 # Their names of sequence mixers in lists of layers, old and new.
 MAMBA = ("linear_attention", "mamba")
@@ -329,13 +329,10 @@ def delta_net(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
 
 def qwen3_next_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """A mixture beside a shared expert with a gate."""
-    shared = f"{theirs}.mlp.shared_expert"
     return [
         *mixture(packed, theirs, ours, config),
-        entry(f"{shared}.gate_proj.weight", f"{ours}.first.shared_gate"),
-        entry(f"{shared}.up_proj.weight", f"{ours}.first.shared_up"),
-        entry(f"{shared}.down_proj.weight", f"{ours}.second.shared_down"),
-        entry(f"{shared}_gate.weight", f"{ours}.first.shared_open"),
+        *shared_expert(f"{theirs}.mlp.shared_expert", ours),
+        entry(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.first.shared_open"),
     ]
 
 

@@ -167,15 +167,21 @@ def latent_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]
     ]
 
 
+def shared_expert(theirs: str, ours: str) -> list[Entry]:
+    """The MLP that every token meets beside a mixture."""
+    return [
+        entry(f"{theirs}.gate_proj.weight", f"{ours}.first.shared_gate"),
+        entry(f"{theirs}.up_proj.weight", f"{ours}.first.shared_up"),
+        entry(f"{theirs}.down_proj.weight", f"{ours}.second.shared_down"),
+    ]
+
+
 def deepseek_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """A mixture beside a shared expert, with the bias that steers its choices."""
-    shared = f"{theirs}.mlp.shared_experts"
     return [
         *mixture(packed, theirs, ours, config),
         entry(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.small.bias"),
-        entry(f"{shared}.gate_proj.weight", f"{ours}.first.shared_gate"),
-        entry(f"{shared}.up_proj.weight", f"{ours}.first.shared_up"),
-        entry(f"{shared}.down_proj.weight", f"{ours}.second.shared_down"),
+        *shared_expert(f"{theirs}.mlp.shared_experts", ours),
     ]
 
 
