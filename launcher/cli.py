@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,10 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.ranks import USER_MISTAKE, Place, report_failure
 
 Verb = Callable[[argparse.Namespace], int]
+
+# Seconds before a rank tells of an exception: if another one failed first, which breaks the
+# connection, the launcher tells that one's error and ends this rank in the meantime.
+GRACE = 5.0
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -205,6 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_failure(str(mistake), started=chosen.verb == "_rank")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except Exception:
+        if Place.from_environment():
+            time.sleep(GRACE)
+        raise
     if status and Place.from_environment():
         sys.stdout.flush()
         os._exit(status)  # other ranks may be waiting in a collective: leave without its clean-up
