@@ -211,13 +211,6 @@ def linear_objective(
     return _Objective.apply(x, weight, labels, chunk, cap, z, training)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, chunk: int, *, cap: float | None = None
-) -> Tensor:
-    """`linear_objective` without the term in z: a scalar."""
-    return linear_objective(x, weight, labels, chunk, cap=cap)[0]
-
-
 def linear_consistency(
     x1: Tensor,
     x2: Tensor,
@@ -260,13 +253,6 @@ def linear_objective_reference(
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     z_part = z * (logits.logsumexp(-1).square() * (labels != IGNORED)).sum()
     return nll + z_part, z_part.detach()
-
-
-def linear_cross_entropy_reference(
-    x: Tensor, weight: Tensor, labels: Tensor, *, cap: float | None = None
-) -> Tensor:
-    """`linear_cross_entropy` with all logits at once."""
-    return linear_objective_reference(x, weight, labels, cap=cap)[0]
 
 
 def linear_consistency_reference(

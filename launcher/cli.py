@@ -210,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_failure(str(mistake), started=chosen.verb == "_rank")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except Exception:
-        if Place.from_environment():
+    except Exception:  # of our own making, or that of a peer which is gone
+        if (place := Place.from_environment()) and place.size > 1:
             time.sleep(GRACE)
         raise
     if status and Place.from_environment():

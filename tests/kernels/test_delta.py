@@ -1,22 +1,19 @@
 """The chunked delta rule against the token-by-token recurrence, and both against transformers'."""
 
-import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
+import oracle  # before transformers, which it keeps from packages that need a GPU
 import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from scans import packed, results
 from shown import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-import oracle  # before transformers, which it keeps from packages that need a GPU
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
@@ -27,7 +24,6 @@ TABLE = [
 ]
 
 ROWS = ("q", "k", "v", "beta", "decay")
-Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 def inputs(
@@ -54,23 +50,6 @@ def inputs(
         "initial_state": normal(B, H, P, V),
     }
     return t | {"decay": F.logsigmoid(normal(S, B, H) + 2)} if gated else t
-
-
-def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
-    """Rows of documents with random bounds, some of them absent."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
-
-
-def results(function: Rule, t: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """Outputs, and gradients of a random function of both outputs, the same for all dtypes."""
-    t = {name: v.detach().requires_grad_() for name, v in t.items()}
-    o, state = function(**t, **options)
-    g = torch.Generator().manual_seed(1)
-    do, dstate = (torch.randn(x.shape, generator=g).bfloat16().to(x.dtype) for x in (o, state))
-    gradients = torch.autograd.grad([o, state], list(t.values()), [do, dstate])
-    named = {f"d{name}": v for name, v in zip(t, gradients, strict=True)}
-    return {"o": o.detach(), "state": state.detach(), **named}
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -188,14 +167,14 @@ def test_narrow_dtypes_over_10000_tokens(dtype: torch.dtype, gated: bool) -> Non
     wide = ("beta", "decay", "initial_state")
     narrow = {k: v.to(torch.float32 if k in wide else dtype) for k, v in t.items()}
     got = results(delta_rule, narrow, chunk=64, documents=ids)
-    assert got["o"].dtype == dtype
+    assert got["y"].dtype == dtype
     assert got["state"].dtype == torch.float32
     assert all(got[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
     exact = {k: v.double() for k, v in narrow.items()}
     expected = results(delta_rule, exact, chunk=16, documents=ids)
     with torch.no_grad():
         o, state = delta_rule_recurrence(**exact, documents=ids)
-    for name, truth in {**expected, "o": o, "state": state}.items():
+    for name, truth in {**expected, "y": o, "state": state}.items():
         unit = torch.finfo(got[name].dtype).eps / 2
         chains = 2 if name.startswith("d") else 1
         bound = unit * truth.abs() + chains * S * 2**-24 * truth.abs().max()

@@ -5,12 +5,11 @@ the state, so that the roundings of S tokens in fp32 lose at most S · 2⁻²⁴
 gradients, which go through two such chains, twice that; results are rounded to their dtype once.
 """
 
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scans import Scan, results
 from shown import Row
 from torch import Tensor
 
@@ -52,9 +51,8 @@ def delta() -> dict[str, Tensor]:
     return t | {"k": k, "beta": t["beta"].sigmoid(), "decay": -F.softplus(t["decay"] - 3)}
 
 
-Kernel = Callable[..., tuple[Tensor, Tensor]]
 # the kernel, its recurrence, its inputs; names of what is mixed, of the step, and of fp32 inputs
-MIXERS: dict[str, tuple[Kernel, Kernel, dict[str, Tensor], str, str, tuple[str, ...]]] = {
+MIXERS: dict[str, tuple[Scan, Scan, dict[str, Tensor], str, str, tuple[str, ...]]] = {
     "M": (ssd, ssd_recurrence, mamba2(), "x", "dt", ("dt", "A", "D")),
     "m": (selective_scan, selective_scan_recurrence, mamba1(), "x", "dt", ("dt", "A", "D")),
     "G": (delta_rule, delta_rule_recurrence, delta(), "v", "decay", ("beta", "decay")),
@@ -78,25 +76,14 @@ def extreme(inputs: dict[str, Tensor], kind: str, mixed: str, step: str) -> dict
     return t
 
 
-def run(kernel: Any, t: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Output, state and all gradients of fixed random functions of both."""
-    leaves = {name: value.detach().requires_grad_() for name, value in t.items()}
-    y, state = kernel(**leaves, **options)
-    g = torch.Generator().manual_seed(1)
-    dy, dstate = (torch.randn(o.shape, generator=g).bfloat16().to(o.dtype) for o in (y, state))
-    grads = torch.autograd.grad([y, state], list(leaves.values()), [dy, dstate])
-    found = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return {"y": y.detach(), "state": state.detach(), **found}
-
-
 @pytest.mark.parametrize("kind", ["zeros", "one huge value", "limits"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_bf16_over_10000_tokens_with_extremes(name: str, kind: str) -> None:
     kernel, recurrence, inputs, mixed, step, wide = MIXERS[name]
     t = extreme(inputs, kind, mixed, step)
     narrow = {n: v if n in wide else v.bfloat16() for n, v in t.items()}
-    got = run(kernel, narrow, chunk=64)
-    truth = run(recurrence, {n: v.double() for n, v in narrow.items()})
+    got = results(kernel, narrow, chunk=64)
+    truth = results(recurrence, {n: v.double() for n, v in narrow.items()})
     assert got["y"].dtype == torch.bfloat16
     for key, exact in truth.items():
         unit = torch.finfo(got[key].dtype).eps / 2

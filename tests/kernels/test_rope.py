@@ -7,6 +7,7 @@ import pytest
 import torch
 from equal import assert_equal
 from oracle import fp64  # before transformers
+from shown import Row
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -20,6 +21,15 @@ from colonnade.kernels.rope import (
     rotate,
     yarn_mscale,
 )
+
+TABLE = [
+    Row(
+        "*",
+        "linear, NTK, YaRN and Llama 3 RoPE scaling, partial rotary",
+        "transformers' RoPE",
+        "1e-12",
+    )
+]
 
 BF16 = 2.0**-8  # of the largest: one rounding of bf16, and room
 POSITIONS = torch.tensor([[0, 3], [1, 4], [2, 0], [3, 1], [4, 2], [0, 3], [1, 900]])

@@ -1,6 +1,5 @@
 """The chunked Mamba-1 scan against the token-by-token recurrence."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from scans import call, packed, results
 from shown import Row
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -40,34 +40,6 @@ def inputs(S: int, B: int = 2, C: int = 6, N: int = 5, seed: int = 0) -> dict[st
         "D": normal(C),
         "initial_state": normal(B, C, N),
     }
-
-
-def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
-    """Rows of documents with random bounds, some of them absent."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
-
-
-def call(
-    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
-) -> tuple[Tensor, Tensor]:
-    """`function` on the arguments in `t`, those that are absent None."""
-    args = {name: t.get(name) for name in NAMES}
-    return function(**args, **options)
-
-
-def results(
-    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
-) -> dict[str, Tensor]:
-    """Outputs, and gradients of a random function of both outputs."""
-    t = {name: v.detach().requires_grad_() for name, v in t.items()}
-    y, state = call(function, t, **options)
-    g = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
-    dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).to(state.dtype)
-    gradients = torch.autograd.grad([y, state], list(t.values()), [dy, dstate])
-    named = {f"d{name}": v for name, v in zip(t, gradients, strict=True)}
-    return {"y": y.detach(), "state": state.detach(), **named}
 
 
 @pytest.mark.parametrize("documents", [0, 4])

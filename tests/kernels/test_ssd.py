@@ -1,12 +1,12 @@
 """The chunked Mamba-2 scan against the token-by-token recurrence."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from equal import assert_equal
+from scans import call, packed, results
 from shown import Row
 from torch import Tensor
 
@@ -35,34 +35,6 @@ def inputs(
         "D": normal(H),
         "initial_state": normal(B, H, P, N),
     }
-
-
-def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
-    """Rows of documents with random bounds, some of them absent."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
-
-
-def call(
-    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
-) -> tuple[Tensor, Tensor]:
-    """`function` on the arguments in `t`, those that are absent None."""
-    args = {name: t.get(name) for name in NAMES}
-    return function(**args, **options)
-
-
-def results(
-    function: Callable[..., tuple[Tensor, Tensor]], t: dict[str, Tensor], **options: object
-) -> dict[str, Tensor]:
-    """Outputs, and gradients of a random function of both outputs, the same in every dtype."""
-    t = {name: v.detach().requires_grad_() for name, v in t.items()}
-    y, state = call(function, t, **options)
-    g = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).bfloat16().to(y.dtype)
-    dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).to(state.dtype)
-    gradients = torch.autograd.grad([y, state], list(t.values()), [dy, dstate])
-    named = {f"d{name}": v for name, v in zip(t, gradients, strict=True)}
-    return {"y": y.detach(), "state": state.detach(), **named}
 
 
 @pytest.mark.parametrize("documents", [0, 4])
