@@ -5,7 +5,6 @@ the state, so that the roundings of S tokens in fp32 lose at most S · 2⁻²⁴
 gradients, which go through two such chains, twice that; results are rounded to their dtype once.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F
