@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,8 +121,16 @@ CONTESTANTS = {"ours": our_step, "reference": reference_step, "floor": floor_ste
 
 
 def resident_mib() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory of this program so far, in MiB.
+
+    On Linux `ru_maxrss` is inherited from the process that started this one, through exec.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 2**20 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def serve(name: str, threads: int, pipe: Connection) -> None:

@@ -1,5 +1,6 @@
 """Benchmarks run and report what they promise; no figure is judged here."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,14 @@ def test_memory_is_what_is_kept_and_held() -> None:
         del pair
 
     assert 8000 <= mixers.peak_bytes(hold_two) < 9000
+
+
+def test_a_large_parent_does_not_count() -> None:
+    """ru_maxrss is handed down through exec; a run from a large process once measured nothing."""
+    parent = bytearray(b"x" * 2**30)
+    code = "from colonnade.launcher.benchmarks.step import resident_mib; print(resident_mib())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 100 < float(child.stdout) < len(parent) / 2**20
 
 
 def test_moe_computes_the_same() -> None:
