@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.linear import product
 from colonnade.kernels.precision import wide
 
@@ -56,10 +57,10 @@ def _check(name: str, gate: Tensor | None, poly: Tensor | None) -> None:
 # and ρ_i = s_i / s_1^i with s_i = 1/rms(x^i), so that powers are taken of numbers near 1 only.
 
 
-def _row_scales(x: Tensor, name: str) -> Tensor | None:
+def _row_scales(x: Tensor, name: str, cut: Cut) -> Tensor | None:
     """s_i = 1/sqrt(mean(x^(2i)) + eps), `[..., 3]`, means over the whole width: for PolyNorm.
 
-    In fp64, which holds the sixth power of any fp32.
+    In fp64, which holds the sixth power of any fp32: ranks that share the width sum these.
     """
     if name != "polynorm":
         return None
@@ -69,8 +70,8 @@ def _row_scales(x: Tensor, name: str) -> Tensor | None:
     powers = (unit, unit.square(), unit * unit.square())
     norms = torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in powers], -1).double()
     orders = torch.arange(1, 4, device=x.device)
-    means = (norms * top.double() ** orders).square_().div_(x.shape[-1])
-    return means.add_(POLYNORM_EPS).rsqrt_()
+    squares = cut.total((norms * top.double() ** orders).square_())
+    return (squares / (x.shape[-1] * cut.count)).add_(POLYNORM_EPS).rsqrt_()
 
 
 def _base(x: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,9 +108,9 @@ def _moments(grad: Tensor, u: Tensor) -> Tensor:
 
 
 def _d_polynomial(
-    grad: Tensor, x: Tensor, poly: Tensor, scales: Tensor | None
+    grad: Tensor, x: Tensor, poly: Tensor, scales: Tensor | None, cut: Cut
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the coefficients."""
+    """Gradients of x and of the coefficients, the latter from the columns that are here."""
     g, (u, rho) = wide(grad), _base(x, scales)
     moments = _moments(g, u) * rho
     d_poly = moments.reshape(-1, 4).sum(0).to(poly.dtype)
@@ -119,7 +120,8 @@ def _d_polynomial(
     if scales is None:
         d_x.mul_(u > 0)
     else:  # through the scales: s_i changes with every x of the row
-        shares = slopes * rho[..., 1:] * moments[..., 1:] / x.shape[-1]
+        shares = cut.total(slopes * rho[..., 1:] * moments[..., 1:])
+        shares = shares.div_(x.shape[-1] * cut.count)
         d_x.addcmul_(u, _horner(u.square(), *shares.split(1, -1)), value=-1)
         d_x.mul_(scales[..., :1].to(u.dtype))
     return d_x.to(x.dtype), d_poly
@@ -142,13 +144,14 @@ def _derivative(
     name: str,
     poly: Tensor | None,
     scales: Tensor | None,
+    cut: Cut,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `up`, `gate` and `poly` from the activation's."""
     if gate is not None:
         value, derivative = _PLAIN[_GATES[name]]
         return value(gate).mul_(grad), derivative(grad * up, gate), None
     if poly is not None:
-        d_up, d_poly = _d_polynomial(grad, up, poly, scales)
+        d_up, d_poly = _d_polynomial(grad, up, poly, scales, cut)
         return d_up, None, d_poly
     return _PLAIN[name][1](grad, up), None, None
 
@@ -156,19 +159,19 @@ def _derivative(
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None
+        ctx: Any, up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None, cut: Cut
     ) -> Tensor:
-        scales = _row_scales(up, name)
+        scales = _row_scales(up, name, cut)
         ctx.save_for_backward(up, gate, poly, scales)
-        ctx.name = name
+        ctx.name, ctx.cut = name, cut
         return _value(up, gate, name, poly, scales)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, poly, scales = ctx.saved_tensors
-        d_up, d_gate, d_poly = _derivative(grad, up, gate, ctx.name, poly, scales)
-        return d_up, d_gate, None, d_poly
+        d_up, d_gate, d_poly = _derivative(grad, up, gate, ctx.name, poly, scales, ctx.cut)
+        return d_up, d_gate, None, d_poly, None
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -176,29 +179,35 @@ class _ActivatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, up: Tensor, gate: Tensor | None, weight: Tensor, name: str, poly: Tensor | None
+        ctx: Any,
+        up: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        name: str,
+        poly: Tensor | None,
+        cut: Cut,
     ) -> Tensor:
-        scales = _row_scales(up, name)
+        scales = _row_scales(up, name, cut)
         ctx.save_for_backward(up, gate, weight, poly, scales)
-        ctx.name = name
+        ctx.name, ctx.cut = name, cut
         return product(_value(up, gate, name, poly, scales), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, weight, poly, scales = ctx.saved_tensors
         inner = _value(up, gate, ctx.name, poly, scales)
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
         del inner
         d_inner = product(grad, weight.T)
-        d_up, d_gate, d_poly = _derivative(d_inner, up, gate, ctx.name, poly, scales)
-        return d_up, d_gate, d_weight, None, d_poly
+        d_up, d_gate, d_poly = _derivative(d_inner, up, gate, ctx.name, poly, scales, ctx.cut)
+        return d_up, d_gate, d_weight, None, d_poly, None
 
 
-def activate(up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None) -> Tensor:
+def activate(
+    up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None, cut: Cut = WHOLE
+) -> Tensor:
     """The inner activation of an MLP.
 
     | name | value |
@@ -215,6 +224,8 @@ def activate(up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = N
         gate: `[..., F]` where `gated(name)`, else None.
         name: one of `NAMES`.
         poly: `[4]`, a_0 to a_3, any floating dtype, where `polynomial(name)`, else None.
+        cut: of the whole width, where the F columns here are one rank's (its gradient of `poly` is
+            then from these columns, and the ranks' sum is the whole one).
 
     Returns:
         `[..., F]`, dtype of `up`.
@@ -223,23 +234,28 @@ def activate(up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = N
         ValueError: an unknown name, or an operand missing or without use.
     """
     _check(name, gate, poly)
-    return _Activate.apply(up, gate, name, poly)
+    return _Activate.apply(up, gate, name, poly, cut)
 
 
 def activated_linear(
-    up: Tensor, gate: Tensor | None, weight: Tensor, name: str, poly: Tensor | None = None
+    up: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    name: str,
+    poly: Tensor | None = None,
+    cut: Cut = WHOLE,
 ) -> Tensor:
-    """`linear(activate(up, gate, name, poly), weight)`, without keeping the activation.
+    """`linear(activate(up, gate, name, poly, cut), weight)`, without keeping the activation.
 
     Args:
-        up, gate, name, poly: as in `activate`.
+        up, gate, name, poly, cut: as in `activate`.
         weight: `[O, F]`, dtype of `up`.
 
     Returns:
-        `[..., O]`.
+        `[..., O]`; with a cut the part of it that these columns make.
     """
     _check(name, gate, poly)
-    return _ActivatedLinear.apply(up, gate, weight, name, poly)
+    return _ActivatedLinear.apply(up, gate, weight, name, poly, cut)
 
 
 def activate_reference(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation import activate, activate_reference, activated_linear
+from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide, wide_dtype
 
@@ -157,6 +158,7 @@ def expert_mlp(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
+    cut: Cut = WHOLE,
 ) -> Tensor:
     """down_e · act(gate_e · row, up_e · row) for every row, e the expert that owns it.
 
@@ -168,25 +170,33 @@ def expert_mlp(
         up: `[E, F, D]`; down: `[E, D, F]`.
         activation: a name that `kernels.activation.activate` knows.
         poly: `[4]`, the coefficients of a polynomial activation, shared by the experts.
+        cut: of the whole inner width, where the F columns here are one rank's.
 
     Returns:
-        `[M, D]`; what it holds for the rest is undefined.
+        `[M, D]`, with a cut the part of it that these columns make; what it holds for the rest is
+        undefined.
     """
     if _grouped(rows, up):
-        return _grouped_mlp(rows, counts, gate, up, down, activation, poly)
+        return _grouped_mlp(rows, counts, gate, up, down, activation, poly, cut)
     sizes = counts.tolist()
     *owned, rest = rows.split([*sizes, len(rows) - sum(sizes)])
     gates = [None] * len(up) if gate is None else gate.unbind()
     parts = zip(owned, gates, up.unbind(), down.unbind(), strict=True)
-    y = [_mlp(x, g, u, d, activation, poly) for x, g, u, d in parts]
+    y = [_mlp(x, g, u, d, activation, poly, cut) for x, g, u, d in parts]
     return torch.cat([*y, torch.zeros_like(rest)])
 
 
 def _mlp(
-    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, poly: Tensor | None
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    poly: Tensor | None,
+    cut: Cut,
 ) -> Tensor:
     inner = None if gate is None else linear(x, gate)
-    return activated_linear(linear(x, up), inner, down, activation, poly)
+    return activated_linear(linear(x, up), inner, down, activation, poly, cut)
 
 
 def _grouped_mlp(
@@ -197,6 +207,7 @@ def _grouped_mlp(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
+    cut: Cut = WHOLE,
 ) -> Tensor:
     """`expert_mlp` by grouped products, without telling the host the counts."""
     ends = counts.cumsum(0, dtype=torch.int32)
@@ -206,7 +217,7 @@ def _grouped_mlp(
         inner = activate(inner, gated, activation)
     else:  # its gradient sums over rows, and products leave rubbish in those no expert owns
         owned = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
-        inner = activate(torch.where(owned, inner, 0), gated, activation, poly)
+        inner = activate(torch.where(owned, inner, 0), gated, activation, poly, cut)
         inner = torch.where(owned, inner, 0)
     return _GroupedProduct.apply(inner, down, ends)
 
@@ -221,13 +232,14 @@ def experts(
     activation: str,
     poly: Tensor | None = None,
     kept: Tensor | None = None,
+    cut: Cut = WHOLE,
 ) -> Tensor:
     """y_t = Σ_j weight[t, j] · expert_{chosen[t, j]}(x_t): `dispatch`, `expert_mlp`, `combine`.
 
     Args and result as there: x `[T, D]`, chosen, weight and kept `[T, k]`, y `[T, D]`.
     """
     rows, order = dispatch(x, chosen, len(up), kept)
-    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly)
+    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly, cut)
     return combine(out, order, weight)
 
 

@@ -1,5 +1,6 @@
 """Vocabulary projection and losses of its logits in one, a chunk of logits at a time."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.linear import product
 from colonnade.kernels.precision import wide, wide_dtype
 
@@ -62,19 +64,50 @@ def _logits(
     return logits.mul_(cap), slope
 
 
-def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Column numbers, and which tokens have a loss: `[T, 1]` each."""
-    labels = labels.long()[:, None]
-    valid = labels != IGNORED
-    return labels.where(valid, 0), valid
+@dataclass(frozen=True)
+class _Targets:
+    """The labels of a chunk of tokens, in the columns of the vocabulary that are here."""
+
+    valid: Tensor  # [T, 1] bool, the tokens that have a loss
+    here: Tensor  # [T, 1] bool, those of them whose label is one of these columns
+    column: Tensor  # [T, 1], its number, 0 where it is not here
+
+    @staticmethod
+    def of(labels: Tensor, columns: int, cut: Cut) -> "_Targets":
+        labels = labels.long()[:, None]
+        valid = here = labels != IGNORED
+        if cut.count > 1:
+            labels = labels - cut.index * columns
+            here = valid & (labels >= 0) & (labels < columns)
+        return _Targets(valid, here, labels.where(here, 0))
+
+    def values(self, t: Tensor) -> Tensor:
+        """`t[column]`, 0 where the label is not here: `[T, 1]`."""
+        return t.gather(1, self.column).masked_fill_(~self.here, 0)
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over tokens with a loss of `t`, `[..., T, 1]`."""
+        return t.masked_fill(~self.valid, 0).sum()
+
+    def finish(self, d_logits: Tensor, slope: Tensor | None) -> Tensor:
+        """In place: minus 1 at the label, through the cap, zero without a loss."""
+        d_logits.scatter_add_(1, self.column, self.here.to(d_logits.dtype).neg_())
+        if slope is not None:
+            d_logits.mul_(slope)
+        return d_logits.mul_(self.valid)
 
 
-def _finish(d_logits: Tensor, label: Tensor, valid: Tensor, slope: Tensor | None) -> Tensor:
-    """In place: minus 1 at the label, through the cap, zero without a loss."""
-    d_logits.scatter_add_(1, label, d_logits.new_full((1, 1), -1).expand_as(label))
-    if slope is not None:
-        d_logits.mul_(slope)
-    return d_logits.mul_(valid)
+def _shift(logits: list[Tensor], cut: Cut) -> Tensor:
+    """In place: minus each row's largest over the vocabulary; returns these, `[passes, T, 1]`."""
+    largest = cut.largest(torch.stack([own.amax(-1, keepdim=True) for own in logits]))
+    for own, shift in zip(logits, largest, strict=True):
+        own.sub_(shift)
+    return largest
+
+
+# Statistics of rows are completed over the ranks of a cut by as few sums as can be: one, and for
+# the consistency one more. (Its divergence from the first would be a small difference of large
+# numbers where the passes nearly agree.)
 
 
 class _Objective(torch.autograd.Function):
@@ -88,23 +121,27 @@ class _Objective(torch.autograd.Function):
         cap: float | None,
         z: float,
         training: bool,
+        cut: Cut,
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients((x,), weight, training)
         nlls = x.new_zeros((), dtype=wide_dtype(x.dtype))
         zs = torch.zeros_like(nlls)
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            label, valid = _targets(labels[part])
+            targets = _Targets.of(labels[part], len(weight), cut)
             logits, slope = _logits(x[part], weight, cap, gradients.wanted())
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            nlls += (norm - logits.gather(1, label)).masked_fill_(~valid, 0).sum()
+            largest = _shift([logits], cut)[0]
+            target = targets.values(logits)
+            powers = logits.exp_()
+            total, target = cut.total(torch.stack([powers.sum(-1, keepdim=True), target]))
+            norm = total.log()
+            nlls += targets.sum(norm - target)
+            norm += largest
             if z:
-                zs += z * norm.square().masked_fill_(~valid, 0).sum()
+                zs += z * targets.sum(norm.square())
             if gradients.wanted():
-                d_logits = logits.sub_(norm).exp_()
-                if z:
-                    d_logits.mul_(1 + 2 * z * norm)
-                gradients.add(0, part, _finish(d_logits, label, valid, slope))
+                d_logits = powers.mul_((1 + 2 * z * norm) / total)
+                gradients.add(0, part, targets.finish(d_logits, slope))
         gradients.keep(ctx)
         ctx.mark_non_differentiable(zs)
         return nlls + zs, zs
@@ -112,7 +149,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, grad), None, None, None, None, None
+        return *_scaled(ctx, grad), None, None, None, None, None, None
 
 
 class _Consistency(torch.autograd.Function):
@@ -128,27 +165,39 @@ class _Consistency(torch.autograd.Function):
         cap: float | None,
         z: float,
         training: bool,
+        cut: Cut,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = _Gradients((x1, x2), weight, training)
         nlls = x1.new_zeros((), dtype=wide_dtype(x1.dtype))
         zs, divergences = torch.zeros_like(nlls), torch.zeros_like(nlls)
         for start in range(0, x1.shape[0], chunk):
             part = slice(start, start + chunk)
-            label, valid = _targets(labels[part])
-            logits, slopes, factors = [], [], []
+            targets = _Targets.of(labels[part], len(weight), cut)
+            logits, slopes = [], []
             for x in (x1, x2):
                 own, slope = _logits(x[part], weight, cap, gradients.wanted())
-                norm = torch.logsumexp(own, dim=-1, keepdim=True)
-                logits.append(own.sub_(norm))
+                logits.append(own)
                 slopes.append(slope)
-                factors.append(1 + 2 * z * norm)
-                nlls -= own.gather(1, label).masked_fill_(~valid, 0).sum()
-                if z:
-                    zs += z * norm.square().masked_fill_(~valid, 0).sum()
-            divergence, d_logits = _divergence(logits, alpha / 2, factors, gradients.wanted())
-            divergences += divergence.masked_fill_(~valid, 0).sum()
+            largest = _shift(logits, cut)
+            powers = [own.exp() for own in logits]
+            sums = [own.sum(-1, keepdim=True) for own in powers]
+            sums += [targets.values(own) for own in logits]
+            totals, target = cut.total(torch.stack(sums)).chunk(2)
+            norms = totals.log()
+            nlls += targets.sum(norms - target)
+            # popped: its memory is free for what follows
+            delta = logits[0].sub_(logits.pop()).sub_(norms[0] - norms[1])
+            p, q = (own.div_(total) for own, total in zip(powers, totals, strict=True))
+            norms += largest
+            if z:
+                zs += z * targets.sum(norms.square())
+            factors = 1 + 2 * z * norms
+            divergence, d_logits = _divergence(
+                delta, p, q, alpha / 2, factors, gradients.wanted(), cut
+            )
+            divergences += targets.sum(divergence)
             for i, d in enumerate(d_logits):
-                gradients.add(i, part, _finish(d, label, valid, slopes[i]))
+                gradients.add(i, part, targets.finish(d, slopes[i]))
         gradients.keep(ctx)
         mean = nlls / 2
         ctx.mark_non_differentiable(mean, divergences)
@@ -157,27 +206,26 @@ class _Consistency(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, grad), None, None, None, None, None, None
+        return *_scaled(ctx, grad), None, None, None, None, None, None, None
 
 
 def _divergence(
-    logs: list[Tensor], weight: float, factors: list[Tensor], training: bool
+    delta: Tensor, p: Tensor, q: Tensor, weight: float, factors: Tensor, training: bool, cut: Cut
 ) -> tuple[Tensor, list[Tensor]]:
-    """weight · Σ_v (p − q)(log p − log q), `[T, 1]`, of two log-softmaxes `[T, V]`: consumed.
+    """weight · Σ_v (p − q) δ, `[T, 1]`, of two softmaxes and δ = log p − log q, `[T, V]`: consumed.
 
     In training also its gradients in the logits of p and of q, plus `factors[0]` p and `factors[1]`
-    q (of terms in logsumexp; `[T, 1]` each). With δ = log p − log q, that in the logits of p is
+    q (of terms in logsumexp; `[T, 1]` each). That in the logits of p is
     weight · (p (δ − Σ p δ) + p − q), and that in q's the same with p and q exchanged.
     """
-    log_p, log_q = logs
-    p = log_p.exp()
-    delta, q = log_p.sub_(log_q), log_q.exp_()
-    total = (p - q).mul_(delta).sum(-1, keepdim=True)
+    sums = [(p - q).mul_(delta).sum(-1, keepdim=True)]
+    if training:  # KL(p‖q); KL(q‖p) is the rest of the total
+        sums.append((p * delta).sum(-1, keepdim=True))
+    total, *p_to_q = cut.total(torch.stack(sums))
     if not training:
         return weight * total, []
-    p_to_q = (p * delta).sum(-1, keepdim=True)  # KL(p‖q); KL(q‖p) is the rest of the total
-    in_p = weight * (1 - p_to_q) + factors[0]
-    in_q = weight * (1 - (total - p_to_q)) + factors[1]
+    in_p = weight * (1 - p_to_q[0]) + factors[0]
+    in_q = weight * (1 - (total - p_to_q[0])) + factors[1]
     d_p = (delta * weight).add_(in_p).mul_(p).sub_(q, alpha=weight)
     d_q = delta.mul_(-weight).add_(in_q).mul_(q).sub_(p, alpha=weight)
     return weight * total, [d_p, d_q]
@@ -191,6 +239,7 @@ def linear_objective(
     *,
     cap: float | None = None,
     z: float = 0.0,
+    cut: Cut = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Sum over valid tokens of −log softmax(l)[label] + z · logsumexp(l)², with l = x Wᵀ.
 
@@ -203,12 +252,16 @@ def linear_objective(
         weight: `[V, D]`, dtype of `x`.
         labels: `[T]` integers; `IGNORED` (−100) marks tokens without loss.
         chunk: tokens per chunk.
+        cut: of the vocabulary, V here being one rank's share of it: of V·count rows, `weight` is
+            the index-th block, and labels number them all.
 
     Returns:
         two scalars in at least fp32: the objective, and without gradient the part of it due to z.
+        With a cut both are of the whole vocabulary, equal on all ranks; the gradient of `x` is what
+        this block gives, and the ranks' sum is the whole one.
     """
     training = torch.is_grad_enabled()  # inside `forward` it never is
-    return _Objective.apply(x, weight, labels, chunk, cap, z, training)
+    return _Objective.apply(x, weight, labels, chunk, cap, z, training, cut)
 
 
 def linear_consistency(
@@ -221,6 +274,7 @@ def linear_consistency(
     *,
     cap: float | None = None,
     z: float = 0.0,
+    cut: Cut = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of two passes that are to agree (THOR, arXiv:2110.04260).
 
@@ -230,14 +284,15 @@ def linear_consistency(
 
     Args:
         x1, x2: `[T, D]`.
-        weight, labels, chunk, cap, z: as in `linear_objective`.
+        weight, labels, chunk, cap, z, cut: as in `linear_objective`.
 
     Returns:
         three scalars in at least fp32: the objective, and without gradient the mean of the two
-        cross entropies and the term in alpha, all summed over tokens.
+        cross entropies and the term in alpha, all summed over tokens; with a cut as in
+        `linear_objective`.
     """
     training = torch.is_grad_enabled()
-    return _Consistency.apply(x1, x2, weight, labels, chunk, alpha, cap, z, training)
+    return _Consistency.apply(x1, x2, weight, labels, chunk, alpha, cap, z, training, cut)
 
 
 def _logits_reference(x: Tensor, weight: Tensor, cap: float | None) -> Tensor:

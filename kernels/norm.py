@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.cut import Combine
 from colonnade.kernels.precision import wide, wide_dtype
 
 
@@ -14,6 +15,7 @@ class _RMSNorm(torch.autograd.Function):
     """x / sqrt(Σ x² / width + eps) · (weight + offset) + bias.
 
     `short` says that rows lack one channel, which would make their sum zero: Σ counts its square.
+    `mean` completes means over the width where rows are cut over ranks; None where they are not.
     """
 
     @staticmethod
@@ -26,15 +28,20 @@ class _RMSNorm(torch.autograd.Function):
         offset: float,
         width: int,
         short: bool,
+        mean: Combine | None,
     ) -> Tensor:
         w = wide(x)
         scale = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
         total = w.sum(-1, keepdim=True) if short else None  # minus the channel that rows lack
         if total is not None:
             scale.addcmul_(total, total)
-        scale = scale.div_(width).add_(eps).rsqrt_()
+        scale = scale.div_(width)
+        if mean is not None:
+            scale = mean(scale)
+        scale = scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale, total)
         ctx.offset, ctx.width, ctx.bias_dtype = offset, width, None if bias is None else bias.dtype
+        ctx.mean = mean
         y = w * scale
         if weight is not None:
             y.mul_(_factor(weight, offset))
@@ -57,10 +64,12 @@ class _RMSNorm(torch.autograd.Function):
             product.mul_(factor)
             g = g * factor
         mean = product.sum(-1, keepdim=True).div_(ctx.width)
+        if ctx.mean is not None:
+            mean = ctx.mean(mean)
         if total is not None:  # the sum is an input of the scale too
             normed.add_(total * scale)
         d_x = torch.addcmul(g, normed, mean, value=-1).mul_(scale)
-        return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None
+        return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None, None
 
 
 def _factor(weight: Tensor, offset: float) -> Tensor:
@@ -69,7 +78,12 @@ def _factor(weight: Tensor, offset: float) -> Tensor:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None, offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    offset: float = 0.0,
+    mean: Combine | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · (weight + offset) + bias (arXiv:1910.07467, eq. 4).
 
@@ -78,14 +92,17 @@ def rms_norm(
         weight: `[D]` or `[G, W]`, of `x`'s dtype or wider.
         bias: as `weight`, or None.
         offset: 1 for models that store the weight minus 1 (Gemma, Qwen3-Next).
+        mean: where the rows of `x` (with weight and bias) are cut over ranks: completes a mean over
+            this rank's part, `[..., 1]`, into that over the whole row, forward and backward
+            (`kernels.cut.Cut.mean`).
 
     Returns:
         the shape and dtype of `x`.
     """
-    if x.is_cuda:
+    if x.is_cuda and mean is None:
         normed = F.rms_norm(x, x.shape[-1:], None, eps) * _factor(weight, offset).to(x.dtype)
         return normed if bias is None else normed + bias.to(x.dtype)
-    return _RMSNorm.apply(x, weight, bias, eps, offset, x.shape[-1], False)
+    return _RMSNorm.apply(x, weight, bias, eps, offset, x.shape[-1], False, mean)
 
 
 def rms_norm_reference(
@@ -161,7 +178,7 @@ def crms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         the shape and dtype of `x`.
     """
-    return _RMSNorm.apply(x, weight, None, eps, 0.0, x.shape[-1] + 1, True)
+    return _RMSNorm.apply(x, weight, None, eps, 0.0, x.shape[-1] + 1, True, None)
 
 
 def crms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -183,7 +200,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
     if x.is_cuda:  # one kernel, and a factor that keeps nothing for backward
         D = x.shape[-1]
         return F.rms_norm(x, (D,), None, eps / D) * D**-0.5
-    return _RMSNorm.apply(x, None, None, eps, 0.0, 1, False)
+    return _RMSNorm.apply(x, None, None, eps, 0.0, 1, False, None)
 
 
 def l2_norm_reference(x: Tensor, eps: float) -> Tensor:

@@ -165,6 +165,10 @@ EXPERTS = (
            f"{_ROW} model.balance model.capacity"),
 )
 RUN = (
+    Effect("parallel.sequence", lambda r: r.parallel.tp > 1,
+           "with parallel.tp = 1", "parallel.tp"),
+    Effect("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
+           "without experts or with parallel.tp = 1", "parallel.tp model.pattern"),
     Effect("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",
            "unless optimizer.schedule = wsd", "optimizer.schedule"),
     Effect("optimizer.min_lr", lambda r: r.optimizer.schedule != "constant",

@@ -114,11 +114,18 @@ class Job:
         self.data.train.load_state(state["data"])
 
 
-def build_model(recipe: Recipe, here: World) -> tuple[DeviceMesh, Decoder, torch.optim.Optimizer]:
-    """Mesh, sharded model from the seed, optimizer with its first state."""
+def build_model(
+    recipe: Recipe, here: World, prepare: Callable[[Decoder], object] | None = None
+) -> tuple[DeviceMesh, Decoder, torch.optim.Optimizer]:
+    """Mesh, sharded model from the seed, optimizer with its first state.
+
+    `prepare` gets the model before it is sharded and filled.
+    """
     mesh = build_mesh(recipe.parallel, here)
     with torch.device("meta"):
         model = Decoder(recipe.model, recipe.train.loss_chunk)
+    if prepare is not None:
+        prepare(model)
     parallelize(model, mesh, recipe)
     materialise(model, here.device, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
@@ -192,7 +199,14 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
             result = train_step(
-                job.model, job.optimizer, batches, samples, recipe, job.step, job.here.device
+                job.model,
+                job.optimizer,
+                batches,
+                samples,
+                recipe,
+                job.step,
+                job.mesh,
+                job.here.device,
             )
             job.step += 1
             job.bad = job.bad + 1 if result.skipped else 0

@@ -19,8 +19,9 @@ from colonnade.launcher.schedule import batch_size, learning_rate
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.mesh import data_rank, data_sharers
 from colonnade.parallel.parallelize import last_micro_batch
+from colonnade.parallel.tensor import complete_gradients
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ class Sums(dict[Any, Tensor]):
         for name, value in named.items():
             self[name] = self[name] + value if name in self else value
 
-    def over_ranks(self) -> dict[Any, Tensor]:
-        """The sums over all ranks, which all hold the same names."""
+    def over_ranks(self, sharers: int) -> dict[Any, Tensor]:
+        """The sums over all ranks, of which `sharers` each hold the same; all have all names."""
         if not self:
             return self
         names = sorted(self)
         stacked = torch.stack([self[name] for name in names])
         dist.all_reduce(stacked)
-        return dict(zip(names, stacked, strict=True))
+        return dict(zip(names, stacked / sharers, strict=True))
 
 
 def train_step(
@@ -95,6 +96,7 @@ def train_step(
     samples: list[list[int]],
     recipe: Recipe,
     step: int,
+    mesh: DeviceMesh,
     device: torch.device,
 ) -> Result:
     """Forward and backward over this rank's micro-batches, then one update, or none if not finite.
@@ -102,8 +104,9 @@ def train_step(
     The loss is the mean over the valid tokens of the global batch: each rank divides by their
     count over all ranks, and gradients are summed.
     """
+    sharers = data_sharers(mesh)
     valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
-    tokens = int(over_ranks([valid], device)[0])
+    tokens = int(over_ranks([valid], device)[0]) // sharers
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     draw = int(hashed(recipe.train.seed, step))
     losses, loads = Sums(), Sums()
@@ -118,9 +121,10 @@ def train_step(
         balance = sum(term.double() for term in context.terms.values()) + torch.zeros_like(loss)
         losses.add({"loss": loss, "balance": balance, **extras})
         loads.add(context.loads)
-    totals = {name: value.item() for name, value in losses.over_ranks().items()}
+    totals = {name: value.item() for name, value in losses.over_ranks(sharers).items()}
     total_loss, total_balance = totals.pop("loss"), totals.pop("balance")
     parameters = list(model.parameters())
+    complete_gradients(model, mesh)
     norm = gradient_norm(parameters)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
     finite = math.isfinite(sum(totals.values(), total_loss + total_balance))
@@ -130,7 +134,7 @@ def train_step(
             clip_gradients(parameters, norm, recipe.optimizer.clip)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        model.end_step(loads.over_ranks())
+        model.end_step(loads.over_ranks(sharers))
     optimizer.zero_grad()
     return Result(total_loss, total_balance, totals, norm.item(), lr, tokens, not finite)
 
@@ -166,6 +170,7 @@ def validate_loss(
         tokens += label.numel()
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
-    nats, tokens, units = over_ranks([nats, tokens, units], device)
+    sums = over_ranks([nats, tokens, units], device)
+    nats, tokens, units = (total / data_sharers(mesh) for total in sums)
     bits = nats / math.log(2) / units if byte_lengths is not None and units else None
     return nats / max(tokens, 1), bits

@@ -1,7 +1,7 @@
 """The language model: embedding, wiring, head, and heads for further tokens."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,57 +13,70 @@ from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.mtp import Predictor, shifted
-from colonnade.models.part import Part, normal
+from colonnade.models.part import Part, Split, normal
 from colonnade.models.reparam import reparametrise
 from colonnade.models.wiring import Wiring
 
 
 class Embedding(Part):
-    """Token embeddings, `[V, D]`."""
+    """Token embeddings, `[V, D]`. `leave` is the seam of the same name of the wiring."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        shape = config.vocab, config.hidden
-        self.declare("weight", shape, normal(config.init_std), "table")
+        self.leave: Callable[[Tensor], Tensor] = lambda h: h
+        shape, split = (config.vocab, config.hidden), Split(0, config.vocab, "model.vocab")
+        self.declare("weight", shape, normal(config.init_std), "table", split=split)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight_of("weight"))
+        weight = self.weight_of("weight")
+        if self.cut.count == 1:
+            return F.embedding(tokens, weight)
+        rows = tokens - self.cut.index * len(weight)
+        elsewhere = (rows < 0) | (rows >= len(weight))
+        found = F.embedding(rows.masked_fill(elsewhere, 0), weight)
+        return self.leave(found.masked_fill(elsewhere[..., None], 0))
 
 
 class Head(Part):
     """Vocabulary projection: logits, or the loss without ever holding all of them.
 
     Tied, it has no weight of its own and is handed the embedding's. `scale` multiplies its input
-    (muP's output multiplier).
+    (muP's output multiplier). `enter` is the seam of the same name of the wiring, `gather` one that
+    puts the logits of all parts of the vocabulary side by side.
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
         super().__init__()
         self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
         self.alpha, self.scale = config.thor_alpha, 1.0
+        self.enter: Callable[[Tensor], Tensor] = lambda x: x
+        self.gather: Callable[[Tensor], Tensor] = lambda logits: logits
         if not config.tied:
             std = 0.0 if config.zero_init else config.init_std
-            self.declare("weight", (config.vocab, config.hidden), normal(std), "reads")
+            shape, split = (config.vocab, config.hidden), Split(0, config.vocab, "model.vocab")
+            self.declare("weight", shape, normal(std), "reads", split=split)
 
     def forward(
         self, x: Tensor, labels: Tensor | None, tied: Tensor | None, context: Context
     ) -> Tensor:
         weight = self.weight_of("weight") if tied is None else tied
-        x = x if self.scale == 1.0 else x * self.scale
+        x = self.enter(x if self.scale == 1.0 else x * self.scale)
         if labels is None:
-            logits = linear(x, weight)
+            logits = self.gather(linear(x, weight))
             return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
         flat, z = labels.flatten(), self.z if torch.is_grad_enabled() else 0.0
         if context.passes == 2:
             one, two = (half.flatten(0, 1) for half in x.chunk(2, dim=1))
             objective, mean, consistency = linear_consistency(
-                one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z
+                one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z, cut=self.cut
             )
             context.extras["consistency"] = consistency
             context.extras["second_pass"] = objective.detach() - mean - consistency  # and z
             return objective
         rows = x.flatten(0, 1)
-        objective, extra = linear_objective(rows, weight, flat, self.chunk, cap=self.cap, z=z)
+        objective, extra = linear_objective(
+            rows, weight, flat, self.chunk, cap=self.cap, z=z, cut=self.cut
+        )
         if z:
             context.extras["logit_z"] = extra
         return objective

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+
+from colonnade.kernels.cut import WHOLE
 
 # Fills a tensor with independent draws: any block of a parameter can be made alone, anywhere.
 Fill = Callable[[Tensor, Generator], object]
@@ -13,6 +15,23 @@ Fill = Callable[[Tensor, Generator], object]
 Change = Callable[[Tensor], Tensor]
 # A linear weight `[..., out, in]` reads the stream, writes onto it, or stands within a sub-block.
 Role = Literal["reads", "inner", "writes", "table", "other"]
+
+
+class Split(NamedTuple):
+    """How ranks may share a parameter: equal parts along `dim`, of whole pieces each.
+
+    `pieces` are heads, groups or channels; `field` is what sets their number. `shared` says that
+    where ranks outnumber the pieces, several may use the same one.
+    """
+
+    dim: int
+    pieces: int
+    field: str
+    shared: bool = False
+
+    def suits(self, ranks: int) -> bool:
+        """Whether so many ranks can take equal parts, or groups of them share pieces."""
+        return self.pieces % ranks == 0 or (self.shared and ranks % self.pieces == 0)
 
 
 def normal(std: float) -> Fill:
@@ -66,10 +85,13 @@ class Part(nn.Module):
     """One half of a sub-block, or another holder of parameters.
 
     `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
-    `parallel/` replaces it by the rank's shard. `changes` holds, by name, what is done to a weight
-    wherever it is used (`models.reparam`), `started` and `due` which of these have a state, and may
-    advance it at the next use, `rates` factors of the learning rate (`models.mup`). Sub-blocks know
-    of none of it.
+    `parallel/` replaces it by the rank's shard.
+
+    By name of the parameter: `splits` says how ranks may share it (what is not there each of them
+    needs whole); `partial` are those whose gradients other ranks hold the rest of; `changes` is
+    what is done to a weight wherever it is used (`models.reparam`), `started` and `due` which of
+    these have a state, and may advance it at the next use; `rates` are factors of the learning rate
+    (`models.mup`). `cut` says which part of all that is split is here.
     """
 
     def __init__(self) -> None:
@@ -77,6 +99,9 @@ class Part(nn.Module):
         self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
         self.fills: dict[str, Fill] = {}
         self.roles: dict[str, Role] = {}
+        self.splits: dict[str, Split] = {}
+        self.cut = WHOLE
+        self.partial: set[str] = set()
         self.undecayed: set[str] = set()
         self.rates: dict[str, float] = {}
         self.changes: dict[str, list[Change]] = {}
@@ -90,13 +115,17 @@ class Part(nn.Module):
         fill: Fill,
         role: Role = "other",
         decay: bool | None = None,
+        split: Split | None = None,
     ) -> None:
         """Register the parameter `name`, to be filled by `fill` wherever its shards lie.
 
-        `decay` says whether weight decay acts on it; by default on whatever has two dimensions.
+        `split` says how ranks may share it. `decay` says whether weight decay acts on it; by
+        default on whatever has two dimensions.
         """
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.fills[name], self.roles[name] = fill, role
+        if split is not None:
+            self.splits[name] = split
         if not (len(shape) > 1 if decay is None else decay):
             self.undecayed.add(name)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.precision import wide
 from colonnade.models.mup import apply_mup
 from colonnade.models.part import Part, constant
@@ -72,26 +73,50 @@ STARTING_ITERATIONS = 64  # of power iteration, the first time
 def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
     """γ W / (leftᵀ W right), differentiable in W, with the singular vectors held fixed."""
     left, right = getattr(part, f"{name}_left"), getattr(part, f"{name}_right")
-    w = wide(weight)
+    w, (rows, columns) = wide(weight), cuts(part, name)
     if name not in part.started:
         part.started.add(name)
         if not bool(left.any()):  # neither advanced yet nor loaded
-            iterate(w, left, right.fill_(right.shape[-1] ** -0.5), STARTING_ITERATIONS)
+            right.fill_(right.shape[-1] ** -0.5)
+            iterate(w, left, right, rows, columns, STARTING_ITERATIONS)
             part.due.discard(name)
     if name in part.due and torch.is_grad_enabled():
-        iterate(w, left, right, 1)
+        iterate(w, left, right, rows, columns, 1)
         part.due.discard(name)
-    sigma = torch.einsum("...o,...oi,...i->...", left.clone(), w, right.clone())
+    ends = rows.mine(left, -1).clone(), columns.mine(right, -1).clone()
+    sigma = total(torch.einsum("...o,...oi,...i->...", ends[0], w, ends[1]), rows, columns)
     gain = 1 + wide(part.weight_of(f"{name}_gain")).view(sigma.shape)
     return (w * (gain / sigma)[..., None, None]).to(weight.dtype)
 
 
+def cuts(part: Part, name: str) -> tuple[Cut, Cut]:
+    """How the rows and the columns of a weight are cut as it is used here."""
+    split = part.splits.get(name)
+    if split is None or split.pieces % part.cut.count:
+        return WHOLE, WHOLE
+    of_rows = split.dim == getattr(part, name).dim() - 2
+    return (part.cut, WHOLE) if of_rows else (WHOLE, part.cut)
+
+
+def total(t: Tensor, *cuts: Cut) -> Tensor:
+    """`t` summed over whatever ranks hold the rest."""
+    for cut in cuts:
+        t = cut.total(t) if cut.count > 1 else t
+    return t
+
+
 @torch.no_grad()
-def iterate(w: Tensor, left: Tensor, right: Tensor, times: int) -> None:
-    """Power iteration on `[..., O, I]`, in place: left `[..., O]`, right `[..., I]`.
+def iterate(w: Tensor, left: Tensor, right: Tensor, rows: Cut, columns: Cut, times: int) -> None:
+    """Power iteration on `[..., O, I]`, in place: left `[..., O]`, right `[..., I]`, both whole.
 
     Not by matrix products: selective recomputation counts those, and these do not happen again.
     """
+
+    def advance(vector: Tensor, here: Cut, product: Tensor) -> None:
+        vector.zero_()
+        here.mine(vector, -1).copy_(product)
+        vector.copy_(F.normalize(total(vector, rows, columns), dim=-1))
+
     for _ in range(times):
-        left.copy_(F.normalize((w * right[..., None, :]).sum(-1), dim=-1))
-        right.copy_(F.normalize((w * left[..., None]).sum(-2), dim=-1))
+        advance(left, rows, (w * columns.mine(right, -1)[..., None, :]).sum(-1))
+        advance(right, columns, (w * rows.mine(left, -1)[..., None]).sum(-2))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from colonnade.models.blocks import BLOCKS
 from colonnade.models.config import ModelConfig
-from colonnade.models.decoder import Decoder
+from colonnade.models.decoder import Decoder, Embedding
+from colonnade.models.part import Part, Split
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ def measure(config: ModelConfig, seq_len: int) -> Size:
     mixing = sum(block.mixing_flops(seq_len, index) for block, index in places)
     passes = 2 if config.has("T") else 1  # THOR's objective takes every token twice
     return Size(total, total - idle, 3 * passes * (2 * met + mixing))
+
+
+def splits(config: ModelConfig) -> set[Split]:
+    """Along what, and in how many pieces, ranks may share the parameters of a model."""
+    row = set(config.symbols + (config.mtp_pattern if config.mtp else ""))
+    with torch.device("meta"):
+        made = [BLOCKS[symbol](config, 1.0) for symbol in sorted(row)]
+        modules = [Embedding(config), *(m for block in made for m in block.modules())]
+    return {split for m in modules if isinstance(m, Part) for split in m.splits.values()}
 
 
 def weights(module: nn.Module) -> int:

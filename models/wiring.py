@@ -1,9 +1,11 @@
 """The residual wiring: norms, adds and seams over a row of sub-blocks it knows nothing about."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.models.blocks import BLOCKS, SubBlock
@@ -35,8 +37,10 @@ class Wiring(nn.Module):
     be under way between ranks.
 
     `enter` and `leave` are seams, the identity on one device: what gathers a sub-block's input and
-    what reduces its output. `recompute` says which activations are computed again in backward.
-    `start` is the number of the row's first sub-block in the whole model.
+    what reduces its output. `gathers` says that `enter` sends something, which then hides behind a
+    second half; otherwise it comes after it, and the reduction before it may take a whole
+    sub-block. `recompute` says which activations are computed again in backward. `start` is the
+    number of the row's first sub-block in the whole model.
     """
 
     def __init__(self, config: ModelConfig, row: str, distinct: int, start: int = 0) -> None:
@@ -50,6 +54,7 @@ class Wiring(nn.Module):
         self.late, self.start = lacks_newest(config, row), start
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
+        self.gathers = False
         self.recompute: Callable[[], tuple[Any, Any]] | None = None
 
     def block(self, t: int) -> SubBlock:
@@ -68,39 +73,58 @@ class Wiring(nn.Module):
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """`[S, B, D]`, the embeddings, to `[S, B, D]`, the normed end of the stream."""
-        run = self.run if self.recompute is None else self.run_recomputed
-        return self.final(run(stream, context))
+        return self.final(self.run(stream, context))
 
     def run(self, stream: Tensor, context: Context) -> Tensor:
-        """All sub-blocks, the next input prepared between the halves wherever it can be."""
+        """All sub-blocks; one's input is made as soon as it can be while another one runs."""
         x, pending = self.prepare(0, stream), None
-        for t, late in enumerate([*self.late[1:], False]):  # late: the next sub-block
-            block, here = self.block(t), context.at(self.start + t)
-            carried = block.begin(x, here)
+
+        def advance() -> None:
+            """The newest output but one is added, and the next input made if that is all of it."""
+            nonlocal stream, x
             if pending is not None:
                 stream = self.add(t - 1, stream, pending)
             if late:
                 x = self.prepare(t + 1, stream)
-            pending = self.leave(block.finish(carried, here))
+
+        for t, late in enumerate([*self.late[1:], False]):  # late: the next sub-block
+            between = self.gathers or not late
+            h = self.halves(t, x, context.at(self.start + t), advance if between else nothing)
+            newest = self.leave(h)
+            if not between:
+                advance()
+            pending = newest
             if not late:
                 stream, pending = self.add(t, stream, pending), None
                 if t + 1 < len(self.late):
                     x = self.prepare(t + 1, stream)
         return stream
 
-    def run_recomputed(self, stream: Tensor, context: Context) -> Tensor:
-        """All sub-blocks, each a region whose input alone is kept (or what `recompute` keeps)."""
-        assert self.recompute is not None
+    def halves(self, t: int, x: Tensor, context: Context, between: Callable[[], None]) -> Tensor:
+        """Both halves of sub-block t, and `between` them what belongs to its neighbours.
 
-        def region(block: SubBlock, x: Tensor, here: Context) -> Tensor:
-            return block.finish(block.begin(x, here), here)
+        Under `recompute` the halves alone run again; what stood between them stays as it was.
+        """
+        block, again = self.block(t), False
 
-        before = stream  # the stream without the newest output
-        for t, late in enumerate(self.late):
-            x = self.prepare(t, before if late else stream)
-            here = context.at(self.start + t)
-            h = checkpoint(
-                region, self.block(t), x, here, use_reentrant=False, context_fn=self.recompute
-            )
-            before, stream = stream, self.add(t, stream, self.leave(h))
-        return stream
+        def run(x: Tensor) -> Tensor:
+            nonlocal again
+            carried = block.begin(x, context)
+            if not again:
+                again = True
+                with unseen():
+                    between()
+            return block.finish(carried, context)
+
+        if self.recompute is None:
+            return run(x)
+        return checkpoint(run, x, use_reentrant=False, context_fn=self.recompute)
+
+
+def nothing() -> None:
+    """Between halves, where there is nothing to do."""
+
+
+def unseen() -> AbstractContextManager[None]:
+    """A checkpoint around this does not see what is saved for backward within."""
+    return saved_tensors_hooks(lambda kept: kept, lambda kept: kept)

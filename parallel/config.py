@@ -10,8 +10,40 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     dp_shard: int | None = Field(
         None, ge=1, description="ranks that share one copy (FSDP2); default: all that are left"
     )
+    tp: int = Field(1, ge=1, description="ranks that share every sub-block's products")
+    sequence: bool = Field(
+        True, description="between sub-blocks, tensor-parallel ranks hold parts of the sequence"
+    )
+    cp: int = Field(1, ge=1, description="ranks that share a sequence (not built yet)")
+    pp: int = Field(1, ge=1, description="stages of a pipeline (not built yet)")
+    ep: int = Field(1, ge=1, description="ranks that share experts (not built yet)")
+    etp: int | None = Field(
+        None, ge=1, description="ranks that share the inside of an expert; default: tp"
+    )
 
     def degrees(self, world_size: int) -> dict[str, int]:
-        """Every axis with its degree, the default filled in (0 where the ranks do not divide)."""
-        shard = self.dp_shard if self.dp_shard is not None else world_size // self.dp_replicate
-        return {"dp_replicate": self.dp_replicate, "dp_shard": shard}
+        """Every axis of the dense view with its degree, the default filled in.
+
+        0 where the ranks do not divide.
+        """
+        others = self.pp * self.dp_replicate * self.cp * self.tp
+        return {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "dp_shard": self.dp_shard or world_size // others,
+            "cp": self.cp,
+            "tp": self.tp,
+        }
+
+    def expert_degrees(self, world_size: int) -> dict[str, int]:
+        """The same ranks as experts see them: edp · ep · etp = dp_shard · cp · tp."""
+        dense = self.degrees(world_size)
+        etp = self.etp or self.tp
+        folded = dense["dp_shard"] * dense["cp"] * dense["tp"]
+        return {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "edp": folded // (self.ep * etp),
+            "ep": self.ep,
+            "etp": etp,
+        }

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -25,7 +25,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for p in parameters:
         g = p.grad
         if isinstance(g, DTensor):
-            sharded = tuple(i for i, place in enumerate(g.placements) if isinstance(place, Shard))
+            sharded = tuple(i for i, place in enumerate(g.placements) if not place.is_replicate())
             by_axes[g.device_mesh, sharded].append(g.to_local())
         elif g is not None:
             by_axes[None, ()].append(g)

@@ -9,11 +9,19 @@ DATA = ("dp_replicate", "dp_shard")  # axes over which the batch is divided
 
 
 def build_mesh(config: ParallelConfig, here: World) -> DeviceMesh:
-    """The mesh `(dp_replicate, dp_shard)` over all ranks. Degrees are valid: see `validate`."""
+    """The mesh `(pp, dp_replicate, dp_shard, cp, tp)` over all ranks, neighbours along tp.
+
+    Degrees are valid: see `validate`.
+    """
     degrees = config.degrees(here.size)
     return init_device_mesh(
         here.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees)
     )
+
+
+def data_sharers(mesh: DeviceMesh) -> int:
+    """How many ranks work on the same rows."""
+    return mesh.size() // data_rank(mesh)[1]
 
 
 def data_rank(mesh: DeviceMesh) -> tuple[int, int]:

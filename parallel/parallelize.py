@@ -13,7 +13,10 @@ from colonnade.models.blocks import SubBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.part import Part
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.recompute import recompute_policy
+from colonnade.parallel.tensor import tensor_parallel
 
 Forward = Callable[..., Any]
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -40,6 +43,8 @@ class Settings(Protocol):
 
     @property
     def train(self) -> TrainSettings: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
@@ -51,10 +56,12 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
     for wiring in model.wirings():
-        wiring.recompute = recompute_policy(recipe.train.recompute)
+        wiring.recompute = recompute_policy(recipe.train.recompute, mesh["tp"].size())
+    if mesh["tp"].size() > 1:
+        tensor_parallel(model, mesh["tp"], recipe.parallel.sequence)
     if recipe.train.compile:
         compile_halves(model)
-    if mesh.size() > 1 or precision == "bf16":
+    if data_rank(mesh)[1] > 1 or precision == "bf16":
         shard(model, mesh, precision)
     return model
 

@@ -29,15 +29,29 @@ if ONEDNN_LINEAR is not None:
     KEPT.add(ONEDNN_LINEAR.default)
 
 
+# What another rank has sent is never asked for twice. (`enter` and `leave` stand outside anyway.)
+SENT = {torch.ops._c10d_functional.all_reduce.default}
+
+
+def keep_sent(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what collectives within a sub-block brought; compute the rest again."""
+    return CheckpointPolicy.MUST_SAVE if operator in SENT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep results of matrix products and attention; compute the rest again."""
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep results of matrix products and attention as well."""
+    kept = operator in KEPT or operator in SENT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_policy(name: str) -> Callable[[], tuple[Any, Any]] | None:
-    """`none` keeps everything, `block` only inputs of sub-blocks, `selective` products as well."""
+def recompute_policy(name: str, ranks: int = 1) -> Callable[[], tuple[Any, Any]] | None:
+    """`none` keeps everything, `block` only inputs of sub-blocks, `selective` products as well.
+
+    Where so many `ranks` share a sub-block, what they send each other within it is kept, too.
+    """
     if name == "none":
         return None
-    if name == "block":
+    if name == "block" and ranks == 1:
         return noop_context_fn
-    return partial(create_selective_checkpoint_contexts, keep_products)
+    policy = keep_sent if name == "block" else keep_products
+    return partial(create_selective_checkpoint_contexts, policy)

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.rules.base import Rules, choice, divisors, multiples
+from colonnade.launcher.rules.base import ROW, Rules, choice, divisors, multiples
+from colonnade.models.config import SYMBOLS
+from colonnade.models.shapes import splits
 
 RULES = Rules()
 
@@ -16,15 +18,66 @@ def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     p = r.parallel
     if world_size is None or _fits(r, world_size):
         return
+    if world_size % p.tp:
+        options = choice(divisors(world_size), p.tp)
+        remedy = f"does not divide the {world_size} ranks; set parallel.tp to {options}"
+        yield Fault("parallel.tp", p.tp, remedy)
+        return
+    everyone, world_size = world_size, world_size // p.tp
     pairs = ", ".join(f"({d}, {world_size // d})" for d in divisors(world_size)[:8])
-    remedy = f"does not divide the {world_size} ranks"
+    remedy = f"does not divide the {everyone} ranks"
+    if p.tp > 1:
+        remedy = f"does not divide the {world_size} groups of parallel.tp = {p.tp} ranks"
     field, value = "parallel.dp_replicate", p.dp_replicate
     if p.dp_shard is not None:
         field, value = "parallel.dp_shard", p.dp_shard
-        product = f"{p.dp_replicate} x {p.dp_shard} = {p.dp_replicate * p.dp_shard}"
-        remedy = f"dp_replicate x dp_shard = {product}, but there are {world_size} ranks"
+        names, product = "dp_replicate x dp_shard", f"{p.dp_replicate} x {p.dp_shard}"
+        if p.tp > 1:
+            names, product = f"{names} x tp", f"{product} x {p.tp}"
+        product = f"{product} = {p.dp_replicate * p.dp_shard * p.tp}"
+        remedy = f"{names} = {product}, but there are {everyone} ranks"
     remedy += f"; set (parallel.dp_replicate, parallel.dp_shard) to one of {pairs}"
     yield Fault(field, value, remedy)
+
+
+@RULES.add()
+def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Axes that the mesh names, and nothing fills yet."""
+    p = r.parallel
+    ladder = (
+        " (ladder, which hands two tensors on, neither)" if r.model.residual == "ladder" else ""
+    )
+    for field, value, wanted, what in (
+        ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
+        ("parallel.cp", p.cp, 1, "context parallelism is not built yet"),
+        ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
+        ("parallel.etp", p.etp or p.tp, p.tp, "experts are cut as everything else"),
+    ):
+        if value != wanted:
+            yield Fault(field, value, f"{what}; set {field} to {wanted}")
+
+
+@RULES.add(*ROW, "model", "parallel.tp")
+def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Ranks share heads, groups, widths and vocabulary evenly."""
+    tp = r.parallel.tp
+    if tp == 1 or not set(r.model.symbols + r.model.mtp_pattern) <= set(SYMBOLS):
+        return
+    there = sorted(splits(r.model), key=lambda split: split.field)
+    degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in there)]
+    for field, pieces in dict.fromkeys((s.field, s.pieces) for s in there if not s.suits(tp)):
+        remedy = f"does not divide {field} = {pieces}; set parallel.tp to {choice(degrees, tp)}"
+        yield Fault("parallel.tp", tp, remedy)
+
+
+@RULES.add("parallel.tp", "parallel.sequence")
+def sequence_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Tensor-parallel ranks hold equal parts of the sequence."""
+    tp, length = r.parallel.tp, r.train.seq_len
+    if r.parallel.sequence and length % tp:
+        remedy = f"parallel.sequence cuts it over parallel.tp = {tp} ranks; set it to "
+        remedy += f"{multiples(tp, length)}, or parallel.sequence to false"
+        yield Fault("train.seq_len", length, remedy)
 
 
 def _fits(r: Recipe, world_size: int) -> bool:

@@ -14,7 +14,7 @@ from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
 from colonnade.models.blocks.base import Conv, SubBlock, conv_here
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, constant, last_tap, normal
+from colonnade.models.part import Part, Split, constant, last_tap, normal
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,21 +81,27 @@ class QKV(Part):
         self.theta, self.scaling = c.rope_theta, rope_scaling(c)
         self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
-        heads = {"q": c.heads, "k": c.kv_heads or c.heads, "v": c.kv_heads or c.heads}
-        for name, count in heads.items():
+        queries = Split(0, c.heads, "model.heads")
+        keys = Split(0, c.kv_heads, "model.kv_heads", shared=True) if c.kv_heads else queries
+        for name, split in {"q": queries, "k": keys, "v": keys}.items():
             std = 0.0 if name == "q" and c.zero_init else c.init_std
-            self.declare(name, (count * self.width, c.hidden), normal(std), "reads")
+            shape = split.pieces * self.width, c.hidden
+            self.declare(name, shape, normal(std), "reads", split=split)
             if self.taps:  # the identity at first
-                self.declare(f"conv_{name}", (count * self.width, self.taps), last_tap, decay=False)
-        if c.qk_norm != "none":
-            for name in "qk":
-                width = self.width * (heads[name] if c.qk_norm == "full" else 1)
-                self.declare(f"{name}_norm", (width,), constant(1.0 - self.offset))
+                taps = shape[0], self.taps
+                self.declare(f"conv_{name}", taps, last_tap, decay=False, split=split)
+            if c.qk_norm != "none" and name != "v":
+                full = c.qk_norm == "full"
+                width = shape[0] if full else self.width
+                first = constant(1.0 - self.offset)
+                self.declare(f"{name}_norm", (width,), first, split=split if full else None)
         if c.attention_gate == "channel":
-            self.declare("gate_z", (c.heads * self.width, c.hidden), normal(c.init_std), "reads")
+            shape = c.heads * self.width, c.hidden
+            self.declare("gate_z", shape, normal(c.init_std), "reads", split=queries)
         elif c.attention_gate == "head":
-            self.declare("gate_w", (c.heads, c.hidden // c.heads), normal(c.init_std))
-            self.declare("gate_b", (c.heads,), constant(0.0))
+            shape = c.heads, c.hidden // c.heads
+            self.declare("gate_w", shape, normal(c.init_std), split=queries)
+            self.declare("gate_b", shape[:1], constant(0.0), split=queries)
 
     def project(self, x: Tensor, name: str, context: Context) -> Tensor:
         """One of q, k, v before positions: `[S, B, heads, P]`."""
@@ -104,7 +110,8 @@ class QKV(Part):
             y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
         normed = self.qk_norm != "none" and name != "v"
         if normed and self.qk_norm == "full":
-            y = rms_norm(y, self.weight_of(f"{name}_norm"), self.eps, None, self.offset)
+            weight, mean = self.weight_of(f"{name}_norm"), self.cut.mean()
+            y = rms_norm(y, weight, self.eps, None, self.offset, mean)
         y = y.unflatten(-1, (-1, self.width))
         if normed and self.qk_norm == "head":
             y = rms_norm(y, self.weight_of(f"{name}_norm"), self.eps, None, self.offset)
@@ -119,7 +126,7 @@ class QKV(Part):
             return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
         if self.gate == "head":
             weight = self.weight_of("gate_w")
-            slices = x.unflatten(-1, weight.shape)
+            slices = self.cut.mine(x, -1).unflatten(-1, weight.shape)
             return ((slices * weight).sum(-1) + self.weight_of("gate_b"))[..., None]
         return None
 
@@ -137,7 +144,8 @@ class AttendOut(Part):
     def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
         self.attend: Attend = attend_here
-        self.declare("out", (config.hidden, config.heads * width), normal(out_std), "writes")
+        shape, split = (config.hidden, config.heads * width), Split(1, config.heads, "model.heads")
+        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(self, carried: tuple[Projected, Softmax], context: Context) -> Tensor:
         p, softmax = carried
@@ -152,10 +160,11 @@ class Temperature(Part):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        split = Split(0, config.heads, "model.heads")
         if config.sinks:
-            self.declare("sinks", (config.heads,), constant(0.0))
+            self.declare("sinks", (config.heads,), constant(0.0), split=split)
         if config.ssa:
-            self.declare("growth", (config.heads,), constant(1.5))
+            self.declare("growth", (config.heads,), constant(1.5), split=split)
 
     def scale(self, q: Tensor, positions: Tensor) -> Tensor:
         """q times 1 + exp(−exp(β)) ln n, n the position from 1 (SSA's position temperature)."""

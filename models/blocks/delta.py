@@ -15,6 +15,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
     Part,
+    Split,
     constant,
     inverse_softplus_dt,
     log_uniform_a,
@@ -22,6 +23,7 @@ from colonnade.models.part import (
     uniform,
 )
 
+HEADS = "model.delta_heads"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, Context], Tensor]
 
 
@@ -66,11 +68,16 @@ class InConv(Part):
         widths = {"q": keys, "k": keys, "v": values, "beta": heads}
         if gated:
             widths |= {"dt": heads, "z": values}
-        for name, width in widths.items():
-            self.declare(name, (width, config.hidden), normal(config.init_std), "reads")
+        own = Split(0, heads, HEADS)
+        shared = Split(0, key_heads, "model.delta_key_heads", shared=True)
         bound = config.delta_conv**-0.5  # a depthwise filter's fan-in is its width
-        for name in "qkv":
-            self.declare(f"conv_{name}", (widths[name], config.delta_conv), uniform(-bound, bound))
+        for name, width in widths.items():
+            split = shared if name in "qk" and config.delta_key_heads else own
+            shape = width, config.hidden
+            self.declare(name, shape, normal(config.init_std), "reads", split=split)
+            if name in ("q", "k", "v"):
+                taps = width, config.delta_conv
+                self.declare(f"conv_{name}", taps, uniform(-bound, bound), split=split)
 
     def forward(self, x: Tensor, context: Context) -> Projected:
         def convolved(name: str, width: int) -> Tensor:
@@ -94,8 +101,9 @@ class Decay(Part):
     def __init__(self, heads: int, gated: bool) -> None:
         super().__init__()
         if gated:
-            self.declare("A_log", (heads,), log_uniform_a(0.01, 16.0))
-            self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
+            split = Split(0, heads, HEADS)
+            self.declare("A_log", (heads,), log_uniform_a(0.01, 16.0), split=split)
+            self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
 
     def log_decay(self, dt: Tensor | None) -> Tensor | None:
         """−exp(A_log) softplus(dt + bias), `[S, B, H]`."""
@@ -114,7 +122,8 @@ class DeltaOut(Part):
         self.strength = 2.0 if config.delta_negative else 1.0
         value = config.delta_value_dim or config.delta_key_dim
         self.declare("norm", (value,), constant(1.0))
-        self.declare("out", (config.hidden, heads * value), normal(out_std), "writes")
+        shape, split = (config.hidden, heads * value), Split(1, heads, HEADS)
+        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(self, carried: tuple[Projected, Tensor | None], context: Context) -> Tensor:
         p, decay = carried

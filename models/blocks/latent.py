@@ -17,7 +17,7 @@ from colonnade.models.blocks.attention import (
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, constant, normal
+from colonnade.models.part import Part, Split, constant, normal
 
 
 class Latents(Part):
@@ -35,18 +35,19 @@ class Latents(Part):
         self.scaling, self.eps, self.q_rank = rope_scaling(c), c.norm_eps, c.q_rank
         self.window_of = c.window_of
         queries = c.heads * (self.own + self.rotated)
-        q_std = 0.0 if c.zero_init else c.init_std
+        q_std, split = 0.0 if c.zero_init else c.init_std, Split(0, c.heads, "model.heads")
         if c.q_rank:
             self.declare("q_a", (c.q_rank, c.hidden), normal(c.init_std), "reads")
             self.declare("q_norm", (c.q_rank,), constant(1.0))
-            self.declare("q_b", (queries, c.q_rank), normal(q_std), "inner")
+            self.declare("q_b", (queries, c.q_rank), normal(q_std), "inner", split=split)
         else:
-            self.declare("q", (queries, c.hidden), normal(q_std), "reads")
+            self.declare("q", (queries, c.hidden), normal(q_std), "reads", split=split)
         self.declare("kv_a", (c.kv_rank, c.hidden), normal(c.init_std), "reads")
         self.declare("kv_norm", (c.kv_rank,), constant(1.0))
         self.declare("k_rope", (self.rotated, c.hidden), normal(c.init_std), "reads")
-        self.declare("k_b", (c.heads * self.own, c.kv_rank), normal(c.init_std), "inner")
-        self.declare("v_b", (c.heads * self.value, c.kv_rank), normal(c.init_std), "inner")
+        for name, width in (("k_b", self.own), ("v_b", self.value)):
+            shape = c.heads * width, c.kv_rank
+            self.declare(name, shape, normal(c.init_std), "inner", split=split)
 
     def queries(self, x: Tensor) -> Tensor:
         """`[S, B, H * P]`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
     Part,
+    Split,
     constant,
     inverse_softplus_dt,
     log_counting,
@@ -21,6 +23,7 @@ from colonnade.models.part import (
     uniform,
 )
 
+CHANNELS = "model.mamba1_inner"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
@@ -49,11 +52,14 @@ class InConv(Part):
     def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
         self.conv: Conv = conv_here
+        split = Split(0, inner, CHANNELS)
         for name in "zx":
-            self.declare(name, (inner, config.hidden), normal(config.init_std), "reads")
+            self.declare(
+                name, (inner, config.hidden), normal(config.init_std), "reads", split=split
+            )
         bound = config.mamba1_conv**-0.5  # a depthwise filter's fan-in is its width
-        self.declare("conv_x", (inner, config.mamba1_conv), uniform(-bound, bound))
-        self.declare("conv_x_bias", (inner,), uniform(-bound, bound))
+        self.declare("conv_x", (inner, config.mamba1_conv), uniform(-bound, bound), split=split)
+        self.declare("conv_x_bias", (inner,), uniform(-bound, bound), split=split)
 
     def forward(self, u: Tensor, context: Context) -> Projected:
         weight, bias = self.weight_of("conv_x"), self.weight_of("conv_x_bias")
@@ -66,9 +72,10 @@ class Decay(Part):
 
     def __init__(self, inner: int, state: int) -> None:
         super().__init__()
-        self.declare("A_log", (inner, state), log_counting, decay=False)
-        self.declare("dt_bias", (inner,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
-        self.declare("D", (inner,), constant(1.0))
+        split = Split(0, inner, CHANNELS)
+        self.declare("A_log", (inner, state), log_counting, decay=False, split=split)
+        self.declare("dt_bias", (inner,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
+        self.declare("D", (inner,), constant(1.0), split=split)
 
 
 def rank_of(config: ModelConfig) -> int:
@@ -85,16 +92,28 @@ class ScanOut(Part):
         self.chunk, rank = config.mamba1_chunk, rank_of(config)
         bound = rank_of(config.base() or config) ** -0.5  # muP scales the base's bound by itself
         for name, width in (("dt_a", rank), ("B", config.mamba1_state), ("C", config.mamba1_state)):
-            self.declare(name, (width, inner), normal(config.init_std), "inner")
-        self.declare("dt_b", (inner, rank), uniform(-bound, bound), "inner")
-        self.declare("out", (config.hidden, inner), normal(out_std), "writes")
+            shape, split = (width, inner), Split(1, inner, CHANNELS)
+            self.declare(name, shape, normal(config.init_std), "inner", split=split)
+        split = Split(0, inner, CHANNELS)
+        self.declare("dt_b", (inner, rank), uniform(-bound, bound), "inner", split=split)
+        shape, split = (config.hidden, inner), Split(1, inner, CHANNELS)
+        self.declare("out", shape, normal(out_std), "writes", split=split)
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt within its rank, B and C of every token, from all channels: `[S, B, R or N]`."""
+        dt, B, C = (linear(x, self.weight_of(name)) for name in ("dt_a", "B", "C"))
+        if self.cut.count == 1:
+            return dt, B, C
+        widths = [t.shape[-1] for t in (dt, B, C)]
+        dt, B, C = self.cut.total(torch.cat([dt, B, C], -1)).split(widths, -1)
+        return dt, B, C
 
     def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:
         (z, x), small = carried
-        raw = linear(linear(x, self.weight_of("dt_a")), self.weight_of("dt_b"))
+        low, B, C = self.select(x)
+        raw = linear(low, self.weight_of("dt_b"))
         dt = F.softplus(wide(raw) + small.weight_of("dt_bias"))
         A = -small.weight_of("A_log").exp()
-        B, C = (linear(x, self.weight_of(name)) for name in "BC")
         y = self.scan(x, dt, A, B, C, small.weight_of("D"), self.chunk, context)
         return linear(y * F.silu(z), self.weight_of("out"))
 

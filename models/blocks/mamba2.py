@@ -15,6 +15,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
     Part,
+    Split,
     constant,
     inverse_softplus_dt,
     log_uniform_a,
@@ -33,6 +34,7 @@ class Projected(NamedTuple):
     dt: Tensor  # [S, B, H] before bias and softplus
 
 
+HEADS = "model.mamba_heads"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
@@ -54,13 +56,19 @@ class InConv(Part):
         self.conv: Conv = conv_here
         inner = heads * config.mamba_head_dim
         state = config.mamba_groups * config.mamba_state
+        own, groups = (
+            Split(0, heads, HEADS),
+            Split(0, config.mamba_groups, "model.mamba_groups", shared=True),
+        )
         widths = {"z": inner, "x": inner, "B": state, "C": state, "dt": heads}
-        for name, width in widths.items():
-            self.declare(name, (width, config.hidden), normal(config.init_std), "reads")
         bound = config.mamba_conv**-0.5  # a depthwise filter's fan-in is its width
-        for name in "xBC":
-            self.declare(f"conv_{name}", (widths[name], config.mamba_conv), uniform(-bound, bound))
-            self.declare(f"conv_{name}_bias", (widths[name],), uniform(-bound, bound))
+        for name, width in widths.items():
+            split, filled = groups if name in "BC" else own, normal(config.init_std)
+            self.declare(name, (width, config.hidden), filled, "reads", split=split)
+            if name in "xBC":
+                taps, filled = (width, config.mamba_conv), uniform(-bound, bound)
+                self.declare(f"conv_{name}", taps, filled, split=split)
+                self.declare(f"conv_{name}_bias", taps[:1], filled, split=split)
 
     def forward(self, u: Tensor, context: Context) -> Projected:
         parts = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
@@ -75,9 +83,10 @@ class Decay(Part):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.declare("A_log", (heads,), log_uniform_a(1.0, 16.0))
-        self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4))
-        self.declare("D", (heads,), constant(1.0))
+        split = Split(0, heads, HEADS)
+        self.declare("A_log", (heads,), log_uniform_a(1.0, 16.0), split=split)
+        self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
+        self.declare("D", (heads,), constant(1.0), split=split)
 
 
 class ScanOut(Part):
@@ -89,8 +98,9 @@ class ScanOut(Part):
         self.width, self.state = config.mamba_head_dim, config.mamba_state
         self.groups, self.chunk, self.eps = config.mamba_groups, config.mamba_chunk, config.norm_eps
         inner = heads * self.width
-        self.declare("norm", (inner,), constant(1.0))
-        self.declare("out", (config.hidden, inner), normal(out_std), "writes")
+        self.declare("norm", (inner,), constant(1.0), split=Split(0, heads, HEADS))
+        shape, split = (config.hidden, inner), Split(1, heads, HEADS)
+        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(
         self, carried: tuple[Projected, Tensor, Tensor, Tensor], context: Context
@@ -99,9 +109,10 @@ class ScanOut(Part):
         x = p.x.unflatten(-1, (-1, self.width))
         B, C = (t.unflatten(-1, (-1, self.state)) for t in (p.B, p.C))
         y = self.scan(x, dt, A, B, C, D, self.chunk, context).flatten(-2) * F.silu(p.z)
-        grouped = y.unflatten(-1, (self.groups, -1))
-        weight = self.weight_of("norm").view(self.groups, -1)
-        return linear(rms_norm(grouped, weight, self.eps).flatten(-2), self.weight_of("out"))
+        here = B.shape[-2]  # groups, or the part of one that this rank has
+        grouped, weight = y.unflatten(-1, (here, -1)), self.weight_of("norm").view(here, -1)
+        normed = rms_norm(grouped, weight, self.eps, mean=self.cut.mean(self.groups))
+        return linear(normed.flatten(-2), self.weight_of("out"))
 
 
 class Mamba2(SubBlock):

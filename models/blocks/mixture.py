@@ -1,5 +1,6 @@
 """`E`: a mixture of experts, dropless or with a capacity, behind a router."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.mlp import Coefficients
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
-from colonnade.models.part import Part, normal
+from colonnade.models.part import Part, Split, normal
 
 
 class Dispatched(NamedTuple):
@@ -74,7 +75,8 @@ class Dispatch(Part):
         self.width = config.shared_ffn
         if self.width:
             for name in ("shared_gate", "shared_up") if self.gated else ("shared_up",):
-                self.declare(name, (self.width, config.hidden), normal(config.init_std), "reads")
+                shape, split = (self.width, config.hidden), Split(0, self.width, "model.shared_ffn")
+                self.declare(name, shape, normal(config.init_std), "reads", split=split)
         if config.shared_gate and self.width:
             self.declare("shared_open", (1, config.hidden), normal(config.init_std), "reads")
 
@@ -102,27 +104,35 @@ class Experts(Part):
         super().__init__()
         self.activation = config.activation
         E, F, D = config.experts, config.expert_ffn or config.ffn, config.hidden
+        field = "model.expert_ffn" if config.expert_ffn else "model.ffn"
         for name in ("gate", "up") if gated(config.activation) else ("up",):
-            self.declare(name, (E, F, D), normal(config.init_std), "reads")
-        self.declare("down", (E, D, F), normal(out_std), "writes")
+            split = Split(1, F, field)
+            self.declare(name, (E, F, D), normal(config.init_std), "reads", split=split)
+        self.declare("down", (E, D, F), normal(out_std), "writes", split=Split(2, F, field))
         if config.shared_ffn:
-            self.declare("shared_down", (D, config.shared_ffn), normal(out_std), "writes")
+            shape = D, config.shared_ffn
+            split = Split(1, config.shared_ffn, "model.shared_ffn")
+            self.declare("shared_down", shape, normal(out_std), "writes", split=split)
 
     def forward(self, carried: tuple[Dispatched, Tensor | None], context: Context) -> Tensor:
         sent, poly = carried
         gate = self.weight_of("gate") if gated(self.activation) else None
         up, down = self.weight_of("up"), self.weight_of("down")
-        rows = expert_mlp(sent.rows, sent.order.counts, gate, up, down, self.activation, poly)
+        counts, kind = sent.order.counts, self.activation
+        rows = expert_mlp(sent.rows, counts, gate, up, down, kind, poly, self.cut)
         y = combine(rows, sent.order, sent.weight).view(sent.shape)
         if sent.shared is None:
             return y
         down = self.weight_of("shared_down")
-        shared = activated_linear(*sent.shared, down, self.activation, poly)
+        shared = activated_linear(*sent.shared, down, self.activation, poly, self.cut)
         return y + (shared if sent.opening is None else shared * sent.opening.sigmoid())
 
 
 class Mixture(SubBlock):
-    """Halves: `route, dispatch | experts, combine`."""
+    """Halves: `route, dispatch | experts, combine`.
+
+    `attach` is a seam: where several ranks compute the same balancing losses, they count once.
+    """
 
     small: Router
 
@@ -135,6 +145,7 @@ class Mixture(SubBlock):
         )  # fmt: skip
         self.small = Router(config)
         self.first, self.second = Dispatch(config), Experts(config, out_std)
+        self.attach: Callable[[Tensor, Tensor], Tensor] = attach
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)
@@ -148,7 +159,7 @@ class Mixture(SubBlock):
             if c.balance or c.balance_sequence or c.router_z:
                 term = self.losses(logits, probabilities, chosen) / context.groups
                 context.terms[context.index] = term.detach()
-                weight = attach(weight, term)
+                weight = self.attach(weight, term)
         return self.first((x, chosen, kept, weight))
 
     def losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:

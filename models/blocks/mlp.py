@@ -7,7 +7,7 @@ from colonnade.kernels.linear import linear
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, coefficients, normal
+from colonnade.models.part import Part, Split, coefficients, normal
 
 
 class Up(Part):
@@ -17,7 +17,8 @@ class Up(Part):
         super().__init__()
         self.gated = gated(config.activation)
         for name in ("gate", "up") if self.gated else ("up",):
-            self.declare(name, (width, config.hidden), normal(config.init_std), "reads")
+            shape, split = (width, config.hidden), Split(0, width, "model.ffn")
+            self.declare(name, shape, normal(config.init_std), "reads", split=split)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         gate = linear(x, self.weight_of("gate")) if self.gated else None
@@ -30,13 +31,14 @@ class Down(Part):
     def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
         self.activation = config.activation
-        self.declare("down", (config.hidden, width), normal(out_std), "writes")
+        shape, split = (config.hidden, width), Split(1, width, "model.ffn")
+        self.declare("down", shape, normal(out_std), "writes", split=split)
 
     def forward(
         self, carried: tuple[tuple[Tensor, Tensor | None], Tensor | None], context: Context
     ) -> Tensor:
         inner, poly = carried
-        return activated_linear(*inner, self.weight_of("down"), self.activation, poly)
+        return activated_linear(*inner, self.weight_of("down"), self.activation, poly, self.cut)
 
 
 class Coefficients(Part):

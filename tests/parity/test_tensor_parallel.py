@@ -1,0 +1,163 @@
+"""Tensor and sequence parallelism against one process: every symbol, option and wiring."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from test_data_parallel import LADDER, MODELS, compare, recipe_for, trained
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from colonnade.launcher.corpus import Batch
+from colonnade.launcher.generation import extend
+from colonnade.launcher.job import build_model
+from colonnade.launcher.step import forward
+from colonnade.parallel.world import World
+
+SMALL: dict[str, Any] = {"vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "delta_key_dim": 4}
+LAYOUTS = {
+    "tp=2": {"tp": 2, "sequence": False},
+    "tp=2, sequence": {"tp": 2, "sequence": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str, layout: str) -> None:
+    pattern, fields = MODELS[name]
+    fields = {"vocab": 64, "ffn": 48} | fields
+    alone = ranks1.run(trained, recipe_for(pattern, {}, 16, **fields))[0]
+    traces = ranks2.run(trained, recipe_for(pattern, LAYOUTS[layout], 8, **fields))
+    assert traces[0].losses == traces[1].losses
+    compare(traces[0], alone)
+
+
+# With four ranks there are fewer key-value heads, groups or key heads than ranks.
+FOUR: dict[str, tuple[str, dict[str, Any]]] = {
+    "few keys, normed over all heads": (
+        "*-", {"kv_heads": 2, "qk_norm": "full", "attention_gate": "head", "attention_conv": 3},
+    ),
+    "one key, gate per channel": (
+        "*-", {"kv_heads": 1, "qk_norm": "head", "attention_gate": "channel", "ssa": True,
+               "sinks": True, "window": 5, **LADDER},
+    ),
+    "latent": ("*-", {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4, **LADDER}),
+    "one group": ("M-m", {"mamba_groups": 1, **LADDER}),
+    "two groups": ("M-", {"mamba_groups": 2, "norm_position": "both", **LADDER}),
+    "few key heads": ("GD", {"delta_heads": 8, "delta_key_heads": 2}),
+    "experts": (
+        "ET", {"experts": 4, "activation": "polynorm", "shared_ffn": 16, "shared_gate": True,
+               "thor_alpha": 0.5, "router_bias": True, **LADDER},
+    ),
+    "σReparam": ("*-M", {"kv_heads": 2, "sigma_reparam": True, "activation": "polynorm"}),
+    "layer norms, side by side": (
+        "*-E", {"norm": "layer", "norm_bias": True, "norm_position": "both",
+                "residual": "parallel"},
+    ),
+    "centred, further tokens": (
+        "*-", {"norm": "crms", "kv_heads": 4, "logit_cap": 3.0, "logit_z": 0.1, "mtp": 1,
+               "mtp_pattern": "*-", **LADDER},
+    ),
+    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, name: str, sequence: bool) -> None:
+    pattern, fields = FOUR[name]
+    alone = ranks1.run(trained, recipe_for(pattern, {}, 16, **SMALL | fields))[0]
+    layout = {"tp": 4, "sequence": sequence}
+    compare(ranks4.run(trained, recipe_for(pattern, layout, 8, **SMALL | fields))[0], alone)
+
+
+@pytest.mark.parametrize("data", ["dp_shard", "dp_replicate"])
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_beside_data_parallel_and_recomputation(
+    ranks1: Ranks, ranks4: Ranks, data: str, recompute: str
+) -> None:
+    fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
+    alone = ranks1.run(trained, recipe_for("M*m-E", {}, 16, **fields))[0]
+    layout = {"tp": 2, "sequence": data == "dp_shard", data: 2}
+    recipe = recipe_for("M*m-E", layout, 2, recompute=recompute, **fields)
+    compare(ranks4.run(trained, recipe)[0], alone)
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collectives that are launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        library, name, *_ = str(func).split(".")
+        if library == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.calls[name] += 1
+        return func(*args, **kwargs or {})
+
+
+def sent(rank: int, size: int, recompute: str, sequence: bool) -> tuple[Counter, Counter]:
+    """What a forward and a backward pass send."""
+    here = World(rank, size, torch.device("cpu"))
+    layout = {"tp": 2, "sequence": sequence}
+    fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
+    recipe = recipe_for("M*m-E", layout, 2, recompute=recompute, **fields)
+    _, model, _ = build_model(recipe, here)
+    g = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(64, (2, 2, 16), generator=g)
+    place = torch.arange(16).expand(2, 16)
+    batch = Batch(tokens, labels, place, torch.zeros_like(place))
+    with Sent() as ahead:
+        loss, _ = forward(model, batch, [0, 1], here.device)
+    with Sent() as back:
+        loss.backward()
+    return ahead.calls, back.calls
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_recomputation_sends_nothing_again(ranks2: Ranks, sequence: bool) -> None:
+    usual = ranks2.run(sent, "none", sequence)[0]
+    assert sum(usual[0].values()) > 10
+    for recompute in ("block", "selective"):
+        assert ranks2.run(sent, recompute, sequence)[0] == usual
+
+
+def written(rank: int, size: int, layout: dict[str, int]) -> list[int]:
+    """Text that a model writes, token by token."""
+    here = World(rank, size, torch.device("cpu"))
+    recipe = recipe_for("M*m-GE", layout, 2, **SMALL, **LADDER)
+    _, model, _ = build_model(recipe, here)
+    return extend(model, [3, 1, 4], 9, 8, None, here.device, seed=7)
+
+
+def test_ranks_write_the_same_text(ranks1: Ranks, ranks2: Ranks) -> None:
+    (alone,) = ranks1.run(written, {})
+    for layout in LAYOUTS.values():
+        assert ranks2.run(written, layout) == [alone, alone]
+
+
+def initial(rank: int, size: int, layout: dict[str, int]) -> dict[str, Tensor]:
+    here = World(rank, size, torch.device("cpu"))
+    recipe = recipe_for("M-*EmG", layout, 2, "fp32", **SMALL | {"mamba_groups": 1})
+    named = build_model(recipe, here)[1].named_parameters()
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in named}
+
+
+def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks) -> None:
+    (alone,) = ranks1.run(initial, {})
+    for ranks, layout in ((ranks2, {"tp": 2}), (ranks4, {"tp": 4}), (ranks4, {"tp": 2})):
+        for name, weight in ranks.run(initial, layout)[0].items():
+            assert torch.equal(weight, alone[name]), name
+
+
+def test_bf16_keeps_parameters_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
+    """bf16 keeps 8 bits: losses agree to 2^-8."""
+    exact = ranks1.run(trained, recipe_for("M-*E", {}, 16, **SMALL, **LADDER))[0]
+    layout = LAYOUTS["tp=2, sequence"]
+    half = ranks2.run(trained, recipe_for("M-*E", layout, 4, "bf16", **SMALL, **LADDER))[0]
+    assert all(p.dtype == torch.float32 for p in half.parameters.values())
+    assert half.losses[0][0] == pytest.approx(exact.losses[0][0], rel=2**-8)
