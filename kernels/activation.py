@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.cut import WHOLE, Cut
+from colonnade.kernels.cut import WHOLE, Cut, outside_graphs
 from colonnade.kernels.linear import product
 from colonnade.kernels.precision import wide
 
@@ -40,6 +40,11 @@ def gated(name: str) -> bool:
 def polynomial(name: str) -> bool:
     """Whether the activation has coefficients to learn, `poly`."""
     return name in _POLYNOMIALS
+
+
+def _sends(name: str, cut: Cut) -> bool:
+    """Whether ranks have to complete sums."""
+    return name == "polynorm" and cut.count > 1
 
 
 def _check(name: str, gate: Tensor | None, poly: Tensor | None) -> None:
@@ -234,7 +239,8 @@ def activate(
         ValueError: an unknown name, or an operand missing or without use.
     """
     _check(name, gate, poly)
-    return _Activate.apply(up, gate, name, poly, cut)
+    apply = outside_graphs(_Activate.apply) if _sends(name, cut) else _Activate.apply
+    return apply(up, gate, name, poly, cut)
 
 
 def activated_linear(
@@ -255,7 +261,8 @@ def activated_linear(
         `[..., O]`; with a cut the part of it that these columns make.
     """
     _check(name, gate, poly)
-    return _ActivatedLinear.apply(up, gate, weight, name, poly, cut)
+    apply = outside_graphs(_ActivatedLinear.apply) if _sends(name, cut) else _ActivatedLinear.apply
+    return apply(up, gate, weight, name, poly, cut)
 
 
 def activate_reference(

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Combine = Callable[[Tensor], Tensor]
 
 
@@ -60,3 +63,8 @@ class Cut:
 
 
 WHOLE = Cut()
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` for compiled graphs to break at: ranks meet in it, and no graph launches that."""
+    return torch.compiler.disable(function)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.cut import Combine
+from colonnade.kernels.cut import Combine, outside_graphs
 from colonnade.kernels.precision import wide, wide_dtype
 
 
@@ -102,7 +102,8 @@ def rms_norm(
     if x.is_cuda and mean is None:
         normed = F.rms_norm(x, x.shape[-1:], None, eps) * _factor(weight, offset).to(x.dtype)
         return normed if bias is None else normed + bias.to(x.dtype)
-    return _RMSNorm.apply(x, weight, bias, eps, offset, x.shape[-1], False, mean)
+    apply = _RMSNorm.apply if mean is None else outside_graphs(_RMSNorm.apply)
+    return apply(x, weight, bias, eps, offset, x.shape[-1], False, mean)
 
 
 def rms_norm_reference(

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_map_only
 
 from colonnade.models.blocks import SubBlock
 from colonnade.models.decoder import Decoder
@@ -104,9 +107,23 @@ def compiled(half: Part) -> Forward:
         if not torch.is_grad_enabled():
             return plain(*inputs)
         advance(half)
-        return fast(*inputs)
+        made = fast(*tree_map_only(AsyncCollectiveTensor, _Arrived.apply, inputs))
+        return _Arrived.apply(made) if isinstance(made, Tensor) else made
 
     return forward
+
+
+class _Arrived(torch.autograd.Function):
+    """What graphs do not do: wait for their input, and for the gradient of their output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
 
 
 def advance(half: Part) -> None:

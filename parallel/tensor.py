@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from colonnade.kernels.cut import Cut
+from colonnade.kernels.cut import Cut, outside_graphs
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
@@ -95,7 +95,7 @@ def cut_of(group: dist.ProcessGroup) -> Cut:
     def largest(t: Tensor) -> Tensor:
         return funcol.wait_tensor(funcol.all_reduce(t, "max", group))
 
-    return Cut(group.size(), group.rank(), total, largest)
+    return Cut(group.size(), group.rank(), outside_graphs(total), outside_graphs(largest))
 
 
 def on_stream(model: Decoder) -> Iterator[Part]:

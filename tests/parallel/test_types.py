@@ -1,0 +1,393 @@
+"""Communication is typed: every layout's forward passes spmd_types' checker, and no faulty one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import spmd_types as spmd
+import torch
+import torch.distributed as dist
+from equal import assert_equal
+from spmd_types import I, P, R, S, SpmdTypeError
+from spmd_types.checker import typecheck
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from colonnade.kernels import activation, experts, linear, norm
+from colonnade.kernels.cut import WHOLE, Cut
+from colonnade.models import context, reparam
+from colonnade.models.blocks.base import SubBlock
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.models.part import Part
+from colonnade.parallel.materialise import materialise
+from colonnade.parallel.tensor import on_stream, tensor_parallel
+from colonnade.parallel.typed import CONTRACTS, parameter_types, stamp, type_of, typechecked
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")
+
+TOKENS, SAMPLES, VOCAB = 8, 2, 32
+SMALL = dict(
+    vocab=VOCAB, hidden=16, heads=4, ffn=8, experts=4, top_k=2,
+    mamba_heads=4, mamba_head_dim=4, mamba_state=4, mamba_groups=4, mamba_chunk=4,
+    mamba1_inner=16, mamba1_rank=2, mamba1_state=4, mamba1_chunk=4,
+    delta_heads=4, delta_key_dim=4, delta_chunk=4,
+)  # fmt: skip
+LATENT = dict(attention="mla", kv_rank=6, rope_dim=2, q_rank=4)
+ROWS: dict[str, dict[str, Any]] = {
+    "gqa, one group, tied": dict(pattern="*-MmDGE", kv_heads=2, mamba_groups=1, tied=True),
+    "mla, polynorm, two groups": dict(
+        pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
+        shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
+    ),
+    "THOR": dict(pattern="*T", activation="polyrelu", thor_alpha=0.5),
+    "experts": dict(
+        pattern="*E-", shared_ffn=8, shared_gate=True, balance_sequence=0.1, router_z=0.1,
+        capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0,
+    ),
+    "attention's options": dict(
+        pattern="*-", attention_gate="head", qk_norm="full", sinks=True, ssa=True, kv_heads=2,
+        attention_conv=3, norm="layer", norm_bias=True, norm_position="both",
+    ),
+    "more of them": dict(
+        pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
+        norm_position="after", clip_low=-0.1, attention_cap=3.0,
+    ),
+    "σReparam, further tokens": dict(
+        pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",
+    ),
+}  # fmt: skip
+
+Meshes = dict[int, DeviceMesh]
+Fault = Callable[[Decoder], None]
+
+
+@pytest.fixture(scope="module")
+def meshes() -> Iterator[Meshes]:
+    """Rank 1 of four, of which two or all are tensor-parallel; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    yield {2: two, 4: init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))}
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular vectors are not looked at here."""
+    monkeypatch.setattr(reparam, "STARTING_ITERATIONS", 1)
+
+
+def model_of(mesh: DeviceMesh, sequence: bool, **fields: Any) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(ModelConfig.model_validate({**SMALL, **fields}), loss_chunk=8)
+    model.to(torch.float64)
+    tensor_parallel(model, mesh, sequence)
+    materialise(model, torch.device("cpu"), 0)
+    return model
+
+
+def check(model: Decoder, mesh: DeviceMesh) -> None:
+    """Forward and backward of one step, typed."""
+    draw = torch.Generator().manual_seed(0)
+    # labels that all ranks have in their columns: a loss that knows no ranks takes them too
+    tokens, labels = torch.randint(VOCAB // 4, (2, TOKENS, SAMPLES), generator=draw)
+    positions = torch.arange(TOKENS)[:, None].repeat(1, SAMPLES)
+    documents = (positions > TOKENS // 2).long()
+    with typechecked(model, mesh):
+        for t in (tokens, labels, positions, documents):
+            stamp(t, R)
+        model.begin_step()
+        model(tokens, Context(positions, documents), labels).backward()
+
+
+EVERYWHERE = list(ROWS)[:3]  # every symbol; the other rows are options
+LAYOUTS = [(tp, residual) for tp in (2, 4) for residual in ("standard", "ladder")]
+CASES = [(row, *layout) for row in ROWS for layout in LAYOUTS if row in EVERYWHERE]
+CASES += [(row, 4, "standard") for row in ROWS if row not in EVERYWHERE]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("row", "tp", "residual"), CASES)
+def test_layout(meshes: Meshes, row: str, tp: int, sequence: bool, residual: str) -> None:
+    model = model_of(meshes[tp], sequence, residual=residual, **ROWS[row])
+    check(model, meshes[tp])
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_logits(meshes: Meshes, sequence: bool) -> None:
+    model = model_of(meshes[2], sequence, pattern="*E")
+    tokens, positions = torch.zeros(2, TOKENS, SAMPLES, dtype=torch.long)
+    with typechecked(model, meshes[2]), torch.no_grad():
+        logits = model(stamp(tokens, R), Context(stamp(positions, R)))
+        assert type_of(logits) == R
+        assert logits.shape == (TOKENS, SAMPLES, VOCAB)
+
+
+# Which gradients are partial sums, and so to be summed at the end of a step.
+
+SUMMED = {
+    "latent": dict(pattern="*-", **LATENT, activation="polynorm", norm="layer", norm_bias=True),
+    "shared": dict(pattern="*M", kv_heads=2, mamba_groups=1, qk_norm="head"),
+    "routed": dict(pattern="E", activation="polyrelu", shared_ffn=8, sigma_reparam=True),
+    "further": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
+}
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("row", SUMMED)
+def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
+    """Gradients of just the members of `partial` are partial: the checker takes no other set."""
+    mesh = meshes[4]
+    model = model_of(mesh, sequence, **SUMMED[row])
+    check(model, mesh)
+    types, parts = parameter_types(model), dict(model.named_modules())
+    for full in types:
+        prefix, name = full.rsplit(".", 1)
+        part = parts[prefix]
+        assert isinstance(part, Part)
+        assert (types[full].backward_type() is P) == (name in part.partial)
+        part.partial ^= {name}
+        with pytest.raises(SpmdTypeError):
+            check(model, mesh)
+        part.partial ^= {name}
+    assert (I in types.values()) != sequence
+    check(model, mesh)
+
+
+# Faults. Where a sequence is cut, what sends nothing at least gives the shape that is wanted.
+
+
+def piece(ranks: int) -> Callable[[Tensor], Tensor]:
+    return lambda h: h.chunk(ranks)[0]
+
+
+def repeated(ranks: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([x] * ranks) if ranks > 1 else x
+
+
+def ranks_of(model: Decoder) -> int:
+    return model.head.cut.count if model.wiring.gathers else 1
+
+
+def without_leave(model: Decoder) -> None:
+    for wiring in model.wirings():
+        wiring.leave = piece(ranks_of(model))
+
+
+def twice_left(model: Decoder) -> None:
+    leave = model.wiring.leave
+    model.wiring.leave = lambda h: leave(leave(h))
+
+
+def without_enter(model: Decoder) -> None:
+    for wiring in model.wirings():
+        wiring.enter = repeated(ranks_of(model))
+
+
+def without_last_enter(model: Decoder) -> None:
+    model.head.enter = repeated(ranks_of(model))
+
+
+def without_first_leave(model: Decoder) -> None:
+    model.embedding.leave = piece(ranks_of(model))
+
+
+def of_second(model: Decoder, total: Callable[[Tensor], Tensor], mean: bool = True) -> None:
+    """The sums that the second halves of sub-blocks complete."""
+    for block in model.wiring.blocks:
+        assert isinstance(block, SubBlock)
+        for half in (block.first, block.second):
+            cut = half.cut
+            half.cut = Cut(cut.count, cut.index, total, cut.largest)
+            if not mean:
+                object.__setattr__(half.cut, "mean", lambda pieces=1: None)
+
+
+def without_totals(model: Decoder) -> None:
+    of_second(model, lambda t: t)
+
+
+def twice_totalled(model: Decoder) -> None:
+    total = model.wiring.blocks[0].second.cut.total
+    of_second(model, lambda t: total(total(t)))
+
+
+def without_means(model: Decoder) -> None:
+    of_second(model, model.head.cut.total, mean=False)
+
+
+def on_every_rank(model: Decoder) -> None:
+    for block in model.wiring.blocks:
+        block.attach = context.attach
+
+
+def uncut(model: Decoder) -> None:
+    for block in model.wiring.blocks:
+        block.second.cut = WHOLE
+
+
+def whole_vocabulary(model: Decoder) -> None:
+    model.head.cut = WHOLE
+
+
+def one_norm_left_out(model: Decoder) -> None:
+    """One of many, as a slip would be."""
+    list(on_stream(model))[1].partial.symmetric_difference_update({"weight"})
+
+
+FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
+    "no leave": (without_leave, dict(pattern="*-")),
+    "no leave, ladder": (without_leave, dict(pattern="*-M", residual="ladder")),
+    "leave twice": (twice_left, dict(pattern="*-")),
+    "no enter": (without_enter, dict(pattern="-*")),
+    "no enter, ladder": (without_enter, dict(pattern="-*E", residual="ladder")),
+    "head does not enter": (without_last_enter, dict(pattern="*")),
+    "embedding does not leave": (without_first_leave, dict(pattern="*")),
+    "Mamba-1's selection": (without_totals, dict(pattern="m")),
+    "Mamba-1's selection twice": (twice_totalled, dict(pattern="m")),
+    "Mamba-2's groups": (without_means, dict(pattern="M", mamba_groups=2)),
+    "norm of all queries": (without_means, dict(pattern="*", qk_norm="full")),
+    "polynorm": (uncut, dict(pattern="-", activation="polynorm")),
+    "polynorm of experts": (uncut, dict(pattern="E", activation="polynorm")),
+    "balance on every rank": (on_every_rank, dict(pattern="E")),
+    "part of a vocabulary": (whole_vocabulary, dict(pattern="-")),
+    "a norm's gradient": (one_norm_left_out, dict(pattern="*-")),
+}
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(meshes: Meshes, fault: str, sequence: bool) -> None:
+    spoil, fields = FAULTS[fault]
+    model = model_of(meshes[4], sequence, **fields)
+    check(model, meshes[4])
+    spoil(model)
+    with pytest.raises(SpmdTypeError):
+        check(model, meshes[4])
+
+
+@pytest.mark.parametrize("total", [lambda t, *cuts: t, None], ids=["missing", "doubled"])
+def test_fault_in_spectral_norm(
+    meshes: Meshes, monkeypatch: pytest.MonkeyPatch, total: Callable[..., Tensor] | None
+) -> None:
+    model, once = model_of(meshes[2], True, pattern="-", sigma_reparam=True), reparam.total
+    check(model, meshes[2])
+    twice = lambda t, *cuts: once(once(t, *cuts), *cuts)  # noqa: E731
+    monkeypatch.setattr(reparam, "total", total or twice)
+    with pytest.raises(SpmdTypeError):
+        check(model, meshes[2])
+
+
+# What the checker is told is so: put together, ranks' results are those of one device.
+
+
+def part_of(t: Any, wanted: Any, rank: int) -> Any:
+    """One of two ranks' part of an argument."""
+    if not isinstance(t, Tensor) or wanted in (R, None):
+        return t
+    if wanted is P:
+        return t * (0.25, 0.75)[rank]
+    return t.chunk(2, wanted.dim)[rank].contiguous()
+
+
+def joined(parts: tuple[Tensor, Tensor], wanted: Any) -> Tensor:
+    if wanted is P:
+        return parts[0] + parts[1]
+    return torch.cat(parts, wanted.dim) if isinstance(wanted, S) else parts[0]
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64
+    )
+
+
+X, DT = drawn(8, 2, 4, 3), drawn(8, 2, 4).abs()
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "attention": dict(q=X, k=drawn(8, 2, 2, 3), v=drawn(8, 2, 2, 5), sinks=drawn(4)),
+    "causal_conv": dict(x=DT, weight=drawn(4, 3), bias=drawn(4), activation=True),
+    "ssd": dict(
+        x=X, dt=DT, A=-drawn(4).abs(), B=drawn(8, 2, 2, 5), C=drawn(8, 2, 2, 5), D=drawn(4), chunk=4
+    ),
+    "selective_scan": dict(
+        x=DT, dt=DT, A=-drawn(4, 3).abs(), B=drawn(8, 2, 3), C=drawn(8, 2, 3), D=drawn(4), chunk=4
+    ),
+    "delta_rule": dict(
+        q=drawn(8, 2, 2, 3), k=drawn(8, 2, 2, 3), v=X, beta=DT.sigmoid(), decay=-DT, chunk=4
+    ),
+    "expert_mlp": dict(
+        rows=drawn(9, 3), counts=torch.tensor([4, 0, 3]), gate=drawn(3, 4, 3), up=drawn(3, 4, 3),
+        down=drawn(3, 3, 4), activation="swiglu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", CONTRACTS, ids=lambda kernel: kernel.__name__)
+def test_contract(kernel: Callable[..., Any]) -> None:
+    given, contract = ARGUMENTS[kernel.__name__], CONTRACTS[kernel]
+
+    def results(rank: int | None) -> tuple[Tensor, ...]:
+        own = {
+            name: t if rank is None else part_of(t, contract.arguments.get(name, R), rank)
+            for name, t in given.items()
+        }
+        found = kernel(**own)
+        return found if isinstance(found, tuple) else (found,)
+
+    assert contract.arguments.keys() <= given.keys()
+    both = zip(results(0), results(1), contract.results, strict=True)
+    ours = {str(i): joined((a, b), wanted) for i, (a, b, wanted) in enumerate(both)}
+    assert_equal(ours, {str(i): t for i, t in enumerate(results(None))})
+
+
+def plain(*values: Any) -> list[tuple[Any, Any]]:
+    """Arguments that are no tensors."""
+    return [(value, None) for value in values]
+
+
+ORDER = experts.Order(torch.tensor([4, 4]), torch.arange(8), torch.arange(8).view(4, 2), None)
+RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
+    "columns": (linear._Linear, [(drawn(3, 4, 6), R), (drawn(8, 6), S(0))], S(2)),
+    "rows": (linear._Linear, [(drawn(3, 4, 6), S(2)), (drawn(8, 6), S(1))], P),
+    "of a sum": (linear._Linear, [(drawn(3, 4, 6), P), (drawn(8, 6), R)], P),
+    "norm of a stream": (norm._RMSNorm, [
+        (drawn(4, 3, 6), S(0)), (drawn(6), R), (drawn(6), R), *plain(0.1, 1.0, 6, False, None),
+    ], S(0)),
+    "norm of groups": (norm._RMSNorm, [
+        (drawn(4, 4, 6), S(1)), (drawn(4, 6), S(0)), *plain(None, 0.1, 0.0, 6, False, None),
+    ], S(1)),
+    "layer norm": (norm._LayerNorm, [
+        (drawn(4, 3, 6), S(0)), (drawn(6), R), (drawn(6), R), *plain(0.1),
+    ], S(0)),
+    "gate": (activation._Activate, [
+        (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), *plain("swiglu", None, WHOLE),
+    ], S(1)),
+    "polynorm": (activation._Activate, [
+        (drawn(4, 6), S(0)), *plain(None, "polynorm"), (drawn(4), R), *plain(WHOLE),
+    ], S(0)),
+    "gate and product": (activation._ActivatedLinear, [
+        (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), (drawn(5, 6), S(1)),
+        *plain("swiglu", None, WHOLE),
+    ], P),
+    "combine": (experts._Combine, [(drawn(8, 6), P), (drawn(4, 2), R), *plain(ORDER)], P),
+    "attach": (context._Attach, [(drawn(4, 2), R), (drawn(), P)], R),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULED)
+def test_rule(meshes: Meshes, case: str) -> None:
+    function, arguments, wanted = RULED[case]
+    results = []
+    for rank in range(2):
+        own = [part_of(t, kind, rank) for t, kind in arguments]
+        with spmd.set_current_mesh(meshes[2]), typecheck("strict", local=False):
+            for t, (_, kind) in zip(own, arguments, strict=True):
+                if isinstance(t, Tensor):
+                    stamp(t, kind)
+            results.append(function.apply(*own))
+            assert type_of(results[-1]) == wanted
+    whole = function.apply(*(t for t, _ in arguments))
+    assert_equal({"y": joined((results[0], results[1]), wanted)}, {"y": whole})
