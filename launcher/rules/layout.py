@@ -16,7 +16,7 @@ RULES = Rules()
 def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The degrees multiply to the number of ranks."""
     p = r.parallel
-    if world_size is None or _fits(r, world_size):
+    if world_size is None or _fits(r, world_size) or p.pp * p.cp > 1:  # which are not built
         return
     if world_size % p.tp:
         options = choice(divisors(world_size), p.tp)
@@ -47,11 +47,12 @@ def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     ladder = (
         " (ladder, which hands two tensors on, neither)" if r.model.residual == "ladder" else ""
     )
+    etp = p.etp if p.etp and p.tp > 1 and r.model.has("E", "T") else p.tp
     for field, value, wanted, what in (
         ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
         ("parallel.cp", p.cp, 1, "context parallelism is not built yet"),
         ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
-        ("parallel.etp", p.etp or p.tp, p.tp, "experts are cut as everything else"),
+        ("parallel.etp", etp, p.tp, "experts are cut over as many ranks as all else"),
     ):
         if value != wanted:
             yield Fault(field, value, f"{what}; set {field} to {wanted}")

@@ -171,17 +171,19 @@ def test_mistakes_of_a_user(
     assert "Traceback" not in error
 
 
-def test_other_failures_exit_with_1() -> None:
+@pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2"])
+def test_other_failures_exit_with_1(layout: str) -> None:
     """A rank that dies: its status is not a user's mistake, and the others do not hang."""
-    process = command(*quick("train.steps=100000", "--nproc", "2"))
+    process = command(*quick("train.steps=100000", f"parallel.{layout}", "--nproc", "2"))
     wait_for_a_step(process)
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
     )
     os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
     start = time.monotonic()
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert "failed first, with signal 9" in err
     assert time.monotonic() - start < 45
 
 

@@ -172,6 +172,9 @@ EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the fiel
     (f"{_SOURCE}.format=tokens {_SOURCE}.path=a", f"{_SOURCE}.stream=true",
      f"{_SOURCE}.format=text"),
     ("", f"{_SOURCE}.weight=2", "data.sources.1.format=stdlib"),
+    # ranks
+    ("model.vocab=264", "parallel.sequence=false", "parallel.tp=2"),
+    ("model.pattern=*E model.vocab=264", "parallel.etp=2", "parallel.tp=2"),
 ]  # fmt: skip
 
 
