@@ -179,7 +179,7 @@ def test_sharded(ranks1: Ranks, ranks2: Ranks) -> None:
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_tensor_parallel(ranks1: Ranks, ranks2: Ranks, sequence: bool) -> None:
-    """Graphs do not wait for what is under way between ranks: it arrives before they are entered."""
+    """Graphs do not wait for what is under way between ranks: it arrives before they begin."""
     fields: dict[str, Any] = {"vocab": 64, "ffn": 48, "activation": "polynorm", "mamba_groups": 1}
     fields["residual"] = "ladder"
     alone = ranks1.run(trained, recipe_for("M-mE", {}, 16, **fields))[0]

@@ -1,6 +1,5 @@
 """Tensor and sequence parallelism against one process: every symbol, option and wiring."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colonnade.launcher.corpus import Batch
 from colonnade.launcher.generation import extend
 from colonnade.launcher.job import build_model
+from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.step import forward
 from colonnade.parallel.world import World
 
@@ -87,43 +87,60 @@ def test_beside_data_parallel_and_recomputation(
 
 
 class Sent(TorchDispatchMode):
-    """Counts the collectives that are launched."""
+    """Notes the collectives that are launched, tensor-parallel ones and those of FSDP2."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.calls: list[str] = []
+        self.fsdp: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         library, name, *_ = str(func).split(".")
         if library == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
-            self.calls[name] += 1
+            self.calls.append(name)
+        elif library == "c10d":
+            self.fsdp.append((name, sum(t.numel() for t in args if isinstance(t, Tensor))))
         return func(*args, **kwargs or {})
 
 
-def sent(rank: int, size: int, recompute: str, sequence: bool) -> tuple[Counter, Counter]:
-    """What a forward and a backward pass send."""
+def sent(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
+    """What the forward and the backward pass of a micro-batch send."""
     here = World(rank, size, torch.device("cpu"))
-    layout = {"tp": 2, "sequence": sequence}
-    fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
-    recipe = recipe_for("M*m-E", layout, 2, recompute=recompute, **fields)
     _, model, _ = build_model(recipe, here)
     g = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(64, (2, 2, 16), generator=g)
     place = torch.arange(16).expand(2, 16)
     batch = Batch(tokens, labels, place, torch.zeros_like(place))
-    with Sent() as ahead:
+    with Sent() as noted:
         loss, _ = forward(model, batch, [0, 1], here.device)
-    with Sent() as back:
+        noted.calls.append("backward")
+        noted.fsdp.append(("backward", 0))
         loss.backward()
-    return ahead.calls, back.calls
+    return noted.calls, noted.fsdp
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_recomputation_sends_nothing_again(ranks2: Ranks, sequence: bool) -> None:
-    usual = ranks2.run(sent, "none", sequence)[0]
-    assert sum(usual[0].values()) > 10
-    for recompute in ("block", "selective"):
-        assert ranks2.run(sent, recompute, sequence)[0] == usual
+    fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
+    layout = {"tp": 2, "sequence": sequence}
+    found = [
+        ranks2.run(sent, recipe_for("M*m-E", layout, 2, recompute=recompute, **fields))[0][0]
+        for recompute in ("none", "block", "selective")
+    ]
+    assert len(found[0]) > 20
+    assert found[1] == found[2] == found[0]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ladder_leaves_fsdp_its_order(ranks4: Ranks, sequence: bool) -> None:
+    """Weights are gathered ahead, and gradients scattered, just as with the standard residual."""
+    layout = {"tp": 2, "dp_shard": 2, "sequence": sequence}
+    standard, ladder = (
+        ranks4.run(sent, recipe_for("*-M", layout, 1, residual=residual, repeat=2, **SMALL))[0][1]
+        for residual in ("standard", "ladder")
+    )
+    assert len(standard) > 20
+    assert ladder == standard
 
 
 def written(rank: int, size: int, layout: dict[str, int]) -> list[int]:
