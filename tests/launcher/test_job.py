@@ -128,6 +128,25 @@ def test_resuming_equals_not_stopping(
     assert losses(tmp_path / "fewer") == pytest.approx(whole, rel=1e-10)
 
 
+@pytest.mark.parametrize("overrides", [(), STATEFUL])
+def test_resuming_on_another_layout(
+    ranks1: Ranks,
+    ranks2: Ranks,
+    ranks4: Ranks,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+) -> None:
+    """Alone, then cut over two ranks, then over two by two, then alone again."""
+    ranks1.run(job, recipe(*overrides), tmp_path / "whole")
+    run, cut = tmp_path / "moved", recipe(*overrides, "parallel.tp=2")
+    ranks1.run(job, recipe(*overrides), run, False, 2)
+    ranks2.run(job, cut, run, True, 4)
+    ranks4.run(job, cut, run, True, 6)
+    ranks1.run(job, recipe(*overrides), run, True)
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+
+
 def stopped(rank: int, size: int, recipe: Recipe, run: Path) -> int:
     """A job whose last rank gets SIGTERM while it trains."""
     done = []
@@ -242,8 +261,9 @@ def test_validation_does_not_depend_on_ranks(
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
     alone = ranks1.run(validated, recipe(), tmp_path)[0]
     assert alone[1] >= 7
-    for many in ranks4.run(validated, recipe(), tmp_path):
-        assert many == pytest.approx(alone, rel=1e-12)
+    for settings in (recipe(), recipe("parallel.tp=2")):
+        for many in ranks4.run(validated, settings, tmp_path):
+            assert many == pytest.approx(alone, rel=1e-12)
 
 
 def test_resume_drops_metrics_past_the_checkpoint(
