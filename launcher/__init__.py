@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from colonnade.launcher.load import load_recipe as load_recipe
     from colonnade.launcher.training import resume as resume
     from colonnade.launcher.training import train as train
+    from colonnade.launcher.verification.run import verify as verify
 
 _HOMES = {
     "bench": "benchmarks",
@@ -24,8 +25,9 @@ _HOMES = {
     "load_recipe": "load",
     "resume": "training",
     "train": "training",
+    "verify": "verification.run",
 }
-__all__ = ["bench", "data", "doctor", "generate", "load_recipe", "resume", "train"]
+__all__ = ["bench", "data", "doctor", "generate", "load_recipe", "resume", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

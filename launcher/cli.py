@@ -81,6 +81,27 @@ def run_data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify(arguments: argparse.Namespace) -> int:
+    """`colonnade verify`."""
+    from colonnade.launcher.verification.run import verify
+    from colonnade.launcher.verification.table import table
+
+    a = arguments
+    report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
+    place = Place.from_environment()
+    if place is None or place.rank == 0:
+        print(table(report)) if a.json is None else emit(report, a.json)
+    return 0 if report["equal"] else 1
+
+
+def run_verify_rank(arguments: argparse.Namespace) -> int:
+    """A rank that `colonnade verify` started."""
+    from colonnade.launcher.verification.run import be_started_rank
+
+    be_started_rank(Path(arguments.folder))
+    return 0
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """`colonnade doctor`."""
     from colonnade.launcher.health import doctor
@@ -164,6 +185,22 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--again", action="store_true")
     rank.add_argument("--until", type=positive)
 
+    verify = add("verify", run_verify, "compare layouts with one process, at test size")
+    verify.add_argument("recipe", help="a path, or the name of a shipped recipe")
+    verify.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. model.repeat=1")
+    verify.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
+    verify.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="tp=2,…",
+        help="fields of [parallel], may be given several times (default: all that are valid)",
+    )
+
+    verify_rank = verbs.add_parser("_verify")
+    verify_rank.set_defaults(action=run_verify_rank)
+    verify_rank.add_argument("folder")
+
     generate = add("generate", run_generate, "text from a trained model")
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
     generate.add_argument("--prompt", default="", help="the text to go on from")
@@ -184,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", run_doctor, "devices, backends, and which kernel serves each operator")
     bench = add("bench", run_bench, "a benchmark, beside its reference in one run")
     bench.add_argument("name", choices=list(BENCHMARKS))
-    for verb in (train, data, doctor, bench):
+    for verb in (train, verify, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 
@@ -193,7 +230,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Arguments as given; a recipe's overrides may stand before or after options."""
     parser = build_parser()
     chosen, rest = parser.parse_known_args(arguments)
-    if rest and (chosen.verb != "train" or any(word.startswith("-") for word in rest)):
+    takes = chosen.verb in ("train", "verify")
+    if rest and (not takes or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         chosen.overrides = [*chosen.overrides, *rest]
@@ -207,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = chosen.action(chosen)
     except UserError as mistake:
         status = USER_MISTAKE
-        report_failure(str(mistake), started=chosen.verb == "_rank")
+        report_failure(str(mistake), started=chosen.verb.startswith("_"))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception:  # of our own making, or that of a peer which is gone

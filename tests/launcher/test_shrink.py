@@ -1,0 +1,155 @@
+"""Recipes at test size: valid under the layouts of the large one, and the same but for widths."""
+
+from typing import Any
+
+import pytest
+
+from colonnade.launcher.load import load_recipe, recipe_names
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+from colonnade.launcher.verification.layouts import covering, laid_out, parse_layout, write_layout
+from colonnade.launcher.verification.narrow import COUNTS, DIVIDED, SHORT, WHOLE
+from colonnade.launcher.verification.shrink import EPS, alone, on_layout, shrink
+from colonnade.models.config import ModelConfig
+from colonnade.models.shapes import measure
+
+WIDE = dict(vocab=1024, hidden=512, heads=16, ffn=1536)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "slices per head": dict(
+        pattern="*-", attention_gate="head", kv_heads=4, rope_fraction=0.25, qk_norm="full"
+    ),
+    "windows": dict(
+        pattern="*-", repeat=12, window=128, full_attention=(5, 11), residual="ladder",
+        ladder_last=20,
+    ),
+    "windows in the first half": dict(pattern="*-", repeat=4, window=128, full_attention=(0, 1)),
+    "ntk": dict(pattern="*-", rope_scaling="ntk", rope_factor=4.0),
+    "yarn, latent": dict(
+        pattern="*-", attention="mla", q_rank=96, kv_rank=64, rope_dim=32, value_dim=48,
+        rope_scaling="yarn", rope_factor=8.0, rope_mscale_all=1.0,
+    ),
+    "odd heads, no positions": dict(pattern="*-", head_dim=33, positions="none"),
+    "mixers": dict(
+        pattern="MmDG-", mamba_groups=4, delta_key_heads=4, delta_value_dim=128, mamba_state=64
+    ),
+    "experts": dict(
+        pattern="*E-", repeat=6, share=True, experts=32, top_k=6, expert_ffn=96, shared_ffn=192,
+        shared_gate=True, router_groups=8, router_top_groups=4, balance_samples=2, capacity=1.5,
+    ),
+    "further tokens, THOR": dict(pattern="*T", mtp=2, mtp_pattern="*-", tied=True, logit_z=0.1),
+    "muP": dict(
+        pattern="*MmDG-E", expert_ffn=96, mup_base=dict(hidden=128, ffn=384, heads=4),
+    ),
+    "muP, slices per head": dict(
+        pattern="*-", attention_gate="head", mup_base=dict(hidden=128, heads=4), repeat=3
+    ),
+    "muP, from a larger base": dict(pattern="*-", mup_base=dict(ffn=3072, head_dim=64)),
+}  # fmt: skip
+
+
+def recipe_of(fields: dict[str, Any]) -> Recipe:
+    model = dict(WIDE) if "*" in fields["pattern"] else {"vocab": 1024, "hidden": 512, "ffn": 1536}
+    tables = {"model": model | fields, "train": {"global_batch": 64, "micro_batch": 2}}
+    tables["data"] = {"tokenizer": "bytes"}
+    tables["optimizer"] = {"warmup": 5, "min_lr": 1e-5, "beta1": 0.8, "clip": 0.0}
+    return Recipe.model_validate(tables)
+
+
+RECIPES = {name: load_recipe(name) for name in recipe_names()}
+RECIPES |= {name: recipe_of(fields) for name, fields in OPTIONS.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6, 16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_layout_fits_both_or_neither(name: str, ranks: int) -> None:
+    recipe = RECIPES[name]
+    assert not validate(recipe, None)
+    layouts = list(covering(ranks))
+    small = shrink(recipe, ranks, layouts)
+    assert not validate(alone(small), 1)
+    fitting = 0
+    for layout in layouts:
+        large = {f.field for f in validate(laid_out(recipe, layout), ranks)}
+        faults = validate(on_layout(small, ranks, layout, "fp32"), ranks)
+        assert bool(faults) == ("parallel.tp" in large), (write_layout(layout), faults)
+        fitting += not faults
+    assert fitting >= len([layout for layout in layouts if "tp" not in layout])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_but_widths_stays(name: str) -> None:
+    large = RECIPES[name]
+    small = shrink(large, 4, [{"tp": 4}])
+    may_change = {*DIVIDED, *WHOLE, *SHORT, "init_std", "mup_base", "repeat", "full_attention"}
+    for field in ModelConfig.model_fields.keys() - may_change - {"ladder_last", *COUNTS}:
+        assert getattr(small.model, field) == getattr(large.model, field), field
+    for field in COUNTS:
+        if value := getattr(large.model, field):
+            assert getattr(small.model, field) == value, field
+    assert len(small.model.symbols) == len(large.model.pattern) * min(2, large.model.repeat)
+    assert bool(small.model.full_attention) == bool(large.model.full_attention)
+    assert (small.model.mup_base is None) == (large.model.mup_base is None)
+    for field in ("name", "beta1", "beta2", "weight_decay"):
+        assert getattr(small.optimizer, field) == getattr(large.optimizer, field)
+    assert small.optimizer.eps == EPS
+    assert bool(small.optimizer.clip) == bool(large.optimizer.clip)
+    assert small.train.recompute == large.train.recompute
+    assert measure(small.model, small.train.seq_len).parameters < 2e6
+
+
+def test_base_of_mup_stays_smaller_by_two() -> None:
+    small = shrink(RECIPES["muP"], 4, [{"tp": 4}]).model
+    base = small.base()
+    assert base is not None
+    assert small.mup_base is not None
+    assert base.heads == 4
+    for width in ("hidden", "ffn", "mamba1_inner"):
+        assert small.mup_base[width] * 2 == getattr(small, width)
+    assert {"mamba_heads", "delta_heads"} < small.mup_base.keys()
+    larger = shrink(RECIPES["muP, from a larger base"], 4, [{"tp": 4}]).model
+    assert larger.mup_base == {"ffn": 2 * larger.ffn, "head_dim": 2 * (larger.head_dim or 0)}
+
+
+def test_fields_of_later_work_survive() -> None:
+    class Later(ModelConfig):
+        future: int = 0
+
+    model = Later(pattern="*-", future=3)
+    small = shrink(Recipe().model_copy(update={"model": model}), 2, [{"tp": 2}])
+    assert getattr(small.model, "future", None) == 3
+
+
+def test_batches_accumulate_on_every_layout() -> None:
+    """Two micro-batches of whole balance groups, and tokens for all of tp."""
+    recipe = RECIPES["experts"]
+    layouts = list(covering(8))
+    small = shrink(recipe, 8, layouts)
+    for layout in layouts:
+        train = on_layout(small, 8, layout, "fp64").train
+        sharers = layout.get("tp", 1)
+        assert isinstance(sharers, int)
+        assert train.global_batch == 2 * train.micro_batch * (8 // sharers)
+        assert train.micro_batch % recipe.model.balance_samples == 0
+    assert small.train.seq_len == 16
+    assert alone(small).train.micro_batch == small.train.global_batch
+
+
+def test_what_is_no_degree_stays_with_a_layout() -> None:
+    """`parallel.sequence` of the recipe holds unless the layout names it, or has no use for it."""
+    recipe = load_recipe("quickstart", ["parallel.sequence=false", "parallel.tp=2"])
+    small = shrink(recipe, 4, [{"tp": 4}, {"dp_shard": 4}])
+    assert not on_layout(small, 4, {"tp": 4}, "fp64").parallel.sequence
+    assert on_layout(small, 4, {"tp": 4, "sequence": True}, "fp64").parallel.sequence
+    for other in (on_layout(small, 4, {"dp_shard": 4}, "fp64"), alone(small)):
+        assert other.parallel.tp == 1
+        assert "sequence" not in other.parallel.model_fields_set
+
+
+def test_covering_set() -> None:
+    layouts = list(covering(4))
+    assert len({write_layout(layout) for layout in layouts}) == len(layouts) == 9
+    assert all(parse_layout(write_layout(layout)) == layout for layout in layouts)
+    recipe = recipe_of({"pattern": "*-"})
+    for layout in layouts:
+        assert not validate(laid_out(recipe, layout), 4)
+    assert sum("tp" in layout for layout in layouts) == 6
