@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from colonnade.launcher.effects import given
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.health import check_compiling
 from colonnade.launcher.load import load_recipe
@@ -29,6 +30,7 @@ from colonnade.launcher.validate import validate
 from colonnade.launcher.verification.equal import EXACT, Bounds, Difference, compare
 from colonnade.launcher.verification.layouts import (
     DEGREES,
+    FIELDS,
     Layout,
     covering,
     laid_out,
@@ -38,6 +40,7 @@ from colonnade.launcher.verification.layouts import (
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.table import KINDS
 from colonnade.launcher.verification.trace import Trace, traced
+from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World, world
 
 # fp32 beside fp64. Rounding alone: gradients were off by 1e-6 of their largest element in most
@@ -136,17 +139,15 @@ def planned(
         raise UserError(
             "verify compares several ranks with one: give --nproc, 2 or more, or a --layout"
         )
-    for text in overrides:
-        field, _, value = (word.strip() for word in text.partition("="))
-        table, _, name = field.partition(".")
-        if table == "parallel" and name in DEGREES:
-            raise UserError(f"{text}: name layouts as such: --layout {name}={value}")
+    overrides, shared = separated(overrides)
     if not isinstance(recipe, Recipe):
         place = Place.from_environment()
         tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
         recipe = load_recipe(recipe, overrides, None, tell)
     elif overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
+    parallel = ParallelConfig.model_validate(dict(given(recipe.parallel)) | shared)
+    recipe = recipe.model_copy(update={"parallel": parallel})
     if chosen:
         faults = [f for layout in chosen for f in validate(laid_out(recipe, layout), size)]
         if faults:
@@ -154,6 +155,8 @@ def planned(
         return Job(recipe, tuple({write_layout(layout): layout for layout in chosen}.values()))
     fitting, skipped = [], []
     for layout in covering(size):
+        if any(layout.get(name, value) != value for name, value in shared.items()):
+            continue
         faults = validate(laid_out(recipe, layout), size)
         if faults:
             skipped.append((layout, "; ".join(map(str, faults))))
@@ -162,6 +165,26 @@ def planned(
     if not fitting:
         raise UserError("\n".join([f"no layout of {size} ranks is valid:", *reasons(skipped)]))
     return Job(recipe, tuple(fitting), tuple(skipped))
+
+
+def separated(overrides: Sequence[str]) -> tuple[list[str], Layout]:
+    """Overrides of other tables, and the fields of `[parallel]` that hold for all layouts.
+
+    Raises:
+        UserError: a degree among them.
+    """
+    others: list[str] = []
+    shared: Layout = {}
+    for text in overrides:
+        field, _, value = (word.strip() for word in text.partition("="))
+        table, _, name = field.partition(".")
+        if table != "parallel" or name not in FIELDS:
+            others.append(text)
+        elif name in DEGREES:
+            raise UserError(f"{text}: name layouts as such: --layout {name}={value}")
+        else:
+            shared |= parse_layout(f"{name}={value}")
+    return others, shared
 
 
 def reasons(skipped: Sequence[tuple[Layout, str]]) -> list[str]:

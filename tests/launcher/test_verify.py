@@ -17,7 +17,7 @@ from colonnade.launcher.load import load_recipe
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.verification import run
 from colonnade.launcher.verification.equal import EXACT, Bounds, compare
-from colonnade.launcher.verification.layouts import parse_layout
+from colonnade.launcher.verification.layouts import laid_out, parse_layout
 from colonnade.launcher.verification.run import SINGLE, Job, beside, compared, planned
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.table import table
@@ -234,6 +234,20 @@ def test_covering_set_names_what_it_leaves_out() -> None:
     again = Job.read(job.write())
     assert again == job
     assert again.recipe.model.model_fields_set == job.recipe.model.model_fields_set
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_an_override_holds_for_every_layout(value: str) -> None:
+    """A field that is no degree; layouts in which it changes nothing go without it."""
+    override = f"parallel.sequence={value}"
+    job = planned("quickstart", [override], 4, ["tp=4", "tp=2,dp_replicate=2"])
+    assert [laid_out(job.recipe, layout).parallel.sequence for layout in job.layouts] == [
+        value == "true"
+    ] * 2
+    covered = planned("quickstart", [override, "train.micro_batch=2"], 4, []).layouts
+    assert {layout.get("sequence") for layout in covered} == {value == "true", None}
+    with pytest.raises(UserError, match="did you mean parallel.sequence"):
+        planned("quickstart", ["parallel.sequenc=true"], 4, ["tp=4"])
 
 
 def test_the_verb(
