@@ -246,7 +246,7 @@ def test_an_override_holds_for_every_layout(value: str) -> None:
     ] * 2
     covered = planned("quickstart", [override, "train.micro_batch=2"], 4, []).layouts
     assert {layout.get("sequence") for layout in covered} == {value == "true", None}
-    with pytest.raises(UserError, match="did you mean parallel.sequence"):
+    with pytest.raises(UserError, match=r"did you mean parallel\.sequence"):
         planned("quickstart", ["parallel.sequenc=true"], 4, ["tp=4"])
 
 
