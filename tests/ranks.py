@@ -4,6 +4,7 @@ results = pool(4).run(function, *args)  # function(rank, world_size, *args) on e
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -18,7 +19,9 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from colonnade.parallel import mesh
 from colonnade.parallel.world import world
 
 T = TypeVar("T")
@@ -130,6 +133,8 @@ def pool(size: int) -> Ranks:
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     """One rank: take calls until told to end."""
     torch.set_num_threads(1)
+    # Every group keeps threads, and DTensor's caches keep meshes: one of a shape serves all tests.
+    mesh.init_device_mesh = functools.cache(init_device_mesh)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with world(rank, size, torch.device("cpu"), store):
         gc.freeze()
