@@ -27,12 +27,14 @@ class Cut:
             (recomputation may keep it). Differentiable; its gradients are partial sums, which are
             summed as well.
         largest: the elementwise maximum over the ranks, without gradient.
+        once: `total` without gradient, of what recomputation does not compute again.
     """
 
     count: int = 1
     index: int = 0
     total: Combine = _alone
     largest: Combine = _alone
+    once: Combine = _alone
 
     def mine(self, whole: Tensor, dim: int, pieces: int | None = None) -> Tensor:
         """This rank's piece of a whole tensor along `dim`.

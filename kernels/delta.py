@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.cut import outside_graphs
 from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.segments import Chunking, Passing
 
 # exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays here changes no result;
 # it keeps their running sums small enough for differences of them to mean something.
@@ -130,35 +132,64 @@ class _Chunks:
     """What chunks hold that does not depend on the state before them."""
 
     lose: _Decays
-    queries: Tensor  # [n, B, K, 1, Q, P]
-    keys: Tensor
+    keys: Tensor  # [n, B, K, 1, Q, P]
     beta: Tensor  # [n, B, K, R, Q, 1]
-    gram: Tensor  # D ∘ k kᵀ, and below D ∘ q kᵀ, [n, B, K, R or 1, Q, Q]
-    scores: Tensor
+    gram: Tensor  # D ∘ k kᵀ, [n, B, K, R or 1, Q, Q]
     inverse: Tensor  # (I + L)⁻¹, [n·B·H, Q, Q]
-    W: Tensor  # [n·B·H, Q, P], and so are E q and F k
-    seen: Tensor
-    written: Tensor
+    W: Tensor  # [n·B·H, Q, P]
+    written: Tensor  # F k, like W
 
 
 def _chunks(
-    shape: _Shape,
-    q: Tensor,
-    k: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    documents: Tensor | None,
+    shape: _Shape, k: Tensor, beta: Tensor, decay: Tensor | None, documents: Tensor | None
 ) -> _Chunks:
     """All of it, from the arguments of `_DeltaRule`."""
     beta = _head_order(beta)
     lose = _decays(beta, None if decay is None else _head_order(decay), documents)
-    queries, keys = (wide(_head_order(t)).contiguous() for t in (q, k))
+    keys = wide(_head_order(k)).contiguous()
     gram = (keys @ keys.mT) * lose.within
-    scores = (queries @ keys.mT) * lose.within
     inverse = _unit_inverse(shape.flat(gram * beta))
     W = torch.bmm(inverse, shape.flat(keys * (beta * lose.entering)))
-    seen, written = shape.flat(queries * lose.entering), shape.flat(keys * lose.leaving)
-    return _Chunks(lose, queries, keys, beta, gram, scores, inverse, W, seen, written)
+    return _Chunks(lose, keys, beta, gram, inverse, W, shape.flat(keys * lose.leaving))
+
+
+def _reads(shape: _Shape, x: _Chunks, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and D ∘ q kᵀ, like keys and gram, and E q, like W."""
+    queries = wide(_head_order(q)).contiguous()
+    scores = (queries @ x.keys.mT) * x.lose.within
+    return queries, scores, shape.flat(queries * x.lose.entering)
+
+
+def _run(shape: _Shape, x: _Chunks, corrections: Tensor, states: Tensor | list[Tensor]) -> None:
+    """Through the chunks: corrections holds U; states its first, and room for the others."""
+    across = shape.flat(x.lose.across)
+    per_chunk = zip(*map(shape.by_chunk, (corrections, x.W, x.written, across)), strict=True)
+    for c, (d, w, written, crossing) in enumerate(per_chunk):
+        d.baddbmm_(w, states[c], alpha=-1)
+        torch.mul(states[c], crossing, out=states[c + 1]).baddbmm_(written.mT, d)
+
+
+def _run_back(shape: _Shape, x: _Chunks, dcorrections: Tensor, dstates: Tensor) -> None:
+    """Backwards from the last state's gradient; the others hold what came through the outputs."""
+    across = shape.flat(x.lose.across)
+    per_chunk = zip(*map(shape.by_chunk, (dcorrections, x.W, x.written, across)), strict=True)
+    for c, (dd, w, written, crossing) in reversed(list(enumerate(per_chunk))):
+        dd.baddbmm_(written, dstates[c + 1])
+        dstates[c].addcmul_(dstates[c + 1], crossing).baddbmm_(w.mT, dd, alpha=-1)
+
+
+def _over_segments(shape: _Shape, x: _Chunks, U: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """What segments leave that start from zeros, and their transitions: `[parts, B, H, P, V or P]`.
+
+    A transition is what becomes of the identity without values: more columns of the same state.
+    """
+    heads, V, P = shape.K * shape.R, shape.V, x.W.shape[-1]
+    eye = torch.eye(P, dtype=U.dtype, device=U.device)
+    state = F.pad(eye, (V, 0)).repeat(shape.B * heads, 1, 1)
+    states = [state, torch.empty_like(state)] * (shape.n // 2 + 1)
+    _run(shape, x, F.pad(U, (0, P)), states)
+    left, transition = states[shape.n].view(parts, -1, heads, P, V + P).split([V, P], -1)
+    return left, transition.contiguous()
 
 
 def _segments(within: Tensor, entering: Tensor, leaving: Tensor, across: Tensor) -> Tensor:
@@ -190,45 +221,57 @@ class _DeltaRule(torch.autograd.Function):
         decay: Tensor | None,
         initial: Tensor,  # [B·H, P, V]
         documents: Tensor | None,
+        passing: Passing | None,
     ) -> tuple[Tensor, Tensor]:
         n, Q, batch, K, R, V = v.shape
         shape = _Shape(n, Q, batch, K, R, k.shape[-1], V)
-        x = _chunks(shape, q, k, beta, decay, documents)
+        x = _chunks(shape, k, beta, decay, documents)
         corrections = torch.bmm(x.inverse, shape.flat(_head_order(v) * x.beta))  # U, − W S below
+        wait = transition = None
+        if passing is not None:
+            left, transition = _over_segments(shape, x, corrections, passing.parts)
+            wait = passing.launch(left, transition, True)
+        _, scores, seen = _reads(shape, x, q)
         states = initial.new_empty(n + 1, *initial.shape)
-        states[0] = initial
-        across = shape.flat(x.lose.across)
-        per_chunk = zip(*map(shape.by_chunk, (corrections, x.W, x.written, across)), strict=True)
-        for c, (d, w, written, crossing) in enumerate(per_chunk):
-            d.baddbmm_(w, states[c], alpha=-1)
-            torch.mul(states[c], crossing, out=states[c + 1]).baddbmm_(written.mT, d)
-        ctx.shape = shape
-        ctx.save_for_backward(q, k, v, beta, decay, documents, states)
-        o = torch.bmm(x.seen, states[:-1].flatten(0, 1))
-        o.baddbmm_(shape.flat(x.scores), corrections)
-        return _natural(shape.ordered(o), v.dtype), states[-1].clone()
+        states[0] = initial if wait is None else wait().reshape(initial.shape)
+        _run(shape, x, corrections, states)
+        ctx.shape, ctx.passing = shape, passing
+        ctx.save_for_backward(q, k, v, beta, decay, documents, states, transition)
+        o = torch.bmm(seen, states[:-1].flatten(0, 1))
+        o.baddbmm_(shape.flat(scores), corrections)
+        final = states[-1].clone()
+        if passing is not None:
+            ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
+        return _natural(shape.ordered(o), v.dtype), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, decay, documents, states = ctx.saved_tensors
+        q, k, v, beta, decay, documents, states, transition = ctx.saved_tensors
         shape: _Shape = ctx.shape
-        x = _chunks(shape, q, k, beta, decay, documents)
+        x = _chunks(shape, k, beta, decay, documents)
+        queries, scores, seen = _reads(shape, x, q)
         before, do = states[:-1].flatten(0, 1), shape.flat(wide(_head_order(do)))
+
+        # Through the states, from the end backwards: what they and the corrections receive.
+        dcorrections = torch.bmm(shape.flat(scores).mT, do)
+        dstates = torch.empty_like(states)
+        dstates[-1] = dfinal
+        torch.bmm(seen.mT, do, out=dstates[:-1].flatten(0, 1))
+        wait = None
+        if ctx.passing is not None:
+            own = dstates.clone()
+            _run_back(shape, x, dcorrections.clone(), own)
+            own = own[0].view(*transition.shape[:-1], shape.V)
+            wait = ctx.passing.launch_back(own, transition, True)
         held = shape.ordered(torch.bmm(shape.flat(x.keys), before)).mul_(x.lose.entering)
         errors = held.neg_().add_(_head_order(v))  # v − E k S
         corrections = torch.bmm(x.inverse, shape.flat(errors * x.beta))
-
-        # Through the states, from the end backwards: what they and the corrections receive.
-        dcorrections = torch.bmm(shape.flat(x.scores).mT, do)
-        dstates = torch.empty_like(states)
-        dstates[-1] = dfinal
-        torch.bmm(x.seen.mT, do, out=dstates[:-1].flatten(0, 1))
-        across = shape.flat(x.lose.across)
-        per_chunk = zip(*map(shape.by_chunk, (dcorrections, x.W, x.written, across)), strict=True)
-        for c, (dd, w, written, crossing) in reversed(list(enumerate(per_chunk))):
-            dd.baddbmm_(written, dstates[c + 1])
-            dstates[c].addcmul_(dstates[c + 1], crossing).baddbmm_(w.mT, dd, alpha=-1)
+        dscores = shape.ordered(torch.bmm(do, corrections.mT))
+        dseen = shape.ordered(torch.bmm(do, before.mT)).mul_(x.lose.entering)
+        if wait is not None:
+            dstates[-1] = wait().reshape(dfinal.shape)
+        _run_back(shape, x, dcorrections, dstates)
         after = dstates[1:].flatten(0, 1)
 
         # Through the solve: dz = (I + L)⁻ᵀ dd is the gradient of its right side, −dz dᵀ that of L.
@@ -240,16 +283,14 @@ class _DeltaRule(torch.autograd.Function):
         dv = dz.mul_(x.beta)
 
         # Through what tokens read of each other and of the state before, and write into the next.
-        dscores = shape.ordered(torch.bmm(do, corrections.mT))
-        dlog_within = dlog_gram.mul_(x.beta).addcmul_(dscores, x.scores)
-        dseen = shape.ordered(torch.bmm(do, before.mT)).mul_(x.lose.entering)
+        dlog_within = dlog_gram.mul_(x.beta).addcmul_(dscores, scores)
         dheld = shape.ordered(torch.bmm(dv.flatten(0, 3), before.mT)).mul_(x.lose.entering)
         dwritten = shape.ordered(torch.bmm(corrections, after.mT)).mul_(x.lose.leaving)
         ddecay = None
         if decay is not None:
             ddecay = _segments(
                 dlog_within,
-                (dseen * x.queries).sum(-1).sub_((dheld * x.keys).sum(-1)),
+                (dseen * queries).sum(-1).sub_((dheld * x.keys).sum(-1)),
                 (dwritten * x.keys).sum(-1),
                 shape.ordered((after * before).sum((-2, -1))[:, None]) * x.lose.across[..., 0],
             )
@@ -259,9 +300,9 @@ class _DeltaRule(torch.autograd.Function):
         dscores = dscores.mul_(x.lose.within).sum(3, keepdim=True)
         dq = dseen.sum(3, keepdim=True).add_(dscores @ x.keys)
         dk = dwritten.sub_(dheld).sum(3, keepdim=True)
-        dk.add_(dscores.mT @ x.queries).add_((dgram + dgram.mT) @ x.keys)
+        dk.add_(dscores.mT @ queries).add_((dgram + dgram.mT) @ x.keys)
         dq, dk, dv = (_natural(d, t.dtype) for d, t in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, _natural(dbeta, beta.dtype), ddecay, dstates[0].clone(), None
+        return dq, dk, dv, _natural(dbeta, beta.dtype), ddecay, dstates[0].clone(), None, None
 
 
 def delta_rule(
@@ -274,6 +315,7 @@ def delta_rule(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
+    passing: Passing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = S + β_t k_t (v_t − Sᵀ k_t)ᵀ with S = exp(decay_t) S_{t-1};  o_t = S_tᵀ q_t; by chunks.
 
@@ -287,43 +329,42 @@ def delta_rule(
         beta: `[S, B, H]`, between 0 and 1, or 2 to allow negative eigenvalues.
         decay: `[S, B, H]`, logs of the gates, at most 0; None: no gates.
         chunk: tokens per chunk, at least 1; changes speed, not the function.
-        documents: `[S, B]` integers, constant within a document and not decreasing along S. No
-            state crosses from one document into another.
+        documents: `[S, B]` integers, constant within a document and not decreasing along a
+            segment. No state crosses from one document into another.
         initial_state: `[B, H, P, V]` before the first token, of its document; None: zeros.
+        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
+            gives the state before each, of its first token's document. None: one segment.
 
     Returns:
         o `[S, B, H, V]` in v's dtype, and the state after the last token, `[B, H, P, V]` in at
-        least fp32.
+        least fp32; with passing those after each segment, `[parts, B, H, P, V]`, which have no
+        gradient.
 
     Raises:
-        ValueError: K does not divide H, or chunk < 1.
+        ValueError: K does not divide H, chunk < 1, passing cannot divide S, or there is
+            initial_state beside passing.
     """
     S, batch, H, V = v.shape
     K, P = k.shape[2:]
     if H % K or chunk < 1:
         raise ValueError(f"delta_rule: {H} value heads, {K} key heads, chunks of {chunk} tokens")
-    R, Q = H // K, max(1, min(chunk, S))
-    n = -(-S // Q)
-    dtype = wide_dtype(v.dtype)
+    chunks = Chunking("delta_rule", S, chunk, passing, initial_state)
+    cut, dtype = chunks.cut, wide_dtype(v.dtype)
     if initial_state is None:
-        initial_state = torch.zeros(batch, H, P, V, dtype=dtype, device=v.device)
-    if pad := n * Q - S:  # tokens that neither write (k = 0) nor forget, in the last document
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 0, 0, pad)) for t in (q, k, v))
-        beta = F.pad(beta, (0, 0, 0, 0, 0, pad))
-        decay = None if decay is None else F.pad(decay, (0, 0, 0, 0, 0, pad))
-        if documents is not None:
-            documents = torch.cat([documents, documents[-1:].expand(pad, -1)])
-    o, final = _DeltaRule.apply(
-        q.reshape(n, Q, batch, K, 1, P),
-        k.reshape(n, Q, batch, K, 1, P),
-        v.reshape(n, Q, batch, K, R, V),
-        beta.to(dtype).reshape(n, Q, batch, K, R, 1),
-        None if decay is None else decay.to(dtype).reshape(n, Q, batch, K, R, 1),
-        initial_state.to(dtype).reshape(batch * H, P, V),
-        None if documents is None else documents.reshape(n, Q, batch),
+        initial_state = torch.zeros(chunks.parts * batch, H, P, V, dtype=dtype, device=v.device)
+    apply = _DeltaRule.apply if passing is None else outside_graphs(_DeltaRule.apply)
+    o, final = apply(
+        cut(q)[..., None, :],
+        cut(k)[..., None, :],
+        cut(v).unflatten(3, (K, -1)),
+        cut(beta.to(dtype)).unflatten(3, (K, -1))[..., None],
+        None if decay is None else cut(decay.to(dtype)).unflatten(3, (K, -1))[..., None],
+        initial_state.to(dtype).flatten(0, 1),
+        None if documents is None else cut(documents, last=True),
+        passing,
     )
-    o = o.view(n * Q, batch, H, V)
-    return o[:S] if pad else o, final.view(batch, H, P, V)
+    o, final = chunks.whole(o.flatten(3, 4)), final.unflatten(0, (-1, H))
+    return o, final if passing is None else final.unflatten(0, (passing.parts, -1))
 
 
 def delta_rule_recurrence(

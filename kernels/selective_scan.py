@@ -10,6 +10,7 @@ cache. Decays are never divided, nor multiplied over tokens: any dt is safe.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.segments import Passing, Wait, beside, check, in_line
 
 # Elements of a token's `[B, N, W]` on CPU: with fewer its operation costs more to call than to do,
 # with more a chunk's leave the cache.
@@ -33,14 +35,37 @@ class _Block:
         self.states = A.new_empty(Q + 1, batch, N, W)  # before the chunk, then after each token
         self.decay_of, self.state_of = self.decay.unbind(), self.states.unbind()
 
+    def forget(self, dt: Tensor, barrier: Tensor) -> None:
+        """Fills the decays from dt `[q, B, W]`."""
+        out = self.decay[: len(dt)]
+        torch.addcmul(barrier, dt[:, :, None], self.rate, out=out).exp2_()
+
     def run(self, dt: Tensor, u: Tensor, B: Tensor, barrier: Tensor, state: Tensor) -> None:
         """Fills the buffers from dt and u = dt·x `[q, B, W]`, B, and `state` before the chunk."""
         q = len(dt)
         self.states[0] = state  # first: it may be the last row of the chunk before
-        torch.addcmul(barrier, dt[:, :, None], self.rate, out=self.decay[:q]).exp2_()
+        self.forget(dt, barrier)
         torch.mul(u[:, :, None], B[..., None], out=self.states[1 : q + 1])
         for t in range(q):
             self.state_of[t + 1].addcmul_(self.decay_of[t], self.state_of[t])
+
+
+class _Gradients(_Block):
+    """The same, and the gradients of the states after each token."""
+
+    def __init__(self, A: Tensor, Q: int, batch: int) -> None:
+        super().__init__(A, Q, batch)
+        self.grads = torch.empty_like(self.decay)
+        self.grad_of = self.grads.unbind()
+
+    def run_back(self, dy: Tensor, C: Tensor, carried: Tensor) -> Tensor:
+        """Fills them from dy `[q, B, W]`, C, and `carried` from the tokens after the chunk."""
+        q = len(dy)
+        grad = torch.mul(dy[:, :, None], C[..., None], out=self.grads[:q])
+        self.grad_of[q - 1].add_(carried)
+        for t in range(q - 1, 0, -1):
+            self.grad_of[t - 1].addcmul_(self.decay_of[t], self.grad_of[t])
+        return grad
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -62,8 +87,13 @@ class _SelectiveScan(torch.autograd.Function):
         initial: Tensor,  # [B, N, C]
         barrier: Tensor,  # [S, B, 1, 1]
         Q: int,
+        passing: Passing | None,
     ) -> tuple[Tensor, Tensor]:
         chunks = _ranges(len(x), Q)
+        transition = None
+        if passing is not None:
+            left, transition = _over_segment(x, dt, A, B, barrier, Q)
+            initial = _exchanged(passing.launch, passing.parts, left, transition)
         y, final = x.new_empty(x.shape), torch.empty_like(initial)
         before = initial.new_empty(len(chunks), *initial.shape)
         with torch.inference_mode():  # the steps are so short that views' bookkeeping would show
@@ -79,14 +109,19 @@ class _SelectiveScan(torch.autograd.Function):
                     y_s = _over_states(wide(C[s]), states)
                     y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
                 final[..., c] = state
-        ctx.save_for_backward(x, dt, A, B, C, D, barrier, before)
-        ctx.Q = Q
+        ctx.save_for_backward(x, dt, A, B, C, D, barrier, before, transition)
+        ctx.Q, ctx.passing = Q, passing
+        if passing is not None:
+            ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, barrier, before = ctx.saved_tensors
+        x, dt, A, B, C, D, barrier, before, transition = ctx.saved_tensors
+        if ctx.passing is not None:
+            own = _of_initial(dy, dt, A, C, barrier, ctx.Q)
+            dfinal = _exchanged(ctx.passing.launch_back, ctx.passing.parts, own, transition)
         chunks = list(enumerate(_ranges(len(x), ctx.Q)))
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])
@@ -95,19 +130,15 @@ class _SelectiveScan(torch.autograd.Function):
         with torch.inference_mode():
             for c in _blocks(x, len(A)):
                 A_c = A[:, c]
-                block = _Block(A_c, ctx.Q, x.shape[1])
-                grads, dA_of = torch.empty_like(block.decay), torch.zeros_like(block.decay)
-                grad_of = grads.unbind()  # of the states after each token
+                block = _Gradients(A_c, ctx.Q, x.shape[1])
+                dA_of = torch.zeros_like(block.decay)
                 carried = dfinal[..., c]  # from the tokens after the chunk
                 for i, s in reversed(chunks):
                     x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
                     dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
                     block.run(dt_s, u, B_s, barrier[s], before[i, ..., c])
 
-                    grad = torch.mul(dy_s[:, :, None], wide(C[s])[..., None], out=grads[:q])
-                    grad_of[q - 1].add_(carried)
-                    for t in range(q - 1, 0, -1):
-                        grad_of[t - 1].addcmul_(block.decay_of[t], grad_of[t])
+                    grad = block.run_back(dy_s, wide(C[s]), carried)
 
                     dC[s] += _over_channels(dy_s, block.states[1 : q + 1])
                     dB[s] += _over_channels(u, grad)
@@ -124,7 +155,47 @@ class _SelectiveScan(torch.autograd.Function):
                     dx[s, :, c] = dx_s
                 dA[:, c] = dA_of.sum((0, 1))
                 dinitial[..., c] = carried
-        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dinitial, None, None
+        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dinitial, None, None, None
+
+
+def _over_segment(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, barrier: Tensor, Q: int
+) -> tuple[Tensor, Tensor]:
+    """The state that the tokens leave that start from zeros, and their transition: `[B, N, C]`."""
+    total = dt.sum(0, dtype=A.dtype)
+    transition = torch.addcmul(barrier.sum(0), total[:, None], A).exp_()
+    left = torch.zeros_like(transition)
+    with torch.inference_mode():
+        for c in _blocks(x, len(A)):
+            block, state = _Block(A[:, c], Q, x.shape[1]), left[..., c]
+            for s in _ranges(len(x), Q):
+                dt_s = wide(dt[s, :, c])
+                block.run(dt_s, dt_s * wide(x[s, :, c]), wide(B[s]), barrier[s], state)
+                state = block.states[len(dt_s)]
+            left[..., c] = state
+    return left, transition
+
+
+def _of_initial(dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, barrier: Tensor, Q: int) -> Tensor:
+    """Gradient of the state before the tokens through their own outputs, `[B, N, C]`."""
+    out = A.new_zeros(dy.shape[1], *A.shape)
+    with torch.inference_mode():
+        for c in _blocks(dy, len(A)):
+            block, carried = _Gradients(A[:, c], Q, dy.shape[1]), out[..., c]
+            for s in reversed(_ranges(len(dy), Q)):
+                block.forget(wide(dt[s, :, c]), barrier[s])
+                grad = block.run_back(wide(dy[s, :, c]), wide(C[s]), carried)
+                carried = grad[0] * block.decay_of[0]
+            out[..., c] = carried
+    return out
+
+
+def _exchanged(
+    launch: Callable[[Tensor, Tensor, bool], Wait], parts: int, state: Tensor, transition: Tensor
+) -> Tensor:
+    """What segments, rows of the batch, get for their states and transitions `[B, N, C]`."""
+    left, kept = (t.unflatten(0, (parts, -1)) for t in (state, transition))
+    return launch(left, kept, False)().reshape(state.shape)
 
 
 def _ranges(length: int, step: int) -> list[slice]:
@@ -164,6 +235,7 @@ def selective_scan(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
+    passing: Passing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """state_t = exp(dt_t A) state_{t-1} + dt_t x_t ⊗ B_t;  y_t = state_t C_t + D x_t, by chunks.
 
@@ -180,16 +252,23 @@ def selective_scan(
         documents: `[S, B]` integers, constant within a document. No state crosses from one
             document into another.
         initial_state: `[B, C, N]` before the first token, of its document; None: zeros.
+        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
+            gives the state before each, of its first token's document. All is run twice: to know
+            what each segment leaves, and from its true state. None: one segment.
 
     Returns:
         y `[S, B, C]` in x's dtype, and the state after the last token, `[B, C, N]` in at least
-        fp32.
+        fp32; with passing those after each segment, `[parts, B, C, N]`, which have no gradient.
 
     Raises:
-        ValueError: chunk < 1.
+        ValueError: chunk < 1, passing cannot divide S, or there is initial_state beside passing.
     """
     if chunk < 1:
         raise ValueError(f"selective_scan: chunks of {chunk} tokens")
+    if passing is not None:
+        check("selective_scan", len(x), passing, initial_state)
+        x, dt, B, C = (beside(t, passing.parts) for t in (x, dt, B, C))
+        documents = None if documents is None else beside(documents, passing.parts)
     S, batch, _ = x.shape
     dtype = wide_dtype(x.dtype)
     if initial_state is None:
@@ -208,8 +287,12 @@ def selective_scan(
         initial_state.to(dtype).transpose(1, 2).contiguous(),
         barrier,
         min(chunk, max(1, S)),
+        passing,
     )
-    return y, final.transpose(1, 2).contiguous()
+    final = final.transpose(1, 2).contiguous()
+    if passing is None:
+        return y, final
+    return in_line(y, passing.parts), final.unflatten(0, (passing.parts, -1))
 
 
 def selective_scan_recurrence(

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.cut import outside_graphs
 from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.segments import Chunking, Passing
 
 # exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays here changes no result;
 # it keeps their running sums small enough for differences of them to mean something.
@@ -62,6 +63,10 @@ class _Shape:
         """A gradient of B or C -> a natural view, `[n, Q, B, G, N]`."""
         return t.view(self.n, self.B, self.G, self.Q, -1).permute(0, 3, 1, 2, 4)
 
+    def segments(self, t: Tensor, parts: int) -> Tensor:
+        """A state or its decay, `[B, G, R, ...]`, by segment: `[parts, B / parts, H, ...]`."""
+        return t.reshape(parts, -1, self.G * self.R, *t.shape[3:])
+
 
 @dataclass(frozen=True)
 class _Decays:
@@ -89,7 +94,7 @@ def _decays(shape: _Shape, dt: Tensor, A: Tensor, documents: Tensor | None) -> _
     across = entering[:, -1, ..., None, None]
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=dt.device).triu_(1)
     if documents is not None:
-        d = documents.view(shape.n, Q, shape.B)
+        d = documents
         carried = torch.cat([d[:1, :1], d[:-1, -1:]])  # of the state that enters each chunk
         entering = entering * (d == carried)[..., None, None]
         leaving = leaving * (d == d[:, -1:])[..., None, None]
@@ -129,26 +134,39 @@ class _SSD(torch.autograd.Function):
         C: Tensor,
         D: Tensor | None,  # [G, R, 1]
         initial: Tensor,  # [B, G, R, P, N]
-        documents: Tensor | None,
+        documents: Tensor | None,  # [n, Q, B]
+        passing: Passing | None,
     ) -> tuple[Tensor, Tensor]:
         n, Q, batch, G, R, P = x.shape
         shape = _Shape(n, Q, batch, G, R, P, N=B.shape[-1])
         decay = _decays(shape, dt, A, documents)
         b, c, step = shape.shared(B), shape.shared(C), dt[..., None]
         states = _states(shape, shape.groups(x, step * decay.leaving), b, decay.across, initial)
-        ctx.shape = shape
+        wait = None
+        if passing is not None:
+            kept = decay.across.cumprod(0)  # of the state before the segment, after each chunk
+            left, transition = (shape.segments(t[-1], passing.parts) for t in (states, kept))
+            wait = passing.launch(left, transition, False)
+        ctx.shape, ctx.passing = shape, passing
         ctx.save_for_backward(x, dt, A, B, C, D, documents, states)
 
         scores = torch.bmm(c, b.transpose(1, 2)).view(shape.n, shape.B, shape.G, 1, shape.Q, -1)
         weights = decay.within.mul_(scores).view(-1, shape.Q, shape.Q)
         inner = torch.bmm(weights, shape.heads(x, step))
+
+        if wait is not None:
+            states[0] = wait().reshape(initial.shape)
+            states[1:].addcmul_(kept, states[0])
         flat = states[:-1].view(-1, shape.R * shape.P, shape.N)
         outer = shape.from_groups(torch.bmm(c, flat.transpose(1, 2)))
         y = torch.mul(outer, decay.entering, out=dt.new_empty(x.shape))
         y.add_(shape.from_heads(inner))
         if D is not None:
             y.addcmul_(x, D)
-        return y.to(x.dtype), states[-1].clone()
+        final = states[-1].clone()
+        if passing is not None:
+            ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
+        return y.to(x.dtype), final
 
     @staticmethod
     @once_differentiable
@@ -167,20 +185,17 @@ class _SSD(torch.autograd.Function):
         torch.bmm(seen.transpose(1, 2), c, out=dstates[:-1].view(-1, R * P, N))
         for i in reversed(range(n)):
             dstates[i].addcmul_(dstates[i + 1], decay.across[i])
-        dacross = (after * before).sum((-1, -2), keepdim=True).mul_(decay.across)
+        wait = None
+        if ctx.passing is not None:
+            kept = decay.across.flip(0).cumprod(0).flip(0)  # of each state, after the segment
+            own, transition = (shape.segments(t[0], ctx.passing.parts) for t in (dstates, kept))
+            wait = ctx.passing.launch_back(own, transition, False)
 
         # Through what the tokens read of the state before the chunk.
         seen = shape.heads(dy, decay.entering)
         dc_head = torch.bmm(seen, before.view(-1, P, N)).view(-1, R, Q, N)
         dc = dc_head.sum(1)
-        dentering = dc_head.mul_(c[:, None]).sum(-1).view(n, shape.B, shape.G, R, Q)
-
-        # Through what they wrote into the state after it.
-        flat = after.view(-1, R * P, N)
-        outer = shape.from_groups(torch.bmm(b, flat.transpose(1, 2)))
-        du = torch.mul(outer, decay.leaving, out=dt.new_empty(x.shape))
-        dleaving = (du * x).sum(-1).mul_(dt)
-        db = torch.bmm(shape.groups(x, step * decay.leaving), flat)
+        ends = dc_head.mul_(c[:, None]).sum(-1).view(n, shape.B, shape.G, R, Q)
 
         # Through what they read of each other.
         scores = torch.bmm(c, b.transpose(1, 2)).view(n, shape.B, shape.G, 1, Q, Q)
@@ -189,14 +204,28 @@ class _SSD(torch.autograd.Function):
         dweights = dweights.view_as(decay.within).mul_(decay.within)
         dscores = dweights.sum(3).view(-1, Q, Q)
         dc.baddbmm_(dscores, b)
-        db.baddbmm_(dscores.transpose(1, 2), c)
         weights = decay.within.mul_(scores).view(-1, Q, Q)
-        du.add_(shape.from_heads(torch.bmm(weights.transpose(1, 2), dy_head)))
+        inner = torch.bmm(weights.transpose(1, 2), dy_head)
         dwithin = dweights.mul_(scores)
         dwithin.diagonal(dim1=-2, dim2=-1).zero_()  # a token does not decay on its way to itself
+        ends = (ends + dwithin.sum(-1)).sub_(dwithin.sum(-2))
+        del weights, dweights, dwithin
+
+        if wait is not None:
+            dstates[-1] = wait().reshape(dfinal.shape)
+            dstates[:-1].addcmul_(kept, dstates[-1])
+        dacross = (after * before).sum((-1, -2), keepdim=True).mul_(decay.across)
+
+        # Through what they wrote into the state after the chunk.
+        flat = after.view(-1, R * P, N)
+        outer = shape.from_groups(torch.bmm(b, flat.transpose(1, 2)))
+        du = torch.mul(outer, decay.leaving, out=dt.new_empty(x.shape))
+        dleaving = (du * x).sum(-1).mul_(dt)
+        db = torch.bmm(shape.groups(x, step * decay.leaving), flat)
+        db.baddbmm_(dscores.transpose(1, 2), c)
+        du.add_(shape.from_heads(inner))
 
         # Each log-decay stands in the segments that cover it.
-        ends = (dentering + dwithin.sum(-1)).sub_(dwithin.sum(-2))
         dlog = ends.flip(-1).cumsum(-1).flip(-1).add_(dacross[..., 0]).permute(0, 4, 1, 2, 3)
         dlog[:, 1:] += dleaving[:, :-1].cumsum(1)
         dlog = dlog.mul(dt * A > LOG_ZERO)
@@ -208,7 +237,7 @@ class _SSD(torch.autograd.Function):
             dx.addcmul_(dy, D)
             dD = (wide(dy) * x).sum((0, 1, 2, 5))[..., None]
         dB, dC = shape.from_shared(db).to(B.dtype), shape.from_shared(dc).to(C.dtype)
-        return dx.to(x.dtype), ddt, dA, dB, dC, dD, dstates[0], None
+        return dx.to(x.dtype), ddt, dA, dB, dC, dD, dstates[0], None, None
 
 
 def ssd(
@@ -222,6 +251,7 @@ def ssd(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
+    passing: Passing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """state_t = exp(dt_t A) state_{t-1} + dt_t x_t ⊗ B_t;  y_t = C_t state_t + D x_t, by chunks.
 
@@ -235,43 +265,43 @@ def ssd(
         B, C: `[S, B, G, N]`; head h uses group h // (H / G).
         D: `[H]`, weight of the direct path, or None.
         chunk: tokens per chunk, at least 1; changes speed, not the function.
-        documents: `[S, B]` integers, constant within a document and not decreasing along S. No
-            state crosses from one document into another.
+        documents: `[S, B]` integers, constant within a document and not decreasing along a
+            segment. No state crosses from one document into another.
         initial_state: `[B, H, P, N]` before the first token, of its document; None: zeros.
+        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
+            gives the state before each, of its first token's document. None: one segment.
 
     Returns:
         y `[S, B, H, P]` in x's dtype, and the state after the last token, `[B, H, P, N]` in at
-        least fp32.
+        least fp32; with passing those after each segment, `[parts, B, H, P, N]`, which have no
+        gradient.
 
     Raises:
-        ValueError: G does not divide H, or chunk < 1.
+        ValueError: G does not divide H, chunk < 1, passing cannot divide S, or there is
+            initial_state beside passing.
     """
     S, batch, H, P = x.shape
     G, N = B.shape[2:]
     if H % G or chunk < 1:
         raise ValueError(f"ssd: {H} heads in {G} groups, chunks of {chunk} tokens")
-    R, Q = H // G, max(1, min(chunk, S))
-    n = -(-S // Q)
-    dtype = wide_dtype(x.dtype)
+    chunks = Chunking("ssd", S, chunk, passing, initial_state)
+    cut, heads, dtype = chunks.cut, (G, H // G), wide_dtype(x.dtype)
     if initial_state is None:
-        initial_state = torch.zeros(batch, H, P, N, dtype=dtype, device=x.device)
-    if pad := n * Q - S:  # tokens that neither write (dt = 0) nor forget, in the last document
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, 0, 0, pad))
-        if documents is not None:
-            documents = torch.cat([documents, documents[-1:].expand(pad, -1)])
-    y, final = _SSD.apply(
-        x.reshape(n, Q, batch, G, R, P),
-        dt.to(dtype).reshape(n, Q, batch, G, R),
-        A.to(dtype).view(G, R),
-        B.reshape(n, Q, batch, G, N),
-        C.reshape(n, Q, batch, G, N),
-        None if D is None else D.to(dtype).view(G, R, 1),
-        initial_state.to(dtype).view(batch, G, R, P, N),
-        documents,
+        initial_state = torch.zeros(chunks.parts * batch, H, P, N, dtype=dtype, device=x.device)
+    apply = _SSD.apply if passing is None else outside_graphs(_SSD.apply)
+    y, final = apply(
+        cut(x).unflatten(3, heads),
+        cut(dt.to(dtype)).unflatten(3, heads),
+        A.to(dtype).view(heads),
+        cut(B),
+        cut(C),
+        None if D is None else D.to(dtype).view(*heads, 1),
+        initial_state.to(dtype).unflatten(1, heads),
+        None if documents is None else cut(documents, last=True),
+        passing,
     )
-    y = y.view(n * Q, batch, H, P)
-    return y[:S] if pad else y, final.view(batch, H, P, N)
+    y, final = chunks.whole(y.flatten(3, 4)), final.flatten(1, 2)
+    return y, final if passing is None else final.unflatten(0, (passing.parts, -1))
 
 
 def ssd_recurrence(

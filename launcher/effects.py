@@ -31,14 +31,14 @@ def _rows(model: ModelConfig) -> list[str]:
     return [model.symbols, model.mtp_pattern] if model.mtp else [model.symbols]
 
 
-def _unclear(model: ModelConfig) -> bool:
+def unclear(model: ModelConfig) -> bool:
     """Whether a pattern is faulty: while it is, whatever hangs on it counts as having effect."""
     return not set("".join(_rows(model))) <= set(SYMBOLS)
 
 
 def _with(*symbols: str) -> Callable[[Recipe], bool]:
     """Whether one of the symbols stands in the model."""
-    return lambda r: r.model.has(*symbols) or _unclear(r.model)
+    return lambda r: r.model.has(*symbols) or unclear(r.model)
 
 
 def _side_by_side(model: ModelConfig) -> bool:
@@ -69,7 +69,7 @@ _ROW = "model.pattern model.mtp model.mtp_pattern"
 STREAM = (
     Effect("model.share", lambda r: r.model.repeat > 1, "with model.repeat = 1", "model.repeat"),
     Effect("model.residual",
-           lambda r: r.model.residual != "parallel" or _side_by_side(r.model) or _unclear(r.model),
+           lambda r: r.model.residual != "parallel" or _side_by_side(r.model) or unclear(r.model),
            "as parallel unless `-`, `E` or `T` stands right behind a sequence mixer "
            "in model.pattern", f"{_ROW} model.repeat"),
     Effect("model.ladder_last", lambda r: r.model.residual == "ladder",
@@ -160,13 +160,21 @@ EXPERTS = (
            "with model.router_groups = 1", "model.router_groups"),
     Effect("model.router_bias_rate", lambda r: r.model.router_bias,
            "without model.router_bias", "model.router_bias"),
-    Effect("model.balance_samples", lambda r: in_balance_groups(r.model) or _unclear(r.model),
+    Effect("model.balance_samples", lambda r: in_balance_groups(r.model) or unclear(r.model),
            "without THOR (`T` in model.pattern), with model.balance = 0 and no model.capacity",
            f"{_ROW} model.balance model.capacity"),
 )
 RUN = (
     Effect("parallel.sequence", lambda r: r.parallel.tp > 1,
            "with parallel.tp = 1", "parallel.tp"),
+    Effect("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
+           lambda r: r.parallel.cp > 1, "with parallel.cp = 1", "parallel.cp"),
+    Effect("parallel.context parallel.ulysses", _with("*"),
+           "without attention (`*` in model.pattern)", _ROW),
+    Effect("parallel.ulysses", lambda r: r.parallel.context == "ring+ulysses",
+           "unless parallel.context = ring+ulysses", "parallel.context"),
+    Effect("parallel.recurrence", _with("M", "m", "D", "G"),
+           "without Mamba or DeltaNet (`M`, `m`, `D` or `G` in model.pattern)", _ROW),
     Effect("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
            "without experts or with parallel.tp = 1", "parallel.tp model.pattern"),
     Effect("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",

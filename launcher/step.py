@@ -19,7 +19,7 @@ from colonnade.launcher.schedule import batch_size, learning_rate
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import data_rank, data_sharers
+from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
 from colonnade.parallel.parallelize import last_micro_batch
 from colonnade.parallel.tensor import complete_gradients
 
@@ -104,9 +104,9 @@ def train_step(
     The loss is the mean over the valid tokens of the global batch: each rank divides by their
     count over all ranks, and gradients are summed.
     """
-    sharers = data_sharers(mesh)
+    sharers = token_sharers(mesh)
     valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
-    tokens = int(over_ranks([valid], device)[0]) // sharers
+    tokens = int(over_ranks([valid], device)[0]) // data_sharers(mesh)
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     draw = int(hashed(recipe.train.seed, step))
     losses, loads = Sums(), Sums()
@@ -171,6 +171,7 @@ def validate_loss(
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
     sums = over_ranks([nats, tokens, units], device)
-    nats, tokens, units = (total / data_sharers(mesh) for total in sums)
+    nats = sums[0] / token_sharers(mesh)  # a rank's are those of its part of the rows
+    tokens, units = (total / data_sharers(mesh) for total in sums[1:])
     bits = nats / math.log(2) / units if byte_lengths is not None and units else None
     return nats / max(tokens, 1), bits

@@ -10,7 +10,16 @@ from typing import NamedTuple
 from colonnade.launcher.effects import given, involved, no_effect
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.rules import attention, base_model, experts, layout, mixers, row, run
+from colonnade.launcher.rules import (
+    attention,
+    base_model,
+    context,
+    experts,
+    layout,
+    mixers,
+    row,
+    run,
+)
 from colonnade.launcher.rules.base import Rule
 
 RULES: list[tuple[tuple[str, ...], Rule]] = [
@@ -20,6 +29,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     *experts.RULES,
     *base_model.RULES,
     *layout.RULES,
+    *context.RULES,
     *run.RULES,
 ]
 

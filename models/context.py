@@ -1,6 +1,7 @@
 """What a forward pass carries beside the activations: positions, documents, losses, caches."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ class Context:
         draw: key of this step's random draws.
         passes: how often each sample stands in the batch, one pass beside the other (THOR).
         index: place of the sub-block in the row.
+        whole_documents: `documents` of the whole sequence where `positions` and `documents` are a
+            part of it.
+        places: `[S]`, which tokens of the whole sequence those of the part are; None: all.
         terms: balancing losses of this pass, by sub-block, detached, for reports.
         loads: rows that each expert was chosen for, `[E]`, by sub-block.
         extras: parts of the objective beside the mean cross entropy, summed over tokens, detached.
@@ -39,6 +43,8 @@ class Context:
     draw: int = 0
     passes: int = 1
     index: int = 0
+    whole_documents: Tensor | None = None
+    places: Tensor | None = None
     terms: dict[int, Tensor] = field(default_factory=dict)
     loads: dict[int, Tensor] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -48,6 +54,21 @@ class Context:
     def at(self, index: int) -> "Context":
         """The same context, seen by the sub-block at `index`."""
         return dataclasses.replace(self, index=index)
+
+    def part(self, mine: Callable[[Tensor], Tensor]) -> "Context":
+        """The same for a part of the sequence, which `mine` takes of whole tensors `[S, ...]`."""
+        return dataclasses.replace(
+            self,
+            positions=mine(self.positions),
+            documents=None if self.documents is None else mine(self.documents),
+            whole_documents=self.documents,
+            places=mine(torch.arange(len(self.positions), device=self.positions.device)),
+            _cache={},
+        )
+
+    def whole(self) -> "Context":
+        """The same with the documents of the whole sequence, where what is computed has it."""
+        return dataclasses.replace(self, documents=self.whole_documents)
 
     @torch.compiler.disable  # or the first sub-block's graph would make it, and differ from others'
     def rope(

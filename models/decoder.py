@@ -83,7 +83,11 @@ class Head(Part):
 
 
 class Decoder(nn.Module):
-    """A decoder over a pattern of sub-blocks, written for one device."""
+    """A decoder over a pattern of sub-blocks, written for one device.
+
+    `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
+    a memory, as in generation, sequences are not shared.
+    """
 
     def __init__(self, config: ModelConfig, loss_chunk: int = 1024) -> None:
         super().__init__()
@@ -92,6 +96,7 @@ class Decoder(nn.Module):
         distinct = len(config.pattern) if config.share else len(config.symbols)
         self.wiring = Wiring(config, config.symbols, distinct)
         self.head = Head(config, loss_chunk)
+        self.mine: Callable[[Tensor], Tensor] = same
         self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
         reparametrise(self)
 
@@ -113,22 +118,27 @@ class Decoder(nn.Module):
         Returns:
             the objective, summed over valid tokens, a scalar in at least fp32: the negative log
             likelihood and what `context.extras` then names; without labels the logits `[S, B, V]`.
+            Where ranks share a sequence, both are those of this rank's part.
         """
         training = labels is not None and torch.is_grad_enabled()
         if training and self.config.has("T"):
             tokens, context = doubled(tokens, context)
-        x = self.wiring(self.embedding(tokens), context)
+        whole, mine = context, self.mine
+        if context.memory is not None:
+            mine = same
+        context = context.part(mine)
+        x = self.wiring(self.embedding(mine(tokens)), context)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
-        objective = self.head(x, labels, tied, context)
+        objective = self.head(x, None if labels is None else mine(labels), tied, context)
         if not training or not len(self.mtp):
             return objective
         assert labels is not None
         further = objective.new_zeros(())
         for depth, predictor in enumerate(self.mtp, start=1):
-            ahead, wanted = shifted(tokens, labels, context, depth)
-            x = predictor(x, self.embedding(ahead), context)
+            ahead, wanted = shifted(tokens, labels, whole, depth)
+            x = predictor(x, self.embedding(mine(ahead)), context)
             apart = dataclasses.replace(context, extras={})
-            further = further + self.head(x, wanted, tied, apart)
+            further = further + self.head(x, mine(wanted), tied, apart)
         further = further * (self.config.mtp_weight / len(self.mtp))
         context.extras["mtp"] = further.detach()
         return objective + further
@@ -149,6 +159,11 @@ class Decoder(nn.Module):
                     steered[block] = steered.get(block, 0) + loads[place].double()
         for block, counts in steered.items():
             block.small.steer(counts, self.config.router_bias_rate)
+
+
+def same(whole: Tensor) -> Tensor:
+    """The `mine` seam where no rank shares a sequence."""
+    return whole
 
 
 def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:

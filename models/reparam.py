@@ -105,6 +105,13 @@ def total(t: Tensor, *cuts: Cut) -> Tensor:
     return t
 
 
+def total_once(t: Tensor, *cuts: Cut) -> Tensor:
+    """The same in power iteration."""
+    for cut in cuts:
+        t = cut.once(t) if cut.count > 1 else t
+    return t
+
+
 @torch.no_grad()
 def iterate(w: Tensor, left: Tensor, right: Tensor, rows: Cut, columns: Cut, times: int) -> None:
     """Power iteration on `[..., O, I]`, in place: left `[..., O]`, right `[..., I]`, both whole.
@@ -115,7 +122,7 @@ def iterate(w: Tensor, left: Tensor, right: Tensor, rows: Cut, columns: Cut, tim
     def advance(vector: Tensor, here: Cut, product: Tensor) -> None:
         vector.zero_()
         here.mine(vector, -1).copy_(product)
-        vector.copy_(F.normalize(total(vector, rows, columns), dim=-1))
+        vector.copy_(F.normalize(total_once(vector, rows, columns), dim=-1))
 
     for _ in range(times):
         advance(left, rows, (w * columns.mine(right, -1)[..., None, :]).sum(-1))

@@ -1,5 +1,7 @@
 """The `[parallel]` table: how ranks divide one model and one batch."""
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -14,7 +16,25 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     sequence: bool = Field(
         True, description="between sub-blocks, tensor-parallel ranks hold parts of the sequence"
     )
-    cp: int = Field(1, ge=1, description="ranks that share a sequence (not built yet)")
+    cp: int = Field(1, ge=1, description="ranks that share every sequence")
+    zigzag: bool = Field(
+        True,
+        description="of 2 cp segments rank r holds r and 2 cp - 1 - r, which is equal work for "
+        "causal attention; false: one segment each",
+    )
+    context: Literal["ring", "ulysses", "ring+ulysses", "allgather"] = Field(
+        "ring", description="how attention reaches over the ranks that share a sequence"
+    )
+    ulysses: int | None = Field(
+        None,
+        ge=2,
+        description="ranks that exchange heads in ring+ulysses; default: as many as heads allow",
+    )
+    recurrence: Literal["states", "heads"] = Field(
+        "states",
+        description="what Mamba and DeltaNet exchange over the ranks that share a sequence: states "
+        "between segments, or heads",
+    )
     pp: int = Field(1, ge=1, description="stages of a pipeline (not built yet)")
     ep: int = Field(1, ge=1, description="ranks that share experts (not built yet)")
     etp: int | None = Field(
@@ -34,6 +54,23 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             "cp": self.cp,
             "tp": self.tp,
         }
+
+    @property
+    def segments(self) -> int:
+        """Pieces that a sequence is cut into."""
+        return 1 if self.cp == 1 else self.cp * (2 if self.zigzag else 1)
+
+    def ulysses_degree(self, heads: int) -> int:
+        """How many ranks exchange heads, where one tensor-parallel rank has `heads` query heads.
+
+        1 where attention exchanges none; 0 where no proper divisor of cp divides them.
+        """
+        if self.cp == 1 or self.context in ("ring", "allgather"):
+            return 1
+        if self.context == "ulysses":
+            return self.cp
+        fit = (d for d in range(self.cp - 1, 1, -1) if self.cp % d == 0 and heads % d == 0)
+        return self.ulysses or next(fit, 0)
 
     def expert_degrees(self, world_size: int) -> dict[str, int]:
         """The same ranks as experts see them: edp · ep · etp = dp_shard · cp · tp."""

@@ -1,5 +1,6 @@
 """The device mesh: every axis of parallelism over all ranks."""
 
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colonnade.parallel.config import ParallelConfig
@@ -22,6 +23,29 @@ def build_mesh(config: ParallelConfig, here: World) -> DeviceMesh:
 def data_sharers(mesh: DeviceMesh) -> int:
     """How many ranks work on the same rows."""
     return mesh.size() // data_rank(mesh)[1]
+
+
+def token_sharers(mesh: DeviceMesh) -> int:
+    """How many of these work on the same tokens of them."""
+    return data_sharers(mesh) // mesh["cp"].size()
+
+
+def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Over which FSDP shards weights: the axes whose ranks have their own tokens."""
+    shard = mesh["dp_shard"]
+    if mesh["cp"].size() > 1:
+        shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if mesh["dp_replicate"].size() == 1:
+        return shard
+    (name,) = shard.mesh_dim_names or ()
+    return mesh["dp_replicate", name]
+
+
+def fold(mesh: DeviceMesh, inner: int) -> tuple[ProcessGroup, ProcessGroup]:
+    """Groups of so many neighbours of a one-dimensional mesh, and across these: (inner, outer)."""
+    names = ("outer", "inner")
+    folded = mesh._unflatten(0, (mesh.size() // inner, inner), names)
+    return folded.get_group("inner"), folded.get_group("outer")
 
 
 def data_rank(mesh: DeviceMesh) -> tuple[int, int]:

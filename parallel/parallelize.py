@@ -13,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 
 from colonnade.models.blocks import SubBlock
+from colonnade.models.blocks.base import conv_here
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.part import Part
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.context.plug import context_parallel
+from colonnade.parallel.mesh import weights_mesh
 from colonnade.parallel.recompute import recompute_policy
 from colonnade.parallel.tensor import tensor_parallel
 
@@ -58,14 +60,18 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
+    sharers, between = mesh["tp"].size() * mesh["cp"].size(), mesh.get_group("tp").group_name
     for wiring in model.wirings():
-        wiring.recompute = recompute_policy(recipe.train.recompute, mesh["tp"].size())
+        wiring.recompute = recompute_policy(recipe.train.recompute, sharers, between)
     if mesh["tp"].size() > 1:
         tensor_parallel(model, mesh["tp"], recipe.parallel.sequence)
+    if mesh["cp"].size() > 1:
+        context_parallel(model, mesh["cp"], recipe.parallel)
     if recipe.train.compile:
         compile_halves(model)
-    if data_rank(mesh)[1] > 1 or precision == "bf16":
-        shard(model, mesh, precision)
+    weights = weights_mesh(mesh)
+    if weights.size() > 1 or precision == "bf16":
+        shard(model, weights, precision)
     return model
 
 
@@ -89,8 +95,8 @@ def compile_halves(model: Decoder) -> None:
     for group in groups(model):
         for half in group:
             assert isinstance(half, Part)
-            for seam in ("attend", "scan"):
-                if hasattr(half, seam):
+            for seam in ("attend", "scan", "conv"):
+                if hasattr(half, seam) and getattr(half, seam) is not conv_here:  # one operator
                     setattr(half, seam, torch.compiler.disable(getattr(half, seam)))
             half.forward = compiled(half)
 
@@ -142,10 +148,8 @@ def advance(half: Part) -> None:
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def shard(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
-    """FSDP2, or HSDP where dp_replicate > 1. Gradients are summed, in at least fp32."""
-    replicate, axes = mesh["dp_replicate"].size(), ("dp_replicate", "dp_shard")
-    data = mesh[axes] if replicate > 1 else mesh["dp_shard"]
+def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
+    """FSDP2, or HSDP over a mesh of two dimensions. Gradients are summed, in at least fp32."""
     storage = storage_dtype(precision)
 
     def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import (
 )
 
 from colonnade.kernels.linear import ONEDNN_LINEAR
+from colonnade.parallel.context.attention import ATTENTION
+from colonnade.parallel.context.halo import HANDED_ON
 
 aten = torch.ops.aten
 # Costly to compute again, and no larger than a sub-block's input or its inner width. Batched
@@ -29,29 +31,38 @@ if ONEDNN_LINEAR is not None:
     KEPT.add(ONEDNN_LINEAR.default)
 
 
-# What another rank has sent is never asked for twice. (`enter` and `leave` stand outside anyway.)
-SENT = {torch.ops._c10d_functional.all_reduce.default}
+c10d = torch.ops._c10d_functional
+# What another rank has sent is never asked for twice.
+SENT = {c10d.all_reduce.default, c10d.all_to_all_single.default, ATTENTION, HANDED_ON}
 
 
-def keep_sent(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what collectives within a sub-block brought; compute the rest again."""
-    return CheckpointPolicy.MUST_SAVE if operator in SENT else CheckpointPolicy.PREFER_RECOMPUTE
+def sent(operator: Any, args: tuple[Any, ...], between: str | None) -> bool:
+    """Whether an operator brings what other ranks of a sub-block sent.
+
+    `enter` stands between the halves of another sub-block, and is not repeated with them: what is
+    gathered over its group, `between`, is none of theirs.
+    """
+    if operator is c10d.all_gather_into_tensor.default:
+        return args[-1] != between
+    return operator in SENT
 
 
-def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep results of matrix products and attention as well."""
-    kept = operator in KEPT or operator in SENT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recompute_policy(name: str, ranks: int = 1) -> Callable[[], tuple[Any, Any]] | None:
+def recompute_policy(
+    name: str, ranks: int = 1, between: str | None = None
+) -> Callable[[], tuple[Any, Any]] | None:
     """`none` keeps everything, `block` only inputs of sub-blocks, `selective` products as well.
 
-    Where so many `ranks` share a sub-block, what they send each other within it is kept, too.
+    Where so many `ranks` share a sub-block, what they send each other within it is kept, too;
+    `between` is the group over which inputs of sub-blocks are gathered, if any.
     """
     if name == "none":
         return None
     if name == "block" and ranks == 1:
         return noop_context_fn
-    policy = keep_sent if name == "block" else keep_products
+    products = KEPT if name == "selective" else set()
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operator in products or sent(operator, args, between)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
     return partial(create_selective_checkpoint_contexts, policy)

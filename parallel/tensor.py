@@ -95,7 +95,13 @@ def cut_of(group: dist.ProcessGroup) -> Cut:
     def largest(t: Tensor) -> Tensor:
         return funcol.wait_tensor(funcol.all_reduce(t, "max", group))
 
-    return Cut(group.size(), group.rank(), outside_graphs(total), outside_graphs(largest))
+    def once(t: Tensor) -> Tensor:
+        t = t.clone()  # in place: no operator whose results are kept for recomputation
+        dist.all_reduce(t, group=group)
+        return t
+
+    combine = (outside_graphs(f) for f in (total, largest, once))
+    return Cut(group.size(), group.rank(), *combine)
 
 
 def on_stream(model: Decoder) -> Iterator[Part]:

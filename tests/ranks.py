@@ -135,6 +135,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     # Every group keeps threads, and DTensor's caches keep meshes: one of a shape serves all tests.
     mesh.init_device_mesh = functools.cache(init_device_mesh)
+    mesh.fold = functools.cache(mesh.fold)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with world(rank, size, torch.device("cpu"), store):
         gc.freeze()

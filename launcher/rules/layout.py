@@ -1,12 +1,12 @@
 """Rules on ranks and batches."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from colonnade.launcher.effects import unclear
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.rules.base import ROW, Rules, choice, divisors, multiples
-from colonnade.models.config import SYMBOLS
 from colonnade.models.shapes import splits
 
 RULES = Rules()
@@ -16,28 +16,34 @@ RULES = Rules()
 def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The degrees multiply to the number of ranks."""
     p = r.parallel
-    if world_size is None or _fits(r, world_size) or p.pp * p.cp > 1:  # which are not built
+    if world_size is None or _fits(r, world_size) or p.pp > 1:  # which is not built
         return
-    if world_size % p.tp:
-        options = choice(divisors(world_size), p.tp)
-        remedy = f"does not divide the {world_size} ranks; set parallel.tp to {options}"
-        yield Fault("parallel.tp", p.tp, remedy)
-        return
-    everyone, world_size = world_size, world_size // p.tp
-    pairs = ", ".join(f"({d}, {world_size // d})" for d in divisors(world_size)[:8])
-    remedy = f"does not divide the {everyone} ranks"
-    if p.tp > 1:
-        remedy = f"does not divide the {world_size} groups of parallel.tp = {p.tp} ranks"
-    field, value = "parallel.dp_replicate", p.dp_replicate
+    left, groups = world_size, f"{world_size} ranks"
+    inner: dict[str, int] = {}
+    for name, degree in {"tp": p.tp, "cp": p.cp}.items():
+        if left % degree:
+            options = choice(divisors(left), degree)
+            remedy = f"does not divide the {groups}; set parallel.{name} to {options}"
+            yield Fault(f"parallel.{name}", degree, remedy)
+            return
+        if degree > 1:
+            inner[name], left = degree, left // degree
+            names = " x ".join(f"parallel.{n}" for n in inner)
+            groups = f"{left} groups of {names} = {_times(inner.values())} ranks"
+    pairs = ", ".join(f"({d}, {left // d})" for d in divisors(left)[:8])
+    field, value, remedy = "parallel.dp_replicate", p.dp_replicate, f"does not divide the {groups}"
     if p.dp_shard is not None:
         field, value = "parallel.dp_shard", p.dp_shard
-        names, product = "dp_replicate x dp_shard", f"{p.dp_replicate} x {p.dp_shard}"
-        if p.tp > 1:
-            names, product = f"{names} x tp", f"{product} x {p.tp}"
-        product = f"{product} = {p.dp_replicate * p.dp_shard * p.tp}"
-        remedy = f"{names} = {product}, but there are {everyone} ranks"
+        degrees = {"dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, **inner}
+        product = f"{_times(degrees.values())} = {math.prod(degrees.values())}"
+        remedy = f"{' x '.join(degrees)} = {product}, but there are {world_size} ranks"
     remedy += f"; set (parallel.dp_replicate, parallel.dp_shard) to one of {pairs}"
     yield Fault(field, value, remedy)
+
+
+def _times(degrees: Iterable[int]) -> str:
+    """A product in words."""
+    return " x ".join(map(str, degrees))
 
 
 @RULES.add()
@@ -50,7 +56,6 @@ def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     etp = p.etp if p.etp and p.tp > 1 and r.model.has("E", "T") else p.tp
     for field, value, wanted, what in (
         ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
-        ("parallel.cp", p.cp, 1, "context parallelism is not built yet"),
         ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
         ("parallel.etp", etp, p.tp, "experts are cut over as many ranks as all else"),
     ):
@@ -62,23 +67,13 @@ def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Ranks share heads, groups, widths and vocabulary evenly."""
     tp = r.parallel.tp
-    if tp == 1 or not set(r.model.symbols + r.model.mtp_pattern) <= set(SYMBOLS):
+    if tp == 1 or unclear(r.model):
         return
     there = sorted(splits(r.model), key=lambda split: split.field)
     degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in there)]
     for field, pieces in dict.fromkeys((s.field, s.pieces) for s in there if not s.suits(tp)):
         remedy = f"does not divide {field} = {pieces}; set parallel.tp to {choice(degrees, tp)}"
         yield Fault("parallel.tp", tp, remedy)
-
-
-@RULES.add("parallel.tp", "parallel.sequence")
-def sequence_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Tensor-parallel ranks hold equal parts of the sequence."""
-    tp, length = r.parallel.tp, r.train.seq_len
-    if r.parallel.sequence and length % tp:
-        remedy = f"parallel.sequence cuts it over parallel.tp = {tp} ranks; set it to "
-        remedy += f"{multiples(tp, length)}, or parallel.sequence to false"
-        yield Fault("train.seq_len", length, remedy)
 
 
 def _fits(r: Recipe, world_size: int) -> bool:

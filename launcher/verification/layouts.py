@@ -15,7 +15,8 @@ from colonnade.parallel.config import ParallelConfig
 
 Layout = dict[str, object]  # fields of the `[parallel]` table
 FIELDS = ParallelConfig.model_fields
-DEGREES = {name for name, field in FIELDS.items() if field.annotation in (int, int | None)}
+NUMBERS = {name for name, field in FIELDS.items() if field.annotation in (int, int | None)}
+DEGREES = NUMBERS - {"ulysses"}  # which is a way to use the ranks of cp
 
 
 def parse_layout(text: str) -> Layout:
@@ -70,18 +71,19 @@ def laid_out(recipe: Recipe, layout: Layout) -> Recipe:
 
 
 def covering(ranks: int) -> Iterator[Layout]:
-    """Every way to factor the ranks into data, sharded-data and tensor parallelism.
+    """Every way to factor the ranks into data, sharded-data, context and tensor parallelism.
 
-    Those with tensor parallelism with and without sequence parallelism.
+    Those with tensor parallelism with and without sequence parallelism; with context parallelism
+    beside it, only with.
     """
     for tp in reversed(divisors(ranks)):
-        for shard in reversed(divisors(ranks // tp)):
-            degrees = {"tp": tp, "dp_shard": shard, "dp_replicate": ranks // tp // shard}
-            named: Layout = {name: n for name, n in degrees.items() if n > 1 or name == "dp_shard"}
-            for sequence in (True, False) if tp > 1 else ():
-                yield named | {"sequence": sequence}
-            if tp == 1:
-                yield named
+        for cp in reversed(divisors(ranks // tp)):
+            sequence = () if tp == 1 else (True,) if cp > 1 else (True, False)
+            for shard in reversed(divisors(ranks // tp // cp)):
+                replicate = ranks // tp // cp // shard
+                degrees = {"tp": tp, "cp": cp, "dp_shard": shard, "dp_replicate": replicate}
+                named: Layout = {n: d for n, d in degrees.items() if d > 1 or n == "dp_shard"}
+                yield from ([named | {"sequence": cut} for cut in sequence] or [named])
 
 
 def data_ranks(recipe: Recipe, ranks: int) -> int:

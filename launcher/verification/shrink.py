@@ -8,11 +8,12 @@ from pydantic import BaseModel
 
 from colonnade.launcher.effects import given, no_effect
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig
+from colonnade.launcher.rules.context import reaches
 from colonnade.launcher.verification.layouts import Layout, data_ranks, laid_out
 from colonnade.launcher.verification.narrow import narrow_model
 
 STEPS = 3
-ROW = 16  # tokens, at least
+ROW, SEGMENT = 16, 4  # tokens, at least
 ACCUMULATED = 2  # micro-batches of a rank in a step
 RATE, CLIP = 1e-2, 0.5  # every step is clipped
 # Adam divides by √v + eps: an element whose gradient is rounding noise would else move by the whole
@@ -27,7 +28,8 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
 
     Counts (heads, groups, experts, choices) stay, and a width is divisible by a divisor of `ranks`
     where the large one is, so that a layout fits the small model if and only if it fits the large
-    one. `on_layout` puts it on one of them, `alone` in one process.
+    one; a row has tokens for every rank, and for what convolutions read of the segment before.
+    `on_layout` puts it on one of them, `alone` in one process.
     """
     laid = [laid_out(recipe, layout) for layout in layouts]
     sharers = math.lcm(*(ranks // data_ranks(r, ranks) for r in laid))
@@ -39,7 +41,9 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
         "micro_batch": rows,
         "loss_chunk": 17,
     }
-    train |= {"seq_len": -(-ROW // (2 * sharers)) * 2 * sharers, "sample": 0}
+    cut = max((2 * r.parallel.cp for r in laid if r.parallel.cp > 1), default=0)
+    tokens = max(ROW, cut * max([SEGMENT, *reaches(recipe).values()]))
+    train |= {"seq_len": -(-tokens // (2 * sharers)) * 2 * sharers, "sample": 0}
     own = recipe.optimizer
     steady = {
         "schedule": "constant",

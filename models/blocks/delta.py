@@ -10,6 +10,7 @@ from colonnade.kernels.delta import delta_rule
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import l2_norm, rms_norm
 from colonnade.kernels.precision import wide
+from colonnade.kernels.segments import Passing
 from colonnade.models.blocks.base import Conv, SubBlock, conv_here
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
@@ -46,12 +47,14 @@ def scan_here(
     decay: Tensor | None,
     chunk: int,
     context: Context,
+    passing: Passing | None = None,
 ) -> Tensor:
-    """The `scan` seam's default: the whole sequence is on this device."""
+    """The `scan` seam's default: the whole sequence is on this device, or `passing` completes it."""
     state = context.recall("state")
     o, state = delta_rule(
-        q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state
-    )
+        q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state,
+        passing=passing,
+    )  # fmt: skip
     context.keep("state", state)
     return o
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
+from colonnade.kernels.segments import Passing
 from colonnade.kernels.ssd import ssd
 from colonnade.models.blocks.base import Conv, SubBlock, conv_here
 from colonnade.models.config import ModelConfig
@@ -39,11 +40,15 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], 
 
 
 def scan_here(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context
-) -> Tensor:
-    """The `scan` seam's default: the whole sequence is on this device."""
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
+    passing: Passing | None = None,
+) -> Tensor:  # fmt: skip
+    """The `scan` seam's default: the whole sequence is on this device, or `passing` completes it."""
     state = context.recall("state")
-    y, state = ssd(x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state)
+    y, state = ssd(
+        x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
+        passing=passing,
+    )  # fmt: skip
     context.keep("state", state)
     return y
 

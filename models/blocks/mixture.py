@@ -53,7 +53,8 @@ class Router(Coefficients):
         logits = wide(x) @ wide(self.weight_of("weight")).T
         if self.noise and torch.is_grad_enabled():
             S, _, E = logits.shape
-            place = torch.arange(S, device=x.device)[:, None, None]
+            place = torch.arange(S) if context.places is None else context.places
+            place = place.to(x.device)[:, None, None]
             columns = context.sample_numbers()[:, None], context.turns()[:, None]
             keys = *columns, place, torch.arange(E, device=x.device)
             drawn = draw_normal(context.draw, context.index, *keys, dtype=logits.dtype)
@@ -131,7 +132,9 @@ class Experts(Part):
 class Mixture(SubBlock):
     """Halves: `route, dispatch | experts, combine`.
 
-    `attach` is a seam: where several ranks compute the same balancing losses, they count once.
+    Seams: `attach`, where several ranks compute the same balancing losses, has them count once;
+    where each has a part of a sequence, `share` of it all, `whole` puts the parts of all together,
+    and `mine` takes this rank's.
     """
 
     small: Router
@@ -146,6 +149,9 @@ class Mixture(SubBlock):
         self.small = Router(config)
         self.first, self.second = Dispatch(config), Experts(config, out_std)
         self.attach: Callable[[Tensor, Tensor], Tensor] = attach
+        self.share = 1.0
+        self.whole: Callable[[Tensor], Tensor] = lambda t: t
+        self.mine: Callable[[Tensor], Tensor] = lambda t: t
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)
@@ -153,7 +159,8 @@ class Mixture(SubBlock):
         probabilities, chosen, weight = route(logits, self.rule, bias)
         kept = None
         if c.capacity is not None and torch.is_grad_enabled():  # only training drops choices
-            kept = within_capacity(chosen, c.experts, c.capacity, c.balance_samples)
+            everyone = self.whole(chosen)
+            kept = self.mine(within_capacity(everyone, c.experts, c.capacity, c.balance_samples))
         if torch.is_grad_enabled():
             context.loads[context.index] = loads(chosen, None, c.experts)
             if c.balance or c.balance_sequence or c.router_z:
@@ -163,17 +170,21 @@ class Mixture(SubBlock):
         return self.first((x, chosen, kept, weight))
 
     def losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """Balancing terms, summed over balance groups; a sample's own weigh 1/samples each."""
+        """Balancing terms, summed over balance groups; a sample's own weigh 1/samples each.
+
+        Of a part of a sequence, that part's share: how often experts were chosen counts in all.
+        """
         c, samples = self.config, self.config.balance_samples
         term = logits.new_zeros(())
+        everyone = self.whole(chosen) if c.balance or c.balance_sequence else chosen
         if c.balance:
-            term = term + c.balance * balance_loss(probabilities, chosen, samples)
+            term = term + c.balance * balance_loss(probabilities, everyone, samples)
         if c.balance_sequence:
-            alone = balance_loss(probabilities, chosen, 1) / samples
+            alone = balance_loss(probabilities, everyone, 1) / samples
             term = term + c.balance_sequence * alone
         if c.router_z:
             term = term + c.router_z * router_z_loss(logits, samples)
-        return term
+        return term * self.share
 
     def finish(self, carried: Dispatched, context: Context) -> Tensor:
         return self.second((carried, self.small.values()), context)

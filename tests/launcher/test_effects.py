@@ -175,6 +175,19 @@ EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the fiel
     # ranks
     ("model.vocab=264", "parallel.sequence=false", "parallel.tp=2"),
     ("model.pattern=*E model.vocab=264", "parallel.etp=2", "parallel.tp=2"),
+    ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),
+    ("", "parallel.context=allgather", "parallel.cp=2"),
+    ("", "parallel.ulysses=2", "parallel.cp=4 parallel.context=ring+ulysses"),
+    ("model.pattern=M", "parallel.recurrence=heads", "parallel.cp=2"),
+    ("model.pattern=M parallel.cp=2", "parallel.context=ulysses", "model.pattern=M*"),
+    ("model.pattern=M parallel.cp=2", "parallel.context=ulysses", "model.mtp=1"),
+    ("model.pattern=M parallel.cp=4", "parallel.ulysses=2",
+     "model.pattern=M* parallel.context=ring+ulysses"),
+    ("parallel.cp=4", "parallel.ulysses=2", "parallel.context=ring+ulysses"),
+    *(
+        ("parallel.cp=2", "parallel.recurrence=heads", f"model.pattern=*{symbol}")
+        for symbol in "MmDG"
+    ),
 ]  # fmt: skip
 
 

@@ -1,17 +1,28 @@
 """Recipes at test size: valid under the layouts of the large one, and the same but for widths."""
 
+from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
 
+from colonnade.launcher.effects import given
 from colonnade.launcher.load import load_recipe, recipe_names
 from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.rules.base import divisors
 from colonnade.launcher.validate import validate
-from colonnade.launcher.verification.layouts import covering, laid_out, parse_layout, write_layout
+from colonnade.launcher.verification.layouts import (
+    Layout,
+    covering,
+    laid_out,
+    parse_layout,
+    write_layout,
+)
 from colonnade.launcher.verification.narrow import COUNTS, DIVIDED, SHORT, WHOLE
 from colonnade.launcher.verification.shrink import EPS, alone, on_layout, shrink
 from colonnade.models.config import ModelConfig
 from colonnade.models.shapes import measure
+from colonnade.parallel.config import ParallelConfig
 
 WIDE = dict(vocab=1024, hidden=512, heads=16, ffn=1536)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,6 +58,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "heads exchanged": dict(cp=2, context="ulysses", recurrence="heads"),
+    "heads exchanged in a ring": dict(cp=4, context="ring+ulysses", recurrence="heads"),
+    "two of ranks in a ring": dict(cp=8, context="ring+ulysses", ulysses=2),
+}
+# The batch and the row become what all layouts can take.
+DRAWN_UP = {"train.global_batch", "train.seq_len"}
+
+
 def recipe_of(fields: dict[str, Any]) -> Recipe:
     model = dict(WIDE) if "*" in fields["pattern"] else {"vocab": 1024, "hidden": 512, "ffn": 1536}
     tables = {"model": model | fields, "train": {"global_batch": 64, "micro_batch": 2}}
@@ -57,6 +77,11 @@ def recipe_of(fields: dict[str, Any]) -> Recipe:
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
 RECIPES |= {name: recipe_of(fields) for name, fields in OPTIONS.items()}
+HYBRID = recipe_of(dict(pattern="*MmDG-", mamba_groups=4, delta_key_heads=4, kv_heads=4))
+RECIPES |= {
+    name: HYBRID.model_copy(update={"parallel": ParallelConfig.model_validate(parallel)})
+    for name, parallel in CONTEXTS.items()
+}
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 6, 16])
@@ -71,9 +96,9 @@ def test_a_layout_fits_both_or_neither(name: str, ranks: int) -> None:
     for layout in layouts:
         large = {f.field for f in validate(laid_out(recipe, layout), ranks)}
         faults = validate(on_layout(small, ranks, layout, "fp32"), ranks)
-        assert bool(faults) == ("parallel.tp" in large), (write_layout(layout), faults)
+        assert bool(faults) == bool(large - DRAWN_UP), (write_layout(layout), faults)
         fitting += not faults
-    assert fitting >= len([layout for layout in layouts if "tp" not in layout])
+    assert fitting >= len([layout for layout in layouts if not {"tp", "cp"} & layout.keys()])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -120,17 +145,15 @@ def test_fields_of_later_work_survive() -> None:
 
 
 def test_batches_accumulate_on_every_layout() -> None:
-    """Two micro-batches of whole balance groups, and tokens for all of tp."""
+    """Two micro-batches of whole balance groups, and tokens for all of tp and cp."""
     recipe = RECIPES["experts"]
     layouts = list(covering(8))
     small = shrink(recipe, 8, layouts)
     for layout in layouts:
         train = on_layout(small, 8, layout, "fp64").train
-        sharers = layout.get("tp", 1)
-        assert isinstance(sharers, int)
-        assert train.global_batch == 2 * train.micro_batch * (8 // sharers)
+        parallel = laid_out(recipe, layout).parallel
+        assert train.global_batch == 2 * train.micro_batch * (8 // parallel.tp // parallel.cp)
         assert train.micro_batch % recipe.model.balance_samples == 0
-    assert small.train.seq_len == 16
     assert alone(small).train.micro_batch == small.train.global_batch
 
 
@@ -145,11 +168,54 @@ def test_what_is_no_degree_stays_with_a_layout() -> None:
         assert "sequence" not in other.parallel.model_fields_set
 
 
+@pytest.mark.parametrize(
+    ("layouts", "model", "tokens"),
+    [
+        ([{"tp": 8}, {"dp_shard": 8}], {}, 16),
+        ([{"tp": 4, "dp_shard": 2}], {"mamba_conv": 40}, 16),  # rows are whole
+        ([{"cp": 2, "dp_shard": 4}], {}, 16),
+        ([{"cp": 8}, {"cp": 2, "tp": 4}], {}, 64),
+        ([{"cp": 4, "tp": 2}, {"dp_shard": 8}], {"attention_conv": 9}, 64),
+        ([{"cp": 8, "zigzag": False, "context": "ulysses"}], {"mamba_conv": 9}, 128),
+    ],
+)
+def test_a_row_is_as_long_as_its_segments_need(
+    layouts: list[Layout], model: dict[str, int], tokens: int
+) -> None:
+    recipe = recipe_of({"pattern": "*M", **model})
+    small = shrink(recipe, 8, layouts)
+    assert small.train.seq_len == tokens
+    for layout in layouts:
+        assert not validate(on_layout(small, 8, layout, "fp64"), 8)
+
+
+def test_settings_of_context_stay_with_a_layout() -> None:
+    """`parallel.ulysses` is no degree; what a layout names holds, and what it makes idle goes."""
+    recipe = RECIPES["two of ranks in a ring"]
+
+    def on(layout: str) -> dict[str, object]:
+        return dict(given(laid_out(recipe, parse_layout(layout)).parallel))
+
+    assert on("cp=4") == {"cp": 4, "context": "ring+ulysses", "ulysses": 2}
+    named = {"cp": 4, "tp": 2, "context": "ulysses"}
+    assert on("cp=4,tp=2,context=ulysses") == named
+    assert not validate(laid_out(recipe, named), 8)
+    assert on("dp_shard=8") == {"dp_shard": 8}
+    assert dict(given(alone(shrink(recipe, 8, [named])).parallel)) == {}
+    heads = laid_out(RECIPES["heads exchanged"], {"cp": 8, "recurrence": "states"}).parallel
+    assert (heads.context, heads.recurrence) == ("ulysses", "states")
+
+
 def test_covering_set() -> None:
     layouts = list(covering(4))
-    assert len({write_layout(layout) for layout in layouts}) == len(layouts) == 9
+    assert len({write_layout(layout) for layout in layouts}) == len(layouts) == 13
     assert all(parse_layout(write_layout(layout)) == layout for layout in layouts)
     recipe = recipe_of({"pattern": "*-"})
     for layout in layouts:
         assert not validate(laid_out(recipe, layout), 4)
-    assert sum("tp" in layout for layout in layouts) == 6
+    assert sum("tp" in layout for layout in layouts) == 7
+    assert {"tp": 2, "cp": 2, "dp_shard": 1, "sequence": True} in layouts
+    assert all(layout["sequence"] for layout in layouts if {"tp", "cp"} <= layout.keys())
+    found = [laid_out(recipe, layout).parallel for layout in covering(12)]
+    factored = {(p.tp, p.cp, p.dp_shard, p.dp_replicate) for p in found}
+    assert factored == {t for t in product(divisors(12), repeat=4) if prod(t) == 12}

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.validate import RULES, validate
+from colonnade.parallel.config import ParallelConfig
 
 Faults = Callable[..., list[Fault]]
 
@@ -132,9 +134,11 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
      "parallel.dp_replicate", "{f}=2"),
     ("ranks", "parallel.tp=2 model.vocab=264 parallel.dp_shard=4", 4,
      "parallel.dp_shard", "{f}=2"),
+    ("ranks", "parallel.cp=3 train.seq_len=240", 4, "parallel.cp", "{f}=2"),
+    ("ranks", "parallel.tp=2 model.vocab=264 parallel.cp=4", 4, "parallel.cp", "{f}=2"),
+    ("ranks", "parallel.cp=2 parallel.dp_shard=4", 4, "parallel.dp_shard", "{f}=2"),
     ("not_built", "parallel.pp=2", None, "parallel.pp", "{f}=1"),
     ("not_built", "parallel.pp=2 model.residual=ladder", None, "parallel.pp", "{f}=1"),
-    ("not_built", "parallel.cp=2", None, "parallel.cp", "{f}=1"),
     ("not_built", "parallel.ep=2 model.pattern=*E", None, "parallel.ep", "{f}=1"),
     ("not_built", "parallel.tp=2 parallel.etp=1 model.pattern=*E model.vocab=264", None,
      "parallel.etp", "{f}=2"),
@@ -143,10 +147,75 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("tensor_parallel", "parallel.tp=2", None, "parallel.tp", "model.vocab=258"),
     ("tensor_parallel", "parallel.tp=4 model.pattern=M- model.vocab=264 model.mamba_groups=2 "
      "model.ffn=702", None, "parallel.tp", "{f}=2"),
-    ("sequence_parallel", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
+    ("sequence_parts", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
      "train.seq_len", "{f}=254"),
-    ("sequence_parallel", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
+    ("sequence_parts", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
      "train.seq_len", "parallel.sequence=false"),
+    ("sequence_parts", "parallel.cp=4 train.seq_len=252", None, "train.seq_len", "{f}=248"),
+    ("sequence_parts", "model.pattern=M- parallel.cp=3 parallel.zigzag=false", None,
+     "train.seq_len", "{f}=255"),
+    ("sequence_parts", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
+     "train.seq_len", "{f}=248"),
+    ("sequence_parts", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
+     "train.seq_len", "parallel.sequence=false"),
+    ("convolutions", "model.pattern=M- parallel.cp=8 train.seq_len=32", None,
+     "train.seq_len", "{f}=48"),
+    ("convolutions", "model.pattern=M- parallel.cp=8 train.seq_len=32", None,
+     "train.seq_len", "parallel.cp=4"),
+    ("convolutions", "model.pattern=m parallel.cp=2 parallel.zigzag=false train.seq_len=4", None,
+     "train.seq_len", "{f}=6"),
+    *(
+        ("convolutions", f"{model} parallel.cp=2 train.seq_len=16", None, "train.seq_len", mend)
+        for model in ("model.attention_conv=6", "model.pattern=*G model.delta_conv=6",
+                      "model.mtp=1 model.mtp_pattern=D model.delta_conv=6")
+        for mend in ("{f}=20", "parallel.cp=1")
+    ),
+    *(
+        ("ulysses", f"{given} parallel.context=ulysses", None, "parallel.cp", mend)
+        for given, mend in (
+            ("parallel.cp=8", "{f}=4"),
+            ("parallel.cp=8", "parallel.context=ring"),
+            ("parallel.cp=8", "parallel.context=allgather"),
+            ("parallel.cp=8", "parallel.context=ring+ulysses"),
+            ("parallel.cp=8", "model.heads=8"),
+            ("parallel.cp=8 model.attention=mla", "{f}=4"),
+            ("parallel.cp=4 model.hidden=384 model.heads=12 model.kv_heads=6", "{f}=2"),
+            ("parallel.cp=4 parallel.tp=2 model.vocab=264", "{f}=2"),
+            ("parallel.cp=8 model.pattern=M- model.mtp=1", "{f}=4"),
+        )
+    ),
+    *(
+        ("ulysses_in_ring", f"{given} parallel.context=ring+ulysses", None, field, mend)
+        for given, field, mend in (
+            ("parallel.cp=2", "parallel.context", "{f}=ulysses"),
+            ("parallel.cp=2", "parallel.context", "{f}=ring"),
+            ("parallel.cp=4 model.hidden=96 model.heads=3", "parallel.context", "{f}=allgather"),
+            ("parallel.cp=8 model.hidden=384 model.heads=12 model.kv_heads=6", "parallel.context",
+             "parallel.ulysses=2"),
+            ("parallel.cp=8 parallel.ulysses=3", "parallel.ulysses", "{f}=4"),
+            ("parallel.cp=4 parallel.ulysses=4", "parallel.ulysses", "{f}=2"),
+            ("parallel.cp=8 parallel.ulysses=4 model.hidden=192 model.heads=6", "parallel.ulysses",
+             "{f}=2"),
+        )
+    ),
+    *(
+        ("recurrent_heads", f"{given} parallel.recurrence=heads", None, "parallel.cp", mend)
+        for given, mend in (
+            ("parallel.cp=16 model.pattern=M-", "{f}=8"),
+            ("parallel.cp=16 model.pattern=M-", "parallel.recurrence=states"),
+            ("parallel.cp=8 parallel.tp=2 model.pattern=M- model.vocab=264", "{f}=4"),
+            ("parallel.cp=4 model.pattern=M- model.mamba_heads=12 model.mamba_groups=6", "{f}=2"),
+            ("parallel.cp=4 model.pattern=m- model.mamba1_inner=66", "{f}=2"),
+            ("parallel.cp=8 model.pattern=D", "{f}=4"),
+            ("parallel.cp=8 model.mtp=1 model.mtp_pattern=D", "{f}=4"),
+            ("parallel.cp=4 model.pattern=*G model.delta_heads=12 model.delta_key_heads=6",
+             "{f}=2"),
+            ("parallel.cp=2 model.pattern=D model.delta_heads=3", "parallel.recurrence=states"),
+        )
+    ),
+    ("equal_work", "parallel.cp=2 parallel.zigzag=false", None, "parallel.zigzag", "{f}=true"),
+    ("equal_work", "parallel.cp=2 parallel.zigzag=false", None,
+     "parallel.zigzag", "parallel.context=ulysses"),
     ("batch", "train.global_batch=20", None, "train.global_batch", "{f}=24"),
     ("batch", "train.global_batch=40", 2, "train.global_batch", "{f}=48"),
     ("batch", "train.global_batch=40", 2, "train.global_batch", "train.micro_batch=10"),
@@ -201,6 +270,36 @@ def test_every_rule_has_a_case() -> None:
         ("parallel.tp=2 model.vocab=264 parallel.dp_shard=4", 4, "4 x 2 = 8, but there are 4"),
         ("parallel.tp=8 model.vocab=264", None,
          "does not divide model.heads = 4; set parallel.tp to one of 1, 2, 4"),
+        ("parallel.tp=2 model.vocab=264 parallel.cp=2 parallel.dp_shard=4", 8,
+         "dp_replicate x dp_shard x tp x cp = 1 x 4 x 2 x 2 = 16, but there are 8 ranks"),
+        ("parallel.tp=2 model.vocab=264 parallel.cp=2 parallel.dp_replicate=3", 8,
+         "the 2 groups of parallel.tp x parallel.cp = 2 x 2 ranks"),
+        ("parallel.cp=4 train.seq_len=252", None,
+         "4 ranks share it in 8 segments; set it to 248 or 256"),
+        ("parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
+         "cuts each rank's part over parallel.tp = 4 ranks; set it to 248 or 256, or"),
+        ("model.pattern=M- parallel.cp=8 train.seq_len=32", None,
+         "model.mamba_conv = 4 taps read 3 tokens of the segment before, and one of 16 segments "
+         "has 2; set train.seq_len to at least 48, or parallel.cp to at most 4"),
+        ("parallel.cp=8 parallel.context=ulysses", None,
+         "does not divide model.heads = 4, and parallel.context = ulysses exchanges heads; set "
+         "parallel.cp to one of 2, 4, or parallel.context to ring or allgather or ring+ulysses"),
+        ("parallel.cp=4 parallel.tp=2 model.vocab=264 parallel.context=ulysses", None,
+         "model.heads / parallel.tp = 4 / 2 = 2"),
+        ("parallel.cp=3 train.seq_len=252 model.heads=12 model.hidden=384 train.micro_batch=1 "
+         "parallel.context=ulysses model.kv_heads=2", 12, "set parallel.cp to one of 2, 4, 6, 12"),
+        ("parallel.cp=4 model.heads=12 model.hidden=384 model.kv_heads=6 "
+         "parallel.context=ulysses", 4, "model.kv_heads = 6, and parallel.context = ulysses "
+         "exchanges heads; set parallel.cp to 2, or"),
+        ("parallel.cp=3 train.seq_len=252 parallel.context=ring+ulysses", None,
+         "parallel.cp = 3 has no divisor between 1 and itself; set parallel.context to ring or"),
+        ("parallel.cp=8 parallel.context=ring+ulysses parallel.ulysses=3", None,
+         "must divide parallel.cp = 8 and be less; set parallel.ulysses to one of 2, 4, or "
+         "parallel.context to ring or allgather without parallel.ulysses"),
+        ("parallel.cp=8 parallel.context=ulysses parallel.zigzag=false", None,
+         "ring+ulysses with parallel.zigzag = true"),
+        ("parallel.cp=2 parallel.zigzag=false model.hidden=96 model.heads=3", None,
+         "more work in attention; set it to true"),
         ("parallel.pp=2 model.residual=ladder", None, "ladder, which hands two tensors on"),
         ("train.global_batch=40", 2, "8 x 2 = 16; set train.global_batch to 32 or 48"),
     ],
@@ -223,6 +322,14 @@ def test_a_remedy_has_the_numbers(
         "model.pattern=T model.top_k= train.global_batch=24 train.micro_batch=6",
         "model.pattern=E model.balance=0 model.router_z=0.1 train.micro_batch=1",
         "model.mup_base={hidden=64,ffn=176}",
+        "parallel.cp=4",
+        "model.kv_heads=2 parallel.cp=4 parallel.context=ulysses",  # two ranks share a head
+        "model.heads=6 model.hidden=192 parallel.cp=8 parallel.context=ring+ulysses",
+        "parallel.cp=2 parallel.zigzag=false parallel.context=ulysses",
+        "model.pattern=M- parallel.cp=2 parallel.zigzag=false",
+        "model.attention=mla model.pattern=*- parallel.cp=4 train.seq_len=8",
+        "model.pattern=M- parallel.cp=8 train.seq_len=48",
+        "model.pattern=M- parallel.cp=8 parallel.recurrence=heads model.mamba_groups=2",
     ],
 )
 def test_what_a_rule_lets_pass(faults: Faults, overrides: str) -> None:
@@ -268,3 +375,52 @@ def test_layouts_and_batches_are_valid_exactly_when_they_divide() -> None:
         whole = any(micro * (world if fits else 1) * n == rows for n in range(1, rows + 1))
         told = {fault.field.partition(".")[0] for fault in validate(recipe, world)}
         assert told == ({"parallel"} if not fits else set()) | ({"train"} if not whole else set())
+
+
+def test_heads_are_exchanged_exactly_when_every_rank_gets_as_many() -> None:
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(200):
+        tp, cp, groups = draw.choice((1, 2, 4)), draw.choice((2, 3, 4, 6, 8)), draw.choice((1, 2))
+        kv = draw.choice((1, 2, 3, 4, 6, 8))
+        heads = kv * draw.choice((1, 2, 3, 4))
+        own, shared = heads // tp, max(1, kv // tp)
+        if heads % tp or (kv % tp and tp % kv):
+            continue
+        recipe = Recipe.model_validate(
+            {
+                "model": {"pattern": "*M", "hidden": 4 * heads, "vocab": 264, "heads": heads,
+                          "kv_heads": kv, "mamba_head_dim": 4, "mamba_heads": 8 * groups,
+                          "mamba_groups": groups},
+                "parallel": {"tp": tp, "cp": cp, "context": "ulysses", "recurrence": "heads"},
+                "train": {"seq_len": 24 * 24},
+            }
+        )  # fmt: skip
+        in_group = max(1, groups // tp)
+        wrong = own % cp > 0 or (shared % cp > 0 and cp % shared > 0)
+        wrong_state = 8 * groups // tp % cp > 0 or (in_group % cp > 0 and cp % in_group > 0)
+        told = [f.remedy for f in validate(recipe, None)]
+        assert any("parallel.context = ulysses" in t for t in told) == wrong
+        assert any("parallel.recurrence = heads" in t for t in told) == wrong_state
+        assert len(told) == wrong + wrong_state
+        refused += wrong
+    assert 20 < refused < 150
+
+
+@pytest.mark.parametrize(
+    ("given", "heads", "degree"),
+    [
+        ({"cp": 8}, 8, 1),
+        ({"cp": 8, "context": "allgather"}, 8, 1),
+        ({"cp": 8, "context": "ulysses"}, 8, 8),
+        ({"cp": 8, "context": "ring+ulysses"}, 8, 4),
+        ({"cp": 8, "context": "ring+ulysses"}, 6, 2),
+        ({"cp": 12, "context": "ring+ulysses"}, 9, 3),
+        ({"cp": 4, "context": "ring+ulysses"}, 3, 0),
+        ({"cp": 5, "context": "ring+ulysses"}, 5, 0),
+        ({"cp": 8, "context": "ring+ulysses", "ulysses": 2}, 8, 2),
+        ({"cp": 1, "context": "ring+ulysses"}, 8, 1),
+    ],
+)
+def test_ranks_that_exchange_heads(given: dict[str, Any], heads: int, degree: int) -> None:
+    assert ParallelConfig.model_validate(given).ulysses_degree(heads) == degree

@@ -191,6 +191,8 @@ def test_pieces_make_a_whole() -> None:
         ("tp=2,tp=4", "stands in it twice"),
         ("tp=0", "tp = 0: give a whole number of at least 1"),
         ("sequence=1", "sequence = 1: give true or false"),
+        ("cp=2,context=rng", "context = 'rng': give one of ring, ulysses, ring+ulysses"),
+        ("cp=8,ulysses=1", "ulysses = 1: give a whole number of at least 2"),
         ("", "an empty entry is no field"),
     ],
 )
@@ -213,8 +215,10 @@ def test_all_faults_of_all_layouts_at_once() -> None:
     [
         ([], 1, "--nproc"),
         (["parallel.tp=2"], 4, "--layout tp=2"),
+        (["parallel.cp=2"], 4, "--layout cp=2"),
         (["model.heads=3", "model.kv_heads=", "model.hidden=96", "model.vocab=257",
-          "train.global_batch=8", "model.mamba_heads=5"], 4, "no layout of 4 ranks is valid"),
+          "train.global_batch=8", "train.seq_len=255", "model.mamba_heads=5"], 4,
+         "no layout of 4 ranks is valid"),
         (["model.hedas=3"], 4, "model.hedas"),
     ],
 )  # fmt: skip
@@ -226,7 +230,7 @@ def test_mistakes(overrides: list[str], ranks: int, said: str) -> None:
 
 def test_covering_set_names_what_it_leaves_out() -> None:
     job = planned("quickstart", [], 4, [])
-    assert len(job.layouts) == 6  # a batch of 16 rows is no 4 micro-batches of 8
+    assert len(job.layouts) == 10  # a batch of 16 rows is no 4 micro-batches of 8
     assert [layout for layout, _ in job.skipped] == [
         {"dp_shard": 4}, {"dp_shard": 2, "dp_replicate": 2}, {"dp_shard": 1, "dp_replicate": 4}
     ]  # fmt: skip
@@ -248,6 +252,21 @@ def test_an_override_holds_for_every_layout(value: str) -> None:
     assert {layout.get("sequence") for layout in covered} == {value == "true", None}
     with pytest.raises(UserError, match=r"did you mean parallel\.sequence"):
         planned("quickstart", ["parallel.sequenc=true"], 4, ["tp=4"])
+
+
+def test_how_sequences_are_shared_holds_for_every_layout() -> None:
+    """`parallel.ulysses` counts ranks, and is no degree: layouts it does not suit are left out."""
+    words = ["parallel.context=ring+ulysses", "parallel.ulysses=2", "train.micro_batch=2"]
+    job = planned("quickstart", words, 4, [])
+    shared = [layout for layout in job.layouts if "cp" in layout]
+    assert shared == [{"cp": 4, "dp_shard": 1}]
+    assert laid_out(job.recipe, shared[0]).parallel.ulysses == 2
+    assert len(job.skipped) == 3
+    assert all(layout["cp"] == 2 and "parallel.ulysses = 2" in why for layout, why in job.skipped)
+    (layout,) = planned("quickstart", [], 4, ["cp=2,tp=2,context=ulysses,zigzag=false"]).layouts
+    assert layout == {"cp": 2, "tp": 2, "context": "ulysses", "zigzag": False}
+    with pytest.raises(RecipeError, match=r"model\.heads / parallel\.tp = 4 / 2 = 2"):
+        planned("quickstart", [], 8, ["cp=4,tp=2,context=ulysses"])
 
 
 def test_the_verb(

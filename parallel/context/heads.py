@@ -1,0 +1,104 @@
+"""Ranks exchange their parts of a sequence for heads: each then has all of it, and fewer heads.
+
+For attention this is Ulysses (arXiv:2309.14509); recurrences are independent by head or channel,
+too.
+"""
+
+import spmd_types as spmd
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from spmd_types import R, S
+from torch import Tensor
+
+from colonnade.models.blocks import delta, mamba1, mamba2
+from colonnade.models.context import Context
+from colonnade.parallel.context.layout import SequenceCut
+
+
+class Heads:
+    """The exchange between the ranks of a group, which hold the parts of `cut`."""
+
+    def __init__(self, cut: SequenceCut, group: dist.ProcessGroup) -> None:
+        self.cut, self.group = cut, group
+
+    def take(self, t: Tensor) -> Tensor:
+        """`[S/n, B, H, ...]` to `[S, B, H/n, ...]`, in the order of the sequence.
+
+        Where n is a multiple of H, several ranks take the same head; its gradients are added up.
+        """
+        n = self.cut.ranks
+        if t.shape[2] % n:
+            t = t.repeat_interleave(n // t.shape[2], dim=2)
+        heads = t.unflatten(2, (n, -1)).movedim(2, 0)
+        return self.cut.natural(self.exchanged(heads).flatten(0, 1))
+
+    def give(self, t: Tensor) -> Tensor:
+        """The opposite: `[S, B, H/n, ...]` to `[S/n, B, H, ...]`."""
+        sent = self.cut.by_rank(t).unflatten(0, (self.cut.ranks, -1))
+        return self.exchanged(sent).movedim(0, 2).flatten(2, 3)
+
+    def exchanged(self, t: Tensor) -> Tensor:
+        """`[n, ...]`, to each rank one of it, to `[n, ...]`, of each rank one; backward as well.
+
+        PyTorch's own collective: that of `spmd_types` cannot be kept by recomputation.
+        """
+        return funcol.all_to_all_single_autograd(t.contiguous(), None, None, self.group)
+
+    def mine(self, t: Tensor) -> Tensor:
+        """Of one number a head, or one row, `[H, ...]`, those of this rank's heads: `[H/n, ...]`."""
+        return t.chunk(self.cut.ranks)[self.cut.rank]
+
+    def everything(self, t: Tensor) -> Tensor:
+        """What all heads share, `[S/n, ...]`, to `[S, ...]`; its gradients are added up."""
+        back = {"op_dtype": t.dtype}
+        gathered = spmd.all_gather(
+            t.contiguous(), self.group, src=S(0), dst=R, op_dtype=t.dtype, backward_options=back
+        )
+        return self.cut.natural(gathered)
+
+    # The `scan` seams of sub-blocks, each around the one on this device.
+
+    def mamba2(self, scan: mamba2.Scan) -> mamba2.Scan:
+        """Heads `H`, groups `G`."""
+
+        def exchanged(
+            x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+            chunk: int, context: Context,
+        ) -> Tensor:  # fmt: skip
+            if context.memory is not None:
+                return scan(x, dt, A, B, C, D, chunk, context)
+            x, dt, B, C = (self.take(t) for t in (x, dt, B, C))
+            A, D = self.mine(A), self.mine(D)
+            return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
+
+        return exchanged
+
+    def mamba1(self, scan: mamba1.Scan) -> mamba1.Scan:
+        """Channels for heads, which share B and C."""
+
+        def exchanged(
+            x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+            chunk: int, context: Context,
+        ) -> Tensor:  # fmt: skip
+            if context.memory is not None:
+                return scan(x, dt, A, B, C, D, chunk, context)
+            x, dt, B, C = self.take(x), self.take(dt), self.everything(B), self.everything(C)
+            A, D = self.mine(A), self.mine(D)
+            return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
+
+        return exchanged
+
+    def delta(self, scan: delta.Scan) -> delta.Scan:
+        """Value heads, and key heads that they share."""
+
+        def exchanged(
+            q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
+            chunk: int, context: Context,
+        ) -> Tensor:  # fmt: skip
+            if context.memory is not None:
+                return scan(q, k, v, beta, decay, chunk, context)
+            q, k, v, beta = (self.take(t) for t in (q, k, v, beta))
+            decay = None if decay is None else self.take(decay)
+            return self.give(scan(q, k, v, beta, decay, chunk, context.whole()))
+
+        return exchanged

@@ -1,0 +1,128 @@
+"""Context parallelism put into a model: a sequence is cut at its door, and sub-blocks look across.
+
+Parameters stay as they are; their gradients are partial sums over the ranks that share a sequence,
+which FSDP adds up together with those over the batch.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from colonnade.kernels.blockwise import Rule
+from colonnade.models.blocks.attention import Attend, Attention, Softmax, attend_here
+from colonnade.models.blocks.delta import DeltaNet
+from colonnade.models.blocks.mamba1 import Mamba1
+from colonnade.models.blocks.mamba2 import Mamba2
+from colonnade.models.blocks.mixture import Mixture
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.context.attention import Variant, context_attention
+from colonnade.parallel.context.halo import context_conv
+from colonnade.parallel.context.heads import Heads
+from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.states import Handed, goes_on
+from colonnade.parallel import mesh as meshes
+
+
+def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -> None:
+    """Share sequences over the ranks of a one-dimensional mesh.
+
+    After `tensor_parallel`, which says how many heads there are here.
+    """
+    group = mesh.get_group()
+    cut = SequenceCut(group.size(), group.rank(), config.zigzag)
+    model.mine = cut.mine
+    heads = model.config.heads // model.head.cut.count
+    conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
+    for block in [b for wiring in model.wirings() for b in wiring.blocks]:
+        for part in block.modules():
+            if hasattr(part, "conv"):
+                part.conv = conv
+        if isinstance(block, Mixture):
+            block.share, block.mine = 1 / cut.ranks, cut.mine
+            block.whole = partial(gathered, cut, group)
+        elif isinstance(block, Attention):
+            block.second.attend = attend
+        elif isinstance(block, Mamba1 | Mamba2 | DeltaNet):
+            share_scan(block, cut, group, config)
+
+
+def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
+    """All ranks' parts in the order of the sequence, without gradient."""
+    return cut.natural(funcol.wait_tensor(funcol.all_gather_tensor(t.contiguous(), 0, group)))
+
+
+def share_scan(
+    block: Mamba1 | Mamba2 | DeltaNet,
+    cut: SequenceCut,
+    group: dist.ProcessGroup,
+    config: ParallelConfig,
+) -> None:
+    """Plug the `scan` seam: states handed on, or heads exchanged."""
+    second = block.second
+    if config.recurrence == "heads":
+        heads = Heads(cut, group)
+        around = {Mamba1: heads.mamba1, Mamba2: heads.mamba2, DeltaNet: heads.delta}
+        second.scan = around[type(block)](second.scan)
+        return
+    scan = second.scan
+
+    def handed(*args: Any) -> Tensor:
+        context: Context = args[-1]
+        if context.memory is not None:
+            return scan(*args)
+        return scan(*args, Handed(cut, group, goes_on(cut, context)))
+
+    second.scan = handed
+
+
+def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Attend:
+    """The `attend` seam; `heads` are the query heads that are here."""
+    inner, outer, exchanging = None, mesh.get_group(), config.ulysses_degree(heads)
+    if exchanging > 1:
+        group, outer = meshes.fold(mesh, exchanging)
+        inner = Heads(SequenceCut(group.size(), group.rank(), config.zigzag), group)
+    variant: Variant = "allgather" if config.context == "allgather" else "ring"
+    across = partial(attend_across, group=outer, variant=variant, zigzag=config.zigzag)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
+        if context.memory is not None:
+            return attend_here(q, k, v, softmax, context)
+        if inner is not None:
+            q, k, v = inner.take(q), inner.take(k), inner.take(v)
+            if softmax.sinks is not None:
+                softmax = dataclasses.replace(softmax, sinks=inner.mine(softmax.sinks))
+        if outer.size() == 1:
+            y = attend_here(q, k, v, softmax, context.whole())
+        else:
+            y = across(q, k, v, softmax, context)
+        return y if inner is None else inner.give(y)
+
+    return attend
+
+
+def attend_across(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax: Softmax,
+    context: Context,
+    *,
+    group: dist.ProcessGroup,
+    variant: Variant,
+    zigzag: bool,
+) -> Tensor:
+    """Attention over all ranks' keys; the arguments are this rank's part of the sequence."""
+    all_of_it = softmax.window is None or softmax.window >= len(q) * group.size()
+    window = None if all_of_it else softmax.window
+    rule = Rule(softmax.scale, window, softmax.cap, softmax.clip)
+    return context_attention(
+        q, k, v, group, rule=rule, variant=variant, documents=context.whole_documents,
+        sinks=softmax.sinks, zigzag=zigzag,
+    )  # fmt: skip

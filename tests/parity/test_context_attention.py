@@ -1,0 +1,146 @@
+"""Attention over a sequence that ranks share, against one device with all of it."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from equal import assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from torch import Tensor
+
+from colonnade.kernels import blockwise
+from colonnade.kernels.attention import attention_reference
+from colonnade.kernels.blockwise import Rule
+from colonnade.parallel.context.attention import context_attention
+from colonnade.parallel.context.layout import SequenceCut
+
+S, B, P, V = 48, 2, 5, 7
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "cap": {"cap": 1.3},
+    "sinks": {"sinks": True},
+    "clip": {"clip": (-0.02, 1.1)},
+    "all": {"cap": 1.3, "sinks": True, "clip": (-0.01, 1.2)},
+}
+PACKED = (5, 1, 17, 20, 5), (12, 24, 12)  # documents' lengths by row; one ends with a segment
+
+
+def documents(*rows: Any) -> Tensor:
+    return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows], 1)
+
+
+def tensors(heads: int, kv_heads: int, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return {
+        "q": 1.5 * normal(S, B, heads, P), "k": 1.5 * normal(S, B, kv_heads, P),
+        "v": normal(S, B, kv_heads, V), "sinks": normal(heads), "grad": normal(S, B, heads, V),
+    }  # fmt: skip
+
+
+def whole(named: dict[str, Tensor], rows: Tensor | None, **options: Any) -> dict[str, Tensor]:
+    """Output and gradients of the full score matrix."""
+    leaves = {n: t.clone().requires_grad_() for n, t in named.items() if n != "grad"}
+    if not options.pop("sinks", False):
+        del leaves["sinks"]
+    out = attention_reference(**leaves, documents=rows, **options)
+    grads = torch.autograd.grad(out, list(leaves.values()), named["grad"])
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def shared(
+    rank: int, size: int, named: dict[str, Tensor], rows: Tensor | None, cases: list[dict[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """The same of this rank's part, for each case."""
+    blockwise.BLOCK = 4
+    found = []
+    for case in cases:
+        options = dict(case)
+        variant, zigzag = options.pop("variant"), options.pop("zigzag", True)
+        sinks = options.pop("sinks", False)
+        cut = SequenceCut(size, rank, zigzag)
+        leaves = {n: cut.mine(named[n]).requires_grad_() for n in "qkv"}
+        if sinks:
+            leaves["sinks"] = named["sinks"].clone().requires_grad_()
+        rule = Rule(P**-0.5, options.get("window"), options.get("cap"), options.get("clip"))
+        group = dist.group.WORLD
+        assert group is not None
+        out = context_attention(
+            leaves["q"], leaves["k"], leaves["v"], group, rule=rule, variant=variant,
+            documents=rows, sinks=leaves.get("sinks"), zigzag=zigzag,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, list(leaves.values()), cut.mine(named["grad"]))
+        found.append({"out": out.detach(), **dict(zip(leaves, grads, strict=True))})
+    return found
+
+
+def joined(parts: list[dict[str, Tensor]], zigzag: bool) -> dict[str, Tensor]:
+    """Of all ranks' results those of the whole sequence."""
+    cut = SequenceCut(len(parts), 0, zigzag)
+    return {
+        n: sum(p[n] for p in parts) if n == "sinks" else cut.natural(torch.cat([p[n] for p in parts]))
+        for n in parts[0]
+    }  # fmt: skip
+
+
+def check(ranks: Ranks, named: dict[str, Tensor], rows: Tensor | None, cases: list[Any]) -> None:
+    results = ranks.run(shared, named, rows, cases)
+    for i, case in enumerate(cases):
+        options = {n: o for n, o in case.items() if n not in ("variant", "zigzag")}
+        ours = joined([of_rank[i] for of_rank in results], case.get("zigzag", True))
+        assert_equal(ours, whole(named, rows, **options))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("variant", ["ring", "allgather"])
+def test_equal_to_one_device(
+    ranks2: Ranks, ranks4: Ranks, variant: str, packed: bool, option: str
+) -> None:
+    """With windows that end within a segment, at its end, and beyond the next ones."""
+    rows = documents(*PACKED) if packed else None
+    for heads, kv_heads in ((4, 2), (3, 3)):
+        cases = [
+            {"variant": variant, "window": window, "zigzag": zigzag, **OPTIONS[option]}
+            for window in (None, 1, 4, 7, 13, 30)
+            for zigzag in (True, False)
+        ]
+        for ranks in (ranks2, ranks4):
+            check(ranks, tensors(heads, kv_heads), rows, cases)
+
+
+@given(cuts=st.lists(st.integers(1, S - 1), max_size=8), seed=st.integers(0, 2**16))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_any_packing(ranks4: Ranks, cuts: list[int], seed: int) -> None:
+    ends = [*sorted({*cuts}), S]
+    lengths = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+    rows = documents(lengths, lengths)
+    cases = [
+        {"variant": variant, "window": w} for variant in ("ring", "allgather") for w in (None, 9)
+    ]
+    check(ranks4, tensors(4, 2, seed), rows, cases)
+
+
+def narrow(rank: int, size: int, named: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
+    cut = SequenceCut(size, rank)
+    leaves = [cut.mine(named[n]).bfloat16().requires_grad_() for n in "qkv"]
+    group = dist.group.WORLD
+    assert group is not None
+    out = context_attention(*leaves, group, rule=Rule(P**-0.5), variant=variant)
+    grads = torch.autograd.grad(out, leaves, cut.mine(named["grad"]).bfloat16())
+    return {"out": out.detach(), **dict(zip("qkv", grads, strict=True))}
+
+
+@pytest.mark.parametrize("variant", ["ring", "allgather"])
+def test_bf16(ranks4: Ranks, variant: str) -> None:
+    """Outputs of pieces are bf16, merged in fp32, as are gradients: 2^-9 a piece, and passes."""
+    named = {n: t.bfloat16().double() for n, t in tensors(4, 2).items()}
+    ours = joined(ranks4.run(narrow, named, variant), True)
+    assert {t.dtype for t in ours.values()} == {torch.bfloat16}
+    assert_equal(ours, whole(named, None), 2.0**-6, of_all=0.0)

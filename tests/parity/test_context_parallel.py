@@ -1,0 +1,148 @@
+"""Sequences that ranks share, against one process: every sub-block, variant, option and wiring."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from equal import assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from test_data_parallel import LADDER, MODELS, compare, recipe_for, trained, whole
+from test_tensor_parallel import sent
+from torch import Tensor
+
+from colonnade.kernels.loss import IGNORED
+from colonnade.launcher.corpus import Batch
+from colonnade.launcher.job import build_model
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.step import forward
+from colonnade.launcher.verification.trace import Trace
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.world import World
+
+# Heads and channels for every exchange on four ranks; a segment holds what convolutions look at.
+WIDE: dict[str, Any] = {
+    "vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "kv_heads": 2, "delta_key_dim": 4,
+    "mamba_heads": 8, "mamba_groups": 2,
+}  # fmt: skip
+LENGTH = 32
+
+
+def long(recipe: Recipe) -> Recipe:
+    """Rows of `LENGTH` tokens."""
+    train = recipe.train.model_copy(update={"seq_len": LENGTH})
+    return recipe.model_copy(update={"train": train})
+
+
+def alone(ranks1: Ranks, pattern: str, **fields: Any) -> Trace:
+    return ranks1.run(trained, long(recipe_for(pattern, {}, 16, **fields)))[0]
+
+
+def under(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> Trace:
+    micro = 16 if ranks.size == layout["cp"] * layout.get("tp", 1) else 8
+    return ranks.run(trained, long(recipe_for(pattern, layout, micro, **fields)))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str) -> None:
+    pattern, fields = MODELS[name]
+    compare(under(ranks2, {"cp": 2}, pattern, **fields), alone(ranks1, pattern, **fields))
+
+
+PATTERNS = {
+    "*-": {}, "M-": {}, "m-": LADDER, "D-": {}, "G-": LADDER, "M-*-": LADDER,
+    "*-*-": {"window": 9, "full_attention": (1,), "sinks": True, "ssa": True, **LADDER},
+    "*-M": {"attention_conv": 3, "attention_gate": "head", "clip_low": -0.02, "qk_norm": "full"},
+}  # fmt: skip
+VARIANTS: list[dict[str, Any]] = [
+    {"context": "ring"}, {"context": "ulysses", "recurrence": "heads"}, {"context": "ring+ulysses"},
+    {"context": "allgather"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, pattern: str) -> None:
+    fields = WIDE | PATTERNS[pattern]
+    expected = alone(ranks1, pattern, **fields)
+    for variant in VARIANTS:
+        compare(under(ranks4, {"cp": 4, **variant}, pattern, **fields), expected)
+
+
+@pytest.mark.parametrize("layout", [
+    {"cp": 2, "tp": 2}, {"cp": 2, "tp": 2, "sequence": False, "context": "ulysses"},
+    {"cp": 2, "dp_shard": 2, "context": "allgather", "recurrence": "heads"},
+    {"cp": 2, "dp_replicate": 2, "zigzag": False, "context": "ulysses"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_beside_the_others(
+    ranks1: Ranks, ranks4: Ranks, recompute: str, layout: dict[str, Any]
+) -> None:
+    fields = WIDE | LADDER | {"mamba_groups": 1, "window": 11, "sigma_reparam": True}
+    expected = alone(ranks1, "M*mG-E", **fields)
+    compare(under(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)
+
+
+def test_contiguous(ranks1: Ranks, ranks4: Ranks) -> None:
+    expected = alone(ranks1, "MmD-", **WIDE)
+    compare(under(ranks4, {"cp": 4, "zigzag": False}, "MmD-", **WIDE), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_recomputation_sends_nothing_again(ranks2: Ranks, variant: dict[str, Any]) -> None:
+    """Ring+ulysses needs four ranks; its parts are here."""
+    if variant["context"] == "ring+ulysses":
+        variant = {"context": "ring", "recurrence": "heads"}
+    layout = {"cp": 2, **variant}
+    found = [
+        ranks2.run(sent, recipe_for("M*mG-E", layout, 2, recompute=recompute, **WIDE, **LADDER))[0]
+        for recompute in ("none", "block", "selective")
+    ]
+    assert len(found[0][0]) >= 8
+    assert found[1] == found[2] == found[0]
+
+
+def summed(rank: int, size: int, recipe: Recipe, batches: list[Batch]) -> dict[str, Tensor]:
+    """Loss and gradients, added up over batches of one row."""
+    here = World(rank, size, torch.device("cpu"))
+    mesh, model, _ = build_model(recipe, here)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        loss, _ = forward(model, batch, [0], here.device)
+        loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": total, **gradients}
+
+
+@given(lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=LENGTH), seed=st.integers(0))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_documents_are_as_if_alone(
+    ranks1: Ranks, ranks4: Ranks, lengths: list[int], seed: int
+) -> None:
+    """Whatever is packed into a row that ranks share, no document learns of another."""
+    g = torch.Generator().manual_seed(seed % 2**63)
+    tokens, labels = torch.randint(64, (2, 1, LENGTH), generator=g)
+    apart, start = [], 0
+    documents, positions = torch.zeros(2, 1, LENGTH, dtype=torch.long)
+    for number, length in enumerate(lengths):
+        part = slice(start, min(start + length, LENGTH))
+        count = part.stop - part.start
+        if not count:
+            break
+        own = torch.arange(count)[None]
+        documents[:, part], positions[:, part] = number, own
+        apart.append(Batch(tokens[:, part], labels[:, part], own, torch.zeros_like(own)))
+        start = part.stop
+    documents[:, start:] = len(lengths)
+    positions[:, start:] = torch.arange(LENGTH - start)
+    labels[:, start:] = IGNORED
+    fields = {"window": 9, "full_attention": (1,), "repeat": 1, **WIDE}
+    recipe = recipe_for("*MmDG*-", {}, 1, **fields)
+    packed = Batch(tokens, labels, positions, documents)
+    variant = VARIANTS[seed % len(VARIANTS)]
+    layout = ParallelConfig(cp=4, **variant)
+    ours = ranks4.run(summed, recipe.model_copy(update={"parallel": layout}), [packed])[0]
+    assert_equal(ours, ranks1.run(summed, recipe, apart)[0])
