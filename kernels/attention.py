@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.blockwise import Attended, Differentiated, Packing, Region, Rule
+from colonnade.kernels.blockwise import Attended, Differentiated
+from colonnade.kernels.pieces import Packing, Region, Rule
 from colonnade.kernels.precision import wide
 
 
@@ -111,7 +112,7 @@ def rule_of(
     cap: float | None,
     clip: tuple[float, float] | None,
 ) -> Rule:
-    """The options of `attention` that are not tensors, checked; a window that hides nothing is none."""
+    """The options of `attention` that are no tensors, checked; no window if it hides nothing."""
     if q.shape[0] > k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries for {k.shape[0]} keys: queries are the last keys'")
     if window is not None and window < 1:

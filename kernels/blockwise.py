@@ -8,120 +8,16 @@ Shape letters: S sequence, B batch, H query heads, K key heads, G = H / K query 
 P head width, V width of values.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from colonnade.kernels.pieces import Packing, Piece, Region, Rule, pieces
 from colonnade.kernels.precision import wide, wide_dtype
 
-BLOCK = 256  # queries at a time where there is a mask, or scores are at hand
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How scores become weights; see `kernels.attention.attention`."""
-
-    scale: float
-    window: int | None = None
-    cap: float | None = None
-    clip: tuple[float, float] | None = None
-
-
-class Region(NamedTuple):
-    """Queries `rows` of a tensor, which stand at positions from `at` on, over the keys `keys` of
-    another one, which stand at positions from `seen` on."""
-
-    rows: slice
-    at: int
-    keys: slice
-    seen: int
-
-
-class Piece(NamedTuple):
-    """A part of a region that one operator computes."""
-
-    rows: slice
-    keys: slice
-    causal: bool = False  # the first query sees the first key, the second the first two, ...
-    visible: Tensor | None = None  # [B or 1, 1, queries, keys]; None: all
-
-
-class Packing:
-    """Document numbers `[S, B]` by position, and which key each document begins with."""
-
-    def __init__(self, documents: Tensor) -> None:
-        self.documents = documents
-        opens = torch.ones_like(documents, dtype=torch.bool)
-        opens[1:] = documents[1:] != documents[:-1]
-        place = torch.arange(len(documents), device=documents.device)[:, None]
-        starts = torch.where(opens, place, 0).cummax(0).values
-        self.first: list[int] = starts.amin(1).tolist()
-
-    def visible(self, at: slice, seen: slice) -> Tensor:
-        """Which queries and keys are of one document, `[B, queries, keys]`."""
-        return self.documents[at].T[:, :, None] == self.documents[seen].T[:, None]
-
-
-def pieces(region: Region, rule: Rule, packing: Packing | None, fused: bool) -> Iterator[Piece]:
-    """What there is to compute in a region: nothing that no query sees, and masks where needed.
-
-    `fused` says that an operator keeps no scores, so that pieces without a mask may be of any size.
-    """
-    rows, at, keys, seen = region
-    queries, count = rows.stop - rows.start, keys.stop - keys.start
-    within = rule.window is None or at + queries - rule.window <= seen
-    if fused and packing is None and within:
-        before = min(count, at - seen)
-        if before == count:
-            yield Piece(rows, keys)
-            return
-        if before >= 0 and count - before == queries:  # the last keys are the queries' own
-            if before:
-                yield Piece(rows, slice(keys.start, keys.start + before))
-            yield Piece(rows, slice(keys.start + before, keys.stop), causal=True)
-            return
-    for start in range(at, at + queries, BLOCK):
-        stop = min(start + BLOCK, at + queries)
-        piece = _block(slice(start, stop), slice(seen, seen + count), rule, packing)
-        if piece is not None:
-            here, there, visible = piece
-            down, right = rows.start - at, keys.start - seen
-            yield Piece(
-                slice(here.start + down, here.stop + down),
-                slice(there.start + right, there.stop + right),
-                visible=visible,
-            )
-
-
-def _block(
-    at: slice, seen: slice, rule: Rule, packing: Packing | None
-) -> tuple[slice, slice, Tensor | None] | None:
-    """Queries and those keys from the first to the last that one of them sees, by position."""
-    first, stop = seen.start, min(seen.stop, at.stop)
-    if rule.window is not None:
-        first = max(first, at.start - rule.window + 1)
-    if packing is not None:
-        first = max(first, packing.first[at.start])
-    if first >= stop:
-        return None
-    seen = slice(first, stop)
-    inside = rule.window is None or at.stop - rule.window <= first
-    if packing is None and inside and stop <= at.start + 1:
-        return at, seen, None
-    device = None if packing is None else packing.documents.device
-    query = torch.arange(at.start, at.stop, device=device)[:, None]
-    key = torch.arange(first, stop, device=device)
-    visible = key <= query
-    if rule.window is not None:
-        visible &= key > query - rule.window
-    if packing is not None:
-        visible = visible & packing.visible(at, seen)
-    return at, seen, visible.view(-1, 1, *visible.shape[-2:])
 
 
 # One piece.

@@ -20,7 +20,7 @@ from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
-from colonnade.parallel.parallelize import last_micro_batch
+from colonnade.parallel.parallelize import last_micro_batch, put_away
 from colonnade.parallel.tensor import complete_gradients
 
 
@@ -170,6 +170,7 @@ def validate_loss(
         tokens += label.numel()
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
+    put_away(model)
     sums = over_ranks([nats, tokens, units], device)
     nats = sums[0] / token_sharers(mesh)  # a rank's are those of its part of the rows
     tokens, units = (total / data_sharers(mesh) for total in sums[1:])

@@ -63,14 +63,15 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def ulysses_degree(self, heads: int) -> int:
         """How many ranks exchange heads, where one tensor-parallel rank has `heads` query heads.
 
-        1 where attention exchanges none; 0 where no proper divisor of cp divides them.
+        1 where attention exchanges none. For ring+ulysses by default the largest proper divisor of
+        cp that divides them, which for a prime cp is all of it; 0 where there is none.
         """
         if self.cp == 1 or self.context in ("ring", "allgather"):
             return 1
         if self.context == "ulysses":
             return self.cp
-        fit = (d for d in range(self.cp - 1, 1, -1) if self.cp % d == 0 and heads % d == 0)
-        return self.ulysses or next(fit, 0)
+        proper = [d for d in range(self.cp - 1, 1, -1) if self.cp % d == 0] or [self.cp]
+        return self.ulysses or next((d for d in proper if heads % d == 0), 0)
 
     def expert_degrees(self, world_size: int) -> dict[str, int]:
         """The same ranks as experts see them: edp · ep · etp = dp_shard · cp · tp."""

@@ -172,6 +172,13 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def put_away(model: Decoder) -> None:
+    """After a forward pass without backward: drop the whole weights that it left on this rank."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def last_micro_batch(model: Decoder, last: bool) -> None:
     """Say whether the coming backward pass is the step's last.
 

@@ -148,15 +148,13 @@ def ulysses_in_ring(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     there = of_one_rank(r, *HEADS) if p.cp > 1 and p.context == "ring+ulysses" else []
     if not there:
         return
-    between = divisors(p.cp)[1:-1]
+    between = divisors(p.cp)[1:-1] or [p.cp]
     fit = [d for d in between if suit(there, d)]
     degree = p.ulysses_degree(there[0].pieces)
     if degree in fit:
         return
     field, value = ("parallel.ulysses", p.ulysses) if p.ulysses else ("parallel.context", p.context)
-    if not between:
-        why = f"parallel.cp = {p.cp} has no divisor between 1 and itself"
-    elif p.ulysses and p.ulysses not in between:
+    if p.ulysses and p.ulysses not in between:
         why = f"must divide parallel.cp = {p.cp} and be less"
     elif p.ulysses:
         why = unsuited(r, there, p.ulysses)

@@ -11,7 +11,7 @@ from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
-from colonnade.models.blocks.base import Conv, SubBlock, conv_here
+from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import Part, Split, constant, last_tap, normal
@@ -69,12 +69,11 @@ def score_scale(config: ModelConfig) -> float:
     return scale
 
 
-class QKV(Part):
+class QKV(Convolving):
     """Queries, keys, values and gate: `[S, B, D]` to `[S, B, heads, P]` each."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.conv: Conv = conv_here
         c = config
         self.width = c.head_dim or c.hidden // c.heads
         self.rotated = round(self.width * c.rope_fraction) if c.positions == "rope" else 0

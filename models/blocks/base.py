@@ -56,3 +56,11 @@ def conv_here(
     return causal_conv(
         x, weight, bias, activation=activation, documents=context.documents, before=before
     )
+
+
+class Convolving(Part):
+    """A half with causal convolutions. `conv` is a seam, a `Conv`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv: Conv = conv_here

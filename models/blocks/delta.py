@@ -11,7 +11,7 @@ from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import l2_norm, rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
-from colonnade.models.blocks.base import Conv, SubBlock, conv_here
+from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
@@ -49,7 +49,7 @@ def scan_here(
     context: Context,
     passing: Passing | None = None,
 ) -> Tensor:
-    """The `scan` seam's default: the whole sequence is on this device, or `passing` completes it."""
+    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
     state = context.recall("state")
     o, state = delta_rule(
         q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state,
@@ -59,12 +59,11 @@ def scan_here(
     return o
 
 
-class InConv(Part):
+class InConv(Convolving):
     """Projections, and the causal convolutions of q, k, v."""
 
     def __init__(self, config: ModelConfig, key_heads: int, heads: int, gated: bool) -> None:
         super().__init__()
-        self.conv: Conv = conv_here
         self.key, self.gated = config.delta_key_dim, gated
         self.value = config.delta_value_dim or self.key
         keys, values = key_heads * self.key, heads * self.value

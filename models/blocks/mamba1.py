@@ -11,7 +11,7 @@ from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
 from colonnade.kernels.selective_scan import selective_scan
-from colonnade.models.blocks.base import Conv, SubBlock, conv_here
+from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
@@ -39,7 +39,7 @@ def scan_here(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
     passing: Passing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default: the whole sequence is on this device, or `passing` completes it."""
+    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
     state = context.recall("state")
     y, state = selective_scan(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
@@ -49,12 +49,11 @@ def scan_here(
     return y
 
 
-class InConv(Part):
+class InConv(Convolving):
     """Projections to z and x, and the causal convolution of x."""
 
     def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
-        self.conv: Conv = conv_here
         split = Split(0, inner, CHANNELS)
         for name in "zx":
             self.declare(

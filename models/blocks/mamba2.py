@@ -11,7 +11,7 @@ from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
 from colonnade.kernels.ssd import ssd
-from colonnade.models.blocks.base import Conv, SubBlock, conv_here
+from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import (
@@ -43,7 +43,7 @@ def scan_here(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
     passing: Passing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default: the whole sequence is on this device, or `passing` completes it."""
+    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
     state = context.recall("state")
     y, state = ssd(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
@@ -53,12 +53,11 @@ def scan_here(
     return y
 
 
-class InConv(Part):
+class InConv(Convolving):
     """Projections to z, x, B, C, dt, and the causal convolution of x, B, C."""
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
-        self.conv: Conv = conv_here
         inner = heads * config.mamba_head_dim
         state = config.mamba_groups * config.mamba_state
         own, groups = (

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from colonnade.kernels.blockwise import Attended, Differentiated, Look, LookBack, Packing, Rule
+from colonnade.kernels.blockwise import Attended, Differentiated, Look, LookBack
+from colonnade.kernels.pieces import Packing, Rule
 from colonnade.kernels.precision import wide_dtype
 from colonnade.parallel.context.gathered import Gathered
+from colonnade.parallel.context.hops import group_of
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.ring import Ring
 
@@ -56,7 +57,7 @@ def attention_forward(
     """Output, LSE, and under `clip` what backward takes for the output, else nothing."""
     rule = Rule(scale, window, cap, (clip[0], clip[1]) if clip else None)
     packing = None if documents is None else Packing(documents)
-    group = _resolve_process_group(group_name)
+    group = group_of(group_name)
     exchange = _exchange(variant, len(q), rule, packing is not None, group, zigzag)
     attended = Attended(q, v.shape[3], rule, packing)
     exchange.see(k, v if clip is None else v[..., :0], attended.see)
@@ -128,9 +129,9 @@ def context_attention(
 ) -> Tensor:
     """`kernels.attention.attention` over the sequence of which each of n ranks holds a part.
 
-    With m the bytes of a rank's keys and values and w those of as many numbers in fp32, a rank sends
-    (n − 1) m forward, and backward `ring` (n − 1) m + n w, `allgather` (n − 1) (m + w). With a
-    window that reaches no more than r < n segments back, a ring's rank sends at most r m and r (m + w).
+    With m the bytes of a rank's keys and values and w those of as many numbers in fp32, a rank
+    sends (n − 1) m forward, and backward `ring` (n − 1) m + n w, `allgather` (n − 1) (m + w). With
+    a window that reaches r < n segments back, a ring's rank sends at most r m and r (m + w).
 
     Args:
         q: `[S/n, B, H, P]`, this rank's segments, as `SequenceCut` has them.

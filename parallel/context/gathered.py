@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.kernels.blockwise import Look, LookBack, Region
+from colonnade.kernels.blockwise import Look, LookBack
+from colonnade.kernels.pieces import Region
 from colonnade.kernels.precision import wide_dtype
 from colonnade.parallel.context.layout import SequenceCut
 
@@ -47,7 +48,8 @@ class Gathered:
         """Have all keys and values looked at."""
         coming = self.gather(torch.cat([k, v], -1))
         look(k, v, self.own)
-        look(*self.arrived(coming).split([k.shape[3], v.shape[3]], -1), self.others)
+        keys, values = self.arrived(coming).split([k.shape[3], v.shape[3]], -1)
+        look(keys, values, self.others)
 
     def back(self, k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
         """The gradients of k and v, in at least fp32, that all ranks find."""
@@ -57,7 +59,8 @@ class Gathered:
         look(k, v, self.own, dk, dv)
         kv = self.arrived(coming)
         dkv = torch.zeros_like(kv, dtype=dtype)
-        look(*kv.split(widths, -1), self.others, *dkv.split(widths, -1))
+        (keys, values), (dkeys, dvalues) = (t.split(widths, -1) for t in (kv, dkv))
+        look(keys, values, self.others, dkeys, dvalues)
         parts = self.cut.by_rank(dkv), "sum", self.cut.ranks, self.group.group_name
         mine = c10d.wait_tensor(c10d.reduce_scatter_tensor(*parts))
         further = mine.split(widths, -1)

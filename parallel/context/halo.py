@@ -6,12 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from colonnade.kernels.conv import causal_conv
 from colonnade.models.blocks.base import Conv, conv_here
 from colonnade.models.context import Context
-from colonnade.parallel.context.hops import along, send
+from colonnade.parallel.context.hops import along, group_of, send
 from colonnade.parallel.context.layout import SequenceCut
 
 
@@ -19,7 +18,7 @@ from colonnade.parallel.context.layout import SequenceCut
 @torch.library.custom_op("colonnade::handed_on", mutates_args=())
 def handed_on(rows: Tensor, group_name: str, zigzag: bool, back: bool) -> Tensor:
     """`[parts, ...]` of every segment to the one after it, or the one before it."""
-    group = _resolve_process_group(group_name)
+    group = group_of(group_name)
     hop = along(SequenceCut(group.size(), group.rank(), zigzag))
     return send(rows.contiguous(), hop.back() if back else hop, group)()
 

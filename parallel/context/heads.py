@@ -21,16 +21,18 @@ class Heads:
     def __init__(self, cut: SequenceCut, group: dist.ProcessGroup) -> None:
         self.cut, self.group = cut, group
 
-    def take(self, t: Tensor) -> Tensor:
-        """`[S/n, B, H, ...]` to `[S, B, H/n, ...]`, in the order of the sequence.
+    def take(self, *tensors: Tensor) -> list[Tensor]:
+        """`[S/n, B, H, ...]` each to `[S, B, H/n, ...]`, in the order of the sequence.
 
-        Where n is a multiple of H, several ranks take the same head; its gradients are added up.
+        All are launched before the first is waited for. Where n is a multiple of H, several ranks
+        take the same head; its gradients are added up.
         """
-        n = self.cut.ranks
-        if t.shape[2] % n:
-            t = t.repeat_interleave(n // t.shape[2], dim=2)
-        heads = t.unflatten(2, (n, -1)).movedim(2, 0)
-        return self.cut.natural(self.exchanged(heads).flatten(0, 1))
+        n, launched = self.cut.ranks, []
+        for t in tensors:
+            if t.shape[2] % n:
+                t = t.repeat_interleave(n // t.shape[2], dim=2)
+            launched.append(self.exchanged(t.unflatten(2, (n, -1)).movedim(2, 0)))
+        return [self.cut.natural(t.flatten(0, 1)) for t in launched]
 
     def give(self, t: Tensor) -> Tensor:
         """The opposite: `[S, B, H/n, ...]` to `[S/n, B, H, ...]`."""
@@ -45,7 +47,7 @@ class Heads:
         return funcol.all_to_all_single_autograd(t.contiguous(), None, None, self.group)
 
     def mine(self, t: Tensor) -> Tensor:
-        """Of one number a head, or one row, `[H, ...]`, those of this rank's heads: `[H/n, ...]`."""
+        """Of what there is for each head, `[H, ...]`, that of this rank's: `[H/n, ...]`."""
         return t.chunk(self.cut.ranks)[self.cut.rank]
 
     def everything(self, t: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ class Heads:
         ) -> Tensor:  # fmt: skip
             if context.memory is not None:
                 return scan(x, dt, A, B, C, D, chunk, context)
-            x, dt, B, C = (self.take(t) for t in (x, dt, B, C))
+            x, dt, B, C = self.take(x, dt, B, C)
             A, D = self.mine(A), self.mine(D)
             return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
 
@@ -82,7 +84,8 @@ class Heads:
         ) -> Tensor:  # fmt: skip
             if context.memory is not None:
                 return scan(x, dt, A, B, C, D, chunk, context)
-            x, dt, B, C = self.take(x), self.take(dt), self.everything(B), self.everything(C)
+            x, dt = self.take(x, dt)
+            B, C = self.everything(B), self.everything(C)
             A, D = self.mine(A), self.mine(D)
             return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
 
@@ -97,8 +100,9 @@ class Heads:
         ) -> Tensor:  # fmt: skip
             if context.memory is not None:
                 return scan(q, k, v, beta, decay, chunk, context)
-            q, k, v, beta = (self.take(t) for t in (q, k, v, beta))
-            decay = None if decay is None else self.take(decay)
+            given = (q, k, v, beta) if decay is None else (q, k, v, beta, decay)
+            q, k, v, beta, *rest = self.take(*given)
+            decay = rest[0] if rest else None
             return self.give(scan(q, k, v, beta, decay, chunk, context.whole()))
 
         return exchanged

@@ -6,8 +6,15 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from colonnade.parallel.context.layout import SequenceCut
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group of this name: operators are given no groups."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a new type for a string
+
 
 Place = tuple[int, int]  # a rank, and a segment's place there
 

@@ -5,29 +5,29 @@ which FSDP adds up together with those over the batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.kernels.blockwise import Rule
-from colonnade.models.blocks.attention import Attend, Attention, Softmax, attend_here
-from colonnade.models.blocks.delta import DeltaNet
-from colonnade.models.blocks.mamba1 import Mamba1
-from colonnade.models.blocks.mamba2 import Mamba2
+from colonnade.kernels.pieces import Rule
+from colonnade.models.blocks import delta, mamba1, mamba2
+from colonnade.models.blocks.attention import Attend, AttendOut, Softmax, attend_here
+from colonnade.models.blocks.base import Convolving
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.parallel import mesh as meshes
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.attention import Variant, context_attention
 from colonnade.parallel.context.halo import context_conv
 from colonnade.parallel.context.heads import Heads
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.states import Handed, goes_on
-from colonnade.parallel import mesh as meshes
 
 
 def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -> None:
@@ -40,17 +40,22 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
     model.mine = cut.mine
     heads = model.config.heads // model.head.cut.count
     conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
-    for block in [b for wiring in model.wirings() for b in wiring.blocks]:
-        for part in block.modules():
-            if hasattr(part, "conv"):
-                part.conv = conv
-        if isinstance(block, Mixture):
-            block.share, block.mine = 1 / cut.ranks, cut.mine
-            block.whole = partial(gathered, cut, group)
-        elif isinstance(block, Attention):
-            block.second.attend = attend
-        elif isinstance(block, Mamba1 | Mamba2 | DeltaNet):
-            share_scan(block, cut, group, config)
+    scans = Scans(cut, group, config.recurrence)
+    for module in [m for wiring in model.wirings() for m in wiring.modules()]:
+        match module:
+            case Convolving():
+                module.conv = conv
+            case AttendOut():
+                module.attend = attend
+            case mamba2.ScanOut():
+                module.scan = scans.plugged(module.scan, scans.heads.mamba2)
+            case mamba1.ScanOut():
+                module.scan = scans.plugged(module.scan, scans.heads.mamba1)
+            case delta.DeltaOut():
+                module.scan = scans.plugged(module.scan, scans.heads.delta)
+            case Mixture():
+                module.share, module.mine = 1 / cut.ranks, cut.mine
+                module.whole = partial(gathered, cut, group)
 
 
 def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
@@ -58,28 +63,30 @@ def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
     return cut.natural(funcol.wait_tensor(funcol.all_gather_tensor(t.contiguous(), 0, group)))
 
 
-def share_scan(
-    block: Mamba1 | Mamba2 | DeltaNet,
-    cut: SequenceCut,
-    group: dist.ProcessGroup,
-    config: ParallelConfig,
-) -> None:
-    """Plug the `scan` seam: states handed on, or heads exchanged."""
-    second = block.second
-    if config.recurrence == "heads":
-        heads = Heads(cut, group)
-        around = {Mamba1: heads.mamba1, Mamba2: heads.mamba2, DeltaNet: heads.delta}
-        second.scan = around[type(block)](second.scan)
-        return
-    scan = second.scan
+Scan = TypeVar("Scan", mamba1.Scan, mamba2.Scan, delta.Scan)
 
-    def handed(*args: Any) -> Tensor:
-        context: Context = args[-1]
-        if context.memory is not None:
-            return scan(*args)
-        return scan(*args, Handed(cut, group, goes_on(cut, context)))
 
-    second.scan = handed
+class Scans:
+    """The `scan` seams: states handed on, or heads exchanged."""
+
+    def __init__(self, cut: SequenceCut, group: dist.ProcessGroup, recurrence: str) -> None:
+        self.cut, self.group, self.recurrence = cut, group, recurrence
+        self.heads = Heads(cut, group)
+
+    def plugged(self, scan: Scan, by_heads: Callable[[Scan], Scan]) -> Scan:
+        """A sub-block's scan, between ranks."""
+        return by_heads(scan) if self.recurrence == "heads" else self.handed(scan)
+
+    def handed(self, scan: Any) -> Any:
+        """Around a scan, whose last arguments are the context and then `Passing`."""
+
+        def between(*args: Any) -> Tensor:
+            context: Context = args[-1]
+            if context.memory is not None:
+                return scan(*args)
+            return scan(*args, Handed(self.cut, self.group, goes_on(self.cut, context)))
+
+        return between
 
 
 def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Attend:
@@ -95,7 +102,7 @@ def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Atte
         if context.memory is not None:
             return attend_here(q, k, v, softmax, context)
         if inner is not None:
-            q, k, v = inner.take(q), inner.take(k), inner.take(v)
+            q, k, v = inner.take(q, k, v)
             if softmax.sinks is not None:
                 softmax = dataclasses.replace(softmax, sinks=inner.mine(softmax.sinks))
         if outer.size() == 1:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.kernels.blockwise import Look, LookBack, Region, Rule
+from colonnade.kernels.blockwise import Look, LookBack
+from colonnade.kernels.pieces import Region, Rule
 from colonnade.kernels.precision import wide_dtype
 from colonnade.parallel.context.hops import along, round_ring, send
 from colonnade.parallel.context.layout import SequenceCut

@@ -1,8 +1,8 @@
 """Recurrences over a sequence of which each rank holds a part: states go from segment to segment.
 
-Every rank starts its segments from zeros; one gather brings what each segment leaves behind and what
-it makes of the state before it; from these every rank finds the states before its own segments.
-Backward is the mirror image. (For Mamba-2: arXiv:2405.21060, section 8.2.)
+Every rank starts its segments from zeros; one gather brings what each segment leaves behind and
+what it makes of the state before it; from these every rank finds the states before its own
+segments. Backward is the mirror image. (For Mamba-2: arXiv:2405.21060, section 8.2.)
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Handed:
     """`kernels.segments.Passing` between ranks. Collective: every rank launches alike.
 
     A rank sends (n − 1) times its states and transitions, in at least fp32, in each direction.
-    `same` `[segments − 1, B]` says whether a document goes on from a segment to the next; None: yes.
+    `same` `[segments − 1, B]`: whether a document goes on from a segment to the next; None: yes.
     """
 
     def __init__(self, cut: SequenceCut, group: dist.ProcessGroup, same: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from colonnade.kernels import blockwise as module
+from colonnade.kernels import pieces as module
 from colonnade.kernels.attention import attention, attention_reference
 
 TABLE = [

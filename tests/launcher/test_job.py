@@ -137,12 +137,15 @@ def test_resuming_on_another_layout(
     tmp_path: Path,
     overrides: tuple[str, ...],
 ) -> None:
-    """Alone, then cut over two ranks, then over two by two, then alone again."""
+    """Alone, then over two ranks, then over two by two, then alone again; saved when validated."""
+    overrides = (*overrides, "train.validate_every=2")
     ranks1.run(job, recipe(*overrides), tmp_path / "whole")
-    run, cut = tmp_path / "moved", recipe(*overrides, "parallel.tp=2")
+    run, tp, cp = tmp_path / "moved", "parallel.tp=2", "parallel.cp=2"
     ranks1.run(job, recipe(*overrides), run, False, 2)
-    ranks2.run(job, cut, run, True, 4)
-    ranks4.run(job, cut, run, True, 6)
+    ranks2.run(job, recipe(*overrides, tp), run, True, 3)
+    ranks2.run(job, recipe(*overrides, cp), run, True, 4)
+    ranks4.run(job, recipe(*overrides, cp), run, True, 6)
+    ranks4.run(job, recipe(*overrides, cp, tp), run, True, 7)
     ranks1.run(job, recipe(*overrides), run, True)
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
 
@@ -261,7 +264,7 @@ def test_validation_does_not_depend_on_ranks(
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
     alone = ranks1.run(validated, recipe(), tmp_path)[0]
     assert alone[1] >= 7
-    for settings in (recipe(), recipe("parallel.tp=2")):
+    for settings in (recipe(), recipe("parallel.tp=2"), recipe("parallel.cp=2")):
         for many in ranks4.run(validated, settings, tmp_path):
             assert many == pytest.approx(alone, rel=1e-12)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade.kernels.blockwise import Packing, Region, Rule, pieces
+from colonnade.kernels.pieces import Packing, Region, Rule, pieces
 from colonnade.parallel.context.hops import along, round_ring
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.ring import Ring
@@ -127,7 +127,7 @@ def test_pieces(
     at, seen = min(cut[0], S - 1), min(cut[0] + cut[1], S) // 3
     region = Region(slice(0, S - at), at, slice(0, S - seen), seen)
     found = torch.zeros(S, S, dtype=torch.int)
-    import colonnade.kernels.blockwise as module
+    import colonnade.kernels.pieces as module
 
     before, module.BLOCK = module.BLOCK, block
     try:

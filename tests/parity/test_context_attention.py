@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor
 
-from colonnade.kernels import blockwise
+from colonnade.kernels import pieces
 from colonnade.kernels.attention import attention_reference
-from colonnade.kernels.blockwise import Rule
+from colonnade.kernels.pieces import Rule
 from colonnade.parallel.context.attention import context_attention
 from colonnade.parallel.context.layout import SequenceCut
 
@@ -58,7 +58,7 @@ def shared(
     rank: int, size: int, named: dict[str, Tensor], rows: Tensor | None, cases: list[dict[str, Any]]
 ) -> list[dict[str, Tensor]]:
     """The same of this rank's part, for each case."""
-    blockwise.BLOCK = 4
+    pieces.BLOCK = 4
     found = []
     for case in cases:
         options = dict(case)
@@ -83,10 +83,9 @@ def shared(
 def joined(parts: list[dict[str, Tensor]], zigzag: bool) -> dict[str, Tensor]:
     """Of all ranks' results those of the whole sequence."""
     cut = SequenceCut(len(parts), 0, zigzag)
-    return {
-        n: sum(p[n] for p in parts) if n == "sinks" else cut.natural(torch.cat([p[n] for p in parts]))
-        for n in parts[0]
-    }  # fmt: skip
+    by_name = {n: [part[n] for part in parts] for n in parts[0]}
+    sinks = {"sinks": torch.stack(by_name.pop("sinks")).sum(0)} if "sinks" in by_name else {}
+    return sinks | {n: cut.natural(torch.cat(of_ranks)) for n, of_ranks in by_name.items()}
 
 
 def check(ranks: Ranks, named: dict[str, Tensor], rows: Tensor | None, cases: list[Any]) -> None:
@@ -125,6 +124,58 @@ def test_any_packing(ranks4: Ranks, cuts: list[int], seed: int) -> None:
         {"variant": variant, "window": w} for variant in ("ring", "allgather") for w in (None, 9)
     ]
     check(ranks4, tensors(4, 2, seed), rows, cases)
+
+
+def round_ring(t: Tensor, rank: int, size: int) -> list[Tensor]:
+    """Every rank's tensor, by rank, each received from the neighbour."""
+    found = {rank: t.contiguous()}
+    for step in range(1, size):
+        coming = torch.empty_like(t)
+        outgoing, ahead, behind = found[(rank - step + 1) % size], rank + 1, rank - 1
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, outgoing, ahead % size),
+             dist.P2POp(dist.irecv, coming, behind % size)]
+        ):  # fmt: skip
+            work.wait()
+        found[(rank - step) % size] = coming
+    return [found[r] for r in range(size)]
+
+
+def ring_self_attention(rank: int, size: int, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As published (arXiv:2105.13120, section 3): K goes round to make whole rows of scores, whose
+    softmax then meets V on its way round; gradients of K and V are added up over all ranks."""
+    n = S // size
+    mine = slice(rank * n, (rank + 1) * n)
+    q, grad = named["q"][mine].clone().requires_grad_(), named["grad"][mine]
+    k, v = (
+        [t.clone().requires_grad_() for t in round_ring(named[name][mine], rank, size)]
+        for name in "kv"
+    )
+    repeat = q.shape[2] // k[0].shape[2]
+    scores = torch.cat(
+        [torch.einsum("sbhp,tbhp->bhst", q, t.repeat_interleave(repeat, 2)) for t in k], -1
+    )
+    hidden = torch.arange(S) > torch.arange(S)[mine][:, None]
+    rows = (scores * P**-0.5).masked_fill(hidden, -torch.inf).softmax(-1).chunk(size, -1)
+    parts = [
+        torch.einsum("bhst,tbhp->sbhp", row, t.repeat_interleave(repeat, 2))
+        for row, t in zip(rows, v, strict=True)
+    ]
+    out = torch.stack(parts).sum(0)
+    dq, *dkv = torch.autograd.grad(out, [q, *k, *v], grad)
+    for total in dkv:
+        dist.all_reduce(total)
+    return {"out": out.detach(), "q": dq, "k": dkv[rank], "v": dkv[size + rank]}
+
+
+def test_equal_to_ring_self_attention(ranks2: Ranks, ranks4: Ranks) -> None:
+    """On its cut, a segment for each rank."""
+    named = tensors(4, 2)
+    cases = [{"variant": variant, "zigzag": False} for variant in ("ring", "allgather")]
+    for ranks in (ranks2, ranks4):
+        published = joined(ranks.run(ring_self_attention, named), False)
+        for of_case in zip(*ranks.run(shared, named, None, cases), strict=True):
+            assert_equal(joined([*of_case], False), published)
 
 
 def narrow(rank: int, size: int, named: dict[str, Tensor], variant: str) -> dict[str, Tensor]:

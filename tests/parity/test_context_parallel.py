@@ -1,5 +1,6 @@
 """Sequences that ranks share, against one process: every sub-block, variant, option and wiring."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from colonnade.launcher.job import build_model
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.step import forward
 from colonnade.launcher.verification.trace import Trace
+from colonnade.models.decoder import Decoder
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World
 
@@ -103,10 +105,16 @@ def test_recomputation_sends_nothing_again(ranks2: Ranks, variant: dict[str, Any
     assert found[1] == found[2] == found[0]
 
 
+@functools.cache
+def built(recipe: str, here: World) -> Decoder:
+    return build_model(Recipe.model_validate_json(recipe), here)[1]
+
+
 def summed(rank: int, size: int, recipe: Recipe, batches: list[Batch]) -> dict[str, Tensor]:
     """Loss and gradients, added up over batches of one row."""
     here = World(rank, size, torch.device("cpu"))
-    mesh, model, _ = build_model(recipe, here)
+    model = built(recipe.model_dump_json(exclude_unset=True), here)
+    model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         loss, _ = forward(model, batch, [0], here.device)

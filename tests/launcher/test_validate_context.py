@@ -1,0 +1,60 @@
+"""What is valid of exchanges of heads: rules against formulas, on random numbers."""
+
+import random
+from typing import Any
+
+import pytest
+
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+from colonnade.parallel.config import ParallelConfig
+
+
+def test_heads_are_exchanged_exactly_when_every_rank_gets_as_many() -> None:
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(200):
+        tp, cp, groups = draw.choice((1, 2, 4)), draw.choice((2, 3, 4, 6, 8)), draw.choice((1, 2))
+        kv = draw.choice((1, 2, 3, 4, 6, 8))
+        heads = kv * draw.choice((1, 2, 3, 4))
+        own, shared = heads // tp, max(1, kv // tp)
+        if heads % tp or (kv % tp and tp % kv):
+            continue
+        recipe = Recipe.model_validate(
+            {
+                "model": {"pattern": "*M", "hidden": 4 * heads, "vocab": 264, "heads": heads,
+                          "kv_heads": kv, "mamba_head_dim": 4, "mamba_heads": 8 * groups,
+                          "mamba_groups": groups},
+                "parallel": {"tp": tp, "cp": cp, "context": "ulysses", "recurrence": "heads"},
+                "train": {"seq_len": 24 * 24},
+            }
+        )  # fmt: skip
+        in_group = max(1, groups // tp)
+        wrong = own % cp > 0 or (shared % cp > 0 and cp % shared > 0)
+        wrong_state = 8 * groups // tp % cp > 0 or (in_group % cp > 0 and cp % in_group > 0)
+        told = [f.remedy for f in validate(recipe, None)]
+        assert any("parallel.context = ulysses" in t for t in told) == wrong
+        assert any("parallel.recurrence = heads" in t for t in told) == wrong_state
+        assert len(told) == wrong + wrong_state
+        refused += wrong
+    assert 20 < refused < 150
+
+
+@pytest.mark.parametrize(
+    ("given", "heads", "degree"),
+    [
+        ({"cp": 8}, 8, 1),
+        ({"cp": 8, "context": "allgather"}, 8, 1),
+        ({"cp": 8, "context": "ulysses"}, 8, 8),
+        ({"cp": 8, "context": "ring+ulysses"}, 8, 4),
+        ({"cp": 8, "context": "ring+ulysses"}, 6, 2),
+        ({"cp": 12, "context": "ring+ulysses"}, 9, 3),
+        ({"cp": 4, "context": "ring+ulysses"}, 3, 0),
+        ({"cp": 5, "context": "ring+ulysses"}, 5, 5),
+        ({"cp": 5, "context": "ring+ulysses"}, 4, 0),
+        ({"cp": 8, "context": "ring+ulysses", "ulysses": 2}, 8, 2),
+        ({"cp": 1, "context": "ring+ulysses"}, 8, 1),
+    ],
+)
+def test_ranks_that_exchange_heads(given: dict[str, Any], heads: int, degree: int) -> None:
+    assert ParallelConfig.model_validate(given).ulysses_degree(heads) == degree
