@@ -86,6 +86,13 @@ def bench_ladder() -> dict[str, Any]:
     return run()
 
 
+def bench_context() -> dict[str, Any]:
+    """A sequence over several ranks: work, time, memory and bytes sent; a few minutes."""
+    from colonnade.launcher.benchmarks.context import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -95,6 +102,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "moe": bench_moe,
     "mup": bench_mup,
     "ladder": bench_ladder,
+    "context": bench_context,
 }
 
 
