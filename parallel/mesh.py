@@ -15,9 +15,12 @@ def build_mesh(config: ParallelConfig, here: World) -> DeviceMesh:
     Degrees are valid: see `validate`.
     """
     degrees = config.degrees(here.size)
-    return init_device_mesh(
-        here.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees)
-    )
+    shape = tuple(degrees.values())
+    if shape not in here.meshes:
+        here.meshes[shape] = init_device_mesh(
+            here.device.type, shape, mesh_dim_names=tuple(degrees)
+        )
+    return here.meshes[shape]
 
 
 def data_sharers(mesh: DeviceMesh) -> int:

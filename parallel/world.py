@@ -3,19 +3,26 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks, and the device it computes on."""
+    """This rank among all ranks, and the device it computes on.
+
+    `meshes`, by degrees, are those made so far: their groups keep threads.
+    """
 
     rank: int
     size: int
     device: torch.device
+    meshes: dict[tuple[int, ...], DeviceMesh] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def first(self) -> bool:

@@ -256,6 +256,7 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: int = 1, **fields: Any) -> None:
         monkeypatch.setattr(step_module.dist, "all_reduce", lambda *a, **k: None)
         monkeypatch.setattr(step_module, "data_sharers", lambda mesh: 1)
+        monkeypatch.setattr(step_module, "token_sharers", lambda mesh: 1)
         monkeypatch.setattr(step_module, "complete_gradients", lambda model, mesh: None)
         self.recipe = Recipe(
             model=config_of(fields.pop("pattern"), balance_samples=samples, **fields),
