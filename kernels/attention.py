@@ -38,8 +38,8 @@ def attention(
         q: `[Sq, B, H, P]`, Sq <= Sk: queries of the last Sq positions (generation with a cache).
         k: `[Sk, B, K, P]`, K divides H; query head h reads key head h // (H / K).
         v: `[Sk, B, K, Pv]`.
-        documents: `[Sk, B]` integers, constant within a document and different in another; a query
-            sees its own document alone. None: one document a row.
+        documents: `[Sk, B]` integers, constant within a document and not decreasing along Sk; a
+            query sees its own document alone. None: one document a row.
         window: keys that a query sees, itself included; None: all before it.
         scale: of the scores; None: P^(−1/2).
         cap: soft-capping of the scaled scores, cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118).
