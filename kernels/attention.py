@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.blockwise import Attended, Differentiated
+from colonnade.kernels.blockwise import Look, LookBack, attend, attend_back
 from colonnade.kernels.pieces import Packing, Region, Rule
 from colonnade.kernels.precision import wide
 
@@ -154,14 +154,12 @@ class _Attention(torch.autograd.Function):
         rule: Rule,
     ) -> Tensor:
         packing = None if documents is None else Packing(documents)
-        regions, attended = _all(q, k), Attended(q, v.shape[3], rule, packing)
-        attended.see(k, v, regions)
-        if sinks is not None:
-            attended.sink(sinks)
-        if rule.clip is not None:
-            attended.clip(k, v, regions)
-        out, through = attended.results()
-        ctx.save_for_backward(q, k, v, sinks, through, attended.lse)
+
+        def see(k: Tensor, v: Tensor, look: Look) -> None:
+            look(k, v, _all(q, k))
+
+        out, lse, through = attend(q, k, v, sinks, rule, packing, see)
+        ctx.save_for_backward(q, k, v, sinks, through, lse)
         ctx.rule, ctx.packing = rule, packing
         return out
 
@@ -169,11 +167,14 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, through, lse = ctx.saved_tensors
-        differentiated = Differentiated(grad, q, through, lse, ctx.rule, ctx.packing)
-        dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
-        differentiated.see(k, v, _all(q, k), dk, dv)
-        dq, dk, dv = (d.to(t.dtype) for d, t in ((differentiated.dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, None if sinks is None else differentiated.sinks(sinks), None, None
+
+        def back(k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
+            dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
+            look(k, v, _all(q, k), dk, dv)
+            return dk, dv
+
+        found = attend_back(grad, q, k, v, sinks, through, lse, ctx.rule, ctx.packing, back)
+        return *found, None, None
 
 
 def _all(q: Tensor, k: Tensor) -> list[Region]:

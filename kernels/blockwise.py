@@ -246,11 +246,6 @@ class Attended:
                 self.out[rows] += out
                 self.through[rows] += through
 
-    def results(self) -> tuple[Tensor, Tensor]:
-        """The output in the queries' dtype, and what backward takes for it."""
-        out = self.out.to(self.q.dtype)
-        return out, out if self.through is self.out else self.through
-
 
 class Differentiated:
     """Backward of attention over all keys so far: gradients of the queries, fp32 at least."""
@@ -285,3 +280,50 @@ class Differentiated:
         """Gradient of the sinks, `[H]`."""
         weights = (sinks.to(self.lse) - self.lse).exp_()
         return -(weights * (self.grad * self.through).sum(-1)).sum((0, 1)).to(sinks.dtype)
+
+
+# All keys, however they come.
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    rule: Rule,
+    packing: Packing | None,
+    see: Callable[[Tensor, Tensor, Look], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of `q` over all keys; `see(k, v, look)` has all of them looked at.
+
+    Returns:
+        the output, in the dtype of `q`; the LSE; and what backward takes for the output, which
+        without `rule.clip` it is.
+    """
+    attended = Attended(q, v.shape[3], rule, packing)
+    see(k, v if rule.clip is None else v[..., :0], attended.see)
+    if sinks is not None:
+        attended.sink(sinks)
+    if rule.clip is not None:  # a weight is clipped once its sum over all keys is known
+        see(k, v, attended.clip)
+    out = attended.out.to(q.dtype)
+    return out, attended.lse, out if rule.clip is None else attended.through
+
+
+def attend_back(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    through: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    packing: Packing | None,
+    back: Callable[[Tensor, Tensor, LookBack], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks; `back(k, v, look)` gives those of `k` and `v`, wide."""
+    differentiated = Differentiated(grad, q, through, lse, rule, packing)
+    dk, dv = back(k, v, differentiated.see)
+    dsinks = None if sinks is None else differentiated.sinks(sinks)
+    return differentiated.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

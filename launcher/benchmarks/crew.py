@@ -44,7 +44,7 @@ def serve(kind: type[Member], called: str, number: int, pipe: Connection) -> Non
             os._exit(1)  # whoever asked is dead
         except UserError as mistake:
             pipe.send(mistake)
-        except Exception:
+        except Exception:  # whatever it was, the other side raises it
             pipe.send(RuntimeError(f"{called} {number}:\n{traceback.format_exc()}"))
 
 

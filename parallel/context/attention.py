@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.blockwise import Attended, Differentiated, Look, LookBack
+from colonnade.kernels.blockwise import Look, LookBack, attend, attend_back
 from colonnade.kernels.pieces import Packing, Rule
 from colonnade.kernels.precision import wide_dtype
 from colonnade.parallel.context.gathered import Gathered
@@ -59,14 +59,8 @@ def attention_forward(
     packing = None if documents is None else Packing(documents)
     group = group_of(group_name)
     exchange = _exchange(variant, len(q), rule, packing is not None, group, zigzag)
-    attended = Attended(q, v.shape[3], rule, packing)
-    exchange.see(k, v if clip is None else v[..., :0], attended.see)
-    if sinks is not None:
-        attended.sink(sinks)
-    if clip is None:
-        return attended.out.to(q.dtype), attended.lse, q.new_empty(0)
-    exchange.see(k, v, attended.clip)  # a weight is clipped once its sum over all keys is known
-    return attended.out.to(q.dtype), attended.lse, attended.through
+    out, lse, through = attend(q, k, v, sinks, rule, packing, exchange.see)
+    return out, lse, q.new_empty(0) if clip is None else through  # an operator's results are apart
 
 
 @attention_forward.register_fake
@@ -108,11 +102,9 @@ class _ContextAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, documents, through, lse = ctx.saved_tensors
         packing = None if documents is None else Packing(documents)
-        differentiated = Differentiated(grad, q, through, lse, ctx.rule, packing)
-        dk, dv = _exchange(*ctx.exchange).back(k, v, differentiated.see)
-        dsinks = None if sinks is None else differentiated.sinks(sinks)
-        dq = differentiated.dq.to(q.dtype)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, *(None,) * 5
+        back = _exchange(*ctx.exchange).back
+        found = attend_back(grad, q, k, v, sinks, through, lse, ctx.rule, packing, back)
+        return *found, *(None,) * 5
 
 
 def context_attention(

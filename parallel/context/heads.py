@@ -50,56 +50,48 @@ class Heads:
         """Of what there is for each head, `[H, ...]`, that of this rank's: `[H/n, ...]`."""
         return t.chunk(self.cut.ranks)[self.cut.rank]
 
-    def everything(self, t: Tensor) -> Tensor:
-        """What all heads share, `[S/n, ...]`, to `[S, ...]`; its gradients are added up."""
-        back = {"op_dtype": t.dtype}
-        gathered = spmd.all_gather(
-            t.contiguous(), self.group, src=S(0), dst=R, op_dtype=t.dtype, backward_options=back
-        )
-        return self.cut.natural(gathered)
+    def everything(self, *tensors: Tensor) -> list[Tensor]:
+        """What all heads share, `[S/n, ...]` each, to `[S, ...]`; its gradients are added up."""
+
+        def gathered(t: Tensor) -> Tensor:
+            dtype = {"op_dtype": t.dtype}
+            return spmd.all_gather(
+                t.contiguous(), self.group, src=S(0), dst=R, **dtype, backward_options=dtype
+            )
+
+        return [self.cut.natural(gathered(t)) for t in tensors]
 
     # The `scan` seams of sub-blocks, each around the one on this device.
 
-    def mamba2(self, scan: mamba2.Scan) -> mamba2.Scan:
-        """Heads `H`, groups `G`."""
+    def state_space(self, scan: mamba2.Scan, grouped: bool) -> mamba2.Scan:
+        """What both have in common; B and C are of groups of heads, or of all."""
 
         def exchanged(
             x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
             chunk: int, context: Context,
         ) -> Tensor:  # fmt: skip
-            if context.memory is not None:
-                return scan(x, dt, A, B, C, D, chunk, context)
-            x, dt, B, C = self.take(x, dt, B, C)
+            B, C = self.take(B, C) if grouped else self.everything(B, C)
+            x, dt = self.take(x, dt)
             A, D = self.mine(A), self.mine(D)
             return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
 
         return exchanged
+
+    def mamba2(self, scan: mamba2.Scan) -> mamba2.Scan:
+        """By heads, and groups of B and C."""
+        return self.state_space(scan, grouped=True)
 
     def mamba1(self, scan: mamba1.Scan) -> mamba1.Scan:
-        """Channels for heads, which share B and C."""
-
-        def exchanged(
-            x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-            chunk: int, context: Context,
-        ) -> Tensor:  # fmt: skip
-            if context.memory is not None:
-                return scan(x, dt, A, B, C, D, chunk, context)
-            x, dt = self.take(x, dt)
-            B, C = self.everything(B), self.everything(C)
-            A, D = self.mine(A), self.mine(D)
-            return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
-
-        return exchanged
+        """By channels, which share B and C."""
+        return self.state_space(scan, grouped=False)
 
     def delta(self, scan: delta.Scan) -> delta.Scan:
-        """Value heads, and key heads that they share."""
+        """By value heads, and key heads that they share."""
 
         def exchanged(
             q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
             chunk: int, context: Context,
         ) -> Tensor:  # fmt: skip
-            if context.memory is not None:
-                return scan(q, k, v, beta, decay, chunk, context)
             given = (q, k, v, beta) if decay is None else (q, k, v, beta, decay)
             q, k, v, beta, *rest = self.take(*given)
             decay = rest[0] if rest else None

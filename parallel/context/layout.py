@@ -11,7 +11,7 @@ class SequenceCut:
     """A sequence cut into equal segments, as one of several ranks sees it.
 
     Zigzag: of 2n segments rank r holds r and 2n−1−r, so that all see as many keys before them
-    (arXiv:2405.07719, section 3.1, has it for ring attention). Otherwise rank r holds segment r.
+    (arXiv:2407.21783, section 3.3.2). Otherwise rank r holds segment r.
 
     Attributes:
         ranks: n.

@@ -7,7 +7,7 @@ which FSDP adds up together with those over the batch.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -63,9 +63,6 @@ def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
     return cut.natural(funcol.wait_tensor(funcol.all_gather_tensor(t.contiguous(), 0, group)))
 
 
-Scan = TypeVar("Scan", mamba1.Scan, mamba2.Scan, delta.Scan)
-
-
 class Scans:
     """The `scan` seams: states handed on, or heads exchanged."""
 
@@ -73,20 +70,14 @@ class Scans:
         self.cut, self.group, self.recurrence = cut, group, recurrence
         self.heads = Heads(cut, group)
 
-    def plugged(self, scan: Scan, by_heads: Callable[[Scan], Scan]) -> Scan:
-        """A sub-block's scan, between ranks."""
-        return by_heads(scan) if self.recurrence == "heads" else self.handed(scan)
+    def plugged(self, scan: Any, by_heads: Callable[[Any], Any]) -> Any:
+        """A sub-block's scan, whose last argument is the context, between ranks."""
+        across = by_heads(scan) if self.recurrence == "heads" else self.handed(scan)
+        return lambda *args: (scan if args[-1].memory is not None else across)(*args)
 
     def handed(self, scan: Any) -> Any:
-        """Around a scan, whose last arguments are the context and then `Passing`."""
-
-        def between(*args: Any) -> Tensor:
-            context: Context = args[-1]
-            if context.memory is not None:
-                return scan(*args)
-            return scan(*args, Handed(self.cut, self.group, goes_on(self.cut, context)))
-
-        return between
+        """Around a scan that takes `Passing` behind the context."""
+        return lambda *args: scan(*args, Handed(self.cut, self.group, goes_on(self.cut, args[-1])))
 
 
 def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Attend:

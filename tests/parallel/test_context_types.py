@@ -311,8 +311,8 @@ class AllHeads(Heads):
 
 
 class OwnRows(Heads):
-    def everything(self, t: Tensor) -> Tensor:
-        return t
+    def everything(self, *tensors: Tensor) -> list[Tensor]:
+        return [*tensors]
 
 
 EXCHANGE_FAULTS: dict[str, tuple[type[Heads], str, str]] = {

@@ -177,13 +177,15 @@ def test_sharded(ranks1: Ranks, ranks2: Ranks) -> None:
         assert count >= 4
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_tensor_parallel(ranks1: Ranks, ranks2: Ranks, sequence: bool) -> None:
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "sequence": False}, {"tp": 2, "sequence": True}, {"cp": 2}], ids=str
+)
+def test_between_ranks(ranks1: Ranks, ranks2: Ranks, layout: dict[str, Any]) -> None:
     """Graphs do not wait for what is under way between ranks: it arrives before they begin."""
     fields: dict[str, Any] = {"vocab": 64, "ffn": 48, "activation": "polynorm", "mamba_groups": 1}
     fields["residual"] = "ladder"
     alone = ranks1.run(trained, recipe_for("M-mE", {}, 16, **fields))[0]
-    recipe = recipe_for("M-mE", {"tp": 2, "sequence": sequence}, 8, **fields)
+    recipe = recipe_for("M-mE", layout, 8, **fields)
     compiling = recipe.train.model_copy(update={"compile": True})
     recipe = recipe.model_copy(update={"train": compiling})
     for trace, count in ranks2.run(compiled_ranks, recipe):

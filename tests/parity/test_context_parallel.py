@@ -43,7 +43,8 @@ def alone(ranks1: Ranks, pattern: str, **fields: Any) -> Trace:
 
 
 def under(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> Trace:
-    micro = 16 if ranks.size == layout["cp"] * layout.get("tp", 1) else 8
+    """With two micro-batches a step."""
+    micro = 8 if ranks.size == layout["cp"] * layout.get("tp", 1) else 4
     return ranks.run(trained, long(recipe_for(pattern, layout, micro, **fields)))[0]
 
 
@@ -53,9 +54,11 @@ def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str) -> None:
     compare(under(ranks2, {"cp": 2}, pattern, **fields), alone(ranks1, pattern, **fields))
 
 
-PATTERNS = {
+PATTERNS: dict[str, dict[str, Any]] = {
     "*-": {}, "M-": {}, "m-": LADDER, "D-": {}, "G-": LADDER, "M-*-": LADDER,
-    "*-*-": {"window": 9, "full_attention": (1,), "sinks": True, "ssa": True, **LADDER},
+    "*": {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4},
+    "*-*-": {"window": 9, "full_attention": (1,), "sinks": True, "ssa": True,
+             "attention_cap": 3.0, **LADDER},
     "*-M": {"attention_conv": 3, "attention_gate": "head", "clip_low": -0.02, "qk_norm": "full"},
 }  # fmt: skip
 VARIANTS: list[dict[str, Any]] = [
