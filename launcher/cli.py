@@ -249,10 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception:  # of our own making, or that of a peer which is gone
-        if (place := Place.from_environment()) and place.size > 1:
-            time.sleep(GRACE)
-        raise
+        place = Place.from_environment()
+        if place is None or place.size == 1:
+            raise
+        status = 1
+        time.sleep(GRACE)
+        sys.excepthook(*sys.exc_info())
     if status and Place.from_environment():
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)  # other ranks may be waiting in a collective: leave without its clean-up
     return status

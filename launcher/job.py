@@ -45,6 +45,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
+        self.agreed = False  # all ranks know of it, and save
 
     def note(self, number: int, frame: Any) -> None:
         """Remember the signal; a launcher may pass the same one on twice."""
@@ -52,17 +53,29 @@ class StopSignal:
 
 
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catch Ctrl-C and SIGTERM for the length of the block (main thread only)."""
+def stop_signal(ranks: int) -> Iterator[StopSignal]:
+    """Catch Ctrl-C and SIGTERM for the length of the block (main thread only).
+
+    One of several `ranks` that is told to stop and then fails has lost a peer, which tells why;
+    it ends by the signal, as it would without us.
+    """
     stop, before = StopSignal(), {}
     with suppress(ValueError):  # not the main thread: the caller keeps its own handling
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, stop.note)
+    bereft = False
     try:
         yield stop
+    except UserError:
+        raise
+    except Exception:
+        bereft = ranks > 1
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if bereft and stop.number and not stop.agreed:
+            signal.raise_signal(stop.number)
 
 
 @dataclass
@@ -152,7 +165,7 @@ def run_job(
         job.restore()
         on_first(lambda: adopt(run))
     monitor = open_monitor(job)
-    with stop_signal() as stop:
+    with stop_signal(here.size) as stop:
         end = min(until or recipe.train.steps, recipe.train.steps)
         number = train_loop(job, monitor, stop, end)
         if job.step == recipe.train.steps and not number:
@@ -230,6 +243,7 @@ def agree(job: Job, stop: StopSignal, trouble: UserError | None) -> int:
     number, failed = over_ranks(noted, job.here.device, dist.ReduceOp.MAX)
     if failed:
         raise UserError(on_first(lambda: str(trouble)))
+    stop.agreed = number > 0
     return int(number)
 
 

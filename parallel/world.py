@@ -37,6 +37,8 @@ def world(
     """Open the process group of `size` ranks, and close it without the crash gloo is prone to.
 
     `store` defaults to the launcher's rendezvous (`env://`), or to memory for a single rank.
+    After a failure one rank of several leaves it open: the others learn of it when this process
+    ends, which is after it has told why.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -49,7 +51,8 @@ def world(
         yield World(rank, size, device)
         failed = False
     finally:
-        gc.collect()  # FSDP's cycles hold work handles; they must go before the group does
-        if not failed:
-            dist.barrier()
-        dist.destroy_process_group()
+        if not failed or size == 1:
+            gc.collect()  # FSDP's cycles hold work handles; they must go before the group does
+            if not failed:
+                dist.barrier()
+            dist.destroy_process_group()

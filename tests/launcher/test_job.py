@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from colonnade.launcher import step
 from colonnade.launcher.corpus import IndexedWriter, open_data
 from colonnade.launcher.corpus.indexed import token_dtype
-from colonnade.launcher.job import build, run_job
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.job import build, run_job, stop_signal
 from colonnade.launcher.load import dump_recipe, load_recipe
 from colonnade.launcher.monitor import Monitor, read_metrics
 from colonnade.launcher.recipe import Recipe
@@ -175,6 +177,31 @@ def test_a_signal_on_one_rank_saves_and_stops_all(
     ranks2.run(job, recipe(), run, True)
     ranks2.run(job, recipe(), tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
+
+
+class LostPeer(Exception):
+    """What a rank meets when another one is gone."""
+
+
+def bereft(ranks: int, agreed: bool, told: type[Exception]) -> None:
+    with stop_signal(ranks) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        stop.agreed = agreed
+        raise told("gone")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "agreed", "told", "status"),
+    [(2, False, LostPeer, -signal.SIGTERM), (1, False, LostPeer, 1), (2, True, LostPeer, 1),
+     (2, False, UserError, 1)],
+)  # fmt: skip
+def test_only_a_failure_that_follows_from_anothers_is_silent(
+    ranks: int, agreed: bool, told: type[Exception], status: int
+) -> None:
+    process = get_context("fork").Process(target=bereft, args=(ranks, agreed, told))
+    process.start()
+    process.join(30)
+    assert process.exitcode == status
 
 
 def poisoned(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int]) -> list[bool]:
