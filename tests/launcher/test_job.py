@@ -179,7 +179,7 @@ def test_a_signal_on_one_rank_saves_and_stops_all(
     assert losses(run) == losses(tmp_path / "whole")
 
 
-class LostPeer(Exception):
+class LostPeerError(Exception):
     """What a rank meets when another one is gone."""
 
 
@@ -192,9 +192,13 @@ def bereft(ranks: int, agreed: bool, told: type[Exception]) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "agreed", "told", "status"),
-    [(2, False, LostPeer, -signal.SIGTERM), (1, False, LostPeer, 1), (2, True, LostPeer, 1),
-     (2, False, UserError, 1)],
-)  # fmt: skip
+    [
+        (2, False, LostPeerError, -signal.SIGTERM),
+        (1, False, LostPeerError, 1),
+        (2, True, LostPeerError, 1),
+        (2, False, UserError, 1),
+    ],
+)
 def test_only_a_failure_that_follows_from_anothers_is_silent(
     ranks: int, agreed: bool, told: type[Exception], status: int
 ) -> None:
