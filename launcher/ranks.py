@@ -71,13 +71,13 @@ def settle_threads(place: Place) -> None:
 
 
 def settle_memory(device: torch.device) -> None:
-    """On CPU, have glibc keep freed memory: to fetch it anew every step is slow."""
+    """On CPU, have glibc keep all freed memory: to fetch it anew every step is slow."""
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     libc = ctypes.CDLL(None)
-    for option in (trim, mmap):
-        libc.mallopt(option, 1 << 30)
+    libc.mallopt(trim, -1)  # never
+    libc.mallopt(mmap, 1 << 30)
 
 
 def settle_determinism(deterministic: bool) -> None:

@@ -1,8 +1,7 @@
 """`bench ladder`: how much of tensor parallelism's communication hides, between two hosts.
 
 Two ranks, one on each of two hosts (`hosts`), over a link so slow that communication takes about a
-third of the standard step. What runs is the wiring alone, on random activations and with a random
-gradient of its output: embedding, head, loss and optimizer stand outside. Standard residual, ladder
+third of the standard step. What runs is the wiring alone (`row`). Standard residual, ladder
 residual and the same work without communication take turns, forward and backward timed apart.
 """
 
@@ -11,75 +10,22 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from colonnade.launcher.benchmarks import row
 from colonnade.launcher.benchmarks.hosts import LINK, NETWORK, Host, Hosts
+from colonnade.launcher.benchmarks.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
 from colonnade.launcher.ranks import cores, settle_memory
-from colonnade.launcher.recipe import Recipe, TrainConfig
-from colonnade.models.config import ModelConfig
-from colonnade.models.context import Context
-from colonnade.models.decoder import Decoder
-from colonnade.models.wiring import lacks_newest
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_mesh
-from colonnade.parallel.parallelize import parallelize
 from colonnade.parallel.world import world
 
-PATTERNS = {"*-": "attention-MLP", "M-": "Mamba-MLP"}
-VARIANTS = ("none", "standard", "ladder")
-RANKS, PORT = 2, 29500
-SHARE = 0.36  # of the standard step is to be communication
+PORT = 29500
 FASTEST = 1e10  # bytes/s: no limit
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of what is timed; fp32."""
-
-    repeat: int = 8  # of a pattern of two sub-blocks
-    hidden: int = 2048
-    seq: int = 512
-    batch: int = 1
-
-    @property
-    def blocks(self) -> int:
-        """Sub-blocks in the row."""
-        return 2 * self.repeat
-
-    def model(self, pattern: str) -> ModelConfig:
-        """A row of about equal sub-blocks, whose heads, groups and widths divide by the ranks.
-
-        They are twice as wide inside as is usual: where the cores that compute do the link's work
-        too, that work, which goes by `hidden` alone, should weigh as little as on a real network.
-        """
-        D = self.hidden
-        return ModelConfig(
-            pattern=pattern,
-            repeat=self.repeat,
-            hidden=D,
-            heads=2 * D // 64,
-            head_dim=64,
-            ffn=16 * D // 3 // 64 * 64,
-            mamba_heads=4 * D // 64,
-            mamba_groups=RANKS,
-            mamba_state=64,
-            vocab=64,
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.blocks} sub-blocks, hidden {self.hidden}, sequence {self.seq}, batch "
-            f"{self.batch}, fp32, tp 2 over gloo, 1 thread a rank, {cores()} cores; without "
-            "embedding, head, loss and optimizer"
-        )
-
-
 SHAPE = Shape()
 
 
@@ -150,41 +96,18 @@ class Rank(Host):
         self.group.close()
 
     def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
-        """Make a model, its input and the gradient of its output."""
-        config = shape.model(pattern)
-        recipe = Recipe(
-            model=config,
-            parallel=ParallelConfig(tp=RANKS, sequence=sequence),
-            train=TrainConfig(seq_len=shape.seq),
-        )
-        with torch.device("meta"):
-            model = Decoder(config)
-        parallelize(model, self.mesh, recipe)
-        materialise(model, self.here.device, seed=0)
-        self.wiring = wiring = model.wiring
-        positions = torch.arange(shape.seq)[:, None].expand(shape.seq, shape.batch)
-        self.context = Context(positions)
-        alone = (_Gather.apply, _Scatter.apply) if sequence else (same, same)
-        seams = {"none": alone, "standard": (wiring.enter, wiring.leave)}
-        self.seams = {**seams, "ladder": seams["standard"]}
-        ladder = config.model_copy(update={"residual": "ladder"})
-        late = {name: lacks_newest(config, config.symbols) for name in seams}
-        self.late = {**late, "ladder": lacks_newest(ladder, config.symbols)}
-        generator = torch.Generator().manual_seed(0)
-        both = torch.randn(2, shape.seq, shape.batch, shape.hidden, generator=generator)
-        if sequence:
-            both = both.chunk(RANKS, dim=1)[self.number]
-        self.stream, self.cotangent = both.unbind()
+        """Make a row, its input and the gradient of its output."""
+        self.row = Row(shape, pattern, sequence, self.mesh, self.here.device)
+        alone: Seams = (_Gather.apply, _Scatter.apply) if sequence else (same, same)
+        self.variants = {"none": ("standard", alone), "standard": ("standard", None)}
+        self.variants["ladder"] = "ladder", None
 
     def step(self, variant: str) -> Sample:
         """One forward and one backward pass, each from a barrier to the last of its results."""
-        wiring = self.wiring
-        wiring.late, (wiring.enter, wiring.leave) = self.late[variant], self.seams[variant]
-        wiring.zero_grad()
-        stream = self.stream.clone().requires_grad_()
+        self.row.become(*self.variants[variant])
         sent, machine = self.sent(), machine_work()
-        end, forward, forward_work = timed(lambda: wiring(stream, self.context))
-        _, backward, backward_work = timed(lambda: end.backward(self.cotangent))
+        end, forward, forward_work = timed(self.row.forward)
+        _, backward, backward_work = timed(lambda: self.row.backward(end))
         return Sample(
             forward=forward,
             backward=backward,
@@ -246,9 +169,8 @@ Rounds = dict[str, list[list[Sample]]]  # by variant: of each round, of each ran
 def hidden(steps: Rounds, of: str, blocks: int) -> dict[str, float]:
     """How much communication hides in `forward` or `backward`, and how much at most could.
 
-    The ends stay exposed: in each direction one sub-block of the row has no other beside which its
-    communication could run. Nor can the processor time hide that communication itself takes, where
-    the cores that compute do that work too.
+    No order can hide the processor time that communication itself takes, where the cores that
+    compute do that work too.
     """
     took = {
         name: [max(getattr(s, of) for s in ranks) for ranks in rounds]
@@ -258,26 +180,17 @@ def hidden(steps: Rounds, of: str, blocks: int) -> dict[str, float]:
         name: [statistics.mean(getattr(s, f"{of}_work") for s in ranks) for ranks in rounds]
         for name, rounds in steps.items()
     }
-    middle = {name: statistics.median(values) for name, values in took.items()}
-    exposed = middle["standard"] - middle["none"]
-    busy = statistics.median(work["standard"]) - statistics.median(work["none"])
-    return {
-        **{f"{name} ms": 1000 * middle[name] for name in VARIANTS},
-        "hidden": (middle["standard"] - middle["ladder"]) / exposed,
-        "bound by the ends": 1 - 1 / blocks,
-        "processor ms of communication": 1000 * busy,
-        "bound by the ends and the processor": 1 - 1 / blocks - busy / exposed,
-    }
+    figures = row.hidden(took, blocks)
+    busy = 1000 * (statistics.median(work["standard"]) - statistics.median(work["none"]))
+    exposed = figures["standard ms"] - figures["none ms"]
+    figures["processor ms of communication"] = busy
+    figures["bound by the ends and the processor"] = figures["bound by the ends"] - busy / exposed
+    return figures
 
 
 def assemble(steps: Rounds, blocks: int) -> dict[str, float]:
     """The figures of one case: pattern and kind of parallelism."""
-    total = {name: [seconds(ranks) for ranks in rounds] for name, rounds in steps.items()}
-    of_round = list(zip(*(total[name] for name in VARIANTS), strict=True))
-    figures = {
-        "communication / standard step": statistics.median((s - n) / s for n, s, _ in of_round),
-        "step, standard / ladder": statistics.median(s / fast for _, s, fast in of_round),
-    }
+    figures = row.steps({name: [seconds(r) for r in rounds] for name, rounds in steps.items()})
     for of in ("forward", "backward"):
         figures |= {f"{of}, {k}": value for k, value in hidden(steps, of, blocks).items()}
     return figures
@@ -317,7 +230,8 @@ def run(shape: Shape = SHAPE, rounds: int = 5, share: float = SHARE) -> dict[str
     Raises:
         UserError: this machine cannot play two hosts.
     """
-    report: dict[str, Any] = {"shape": str(shape)}
+    way = f"over gloo, 1 thread a rank, {cores()} cores"
+    report: dict[str, Any] = {"shape": f"{shape}; {way}"}
     with Hosts(Rank) as hosts:
         for pattern, name in PATTERNS.items():
             for sequence in (True, False):
