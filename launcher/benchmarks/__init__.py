@@ -80,7 +80,7 @@ def bench_mup() -> dict[str, Any]:
 
 
 def bench_ladder() -> dict[str, Any]:
-    """Communication hidden by ladder residual between two hosts; half an hour, as root."""
+    """Communication hidden by ladder residual between two hosts; 25 minutes, as root."""
     from colonnade.launcher.benchmarks.ladder import run
 
     return run()

@@ -30,8 +30,8 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import World
 
-ON_CPU = Shape(repeat=8, hidden=512, seq=512)
-ON_GPU = Shape(repeat=8, hidden=4096, seq=4096, dtype=torch.bfloat16)
+ON_CPU = Shape(hidden=512, seq=512)
+ON_GPU = Shape(hidden=4096, seq=4096, dtype=torch.bfloat16)
 CYCLES = 10**7  # of a delay by which the GPU's clock is learnt
 
 

@@ -33,7 +33,7 @@ Seams = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # enter, 
 class Shape:
     """Sizes of what is timed."""
 
-    repeat: int = 12  # of a pattern of two sub-blocks
+    repeat: int = 8  # of a pattern of two sub-blocks
     hidden: int = 2048
     seq: int = 512
     batch: int = 1
