@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,14 +38,17 @@ CYCLES = 10**7  # of a delay by which the GPU's clock is learnt
 class Arrived(dist._Work):
     """What a collective returns: waiting lasts until the link has passed it on."""
 
-    def __init__(self, until: "float | torch.cuda.Event") -> None:
+    def __init__(self, link: "Link", until: "float | torch.cuda.Event") -> None:
         super().__init__()
-        self.until = until
+        self.link, self.until = link, until
 
     def wait(self, timeout: object = None) -> bool:
         """Have this thread, or the GPU's current stream, wait."""
         if isinstance(self.until, float):
-            time.sleep(max(0.0, self.until - time.perf_counter()))
+            start = time.perf_counter()
+            if start < self.until:
+                time.sleep(self.until - start)
+                self.link.waited += time.perf_counter() - start
         else:
             torch.cuda.current_stream().wait_event(self.until)
         return True
@@ -54,12 +57,13 @@ class Arrived(dist._Work):
 class Link(dist.ProcessGroup):  # whose methods PyTorch calls with lists alone
     """A group whose other ranks hold what this one does, behind a link that one message takes.
 
-    Each collective takes `seconds`, one after the other; `calls` counts them.
+    Each collective takes `seconds`, one after the other; `calls` counts them. On a CPU `waited` adds
+    up the seconds for which any of them was waited for.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # not in PyTorch's stubs
-        self.seconds, self.calls = 0.0, 0
+        self.seconds, self.calls, self.waited = 0.0, 0, 0.0
         self.free = 0.0  # when the link is, on a CPU
         self.side: torch.cuda.Stream | None = None
         self.cycles = 0.0  # of the GPU's clock in a second
@@ -106,7 +110,7 @@ class Link(dist.ProcessGroup):  # whose methods PyTorch calls with lists alone
             for target, source in copies:
                 target.copy_(source)
             self.free = max(self.free, time.perf_counter()) + self.seconds
-            return Arrived(self.free)
+            return Arrived(self, self.free)
         if self.side is None:
             self.side, self.cycles = torch.cuda.Stream(), CYCLES / spun(CYCLES)
         self.side.wait_stream(torch.cuda.current_stream())
@@ -118,7 +122,7 @@ class Link(dist.ProcessGroup):  # whose methods PyTorch calls with lists alone
             torch.cuda._sleep(int(self.seconds * self.cycles))
             event = torch.cuda.Event()
             event.record()
-        return Arrived(event)
+        return Arrived(self, event)
 
 
 def spun(cycles: int) -> float:
@@ -147,6 +151,15 @@ def linked(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+class Sample(NamedTuple):
+    """Seconds of forward and backward, and for how many of each the link was waited for."""
+
+    forward: float
+    backward: float
+    forward_waited: float
+    backward_waited: float
+
+
 class Stopwatch:
     """Times a row's passes, with all that they started on a GPU."""
 
@@ -154,42 +167,56 @@ class Stopwatch:
         self.row, self.link, self.device = row, link, device
         self.delay = 0.0  # seconds of a collective
 
-    def now(self) -> float:
-        """When all that was started has ended."""
+    def now(self) -> tuple[float, float]:
+        """When all that was started has ended, and what was waited until then."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.perf_counter(), self.link.waited
 
-    def step(self, variant: str) -> tuple[float, float]:
-        """Seconds of forward and backward."""
+    def step(self, variant: str) -> Sample:
+        """One forward and one backward pass."""
         self.row.become("ladder" if variant == "ladder" else "standard")
         self.link.seconds = 0.0 if variant == "none" else self.delay
         start = self.now()
-        end = self.row.forward()
+        output = self.row.forward()
         middle = self.now()
-        self.row.backward(end)
-        return middle - start, self.now() - middle
+        self.row.backward(output)
+        end = self.now()
+        spent = [b - a for before, after in ((start, middle), (middle, end))
+                 for a, b in zip(before, after, strict=True)]  # fmt: skip
+        return Sample(spent[0], spent[2], spent[1], spent[3])
 
 
 def measure(watch: Stopwatch, blocks: int, rounds: int, share: float) -> dict[str, float]:
     """The figures of one case."""
+
+    def seconds(sample: Sample) -> float:
+        return sample.forward + sample.backward
+
     for variant in VARIANTS:
         before = watch.link.calls
         watch.step(variant)
     calls = watch.link.calls - before
-    without = statistics.median(sum(watch.step("none")) for _ in range(3))
+    without = statistics.median(seconds(watch.step("none")) for _ in range(3))
     watch.delay = share * without / ((1 - share) * calls)
-    took: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    took: dict[str, list[Sample]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:
             took[variant].append(watch.step(variant))
     figures = {
         "collectives a step": calls,
         "ms of each": 1000 * watch.delay,
-        **steps({name: [sum(both) for both in of] for name, of in took.items()}),
+        **steps({name: [seconds(s) for s in of] for name, of in took.items()}),
     }
-    for number, direction in enumerate(("forward", "backward")):
-        found = hidden({name: [both[number] for both in of] for name, of in took.items()}, blocks)
+    for direction in ("forward", "backward"):
+        times = {name: [getattr(s, direction) for s in of] for name, of in took.items()}
+        found = hidden(times, blocks)
+        if watch.device.type == "cpu":
+            waited = {
+                name: statistics.median(getattr(s, f"{direction}_waited") for s in of)
+                for name, of in took.items()
+            }
+            found["hidden, by the waits"] = 1 - waited["ladder"] / waited["standard"]
         figures |= {f"{direction}, {name}": value for name, value in found.items()}
     return figures
 

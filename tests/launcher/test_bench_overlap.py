@@ -43,6 +43,8 @@ def test_messages_go_over_the_link_one_after_the_other() -> None:
     assert gathered.tolist() == [0.0, 1.0, 2.0, 3.0] * 2
     assert scattered.tolist() == [0.0, 1.0]
     assert link.calls == 2
+    first.wait()  # is there: nothing to wait for
+    assert 0.05 <= link.waited <= time.perf_counter() - start
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -61,7 +63,8 @@ def test_every_collective_of_the_row_goes_over_the_link(sequence: bool) -> None:
             took = watch.step(variant)
             assert link.calls == 2 * per_pass
             if variant == "standard":
-                assert min(took) >= per_pass * watch.delay
+                assert min(took[:2]) >= per_pass * watch.delay
+                assert per_pass * watch.delay / 2 < took.forward_waited <= took.forward
             assert only.wiring.late == [False, variant == "ladder"]
 
 
