@@ -57,8 +57,8 @@ class Arrived(dist._Work):
 class Link(dist.ProcessGroup):  # whose methods PyTorch calls with lists alone
     """A group whose other ranks hold what this one does, behind a link that one message takes.
 
-    Each collective takes `seconds`, one after the other; `calls` counts them. On a CPU `waited` adds
-    up the seconds for which any of them was waited for.
+    Each collective takes `seconds`, one after the other; `calls` counts them. On a CPU `waited`
+    adds up the seconds for which any of them was waited for.
     """
 
     def __init__(self, rank: int, size: int) -> None:
