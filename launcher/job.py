@@ -66,10 +66,8 @@ def stop_signal(ranks: int) -> Iterator[StopSignal]:
     bereft = False
     try:
         yield stop
-    except UserError:
-        raise
-    except Exception:
-        bereft = ranks > 1
+    except Exception as failure:
+        bereft = ranks > 1 and not isinstance(failure, UserError)
         raise
     finally:
         for number, handler in before.items():

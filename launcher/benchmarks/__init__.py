@@ -87,7 +87,7 @@ def bench_ladder() -> dict[str, Any]:
 
 
 def bench_overlap() -> dict[str, Any]:
-    """Ladder residual beside collectives that are mere delays: one process, also on a GPU."""
+    """Ladder residual beside collectives that are mere delays; one process, two minutes."""
     from colonnade.launcher.benchmarks.overlap import run
 
     return run()

@@ -182,9 +182,12 @@ class Stopwatch:
         middle = self.now()
         self.row.backward(output)
         end = self.now()
-        spent = [b - a for before, after in ((start, middle), (middle, end))
-                 for a, b in zip(before, after, strict=True)]  # fmt: skip
-        return Sample(spent[0], spent[2], spent[1], spent[3])
+        return Sample(
+            forward=middle[0] - start[0],
+            backward=end[0] - middle[0],
+            forward_waited=middle[1] - start[1],
+            backward_waited=end[1] - middle[1],
+        )
 
 
 def measure(watch: Stopwatch, blocks: int, rounds: int, share: float) -> dict[str, float]:

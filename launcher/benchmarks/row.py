@@ -45,10 +45,11 @@ class Shape:
         return 2 * self.repeat
 
     def model(self, pattern: str) -> ModelConfig:
-        """A row of about equal sub-blocks, whose heads, groups and widths divide by the ranks.
+        """A row whose heads, groups and widths divide by the ranks.
 
-        They are twice as wide inside as is usual: where the cores that compute do the link's work
-        too, that work, which goes by `hidden` alone, should weigh as little as on a real network.
+        Attention has half of its MLP's work, as is usual. All are twice as wide inside as is usual:
+        where the cores that compute do the link's work too, that work, which goes by `hidden`
+        alone, should weigh as little as on a real network.
         """
         D = self.hidden
         return ModelConfig(

@@ -70,8 +70,10 @@ class Heads:
             x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
             chunk: int, context: Context,
         ) -> Tensor:  # fmt: skip
-            B, C = self.take(B, C) if grouped else self.everything(B, C)
-            x, dt = self.take(x, dt)
+            if grouped:
+                x, dt, B, C = self.take(x, dt, B, C)
+            else:
+                (x, dt), (B, C) = self.take(x, dt), self.everything(B, C)
             A, D = self.mine(A), self.mine(D)
             return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
 

@@ -171,6 +171,32 @@ def test_mistakes_of_a_user(
     assert "Traceback" not in error
 
 
+FAILING = """
+import sys
+from colonnade.launcher import cli, job, ranks
+
+def fail(*_):
+    raise ArithmeticError("of our own making")
+
+if ranks.Place.from_environment().rank == 1:
+    job.train_step = fail
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_one_rank_is_told_and_its_peers_are_not(tmp_path: Path) -> None:
+    """Under a torchrun of the user's own."""
+    Path("failing.py").write_text(FAILING, encoding="utf-8")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = subprocess.run(
+        [*run, "failing.py", *quick("parallel.dp_shard=2")],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.count("ArithmeticError: of our own making") == 1
+    assert "Connection closed" not in process.stderr
+
+
 @pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2"])
 def test_other_failures_exit_with_1(layout: str) -> None:
     """A rank that dies: its status is not a user's mistake, and the others do not hang."""
