@@ -1,17 +1,28 @@
-# Two commands: `make train` and `make test`. Both make the environment they need in .venv.
+# Two commands: `make train` and `make test`. Both make the environment they need in .venv, from the
+# versions in constraints.txt. `make lock` renews those; `make test-newest` tests the newest versions
+# that pyproject.toml admits, in an environment of its own.
 PYTHON ?= python3
 VENV   ?= .venv
+LOCK   ?= constraints.txt
 BIN    := $(VENV)/bin
 # Ranks of `make train`: two, or one where there is a single GPU.
 NPROC  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The build takes its tools from the environment, where they are locked as well (LOCK= locks nothing).
+PINNED  = $(if $(LOCK),-c $(LOCK))
+INSTALL = $(BIN)/pip install -q $(PINNED) 'setuptools>=70.1' && \
+          $(BIN)/pip install -q $(PINNED) --no-build-isolation -e
 
-.PHONY: train test lint types clean
+.PHONY: train test test-newest lock lint types clean
 train: $(VENV)/.ready-train
 	$(BIN)/colonnade train quickstart --nproc $(NPROC)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest LOCK=
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
@@ -24,17 +35,26 @@ types: $(VENV)/.ready-test
 	for room in launcher parallel models kernels; do ln -sfn $(CURDIR)/$$room $(VENV)/src/colonnade/$$room; done
 	MYPYPATH=$(VENV)/src $(BIN)/mypy -p colonnade
 
+# Public versions alone (torch 2.13.0, not 2.13.0+cpu): each machine takes its own build of them.
+lock:
+	rm -rf .venv-lock
+	$(MAKE) .venv-lock/.ready-test VENV=.venv-lock LOCK=
+	{ echo "# What the tests were written with. Made by \`make lock\`."; \
+	  .venv-lock/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+.*//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-lock
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "colonnade needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready-train: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q -e '.[plot]'
+$(VENV)/.ready-train: pyproject.toml $(LOCK) | $(VENV)/bin/python
+	$(INSTALL) '.[plot]'
 	touch $@
 
-$(VENV)/.ready-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q -e '.[test]'
+$(VENV)/.ready-test: pyproject.toml $(LOCK) | $(VENV)/bin/python
+	$(INSTALL) '.[test]'
 	touch $@ $(VENV)/.ready-train
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-lock build *.egg-info runs

@@ -1,18 +1,21 @@
 """The command line: `colonnade VERB`. Exits 0 on success, 2 on a user's mistake, 1 otherwise."""
 
 import argparse
+import difflib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from colonnade.launcher.benchmarks import BENCHMARKS
+from colonnade.launcher.console import forgiving_streams
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.ranks import USER_MISTAKE, Place, report_failure
+from colonnade.launcher.place import USER_MISTAKE, Place, report_failure
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -27,28 +30,33 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     a, overrides = arguments, list(arguments.overrides)
     if a.resume is not None:
-        if useless := "--dry-run" * a.dry_run or "--runs" * (a.runs is not None):
-            raise UserError(f"train --resume goes on in the run's own folder: leave out {useless}")
+        unused = [name for name in ("dry_run", "runs") if getattr(a, name)]
+        if unused:
+            options = " ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise UserError(f"train --resume goes on in the run's own folder: leave out {options}")
         if a.recipe:
             overrides.insert(0, a.recipe)
         run = resume(a.resume, overrides, nproc=a.nproc, until=a.until)
     elif a.recipe is None:
         raise UserError("train: name a recipe (for example: quickstart), or --resume RUN")
     elif a.dry_run:
-        emit(describe(a.recipe, overrides, nproc=a.nproc), a.json)
+        a.report(describe(a.recipe, overrides, nproc=a.nproc))
         return 0
     else:
         folder = a.runs or "runs"
         run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
-    if a.json:
-        emit(run.summary(), a.json)
+    place = Place.from_environment()
+    if a.json and (place is None or place.rank == 0):
+        a.report(run.summary())
     return run.status
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
     """A rank that `colonnade train` started."""
-    from colonnade.launcher.training import be_started_rank
+    from colonnade.launcher.ranks import end_with_launcher
+    from colonnade.launcher.ranks_of_run import be_started_rank
 
+    end_with_launcher()
     be_started_rank(Path(arguments.run), arguments.again, arguments.until)
     return 0
 
@@ -77,7 +85,7 @@ def run_data(arguments: argparse.Namespace) -> int:
         prompt=a.prompt,
         overwrite=a.overwrite,
     )
-    emit(asdict(summary), a.json)
+    a.report(asdict(summary))
     return 0
 
 
@@ -90,14 +98,16 @@ def run_verify(arguments: argparse.Namespace) -> int:
     report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
     place = Place.from_environment()
     if place is None or place.rank == 0:
-        print(table(report)) if a.json is None else emit(report, a.json)
+        print(table(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
 
 
 def run_verify_rank(arguments: argparse.Namespace) -> int:
     """A rank that `colonnade verify` started."""
+    from colonnade.launcher.ranks import end_with_launcher
     from colonnade.launcher.verification.run import be_started_rank
 
+    end_with_launcher()
     be_started_rank(Path(arguments.folder))
     return 0
 
@@ -106,7 +116,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     """`colonnade doctor`."""
     from colonnade.launcher.health import doctor
 
-    emit(doctor(), arguments.json)
+    arguments.report(doctor())
     return 0
 
 
@@ -114,23 +124,49 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """`colonnade bench`."""
     from colonnade.launcher.benchmarks import bench
 
-    emit(bench(arguments.name), arguments.json)
+    arguments.report(bench(arguments.name))
     return 0
 
 
+@contextmanager
+def reporting(target: str | None) -> Iterator[Callable[[dict], None]]:
+    """A function that prints a report as aligned lines, or writes it as JSON to `target`.
+
+    With `-` the report is all that stdout gets: what is printed in the meantime, by this process or
+    those it starts, goes to stderr.
+    """
+    if target != "-":
+        yield lambda report: emit(report, target)
+        return
+    sys.stdout.flush()
+    before, stream = os.dup(1), sys.stdout
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+
+    def alone(report: dict) -> None:
+        sys.stderr.flush()
+        with open(before, "w", encoding="utf-8", closefd=False) as out:
+            out.write(json.dumps(report, indent=2) + "\n")
+
+    try:
+        yield alone
+    finally:
+        sys.stderr.flush()
+        sys.stdout = stream
+        os.dup2(before, 1)
+        os.close(before)
+
+
 def emit(report: dict, target: str | None) -> None:
-    """Print a report as aligned lines, or write it as JSON."""
-    text = json.dumps(report, indent=2)
+    """Print a report as aligned lines, or write it as JSON to a file."""
     if target is None:
         width = max(len(key) for key in report)
         print("\n".join(f"{key:<{width}}  {figure(value)}" for key, value in report.items()))
-    elif target == "-":
-        print(text)
-    else:
-        try:
-            Path(target).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {target}: cannot write it: {error.strerror}") from error
+        return
+    try:
+        Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {target}: cannot write it: {error.strerror}") from error
 
 
 def figure(value: object) -> str:
@@ -143,9 +179,9 @@ def figure(value: object) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    """A whole number from 1 to 2²⁰: more than there are ranks, or tokens in a text."""
+    if not 1 <= (number := int(text)) <= 2**20:
+        raise argparse.ArgumentTypeError("must be at least 1 and at most 1048576")
     return number
 
 
@@ -164,12 +200,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def add(name: str, run: Verb, about: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=about, description=about)
+    def add(name: str, run: Verb) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=VERBS[name], description=VERBS[name])
         verb.set_defaults(action=run)
         return verb
 
-    train = add("train", run_train, "train a recipe, or resume a run")
+    train = add("train", run_train)
     train.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. train.steps=20")
     train.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
@@ -185,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--again", action="store_true")
     rank.add_argument("--until", type=positive)
 
-    verify = add("verify", run_verify, "compare layouts with one process, at test size")
+    verify = add("verify", run_verify)
     verify.add_argument("recipe", help="a path, or the name of a shipped recipe")
     verify.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. model.repeat=1")
     verify.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
@@ -201,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify_rank.set_defaults(action=run_verify_rank)
     verify_rank.add_argument("folder")
 
-    generate = add("generate", run_generate, "text from a trained model")
+    generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
     generate.add_argument("--prompt", default="", help="the text to go on from")
     generate.add_argument("--tokens", type=positive, default=200, help="how many at most")
@@ -209,7 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=positive, help="draw among the k likeliest only")
     generate.add_argument("--seed", type=int, default=0)
 
-    data = add("data", run_data, "text to packed tokens in Megatron's .bin/.idx format")
+    data = add("data", run_data)
     data.add_argument("source", help="file, folder or glob")
     data.add_argument("destination", help="prefix of the .bin and .idx to write")
     data.add_argument("--format", choices=["text", "jsonl", "parquet", "hub", "stdlib"])
@@ -218,17 +254,44 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--prompt", help="column put before the text, without loss")
     data.add_argument("--overwrite", action="store_true")
 
-    doctor = add("doctor", run_doctor, "devices, backends, and which kernel serves each operator")
-    bench = add("bench", run_bench, "a benchmark, beside its reference in one run")
+    doctor = add("doctor", run_doctor)
+    bench = add("bench", run_bench)
     bench.add_argument("name", choices=list(BENCHMARKS))
     for verb in (train, verify, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 
 
+# The verbs that there are, with what they do; and those to come.
+VERBS = {
+    "train": "train a recipe, or resume a run",
+    "verify": "compare layouts with one process, at test size",
+    "generate": "text from a trained model",
+    "data": "text to packed tokens in Megatron's .bin/.idx format",
+    "doctor": "devices, backends, and which kernel serves each operator",
+    "bench": "a benchmark, beside its reference in one run",
+}
+PLANNED = ("convert", "inspect", "logs", "plan", "report", "status", "submit", "sweep")
+
+
+def unknown_verb(word: str) -> str:
+    """What to say of a verb that does not exist."""
+    if word in PLANNED:
+        hint = f"`{word}` is planned and not built yet."
+    elif near := difflib.get_close_matches(word, [*VERBS, *PLANNED], 1):
+        planned = ", which is planned and not built yet" if near[0] in PLANNED else ""
+        hint = f"there is no verb `{word}`; did you mean `{near[0]}`{planned}?"
+    else:
+        hint = f"there is no verb `{word}`."
+    return f"{hint} The verbs are {', '.join(VERBS)}; --help tells of each."
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Arguments as given; a recipe's overrides may stand before or after options."""
     parser = build_parser()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank", "_verify"):
+        parser.error(unknown_verb(words[0]))
     chosen, rest = parser.parse_known_args(arguments)
     takes = chosen.verb in ("train", "verify")
     if rest and (not takes or any(word.startswith("-") for word in rest)):
@@ -240,23 +303,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    chosen = parse(arguments)
+    with forgiving_streams():
+        chosen = parse(arguments)
+        with reporting(getattr(chosen, "json", None)) as chosen.report:
+            status = run(chosen)
+        if status and among_ranks():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # other ranks may wait in a collective: leave without its clean-up
+    return status
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run a verb; what ends it early becomes an exit status and a message."""
     try:
-        status = chosen.action(chosen)
+        return chosen.action(chosen)
     except UserError as mistake:
-        status = USER_MISTAKE
         report_failure(str(mistake), started=chosen.verb.startswith("_"))
+        return USER_MISTAKE
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+        if not chosen.verb.startswith("_"):
+            print("\ncolonnade: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception:  # of our own making, or that of a peer which is gone
-        place = Place.from_environment()
-        if place is None or place.size == 1:
+        if not among_ranks():
             raise
-        status = 1
         time.sleep(GRACE)
         sys.excepthook(*sys.exc_info())
-    if status and Place.from_environment():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # other ranks may be waiting in a collective: leave without its clean-up
-    return status
+        return 1
+
+
+def among_ranks() -> bool:
+    """Whether this process is one of several ranks."""
+    try:
+        place = Place.from_environment()
+    except UserError:  # which was told
+        return False
+    return place is not None and place.size > 1

@@ -27,8 +27,9 @@ class Effect(NamedTuple):
 
 
 def _rows(model: ModelConfig) -> list[str]:
-    """The rows of sub-blocks that a model has."""
-    return [model.symbols, model.mtp_pattern] if model.mtp else [model.symbols]
+    """The rows of sub-blocks of a model, as far as they hold every pair of neighbours."""
+    row = model.pattern * min(model.repeat, 2)
+    return [row, model.mtp_pattern] if model.mtp else [row]
 
 
 def unclear(model: ModelConfig) -> bool:

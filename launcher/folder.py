@@ -1,7 +1,12 @@
 """A run's folder: how it is opened, and what of its recipe may change when it is resumed."""
 
+import fcntl
 import os
+import socket
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from colonnade.launcher.errors import Fault, RecipeError, UserError
@@ -9,11 +14,13 @@ from colonnade.launcher.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe import Recipe
 
 RECIPE = "recipe.toml"
+LOCK = ".lock"  # held by the process that trains the run
 COMING = "recipe.coming.toml"  # of a resumed run, until its checkpoint has taken it
 
 
-def open_new(recipe: Recipe, runs: Path) -> Path:
-    """Make `runs/NAME-TIME`, which nothing else has, with the recipe in it."""
+@contextmanager
+def open_new(recipe: Recipe, runs: Path) -> Iterator[Path]:
+    """Make `runs/NAME-TIME`, which nothing else has, with the recipe in it, and hold it."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     again = 0
     while True:
@@ -26,14 +33,50 @@ def open_new(recipe: Recipe, runs: Path) -> Path:
             again += 1
         except OSError as error:
             raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
-    write_recipe(recipe, folder / RECIPE)
-    return folder
+    with held(folder):
+        write_recipe(recipe, folder / RECIPE)
+        yield folder
 
 
-def open_again(recipe: Recipe, folder: Path) -> Path:
-    """Lay a resumed run's recipe beside the old one, which stays until the checkpoint fits."""
-    write_recipe(recipe, folder / COMING)
-    return folder
+@contextmanager
+def open_again(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Hold a run's folder, with the coming recipe beside the old, until the checkpoint fits it."""
+    with held(folder):
+        write_recipe(recipe, folder / COMING)
+        yield folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against every other process, on this host and, where locks reach, others.
+
+    Raises:
+        UserError: another process trains this run.
+    """
+    try:
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write in the run's folder: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{folder}: {lock.read().strip() or 'another process'} trains this run; wait for "
+                "its end, or stop it, then resume"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(
+                f"colonnade: {folder} cannot be locked ({error.strerror}): see to it that no other "
+                "process trains this run",
+                file=sys.stderr,
+            )
+        else:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        yield
 
 
 def adopt(folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
 from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
@@ -45,9 +46,10 @@ def extend(
     """Up to `count` tokens that follow `tokens`, ending before `stop`.
 
     At most the last `seq_len` tokens are seen: when there are more, the model starts again with
-    their later half. Every rank of a sharded model must call this alike.
+    their later half. `seed` is that of the tokens, and of random experts (THOR), which are drawn
+    once for a text. Every rank of a sharded model must call this alike.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, draw = torch.Generator().manual_seed(seed), int(hashed(seed))
     made: list[int] = []
     coming, memory, seen = tokens[-seq_len:], Memory(), 0
     while len(made) < count:
@@ -55,7 +57,7 @@ def extend(
             coming, memory, seen = (tokens + made)[-max(1, seq_len // 2) :], Memory(), 0
         positions = torch.arange(seen, seen + len(coming), device=device)[:, None]
         inputs = torch.tensor(coming, device=device)[:, None]
-        logits = model(inputs, Context(positions, memory=memory))[-1, 0]
+        logits = model(inputs, Context(positions, draw=draw, memory=memory))[-1, 0]
         seen += len(coming)
         token = choose(logits, temperature, top_k, generator)
         if token == stop:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from colonnade.kernels.linear import uses_onednn
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.ranks import cores
+from colonnade.launcher.place import cores
 
 OPTIONAL = {
     "datasets": "text, JSON lines, parquet and hub data (extra: text)",

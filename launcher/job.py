@@ -1,8 +1,6 @@
 """What one rank does from start to end: build, restore, train, save, report."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +28,7 @@ from colonnade.launcher.plot import plot_loss
 from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, micro_batches, reading_plan
+from colonnade.launcher.signals import StopSignal, stop_signal
 from colonnade.launcher.step import Result, over_ranks, train_step, validate_loss
 from colonnade.launcher.together import on_first
 from colonnade.models.decoder import Decoder
@@ -38,42 +37,6 @@ from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_mesh, data_rank
 from colonnade.parallel.parallelize import parallelize
 from colonnade.parallel.world import World
-
-
-class StopSignal:
-    """Ctrl-C or SIGTERM, noted now and obeyed at the end of the step, after saving."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.agreed = False  # all ranks know of it, and save
-
-    def note(self, number: int, frame: Any) -> None:
-        """Remember the signal; a launcher may pass the same one on twice."""
-        self.number = number
-
-
-@contextmanager
-def stop_signal(ranks: int) -> Iterator[StopSignal]:
-    """Catch Ctrl-C and SIGTERM for the length of the block (main thread only).
-
-    One of several `ranks` that is told to stop and then fails has lost a peer, which tells why;
-    it ends by the signal, as it would without us.
-    """
-    stop, before = StopSignal(), {}
-    with suppress(ValueError):  # not the main thread: the caller keeps its own handling
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop.note)
-    bereft = False
-    try:
-        yield stop
-    except Exception as failure:
-        bereft = ranks > 1 and not isinstance(failure, UserError)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if bereft and stop.number and not stop.agreed:
-            signal.raise_signal(stop.number)
 
 
 @dataclass
@@ -151,9 +114,16 @@ def build(recipe: Recipe, run: Path, here: World) -> Job:
 
 
 def run_job(
-    recipe: Recipe, run: Path, here: World, resume: bool = False, until: int | None = None
+    recipe: Recipe,
+    run: Path,
+    here: World,
+    resume: bool = False,
+    until: int | None = None,
+    answers: bool = False,
 ) -> int:
     """Train to the end, to step `until`, or to a signal. Collective over all ranks.
+
+    `answers` as in `stop_signal`.
 
     Returns:
         the number of the signal that stopped it, or 0.
@@ -163,7 +133,7 @@ def run_job(
         job.restore()
         on_first(lambda: adopt(run))
     monitor = open_monitor(job)
-    with stop_signal(here.size) as stop:
+    with stop_signal(here.size, answers) as stop:
         end = min(until or recipe.train.steps, recipe.train.steps)
         number = train_loop(job, monitor, stop, end)
         if job.step == recipe.train.steps and not number:
@@ -195,6 +165,8 @@ def introduction(job: Job) -> str:
     if here.device.type == "cpu" and torch.cuda.is_available():
         text += f" (GPUs here: {torch.cuda.device_count()}; with at most a rank each they serve)"
     text += f"\n{job.data.train.describe()}"
+    if job.step:
+        text += f"\nresumed after step {job.step} of {recipe.train.steps}"
     if recipe.data.validation and recipe.train.validate_rows and job.data.validation is None:
         text += "\nno validation: the data are too few documents, or streamed, to hold rows out"
     return text

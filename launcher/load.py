@@ -44,15 +44,20 @@ def load_recipe(
     document = _read(name_or_path)
     mistakes = _Mistakes()
     at_rest = _effective(document) if overrides else set()
+    steps_at_rest = _integer(document, "train", "steps")
     typed = [_override(document, text, mistakes) for text in overrides]
+    shortened = _in_proportion(document, steps_at_rest, {field for field in typed if field})
     at_rest -= {f for f in at_rest for t in typed if t and f"{f}.".startswith(f"{t}.")}
     recipe, unused = _without_unused(_parse(document, mistakes), document, at_rest)
     # A rule that looks at a refused field, whose default is in its place now, has nothing to say.
     faults = [f for f, involves in findings(recipe, world_size) if not mistakes.touch(involves)]
     if mistakes.faults or faults:
         raise RecipeError([*mistakes.faults, *faults])
-    if unused and tell is not None:
-        tell(f"not used with these overrides: {', '.join(unused)}")
+    if tell is not None:
+        if unused:
+            tell(f"not used with these overrides: {', '.join(unused)}")
+        if shortened:
+            tell(f"in proportion to train.steps: {', '.join(shortened)}")
     return recipe
 
 
@@ -93,7 +98,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"recipe {name_or_path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise UserError(
             f"recipe {name_or_path} is not valid TOML: {error}; mend that line "
             '(text stands in quotes: precision = "bf16")'
@@ -172,6 +177,34 @@ def _without_unused(
     return recipe, out
 
 
+def _integer(document: dict[str, Any], table: str, name: str) -> int | None:
+    """The whole number that a document sets for a field, if it is one."""
+    fields = document.get(table)
+    value = fields.get(name) if isinstance(fields, dict) else None
+    return value if type(value) is int else None
+
+
+def _in_proportion(document: dict[str, Any], before: int | None, typed: set[str]) -> list[str]:
+    """Shortens what a file sets for a number of steps, where an override makes them too few.
+
+    Returns the fields, with their new values. A field that was typed stays as it is.
+    """
+    steps = _integer(document, "train", "steps")
+    if "train.steps" not in typed or not steps or not before or not 0 < steps < before:
+        return []
+    fields = (("optimizer", "warmup"), ("optimizer", "decay"), ("train", "ramp_steps"))
+    lengths = {field: _integer(document, *field) or 0 for field in fields}
+    warmup, decay, ramp = lengths.values()
+    if warmup + decay <= steps and ramp <= steps:
+        return []
+    lengths = {f: length for f, length in lengths.items() if length and ".".join(f) not in typed}
+    for (table, name), length in lengths.items():
+        document[table][name] = max(length * steps // before, 1 if name == "decay" else 0)
+    if document.get("train", {}).get("ramp_steps") == 0:  # no ramp is left of it
+        document["train"].pop("ramp_batch", None)
+    return [f"{table}.{name} = {document[table][name]}" for table, name in lengths]
+
+
 def _location(field: str) -> Location:
     return tuple(int(key) if key.isdecimal() else key for key in field.split("."))
 
@@ -228,7 +261,7 @@ def _value(text: str, location: Location) -> Any:
     """The value of an override: TOML, or the text itself if it is none or the field holds text."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         return text
     is_text = (schema_of(location) or {}).get("type") == "string"
     if parsed.keys() != {"value"} or (is_text and not isinstance(parsed["value"], str)):

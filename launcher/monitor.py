@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.memory import peak_gib
+from colonnade.launcher.metrics import read_metrics
 from colonnade.launcher.recipe import Recipe
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
@@ -52,12 +55,28 @@ def open_tensorboard(run: Path, start: int) -> Any:
 
 
 def open_wandb(run: Path, recipe: Recipe) -> Any:
-    """A Weights & Biases run named after the folder."""
+    """A Weights & Biases run named after the folder: the same one whenever the run goes on.
+
+    Its identifier is kept in the folder. Values have their step beside them, for wandb's own
+    counter refuses to go back to the checkpoint of a run that was cut off.
+    """
     try:
         import wandb
     except ImportError as missing:
         raise not_installed("wandb") from missing
-    return wandb.init(project="colonnade", name=run.name, dir=run, config=recipe.model_dump())
+    path = run / "wandb-id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    writer = wandb.init(
+        project="colonnade",
+        name=run.name,
+        id=path.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=run,
+        config=recipe.model_dump(),
+    )
+    writer.define_metric("*", step_metric="step")
+    return writer
 
 
 class Monitor:
@@ -92,7 +111,7 @@ class Monitor:
         self.clock = time.perf_counter()
 
     def step(self, metrics: dict[str, Any], tokens: int, here: World) -> None:
-        """Record one step. `metrics` holds at least `step`, counted from 1, and `loss`."""
+        """Record one step: `metrics` holds at least `step`, from 1, `loss`, `lr`, `grad_norm`."""
         now = time.perf_counter()
         rate = tokens / (now - self.clock)
         self.window.append((now - self.clock, tokens))
@@ -105,8 +124,9 @@ class Monitor:
         left = (self.steps - metrics["step"]) * seconds / len(self.window)
         self.line(
             f"step {metrics['step']:>{len(str(self.steps))}}/{self.steps}  "
-            f"loss {metrics['loss']:.4f}  "
-            f"{sum(n for _, n in self.window) / seconds:,.0f} tokens/s  ETA {duration(left)}",
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  "
+            f"{sum(n for _, n in self.window) / seconds:,.0f} tokens/s  "
+            f"{peak_gib(here.device):.2f} GiB  ETA {duration(left)}",
             last=metrics["step"] == self.steps,
         )
 
@@ -120,7 +140,7 @@ class Monitor:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])
         if self.wandb:
-            self.wandb.log(numbers, step=metrics["step"])
+            self.wandb.log(numbers | {"step": metrics["step"]})
 
     def line(self, text: str, last: bool) -> None:
         """Overwrite the live line; without a terminal print one every ten seconds."""
@@ -145,11 +165,3 @@ class Monitor:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

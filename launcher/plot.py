@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from colonnade.launcher.monitor import read_metrics
+from colonnade.launcher.metrics import read_metrics
 
 
 def plot_loss(run: Path) -> Path | None:

@@ -1,46 +1,23 @@
-"""How a process learns its rank, and how ranks are started: torchrun, or our own call of it.
-
-The only file that reads the environment of a job.
-"""
+"""What a rank settles on its host (device, threads, memory), and how we start ranks of our own."""
 
 import ctypes
-import json
 import logging
 import os
 import platform
+import signal
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.place import USER_MISTAKE, Place, chosen_threads, cores
+from colonnade.launcher.signals import handled
 
-USER_MISTAKE = 2  # exit status
 SAVING = 3600  # seconds that stopping ranks are given to save
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process among those that torchrun started."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Place | None":
-        """This process's place, or None if no launcher started it."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return None
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local_rank, local_size = (
-            int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
-        )
-        return cls(rank, size, local_rank, local_size)
-
 
 ALONE = Place(0, 1, 0, 1)
 
@@ -60,14 +37,14 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     )
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def settle_threads(place: Place) -> None:
-    """Share this host's cores among its ranks."""
-    torch.set_num_threads(max(1, cores() // place.local_size))
+    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says how many each takes."""
+    torch.set_num_threads(chosen_threads() or share_of_cores(place.local_size))
+
+
+def share_of_cores(ranks: int) -> int:
+    """Threads of each of so many ranks on this host."""
+    return max(1, cores() // ranks)
 
 
 def settle_memory(device: torch.device) -> None:
@@ -87,14 +64,11 @@ def settle_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def report_failure(message: str, started: bool) -> None:
-    """Say a mistake, or hand it to the launcher that `started` this rank, which says it for all."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is not None:
-        text = json.dumps({"message": message, "timestamp": int(time.time())})
-        Path(path).write_text(text, encoding="utf-8")
-    if not started:
-        print(f"colonnade: {message}", file=sys.stderr, flush=True)
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when the process that started it ends, however that ends."""
+    if platform.system() == "Linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def start_ranks(arguments: list[str], nproc: int) -> int:
@@ -124,11 +98,11 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
     )
     if hasattr(config, "shutdown_timeout"):  # not in PyTorch 2.11
         config.shutdown_timeout = SAVING
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks choose theirs; torchrun would warn
-    logging.disable(logging.ERROR)  # torchrun's log of what we tell in our own words
+    config.signals_to_handle = "SIGQUIT"  # it wants one; `as_agent` has the others
     command = [sys.executable, "-u", "-m", "colonnade.launcher", *arguments]
     try:
-        elastic_launch(config, command[0])(*command[1:])
+        with as_agent(nproc):
+            elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         mistakes = {f.message for f in error.failures.values() if f.exitcode == USER_MISTAKE}
         if mistakes:
@@ -141,6 +115,37 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
         raise SystemExit(1) from None
     except SignalException as stop:
         return 128 + int(stop.sigval)
+    return 0
+
+
+@contextmanager
+def as_agent(nproc: int) -> Iterator[None]:
+    """Be torchrun's agent of `nproc` ranks, and leave nothing of it in this process.
+
+    The first signal of `SAVE_FIRST` is raised as torchrun's exception, upon which the agent sends
+    it to its ranks and waits for them. Later ones are not: they would end the wait. torchrun's own
+    handlers, which stay, would make every later signal of this process an ordinary exception.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raised: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        raised.append(number)
+        if len(raised) == 1:
+            raise SignalException(f"signal {number}", signal.Signals(number))
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    quit_handler = signal.getsignal(signal.SIGQUIT)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(nproc)))  # or torchrun takes 1
+    logging.disable(logging.ERROR)  # torchrun's log of what we tell in our own words
+    try:
+        with handled(pass_on, answers=True):
+            yield
     finally:
         logging.disable(logging.NOTSET)
-    return 0
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        if in_main_thread:
+            signal.signal(signal.SIGQUIT, quit_handler)

@@ -15,15 +15,21 @@ class Table(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=F
 class OptimizerConfig(Table):
     """`[optimizer]`: AdamW with a warm-up and a decay."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw"] = Field("adamw", description="the rule of an update")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay: int | None = Field(None, ge=1, description="wsd: steps of the last, linear decay")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine",
+        description="after the warm-up: a cosine to min_lr; wsd: constant, then a linear decay; "
+        "constant",
+    )
+    warmup: int = Field(0, ge=0, le=2**40, description="steps of linear warm-up")
+    decay: int | None = Field(
+        None, ge=1, le=2**40, description="wsd: steps of the last, linear decay"
+    )
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squares")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
 
@@ -67,34 +73,56 @@ class DataConfig(Table):
 class TrainConfig(Table):
     """`[train]`: batch, precision, length of the run."""
 
-    steps: int = Field(100, ge=1)
-    global_batch: int = Field(16, ge=1, description="rows per step, over all ranks")
-    micro_batch: int = Field(8, ge=1, description="rows per forward pass of one rank")
-    ramp_batch: int | None = Field(None, ge=1, description="rows per step at the start of the ramp")
-    ramp_steps: int = Field(0, ge=0, description="steps until global_batch is reached")
-    seq_len: int = Field(256, ge=1, description="tokens per row")
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    recompute: Literal["none", "selective", "block"] = "none"
+    steps: int = Field(100, ge=1, le=2**40, description="optimizer steps of the whole run")
+    global_batch: int = Field(16, ge=1, le=2**24, description="rows per step, over all ranks")
+    micro_batch: int = Field(8, ge=1, le=2**20, description="rows per forward pass of one rank")
+    ramp_batch: int | None = Field(
+        None, ge=1, le=2**24, description="rows per step at the start of the ramp"
+    )
+    ramp_steps: int = Field(0, ge=0, le=2**40, description="steps until global_batch is reached")
+    seq_len: int = Field(256, ge=1, le=2**31 - 1, description="tokens per row")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32",
+        description="of products; bf16 keeps weights, optimizer state, norms and sums of gradients "
+        "in fp32",
+    )
+    recompute: Literal["none", "selective", "block"] = Field(
+        "none",
+        description="what backward makes again instead of keeping: all but products and "
+        "attention (selective), or all but each sub-block's input (block)",
+    )
     compile: bool = Field(
         False, description="compile the sub-blocks' halves (needs a C++ compiler)"
     )
     deterministic: bool = Field(False, description="only deterministic operators")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0)
-    validate_every: int = Field(0, ge=0, description="steps between validations; 0: at the end")
-    validate_rows: int = Field(64, ge=0, description="rows per validation; 0 never validates")
-    bad_steps: int = Field(5, ge=1, description="non-finite steps in a row that end the run")
-    loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at one time")
-    sample: int = Field(0, ge=0, description="tokens of text generated at the end")
-    tensorboard: bool = False
-    wandb: bool = False
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU for each rank where there are enough, else the CPU"
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of weights, data order and draws")
+    validate_every: int = Field(
+        0, ge=0, le=2**40, description="steps between validations; 0: at the end"
+    )
+    validate_rows: int = Field(
+        64, ge=0, le=2**24, description="rows per validation; 0 never validates"
+    )
+    bad_steps: int = Field(
+        5, ge=1, le=2**40, description="non-finite steps in a row that end the run"
+    )
+    loss_chunk: int = Field(
+        1024, ge=1, le=2**31 - 1, description="tokens whose logits exist at one time"
+    )
+    sample: int = Field(0, ge=0, le=2**31 - 1, description="tokens of text generated at the end")
+    tensorboard: bool = Field(False, description="write to RUN/tensorboard too")
+    wandb: bool = Field(False, description="report to Weights & Biases, project colonnade, too")
 
 
 class CheckpointConfig(Table):
     """`[checkpoint]`: when to save, and how many to keep."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: int = Field(
+        0, ge=0, le=2**40, description="steps between checkpoints; 0: only at the end"
+    )
+    keep: int = Field(2, ge=1, le=2**31 - 1, description="newest checkpoints kept")
 
 
 class Recipe(Table):

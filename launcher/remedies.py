@@ -59,6 +59,11 @@ def unknown(location: Location) -> tuple[str, str | None]:
     return f"unknown; did you mean {meant}?", meant
 
 
+def bound(value: float) -> str:
+    """A bound as people write it: a power of ten only where digits say less."""
+    return f"{value:g}" if isinstance(value, float) or value < 10**6 else f"{value:,}"
+
+
 def remedy_for(location: Location, value: object) -> str:
     """What to give in place of a value of the wrong type or out of bounds."""
     schema = schema_of(location) or {}
@@ -76,10 +81,15 @@ def remedy_for(location: Location, value: object) -> str:
         of = ", a whole number for each name" if schema.get("additionalProperties") else ""
         return f"write it as a table, [{dotted(location)}]{of}"
     if kind == "string":
-        return f"give text: {schema.get('description', 'in quotes')}"
+        longest = f", at most {schema['maxLength']} characters" if "maxLength" in schema else ""
+        return f"give text: {schema.get('description', 'in quotes')}{longest}"
     if kind == "boolean":
         return "give true or false, without quotes"
-    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
+    limits = {key: schema[key] for key in _BOUNDS if key in schema}
+    number = value if isinstance(value, int | float) else 0
+    if number <= limits.get("maximum", 0) >= 2**20:  # one that guards against slips: no news
+        del limits["maximum"]
+    bounds = [f"{_BOUNDS[key]} {bound(limit)}" for key, limit in limits.items()]
     what = " ".join(["a whole number" if kind == "integer" else "a finite number", *bounds[:1]])
     what = " and ".join([what, *bounds[1:]])
     if kind == "integer" and isinstance(value, float) and value.is_integer():

@@ -35,8 +35,29 @@ def batch_size(config: TrainConfig, step: int) -> int:
 
 def first_sample(config: TrainConfig, step: int) -> int:
     """How many samples all earlier steps took: a function of the recipe alone."""
-    ramp = min(step, config.ramp_steps)
-    return sum(batch_size(config, s) for s in range(ramp)) + (step - ramp) * config.global_batch
+    ramp = min(step, config.ramp_steps) if config.ramp_batch else 0
+    rest = (step - ramp) * config.global_batch
+    if not ramp:
+        return rest
+    assert config.ramp_batch is not None
+    units = (config.global_batch - config.ramp_batch) // config.ramp_batch
+    return config.ramp_batch * (ramp + floor_sum(ramp, units, config.ramp_steps)) + rest
+
+
+def floor_sum(n: int, a: int, m: int) -> int:
+    """Sum of ⌊a i / m⌋ over i = 0 … n − 1, without a loop over i.
+
+    Lattice points under a line are counted by exchanging the axes, as in Euclid's algorithm
+    (Graham, Knuth and Patashnik, Concrete Mathematics, section 3.5).
+    """
+    total, b = 0, 0
+    while True:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        if top < m:
+            return total
+        n, b, m, a = top // m, top % m, a, m
 
 
 def micro_batches(config: TrainConfig, step: int, rank: int, ranks: int) -> list[list[int]]:

@@ -23,6 +23,8 @@ from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
 from colonnade.parallel.parallelize import last_micro_batch, put_away
 from colonnade.parallel.tensor import complete_gradients
 
+VALIDATION = -1  # in place of a step's number, where random draws are keyed by it
+
 
 @dataclass(frozen=True)
 class Result:
@@ -152,19 +154,20 @@ def validate_loss(
 
     The rows are spread evenly over all there are, and the same at every call and on every layout.
     Every rank makes the same number of forward passes; one that has run out of rows repeats one
-    without labels.
+    without labels. Random experts (THOR) are drawn for each row, the same at every call.
     """
     rank, ranks = data_rank(mesh)
     size, there = recipe.train.micro_batch, rows.rows or 0
     count = min(recipe.train.validate_rows, there)
     chosen = [number * there // count for number in range(count)]
+    draw = int(hashed(recipe.train.seed, VALIDATION))
     nats = tokens = units = 0.0
     for start in range(0, count, size * ranks):
         first = start + rank * size
         mine = chosen[first : first + size]
         batch = rows.batch(mine or [0])
         labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
-        loss, _ = forward(model, batch._replace(labels=labels), mine or [0], device)
+        loss, _ = forward(model, batch._replace(labels=labels), mine or [0], device, draw=draw)
         nats += loss.item()
         label = labels[labels != IGNORED].long()
         tokens += label.numel()

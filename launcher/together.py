@@ -16,12 +16,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_all(action: Callable[[], T]) -> list[T]:
+def on_all(action: Callable[[], T], meet: Callable[[], None] | None = None) -> list[T]:
     """Run `action` on every rank and return the results by rank; collective.
 
-    If it fails anywhere, every rank raises the failure of the lowest rank that failed.
+    If it fails anywhere, every rank raises the failure of the lowest rank that failed. Where
+    `action` may take longer on one rank than the group's time-out, `meet` (of `World`) waits first.
     """
     outcomes = [_attempt(action)]
+    if meet is not None:
+        meet()
     if dist.is_initialized():
         mine, outcomes = outcomes[0], outcomes * dist.get_world_size()
         dist.all_gather_object(outcomes, mine)

@@ -1,42 +1,24 @@
-"""`train`: from a recipe to a finished run, on this host or as one rank of a larger job."""
+"""`train`: from a recipe to a finished run, on this host or as one rank of a larger job.
+
+Torch is imported when a run starts: a mistake in a recipe is told before.
+"""
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.checkpoint import newest
-from colonnade.launcher.corpus import prepare_data
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.folder import (
-    COMING,
-    RECIPE,
-    check_resumable,
-    open_again,
-    open_new,
-    saved_recipe,
-)
-from colonnade.launcher.health import check_compiling
-from colonnade.launcher.job import run_job
+from colonnade.launcher.folder import RECIPE, check_resumable, open_again, open_new, saved_recipe
 from colonnade.launcher.load import load_recipe
-from colonnade.launcher.monitor import read_metrics
-from colonnade.launcher.ranks import (
-    ALONE,
-    Place,
-    choose_device,
-    settle_memory,
-    settle_threads,
-    start_ranks,
-)
+from colonnade.launcher.metrics import read_metrics
+from colonnade.launcher.place import Place
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import first_sample
-from colonnade.launcher.together import on_first
 from colonnade.launcher.validate import validate
-from colonnade.models.shapes import measure
-from colonnade.parallel.world import world
 
 
 @dataclass(frozen=True)
@@ -95,6 +77,8 @@ def train(
     """
     place = Place.from_environment()
     settled = settle(recipe, overrides, place, nproc)
+    from colonnade.launcher.ranks_of_run import start
+
     return start(settled, place, nproc, lambda: open_new(settled, Path(runs)), False, until)
 
 
@@ -115,6 +99,8 @@ def resume(
     place = Place.from_environment()
     recipe = settle(folder / RECIPE, overrides, place, nproc)
     check_resumable(saved, recipe)
+    from colonnade.launcher.ranks_of_run import start
+
     return start(recipe, place, nproc, lambda: open_again(recipe, folder), True, until)
 
 
@@ -144,6 +130,8 @@ def describe(
     place = Place.from_environment()
     size = place.size if place else nproc
     recipe = settle(recipe, overrides, place, nproc)
+    from colonnade.models.shapes import measure
+
     shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
     tokens = train.global_batch * train.seq_len
     total = first_sample(train, train.steps) * train.seq_len
@@ -158,51 +146,3 @@ def describe(
         "training FLOPs in all": float(total * shape.flops_per_token),
         **{axis: degree for axis, degree in recipe.parallel.degrees(size).items()},
     }
-
-
-def start(
-    recipe: Recipe,
-    place: Place | None,
-    nproc: int,
-    open_folder: Callable[[], Path],
-    again: bool,
-    until: int | None,
-) -> Run:
-    """Run here as a rank, here alone, or start ranks and wait for them."""
-
-    def opened() -> Path:
-        prepare_data(recipe)
-        return open_folder()
-
-    if place is not None or nproc == 1:
-        return be_rank(recipe, place or ALONE, opened, again, until)
-    device = choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
-    check_compiling(recipe.train.compile, device)
-    path = opened()
-    before = newest(path / "checkpoints")
-    options = ["--again"] * again + (["--until", str(until)] if until else [])
-    status = start_ranks(["_rank", str(path), *options], nproc)
-    if status and newest(path / "checkpoints") == before:
-        print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
-    return Run(path, status)
-
-
-def be_rank(
-    recipe: Recipe, place: Place, opened: Callable[[], Path], again: bool, until: int | None
-) -> Run:
-    """Take part as one rank. Rank 0 opens the run's folder and prepares the data for all."""
-    settle_threads(place)
-    device = choose_device(recipe.train.device, place)
-    check_compiling(recipe.train.compile, device)
-    settle_memory(device)
-    with world(place.rank, place.size, device) as here:
-        path = on_first(opened)
-        number = run_job(recipe, path, here, again, until)
-    return Run(path, 128 + number if number else 0)
-
-
-def be_started_rank(path: Path, again: bool, until: int | None) -> None:
-    """A rank that `start` launched: the folder and the data are there."""
-    place = Place.from_environment() or ALONE
-    recipe = load_recipe(path / (COMING if again else RECIPE), world_size=place.size)
-    be_rank(recipe, place, lambda: path, again, until)

@@ -14,6 +14,10 @@ SYMBOLS = {
     "E": "mixture of experts",
     "T": "THOR experts",
 }
+LONGEST_ROW = 16384  # sub-blocks
+# Bounds far beyond what is trained: larger is a slip, and would be met as a hang or an overflow.
+Count = Annotated[int, Field(le=2**20)]  # widths, heads, experts, taps
+Length = Annotated[int, Field(le=2**31 - 1)]  # tokens
 CHANNEL_MIXERS = "-ET"  # sub-blocks that look at one token at a time
 
 
@@ -24,32 +28,42 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 class StreamOptions(Options):
     """What stands on the residual stream and at its ends, whatever the sub-blocks."""
 
-    pattern: str = Field("*-", min_length=1, description="one symbol per residual sub-block")
-    repeat: int = Field(1, ge=1, description="how many times the pattern stands in a row")
+    pattern: str = Field(
+        "*-", min_length=1, max_length=4096, description="one symbol per residual sub-block"
+    )
+    repeat: int = Field(1, ge=1, le=4096, description="how many times the pattern stands in a row")
     share: bool = Field(
         False, description="every repeat uses the same sub-blocks, with norms of its own (WideNet)"
     )
-    residual: Literal["standard", "ladder", "parallel"] = "standard"
-    ladder_last: int | None = Field(
+    residual: Literal["standard", "ladder", "parallel"] = Field(
+        "standard",
+        description="ladder: each sub-block reads the stream without the newest output "
+        "(arXiv:2501.06589); parallel: a channel mixer reads what the mixer before it reads",
+    )
+    ladder_last: Count | None = Field(
         None, ge=0, description="ladder over the last n sub-blocks of a row only; default: all"
     )
-    hidden: int = Field(256, ge=1, description="width D of the residual stream")
-    vocab: int = Field(257, ge=2, description="rows of the embedding and of the head")
+    hidden: Count = Field(256, ge=1, description="width D of the residual stream")
+    vocab: int = Field(257, ge=2, le=2**26, description="rows of the embedding and of the head")
     tied: bool = Field(False, description="the head uses the embedding's weights")
     norm: Literal["rms", "rms_offset", "layer", "pre_rms", "crms"] = Field(
         "rms", description="rms_offset: weights stored minus 1; pre_rms, crms: a centred stream"
     )
     norm_bias: bool = Field(False, description="layer and pre_rms: the norms add a bias")
-    norm_position: Literal["before", "after", "both"] = "before"
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_position: Literal["before", "after", "both"] = Field(
+        "before", description="of each sub-block: at its input, at its output, or at both"
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in norms")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     sigma_reparam: bool = Field(False, description="linear weights as γ W / σ(W)")
     logit_cap: float | None = Field(None, gt=0, description="logits as cap · tanh(logits / cap)")
     logit_z: float = Field(0.0, ge=0, description="weight of the z-loss on logits")
-    mtp: int = Field(0, ge=0, description="further tokens predicted, each by a module of its own")
-    mtp_pattern: str = Field("*-", min_length=1, description="sub-blocks of such a module")
+    mtp: Count = Field(0, ge=0, description="further tokens predicted, each by a module of its own")
+    mtp_pattern: str = Field(
+        "*-", min_length=1, max_length=4096, description="sub-blocks of such a module"
+    )
     mtp_weight: float = Field(0.3, ge=0, description="weight of the mean of their losses")
-    mup_base: dict[str, int] | None = Field(
+    mup_base: dict[str, Count] | None = Field(
         None, description="fields of the base model whose hyper-parameters are transferred (muP)"
     )
     mup_zero_init: bool = Field(False, description="muP: queries and an untied head start at 0")
@@ -59,19 +73,25 @@ class AttentionOptions(Options):
     """`*`."""
 
     attention: Literal["gqa", "mla"] = Field("gqa", description="grouped queries, or latent")
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1, description="gqa; default: heads")
-    head_dim: int | None = Field(None, ge=1, description="default: hidden / heads")
-    q_rank: int | None = Field(None, ge=1, description="mla: latent of the queries; default: none")
-    kv_rank: int = Field(128, ge=1, description="mla: latent of keys and values")
-    rope_dim: int = Field(32, ge=2, description="mla: channels with positions, beside head_dim")
-    value_dim: int | None = Field(None, ge=1, description="mla: width of values; default: head_dim")
-    positions: Literal["rope", "none"] = "rope"
-    rope_theta: float = Field(10000.0, gt=0)
+    heads: Count = Field(4, ge=1, description="query heads")
+    kv_heads: Count | None = Field(None, ge=1, description="gqa; default: heads")
+    head_dim: Count | None = Field(None, ge=1, description="default: hidden / heads")
+    q_rank: Count | None = Field(
+        None, ge=1, description="mla: latent of the queries; default: none"
+    )
+    kv_rank: Count = Field(128, ge=1, description="mla: latent of keys and values")
+    rope_dim: Count = Field(32, ge=2, description="mla: channels with positions, beside head_dim")
+    value_dim: Count | None = Field(
+        None, ge=1, description="mla: width of values; default: head_dim"
+    )
+    positions: Literal["rope", "none"] = Field("rope", description="rotary positions, or none")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="gqa: share of channels rotated")
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = Field(
+        "none", description="how positions are stretched beyond the trained length"
+    )
     rope_factor: float = Field(1.0, ge=1, description="how much longer than trained")
-    rope_original: int = Field(4096, ge=1, description="yarn, llama3: positions trained on")
+    rope_original: Length = Field(4096, ge=1, description="yarn, llama3: positions trained on")
     rope_low: float = Field(1.0, gt=0, description="llama3: low_freq_factor")
     rope_high: float = Field(4.0, gt=0, description="llama3: high_freq_factor")
     rope_fast: float = Field(32.0, gt=0, description="yarn: beta_fast")
@@ -85,7 +105,7 @@ class AttentionOptions(Options):
     qk_norm: Literal["none", "head", "full"] = Field(
         "none", description="norm queries and keys in each head, or over all of them"
     )
-    window: int | None = Field(None, ge=1, description="keys a query sees, its own included")
+    window: Length | None = Field(None, ge=1, description="keys a query sees, its own included")
     full_attention: Annotated[tuple[int, ...], Field(strict=False)] = Field(
         (), description="which attentions of the row, counted from 0, have no window"
     )
@@ -97,59 +117,67 @@ class AttentionOptions(Options):
     clip_low: float = Field(0.0, le=0, description="clipped softmax: γ, for instance −α / length")
     clip_high: float = Field(1.0, ge=1, description="clipped softmax: ζ")
     ssa: bool = Field(False, description="a learned temperature that grows with position (SSA)")
-    attention_conv: int = Field(0, ge=0, description="taps of convolutions on q, k, v; 0: none")
+    attention_conv: Count = Field(0, ge=0, description="taps of convolutions on q, k, v; 0: none")
 
 
 class MLPOptions(Options):
     """`-`, and the inside of experts."""
 
-    ffn: int = Field(704, ge=1, description="inner width of an MLP")
+    ffn: Count = Field(704, ge=1, description="inner width of an MLP")
     activation: Literal[
         "swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "polyrelu", "polynorm"
-    ] = "swiglu"
+    ] = Field("swiglu", description="swiglu and geglu have a gate; polyrelu, polynorm: PolyCom")
 
 
 class MambaOptions(Options):
     """`M` Mamba-2 and `m` Mamba-1."""
 
-    mamba_heads: int | None = Field(None, ge=1, description="default: 2 * hidden / mamba_head_dim")
-    mamba_head_dim: int = Field(64, ge=1, description="head width P")
-    mamba_state: int = Field(128, ge=1, description="state width N")
-    mamba_groups: int = Field(1, ge=1, description="groups G that share B and C")
-    mamba_conv: int = Field(4, ge=1, description="width of the causal convolution")
-    mamba_chunk: int = Field(128, ge=1, description="tokens per chunk of the scan")
-    mamba1_inner: int | None = Field(None, ge=1, description="channels; default: 2 * hidden")
-    mamba1_state: int = Field(16, ge=1, description="state width N")
-    mamba1_rank: int | None = Field(None, ge=1, description="rank of dt; default: hidden / 16")
-    mamba1_conv: int = Field(4, ge=1, description="width of the causal convolution")
-    mamba1_chunk: int = Field(64, ge=1, description="tokens per chunk of the scan")
+    mamba_heads: Count | None = Field(
+        None, ge=1, description="default: 2 * hidden / mamba_head_dim"
+    )
+    mamba_head_dim: Count = Field(64, ge=1, description="head width P")
+    mamba_state: Count = Field(128, ge=1, description="state width N")
+    mamba_groups: Count = Field(1, ge=1, description="groups G that share B and C")
+    mamba_conv: Count = Field(4, ge=1, description="width of the causal convolution")
+    mamba_chunk: Length = Field(128, ge=1, description="tokens per chunk of the scan")
+    mamba1_inner: Count | None = Field(None, ge=1, description="channels; default: 2 * hidden")
+    mamba1_state: Count = Field(16, ge=1, description="state width N")
+    mamba1_rank: Count | None = Field(None, ge=1, description="rank of dt; default: hidden / 16")
+    mamba1_conv: Count = Field(4, ge=1, description="width of the causal convolution")
+    mamba1_chunk: Length = Field(64, ge=1, description="tokens per chunk of the scan")
 
 
 class DeltaOptions(Options):
     """`D` DeltaNet and `G` gated DeltaNet."""
 
-    delta_heads: int | None = Field(None, ge=1, description="default: hidden / delta_key_dim")
-    delta_key_heads: int | None = Field(None, ge=1, description="default: delta_heads")
-    delta_key_dim: int = Field(64, ge=1, description="width of a query and a key")
-    delta_value_dim: int | None = Field(None, ge=1, description="default: delta_key_dim")
-    delta_conv: int = Field(4, ge=1, description="width of the causal convolution")
-    delta_chunk: int = Field(64, ge=1, description="tokens per chunk")
+    delta_heads: Count | None = Field(None, ge=1, description="default: hidden / delta_key_dim")
+    delta_key_heads: Count | None = Field(None, ge=1, description="default: delta_heads")
+    delta_key_dim: Count = Field(64, ge=1, description="width of a query and a key")
+    delta_value_dim: Count | None = Field(None, ge=1, description="default: delta_key_dim")
+    delta_conv: Count = Field(4, ge=1, description="width of the causal convolution")
+    delta_chunk: Length = Field(64, ge=1, description="tokens per chunk")
     delta_negative: bool = Field(False, description="beta up to 2: negative eigenvalues")
 
 
 class ExpertOptions(Options):
     """`E` mixture of experts and `T` THOR."""
 
-    experts: int = Field(8, ge=1)
-    top_k: int = Field(2, ge=1, description="experts per token")
-    expert_ffn: int | None = Field(None, ge=1, description="inner width of an expert; default: ffn")
-    shared_ffn: int = Field(0, ge=0, description="width of an expert every token meets; 0: none")
+    experts: Count = Field(8, ge=1, description="experts of each sub-block")
+    top_k: Count = Field(2, ge=1, description="experts per token")
+    expert_ffn: Count | None = Field(
+        None, ge=1, description="inner width of an expert; default: ffn"
+    )
+    shared_ffn: Count = Field(0, ge=0, description="width of an expert every token meets; 0: none")
     shared_gate: bool = Field(False, description="a sigmoid gate on the shared expert")
-    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    router_score: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="of a token over all experts, or of each expert by itself"
+    )
     router_normalise: bool = Field(True, description="a token's weights sum to 1")
     router_scale: float = Field(1.0, gt=0, description="factor of the weights")
-    router_groups: int = Field(1, ge=1, description="groups of experts")
-    router_top_groups: int | None = Field(None, ge=1, description="groups a token may choose from")
+    router_groups: Count = Field(1, ge=1, description="groups of experts")
+    router_top_groups: Count | None = Field(
+        None, ge=1, description="groups a token may choose from"
+    )
     router_bias: bool = Field(
         False, description="a bias steers choices; set balance to 0 to do without the loss"
     )
@@ -160,7 +188,7 @@ class ExpertOptions(Options):
     )
     balance: float = Field(0.01, ge=0, description="weight of the load-balancing loss")
     balance_sequence: float = Field(0.0, ge=0, description="the same, for each sample alone")
-    balance_samples: int = Field(1, ge=1, description="consecutive samples per balance group")
+    balance_samples: Count = Field(1, ge=1, description="consecutive samples per balance group")
     router_z: float = Field(0.0, ge=0, description="weight of the router's z-loss")
     thor_alpha: float = Field(1.0, ge=0, description="weight of the consistency loss")
 

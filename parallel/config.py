@@ -8,15 +8,18 @@ from pydantic import BaseModel, Field
 class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Degrees of parallelism; their product is the number of ranks."""
 
-    dp_replicate: int = Field(1, ge=1, description="copies of the sharded model (HSDP)")
+    dp_replicate: int = Field(1, ge=1, le=2**20, description="copies of the sharded model (HSDP)")
     dp_shard: int | None = Field(
-        None, ge=1, description="ranks that share one copy (FSDP2); default: all that are left"
+        None,
+        ge=1,
+        le=2**20,
+        description="ranks that share one copy (FSDP2); default: all that are left",
     )
-    tp: int = Field(1, ge=1, description="ranks that share every sub-block's products")
+    tp: int = Field(1, ge=1, le=2**20, description="ranks that share every sub-block's products")
     sequence: bool = Field(
         True, description="between sub-blocks, tensor-parallel ranks hold parts of the sequence"
     )
-    cp: int = Field(1, ge=1, description="ranks that share every sequence")
+    cp: int = Field(1, ge=1, le=2**20, description="ranks that share every sequence")
     zigzag: bool = Field(
         True,
         description="of 2 cp segments rank r holds r and 2 cp - 1 - r, which is equal work for "
@@ -28,6 +31,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     ulysses: int | None = Field(
         None,
         ge=2,
+        le=2**20,
         description="ranks that exchange heads in ring+ulysses; default: as many as heads allow",
     )
     recurrence: Literal["states", "heads"] = Field(
@@ -35,10 +39,16 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="what Mamba and DeltaNet exchange over the ranks that share a sequence: states "
         "between segments, or heads",
     )
-    pp: int = Field(1, ge=1, description="stages of a pipeline (not built yet)")
-    ep: int = Field(1, ge=1, description="ranks that share experts (not built yet)")
+    timeout: int = Field(
+        1800,
+        ge=1,
+        le=2**20,
+        description="seconds that one exchange between ranks may take before they end",
+    )
+    pp: int = Field(1, ge=1, le=2**20, description="stages of a pipeline (not built yet)")
+    ep: int = Field(1, ge=1, le=2**20, description="ranks that share experts (not built yet)")
     etp: int | None = Field(
-        None, ge=1, description="ranks that share the inside of an expert; default: tp"
+        None, ge=1, le=2**20, description="ranks that share the inside of an expert; default: tp"
     )
 
     def degrees(self, world_size: int) -> dict[str, int]:

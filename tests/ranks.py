@@ -47,20 +47,28 @@ class Ranks:
         self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._store: dist.TCPStore | None = None
+        self._asked = 0  # calls so far; an answer carries the number of its call
 
     def run(self, function: Callable[..., T], *args: object, limit: float = 120.0) -> list[T]:
         """Call `function(rank, size, *args)` on every rank and return the results by rank.
 
         `function` is one that can be imported by name; arguments and results are pickled. RankError
-        if a rank raises, dies, or does not end in `limit` seconds: all ranks are then replaced.
+        if a rank raises, dies, or does not end in `limit` seconds: all ranks are then replaced, as
+        they are when the call is interrupted.
         """
         call = pickle.dumps((function, args))
-        if not self._processes:
-            self._start()
-        for connection in self._connections:
-            connection.send(sys.path)  # test folders may have been added since the start
-            connection.send_bytes(call)
-        results, failures = self._collect(limit)
+        self._asked += 1
+        try:
+            if not self._processes:
+                self._start()
+            for connection in self._connections:
+                # test folders may have been added to the path since the start
+                connection.send((self._asked, sys.path))
+                connection.send_bytes(call)
+            results, failures = self._collect(limit)
+        except BaseException:  # Ctrl-C, a test's time-out: the ranks are in the middle of the call
+            self._kill()
+            raise
         if failures:
             self._kill()
             raise RankError("\n".join(f"rank {rank}: {failures[rank]}" for rank in failures))
@@ -100,7 +108,10 @@ class Ranks:
             for connection in cast("list[Connection]", ready):
                 rank = waiting.pop(connection)
                 try:
+                    number = connection.recv()
                     succeeded, value = pickle.loads(connection.recv_bytes())
+                    if number != self._asked:
+                        succeeded, value = False, f"answered call {number}, not {self._asked}"
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(GRACE)
                     succeeded, value = False, f"died, exit code {self._processes[rank].exitcode}"
@@ -139,15 +150,18 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with world(rank, size, torch.device("cpu"), store):
         gc.freeze()
-        while (paths := _next(connection)) is not None:
-            sys.path[:] = paths
-            connection.send_bytes(_answer(rank, size, connection.recv_bytes()))
+        while (question := _next(connection)) is not None:
+            number, sys.path[:] = question
+            answer = _answer(rank, size, connection.recv_bytes())
+            connection.send(number)
+            connection.send_bytes(answer)
             gc.collect()  # what a test leaves in cycles, FSDP's too, is gone before the next
 
 
-def _next(connection: Connection) -> list[str] | None:
+def _next(connection: Connection) -> tuple[int, list[str]] | None:
+    """The number of the next call and the import path for it; None ends the rank."""
     with contextlib.suppress(EOFError):
-        return cast("list[str] | None", connection.recv())
+        return cast("tuple[int, list[str]] | None", connection.recv())
     os._exit(1)  # the tests were killed: there is nobody to end in good order for
 
 

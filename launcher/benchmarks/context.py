@@ -21,10 +21,10 @@ from colonnade.kernels.blockwise import Rule
 from colonnade.launcher.benchmarks import traffic
 from colonnade.launcher.benchmarks.crew import Ranks
 from colonnade.launcher.benchmarks.mixers import kept_bytes
-from colonnade.launcher.benchmarks.step import resident_mib
 from colonnade.launcher.benchmarks.timing import median_ratio
 from colonnade.launcher.job import build_model
-from colonnade.launcher.ranks import cores
+from colonnade.launcher.memory import resident_mib
+from colonnade.launcher.place import cores
 from colonnade.launcher.recipe import Recipe, TrainConfig
 from colonnade.launcher.step import train_step
 from colonnade.models.blocks.attention import Softmax, attend_here

@@ -19,7 +19,8 @@ from torch import Tensor
 from colonnade.launcher.benchmarks import row
 from colonnade.launcher.benchmarks.hosts import LINK, NETWORK, Host, Hosts
 from colonnade.launcher.benchmarks.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
-from colonnade.launcher.ranks import cores, settle_memory
+from colonnade.launcher.place import cores
+from colonnade.launcher.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import world

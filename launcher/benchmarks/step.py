@@ -7,12 +7,9 @@ step by step. The floor is what the reference's own matrix products, attention a
 import importlib
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,8 @@ from torch import Tensor
 
 from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.ranks import cores
+from colonnade.launcher.memory import resident_mib
+from colonnade.launcher.place import cores
 from colonnade.models.config import ModelConfig
 
 SHAPE = ModelConfig(pattern="*-", repeat=4, hidden=512, heads=8, kv_heads=4, ffn=1408, vocab=8192)
@@ -118,19 +116,6 @@ IMPORTS = {
     "floor": ("torch._dynamo",),
 }
 CONTESTANTS = {"ours": our_step, "reference": reference_step, "floor": floor_step}
-
-
-def resident_mib() -> float:
-    """Largest resident memory of this program so far, in MiB.
-
-    On Linux `ru_maxrss` is inherited from the process that started this one, through exec.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 2**20 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def serve(name: str, threads: int, pipe: Connection) -> None:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from colonnade.launcher.effects import no_effect, unclear
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.rules.base import Rules, choice, divisors, multiples
-from colonnade.models.part import Split
-from colonnade.models.shapes import splits
+from colonnade.launcher.rules.base import Rules, choice, divisors, multiples, splits
 from colonnade.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from colonnade.models.part import Split
 
 RULES = Rules()
 
@@ -75,7 +77,7 @@ def convolutions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     yield Fault("train.seq_len", length, remedy)
 
 
-def of_one_rank(r: Recipe, *fields: str) -> list[Split]:
+def of_one_rank(r: Recipe, *fields: str) -> "list[Split]":
     """Which of these heads, groups and channels one tensor-parallel rank has, and how many.
 
     None where the ranks of tp cannot share them, which is for another rule to say.
@@ -88,12 +90,12 @@ def of_one_rank(r: Recipe, *fields: str) -> list[Split]:
     return [by_field[f]._replace(pieces=max(1, by_field[f].pieces // tp)) for f in sorted(by_field)]
 
 
-def suit(there: list[Split], ranks: int) -> bool:
+def suit(there: "list[Split]", ranks: int) -> bool:
     """Whether so many ranks can exchange all of these."""
     return all(split.suits(ranks) for split in there)
 
 
-def unsuited(r: Recipe, there: list[Split], ranks: int) -> str:
+def unsuited(r: Recipe, there: "list[Split]", ranks: int) -> str:
     """Why so many ranks cannot exchange these."""
     tp, reasons = r.parallel.tp, []
     for split in there:
@@ -104,7 +106,7 @@ def unsuited(r: Recipe, there: list[Split], ranks: int) -> str:
     return " and ".join(reasons)
 
 
-def cannot_exchange(r: Recipe, there: list[Split], world_size: int | None, setting: str) -> str:
+def cannot_exchange(r: Recipe, there: "list[Split]", world_size: int | None, setting: str) -> str:
     """Remedy up to the other settings: why all of cp cannot exchange these, and which could."""
     p = r.parallel
     pieces = math.gcd(*(split.pieces for split in there if not split.shared))
@@ -115,7 +117,7 @@ def cannot_exchange(r: Recipe, there: list[Split], world_size: int | None, setti
     return remedy + (f"parallel.cp to {choice(degrees, p.cp)}, or " if degrees else "")
 
 
-def variants(r: Recipe, there: list[Split]) -> str:
+def variants(r: Recipe, there: "list[Split]") -> str:
     """The other values of `parallel.context` that these heads leave, and what goes with them."""
     p, possible = r.parallel, ["ring", "allgather"]
     for context in ("ulysses", "ring+ulysses"):

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from colonnade.launcher.effects import unclear
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.rules.base import ROW, Rules, choice, divisors, multiples
-from colonnade.models.shapes import splits
+from colonnade.launcher.rules.base import ROW, Rules, choice, divisors, multiples, splits
 
 RULES = Rules()
 

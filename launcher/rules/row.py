@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.rules.base import Rules
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import LONGEST_ROW, SYMBOLS
 
 RULES = Rules()
 
@@ -22,6 +22,16 @@ def symbols(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             known = ", ".join(f"`{s}` {what}" for s, what in SYMBOLS.items())
             remedy = f"unknown symbol {', '.join(unknown)}; the symbols are {known}"
             yield Fault(field, pattern, remedy)
+
+
+@RULES.add("model.pattern")
+def row_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The row is no longer than anything that is trained."""
+    m = r.model
+    if len(m.pattern) * m.repeat > LONGEST_ROW:
+        most = LONGEST_ROW // len(m.pattern)
+        remedy = f"model.pattern has {len(m.pattern)} symbols, and a row at most {LONGEST_ROW:,}; "
+        yield Fault("model.repeat", m.repeat, f"{remedy}set it to at most {most}")
 
 
 @RULES.add("model.pattern", "model.repeat", "model.residual")

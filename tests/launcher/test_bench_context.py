@@ -9,8 +9,8 @@ from ranks import Ranks
 
 from colonnade.launcher.benchmarks import context, crew
 from colonnade.launcher.benchmarks.context import Shape
-from colonnade.launcher.benchmarks.step import resident_mib
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.memory import resident_mib
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.world import World
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from small import V, config_of, model_of
 
+from colonnade.kernels.draws import draw_integers, hashed
 from colonnade.launcher.generation import choose, extend
+from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 
@@ -40,7 +42,8 @@ def by_whole_context(model: Decoder, tokens: list[int], count: int, seq_len: int
             seen = (tokens + made)[-(seq_len // 2) :]
         row = torch.tensor(seen)[:, None]
         with torch.no_grad():
-            logits = model(row, Context(torch.arange(len(seen))[:, None]))
+            positions = torch.arange(len(seen))[:, None]
+            logits = model(row, Context(positions, draw=int(hashed(0))))
         made.append(int(logits[-1, 0].argmax()))
         seen = [*seen, made[-1]]
     return made
@@ -58,6 +61,26 @@ def test_extending_with_caches_writes_what_the_whole_context_does(
     made = extend(model, tokens, 40, 16, None, torch.device("cpu"), temperature=0)
     assert made == by_whole_context(model, tokens, 40, 16)
     assert len(set(made)) > 2
+
+
+def test_random_experts_are_drawn_for_each_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """THOR's inference (arXiv:2110.04260): every expert serves, each text one of a layer's own."""
+    drawn: list[int] = []
+
+    def spy(n: int, *keys: int | torch.Tensor) -> torch.Tensor:
+        chosen = draw_integers(n, *keys)
+        drawn.append(int(chosen))
+        return chosen
+
+    monkeypatch.setattr(thor, "draw_integers", spy)
+    model = model_of(config_of("TT", experts=4), seed=3)
+    seen = set()
+    for seed in range(40):
+        drawn.clear()
+        extend(model, [1, 2, 3], 3, 16, None, torch.device("cpu"), seed=seed)
+        assert drawn == drawn[:2] * 3  # of two layers, for three tokens
+        seen.add(tuple(drawn[:2]))
+    assert len(seen) > 10  # of 16 pairs
 
 
 def test_extending_ends_before_the_stop() -> None:

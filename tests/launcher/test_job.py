@@ -17,10 +17,12 @@ from colonnade.launcher import step
 from colonnade.launcher.corpus import IndexedWriter, open_data
 from colonnade.launcher.corpus.indexed import token_dtype
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.job import build, run_job, stop_signal
+from colonnade.launcher.job import build, run_job
 from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.monitor import Monitor, read_metrics
+from colonnade.launcher.metrics import read_metrics
+from colonnade.launcher.monitor import Monitor
 from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.signals import stop_signal
 from colonnade.launcher.step import validate_loss
 from colonnade.parallel.world import World
 

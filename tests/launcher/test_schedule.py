@@ -9,6 +9,7 @@ from colonnade.launcher.recipe import OptimizerConfig, TrainConfig
 from colonnade.launcher.schedule import (
     batch_size,
     first_sample,
+    floor_sum,
     learning_rate,
     micro_batches,
     reading_plan,
@@ -71,3 +72,16 @@ def test_plan_resumes_where_it_stopped() -> None:
     later = list(reading_plan(RAMP, 20, 1, 2))
     assert whole[-len(later) :] == later
     assert math.isclose(sum(map(len, whole)) * 2, first_sample(RAMP, 50))
+
+
+def test_floor_sum_equals_the_loop() -> None:
+    for n, a, m in torch.randint(1, 60, (300, 3), generator=torch.Generator().manual_seed(0)):
+        numbers = int(n), int(a), int(m)
+        assert floor_sum(*numbers) == sum(int(a) * i // int(m) for i in range(int(n))), numbers
+
+
+def test_a_ramp_of_any_length_is_summed_at_once() -> None:
+    """By brute force this would not end."""
+    long = TrainConfig(steps=2**40, global_batch=2**20, ramp_batch=1, ramp_steps=2**40)
+    half = first_sample(long, 2**40) / 2**60
+    assert half == pytest.approx(0.5, rel=1e-5)

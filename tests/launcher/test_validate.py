@@ -17,6 +17,8 @@ Faults = Callable[..., list[Fault]]
 RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("symbols", "model.pattern=*Z-", None, "model.pattern", "{f}=*-"),
     ("symbols", "model.mtp=1 model.mtp_pattern=Z", None, "model.mtp_pattern", "{f}=M"),
+    ("row_length", f"model.pattern={'*-' * 4} model.repeat=4096", None,
+     "model.repeat", "{f}=2048"),
     ("ladder_length", "model.residual=ladder model.ladder_last=3", None,
      "model.ladder_last", "{f}=2"),
     ("ladder_length", "model.residual=ladder model.ladder_last=3", None,

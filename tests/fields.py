@@ -1,0 +1,103 @@
+"""The reference of all fields, docs/recipe.md, made of the tables of a recipe.
+
+python tests/fields.py          # prints it; with --write it goes into the file
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from colonnade.launcher.effects import EFFECTS
+from colonnade.launcher.recipe import Recipe, SourceConfig
+from colonnade.launcher.remedies import schema_of
+from colonnade.models.config import ModelConfig, Options
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "recipe.md"
+HEAD = """# Every field of a recipe
+
+Made by `python tests/fields.py --write` of the tables themselves. A recipe is TOML; any field can
+be set on the command line as `table.field=value`. A field without effect in a recipe is refused
+where it is given; the last column says when that is.
+"""
+
+
+def kind(location: tuple[str | int, ...]) -> str:
+    """What a field takes, in words."""
+    schema: dict[str, Any] = schema_of(location) or {}
+    if values := schema.get("enum") or ([schema["const"]] if "const" in schema else None):
+        return ", ".join(f"`{value}`" for value in values)
+    words = {"integer": "whole number", "number": "number", "boolean": "true, false",
+             "string": "text", "array": "list", "object": "table"}[schema["type"]]  # fmt: skip
+    if (low := schema.get("minimum")) is not None:
+        words += f" from {low:g}"
+    if (low := schema.get("exclusiveMinimum")) is not None:
+        words += f" above {low:g}"
+    if (high := schema.get("exclusiveMaximum")) is not None:
+        words += f" below {high:g}"
+    high = schema.get("maximum")
+    return words if high is None or high >= 2**20 else f"{words} to {high:g}"
+
+
+def default(info: Any) -> str:
+    """The default of a field; an empty cell where the description tells of it, or there is none."""
+    value = info.default
+    if value is None or value is PydanticUndefined or isinstance(value, BaseModel | tuple):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def unused(field: str) -> str:
+    """When a field has no effect."""
+    return "; ".join(effect.otherwise for effect in EFFECTS if field in effect.fields.split())
+
+
+def lines(table: type[BaseModel], name: str, fields: list[str], prefix: str) -> str:
+    """A table in Markdown."""
+    location = ("data", "sources", 0) if prefix == "source" else (name,)
+    text = "| field | takes | default | what it is | no effect |\n|---|---|---|---|---|\n"
+    for field in fields:
+        info = table.model_fields[field]
+        assert info.description, f"{name}.{field} has no description"
+        cells = [f"`{field}`", kind((*location, field)), default(info), info.description]
+        cells.append(unused(f"{prefix}.{field}"))
+        text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return text
+
+
+def reference() -> str:
+    """The whole file."""
+    text = HEAD
+    for name, info in Recipe.model_fields.items():
+        table = info.annotation
+        if not (isinstance(table, type) and issubclass(table, BaseModel)):
+            text += f"\n`{name}`, above all tables: {info.description}.\n"
+        elif table is ModelConfig:
+            text += "\n## `[model]`\n\nThe whole model; widths of sub-blocks in their groups.\n"
+            for options in reversed([c for c in ModelConfig.__bases__ if issubclass(c, Options)]):
+                own = [field for field in table.model_fields if field in options.model_fields]
+                text += f"\n### {(options.__doc__ or '').rstrip('.')}\n\n"
+                text += lines(table, name, own, "model")
+        else:
+            own = [f for f in table.model_fields if SourceConfig not in get_args_of(table, f)]
+            text += f"\n## `[{name}]`\n\n" + lines(table, name, own, name)
+            if own != list(table.model_fields):
+                text += "\n## `[[data.sources]]`\n\n"
+                text += lines(
+                    SourceConfig, "data.sources", list(SourceConfig.model_fields), "source"
+                )
+    return text
+
+
+def get_args_of(table: type[BaseModel], field: str) -> tuple[Any, ...]:
+    """The types inside a field's type."""
+    return get_args(table.model_fields[field].annotation)
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        REFERENCE.write_text(reference(), encoding="utf-8")
+    else:
+        print(reference(), end="")

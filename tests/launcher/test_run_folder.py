@@ -1,0 +1,47 @@
+"""Who holds a run's folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.folder import COMING, RECIPE, open_again, open_new
+from colonnade.launcher.recipe import Recipe
+
+RESUMES = """
+import sys
+from pathlib import Path
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.folder import open_again
+from colonnade.launcher.recipe import Recipe
+try:
+    with open_again(Recipe(), Path(sys.argv[1])):
+        print("held")
+except UserError as mistake:
+    print(mistake)
+"""
+
+
+def resumed_elsewhere(folder: Path) -> str:
+    words = [sys.executable, "-c", RESUMES, str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_run_is_held_against_other_processes(tmp_path: Path) -> None:
+    """One that was killed holds nothing: the lock is the process's."""
+    with open_new(Recipe(), tmp_path) as folder:
+        (told,) = resumed_elsewhere(folder).splitlines()
+        assert "trains this run" in told
+        assert str(folder) in told
+        assert not (folder / COMING).exists()
+    with open_again(Recipe(), folder), pytest.raises(UserError), open_again(Recipe(), folder):
+        pass
+    assert resumed_elsewhere(folder) == "held\n"
+    assert (folder / RECIPE).exists()
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    with open_new(Recipe(), tmp_path) as one, open_new(Recipe(), tmp_path) as two:
+        assert one != two
