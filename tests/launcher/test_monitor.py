@@ -1,0 +1,75 @@
+"""What a run reports elsewhere: a resumed run goes on in the same place."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from colonnade.launcher.monitor import Monitor
+from colonnade.launcher.recipe import Recipe, TrainConfig
+from colonnade.parallel.world import World
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def report(run: Path, recipe: Recipe, start: int, end: int, loss: float) -> None:
+    """The steps after `start` up to `end`, as a run that stops there, or is cut off."""
+    monitor = Monitor(run, recipe, start)
+    for step in range(start + 1, end + 1):
+        figures = {"step": step, "loss": loss + step, "lr": 0.1, "grad_norm": 1.0}
+        monitor.step(dict(figures), 10, HERE)
+    monitor.close()
+
+
+def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:
+    """Steps past the checkpoint of a run that was cut off are those of the resumed run."""
+    recipe = Recipe(train=TrainConfig(steps=9, tensorboard=True))
+    report(tmp_path, recipe, 0, 8, loss=0.0)
+    report(tmp_path, recipe, 5, 9, loss=100.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == {s: s + (100.0 if s > 5 else 0.0) for s in range(1, 10)}
+    assert len(events.Scalars("loss")) == 9
+
+
+class Wandb(types.ModuleType):
+    """Stands for the library, which wants an account: notes how it is called."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+
+    def init(self, **settings: Any) -> "Wandb":
+        self.runs.append(settings)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, numbers: dict[str, Any]) -> None:
+        self.logged.append(numbers)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_wandb_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    recipe = Recipe(train=TrainConfig(steps=9, wandb=True))
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+    report(other, recipe, 0, 0, 0.0)
+    report(run, recipe, 0, 8, 0.0)
+    report(run.rename(tmp_path / "moved"), recipe, 5, 9, 100.0)
+    another, first, again = wandb.runs
+    assert first["id"] == again["id"] != another["id"]
+    assert again["resume"] == "allow"
+    assert [row["step"] for row in wandb.logged] == [*range(1, 9), *range(6, 10)]
