@@ -1,9 +1,12 @@
-"""Matrix products of linear layers, on the fastest library at hand.
+"""Matrix products of linear layers, on the faster of two libraries.
 
-On x86 CPUs PyTorch sends fp32 products to MKL, which leaves half of an AMD core idle; oneDNN, which
-PyTorch ships and uses for bf16, does not. EXPERIMENTS.md has the figures.
+On x86 CPUs PyTorch sends fp32 products to MKL. oneDNN, which PyTorch ships and uses for bf16, has
+them too: on some processors it is twice as fast, on others slower, and that differs with the
+operands' layout and size. So there is a choice for each class of products (`prefer`), which the
+launcher measures. EXPERIMENTS.md has the figures.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +19,33 @@ from colonnade.kernels.opaque import opaque
 # The operator, or None in builds of PyTorch without oneDNN.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
+LAYOUTS = ("forward", "input gradient", "weight gradient")  # which operands are transposed
+SIZES = {"small": 2**25, "medium": 2**29, "large": None}  # FLOPs, below
+CLASSES = tuple(f"{layout}, {size}" for layout in LAYOUTS for size in SIZES)
+
+
+def usual_choice() -> dict[str, bool]:
+    """Unless it was measured: oneDNN where the processor has AVX-512, MKL elsewhere."""
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return dict.fromkeys(CLASSES, wide)
+
+
+_ON_ONEDNN = usual_choice()
+
+
+def prefer(choice: Mapping[str, bool]) -> None:
+    """Have oneDNN serve those of `CLASSES` that are true from now on, PyTorch the others.
+
+    Raises:
+        KeyError: a class is missing.
+    """
+    _ON_ONEDNN.update({name: choice[name] for name in CLASSES})
+
+
+def preferred() -> dict[str, bool]:
+    """The choice in force."""
+    return dict(_ON_ONEDNN)
+
 
 @torch.compiler.assume_constant_result  # Dynamo does not trace these look-ups
 def _onednn_is_on() -> bool:
@@ -23,13 +53,24 @@ def _onednn_is_on() -> bool:
     return bool(ONEDNN_LINEAR and mkldnn.is_available() and mkldnn.enabled)
 
 
-def uses_onednn(x: Tensor) -> bool:
-    """Whether oneDNN serves products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
+def has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN can serve products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_on()
 
 
+def class_of(a: Tensor, b: Tensor) -> str:
+    """Which of `CLASSES` the product of `[..., K]` and `[N, K]` belongs to."""
+    if a.stride(-1) != 1:
+        layout = "weight gradient"
+    else:
+        layout = "forward" if b.stride(-1) == 1 else "input gradient"
+    flops = 2 * a.numel() * b.shape[0]
+    size = next(name for name, limit in SIZES.items() if limit is None or flops < limit)
+    return f"{layout}, {size}"
+
+
 @opaque("onednn_product", lambda a, b: a.new_empty(*a.shape[:-1], b.shape[0]))
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """Opaque: Inductor has this operator for packed weights alone and refuses any other use."""
     assert ONEDNN_LINEAR is not None
     return ONEDNN_LINEAR(a, b, None, "none", [], "")
@@ -45,8 +86,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if uses_onednn(a) and a.numel() and b.numel():
-        return _onednn(a, b)
+    if has_onednn(a) and a.numel() and b.numel() and _ON_ONEDNN[class_of(a, b)]:
+        return onednn_product(a, b)
     return a @ b.T
 
 
@@ -77,6 +118,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[..., O]`.
     """
-    if uses_onednn(x):
+    if has_onednn(x) and any(_ON_ONEDNN.values()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)

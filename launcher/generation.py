@@ -11,6 +11,7 @@ from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.optimizer import named_tensors
+from colonnade.launcher.products import settle_products
 from colonnade.launcher.ranks import ALONE, choose_device, settle_threads
 from colonnade.launcher.recipe import Recipe
 from colonnade.models.context import Context, Memory
@@ -81,6 +82,7 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
         )
     settle_threads(ALONE)
     device = choose_device(recipe.train.device, ALONE)
+    settle_products(device)
     with torch.device("meta"):
         model = Decoder(recipe.model)
     model.to(storage_dtype(recipe.train.precision)).to_empty(device=device)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colonnade.kernels.linear import uses_onednn
+from colonnade.kernels.linear import has_onednn, usual_choice
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.place import cores
+from colonnade.launcher.products import known_choice
 
 OPTIONAL = {
     "datasets": "text, JSON lines, parquet and hub data (extra: text)",
@@ -60,12 +61,15 @@ def backends() -> dict[str, str]:
 def operators() -> dict[str, str]:
     """Which kernel serves each operator here."""
     cuda = torch.cuda.is_available()
-    onednn = uses_onednn(torch.empty(0))
     where = "on this GPU" if cuda else "on this CPU"
     if cuda:
         product = "cuBLAS, PyTorch's choice on a GPU"
-    elif onednn:
-        product = "oneDNN for fp32 (twice MKL's speed on AMD cores), PyTorch's choice otherwise"
+    elif has_onednn(torch.empty(0)):
+        measured = known_choice()
+        choice = measured or usual_choice()
+        on = ", ".join(name for name, onednn in choice.items() if onednn) or "nothing"
+        how = "measured here" if measured else "not measured yet: the first run does"
+        product = f"fp32 on oneDNN: {on}; else MKL ({how})"
     else:
         product = "PyTorch's choice: this build or processor has no oneDNN"
     return {

@@ -1,6 +1,6 @@
-"""How a process learns its rank: from torchrun's environment, or from that of SLURM's srun.
+"""What the environment says: a process's rank (from torchrun, or from SLURM's srun), and folders.
 
-The only file that reads the environment of a job. It imports no torch: whatever refuses a recipe
+The only file that reads it. It imports no torch: whatever refuses a recipe
 does so before a second has passed.
 """
 
@@ -104,6 +104,18 @@ def chosen_threads() -> int | None:
     """Threads that the user asks for by OMP_NUM_THREADS; None leaves it to us."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def cache_folder() -> Path:
+    """Where tokenised data and measurements are kept for later runs of this user."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "colonnade"
+
+
+def instruction_limits() -> str:
+    """What the user allows the libraries of products of the processor's instructions."""
+    names = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def report_failure(message: str, started: bool) -> None:

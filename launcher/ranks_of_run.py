@@ -13,6 +13,7 @@ from colonnade.launcher.health import check_compiling
 from colonnade.launcher.job import run_job
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.place import Place
+from colonnade.launcher.products import settle_products
 from colonnade.launcher.ranks import (
     ALONE,
     choose_device,
@@ -76,6 +77,7 @@ def be_rank(
         ExitStack() as folders,
         world(place.rank, place.size, device, timeout=recipe.parallel.timeout) as here,
     ):
+        settle_products(device)
         if not started:
             first = place.local_rank == 0
             on_all(lambda: prepare_data(recipe) if first else None, here.meet)

@@ -31,10 +31,12 @@ Step = Callable[[], object]
 def our_step(tokens: Tensor) -> Step:
     """One step of our decoder with fused AdamW."""
     from colonnade.launcher.optimizer import build_optimizer, start_state
+    from colonnade.launcher.products import settle_products
     from colonnade.launcher.recipe import OptimizerConfig
     from colonnade.models.context import Context
     from colonnade.models.decoder import Decoder
 
+    settle_products(torch.device("cpu"))
     model = Decoder(SHAPE, loss_chunk=256)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=SHAPE.init_std)

@@ -1,6 +1,6 @@
 """Products of linear layers against PyTorch's own, on every library that may serve them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,7 +8,41 @@ import torch.nn.functional as F
 from equal import assert_equal
 from torch import Tensor
 
-from colonnade.kernels.linear import linear, product, uses_onednn
+from colonnade.kernels.linear import (
+    CLASSES,
+    SIZES,
+    class_of,
+    has_onednn,
+    linear,
+    prefer,
+    preferred,
+    product,
+)
+
+
+@pytest.fixture(autouse=True, params=["oneDNN", "MKL", "each for some"])
+def library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs on one library, on the other, and on both mixed."""
+    before = preferred()
+    some = {name: i % 2 == 0 for i, name in enumerate(CLASSES)}
+    alike = dict.fromkeys(CLASSES, request.param == "oneDNN")
+    prefer(some if request.param == "each for some" else alike)
+    yield
+    prefer(before)
+
+
+def test_classes_are_told_by_layout_and_work() -> None:
+    """A product stands between two limits by its 2 M N K, whatever its leading dimensions."""
+    found = set()
+    for m in (8, 512, 4096):
+        x, weight, grad = normal(2, m, 256), normal(512, 256), normal(2, m, 512)
+        rows, inputs = grad.reshape(-1, 512), x.reshape(-1, 256)
+        named = [class_of(x, weight), class_of(grad, weight.T), class_of(rows.T, inputs.T)]
+        assert len({name.partition(", ")[2] for name in named}) == 1
+        limit = SIZES[named[0].partition(", ")[2]]
+        assert limit is None or 2 * 2 * m * 512 * 256 < limit
+        found.update(named)
+    assert found == set(CLASSES)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,4 +96,4 @@ def test_product_in_fp32(rows: int) -> None:
     assert product(a, b).shape == (rows, 3)
     if rows:
         assert_equal({"y": product(a, b)}, {"y": a.double() @ b.double().T}, 1e-5, of_all=0)
-    assert not uses_onednn(a.double())
+    assert not has_onednn(a.double())

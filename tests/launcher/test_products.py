@@ -1,0 +1,49 @@
+"""The choice of a library for fp32 products: measured, kept, and measured again elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from colonnade.kernels.linear import CLASSES, prefer, preferred
+from colonnade.launcher import products
+from colonnade.launcher.products import known_choice, measured_choice, settle_products
+
+
+def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ratios = iter([2.0, 0.5, 1.01] * 3)
+    monkeypatch.setattr(products, "_mkl_over_onednn", lambda a, b: next(ratios))
+    before = preferred()
+    usual = products.usual_choice()
+    expected = dict(zip(sorted(CLASSES, key=size_first), [True, False, None] * 3, strict=True))
+    expected = {n: usual[n] if v is None else v for n, v in expected.items()}  # too close to call
+    try:
+        settle_products(torch.device("cpu"))
+        assert preferred() == expected
+        settle_products(torch.device("cpu"))  # which would raise StopIteration
+        assert known_choice() == expected
+    finally:
+        prefer(before)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert known_choice() is None
+    (kept,) = (tmp_path / "colonnade").iterdir()
+    kept.write_text("{}")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert known_choice() is None
+
+
+def size_first(name: str) -> int:
+    """The order in which classes are measured."""
+    layout, _, size = name.partition(", ")
+    sizes, layouts = list(products.SIZES), list(products.LAYOUTS)
+    return sizes.index(size) * len(layouts) + layouts.index(layout)
+
+
+def test_what_cannot_be_kept_is_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "colonnade").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(products, "ROUNDS", 1)
+    assert set(measured_choice()) == set(CLASSES)
