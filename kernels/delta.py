@@ -80,12 +80,11 @@ class _Decays:
 
 
 def _decays(beta: Tensor, decay: Tensor | None, documents: Tensor | None) -> _Decays:
-    """Every decay is the exponential of one masked segment sum.
+    """Every decay is the exponential of one masked segment sum, to base 2: faster on CPU than e.
 
-    In fp32 the sums are differences of running sums kept in fp64, which costs little and loses
-    nothing. In fp64 behind a strong decay they would lose what it is larger by, so that every
-    segment is summed by itself. Sums are to base 2, whose exponential is several times faster on
-    CPU. `beta` (for its dtype), `decay` `[n, B, K, R, Q, 1]`; `documents` `[n, Q, B]`.
+    In fp32 these are differences of running sums in fp64, which lose nothing. In fp64 they would
+    behind a strong decay, so that every segment is summed by itself.
+    `beta` (for its dtype), `decay` `[n, B, K, R, Q, 1]`; `documents` `[n, Q, B]`.
     """
     dtype, Q = beta.dtype, beta.shape[-2]
     visible = torch.ones(1, 1, 1, 1, Q, Q, dtype=torch.bool, device=beta.device).tril_()
@@ -109,10 +108,8 @@ def _decays(beta: Tensor, decay: Tensor | None, documents: Tensor | None) -> _De
         torch.sub(total, total.mT, out=within)
         end = (total[..., -1:, :] - total).to(dtype).exp2_()
     bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-    start = total.to(dtype).exp2()
-    return _Decays(
-        within.add_(bias).exp2_(), start * entering, end * leaving, start[..., -1:, :] * across
-    )
+    within, start = within.add_(bias).exp2_(), total.to(dtype).exp2()
+    return _Decays(within, start * entering, end * leaving, start[..., -1:, :] * across)
 
 
 def _unit_inverse(L: Tensor) -> Tensor:

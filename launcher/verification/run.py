@@ -4,7 +4,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from colonnade.launcher.verification.layouts import (
     parse_layout,
     write_layout,
 )
-from colonnade.launcher.verification.rounding import noise
+from colonnade.launcher.verification.rounding import Noise, noise
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.trace import Trace, traced
 from colonnade.parallel.config import ParallelConfig
@@ -87,6 +86,9 @@ def verify(
 ) -> dict[str, Any]:
     """Compare a few steps of a recipe, shrunk to test size, under layouts and in one process.
 
+    Every step starts from the one process's weights. Where a tensor is farther from it than its
+    bound, one process shows how far rounding alone moves that tensor, and so which of both it is.
+
     Under torchrun every rank calls this alike and `nproc` is ignored.
 
     Args:
@@ -96,8 +98,10 @@ def verify(
         layouts: such as `tp=2,dp_shard=2`; by default a set that covers all valid ones.
 
     Returns:
-        the report, on every rank: `equal`, and for every layout and precision what was compared,
-        the worst tensor of each kind, its difference and how large it may be.
+        the report, on every rank: `equal`, and for every layout and precision its `verdict`
+        (`equal`, `equal up to rounding`, `not equal`), what was compared, the worst tensor of each
+        kind, its difference, how large it may be, and how far rounding alone moves it if that was
+        measured.
 
     Raises:
         UserError: a mistake in the recipe or a layout; RecipeError lists all faults at once.
@@ -246,12 +250,18 @@ def compared(job: Job, small: Recipe, exact: Trace, here: World) -> Iterator[Pas
             yield on_first(partial(beside, write_layout(layout), precision, trace, exact))
 
 
+def measured(found: Findings) -> dict[str, Noise]:
+    """What rounding alone does, in each precision in which a bound was exceeded."""
+    exceeded = sorted({one.precision for one in found.passes if one.exceeds})
+    if not exceeded:
+        return {}
+    with world(0, 1, torch.device("cpu")) as here:
+        return {precision: noise(found.small, precision, here) for precision in exceeded}
+
+
 def reported(found: Findings) -> dict[str, Any]:
     """The report; where a bound was exceeded, this process first measures what rounding does."""
-    exceeded = {p.precision for p in found.passes if p.exceeds}
-    with world(0, 1, torch.device("cpu")) if exceeded else nullcontext() as here:
-        moved = {precision: noise(found.small, precision, here) for precision in sorted(exceeded)}
-    judged = judge(found.passes, moved)
+    judged = judge(found.passes, measured(found))
     return {
         "recipe": found.job.recipe.name,
         "ranks": found.ranks,

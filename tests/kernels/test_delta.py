@@ -192,6 +192,19 @@ def test_fp32_decays_late_in_a_chunk() -> None:
     assert_equal({"o": o}, {"o": expected}, relative=2e-6, of_all=0)
 
 
+def test_fp64_decays_behind_a_strong_one() -> None:
+    """They are no differences of sums that hold the strong one: the token recurrence's digits.
+
+    What crosses a strong decay is as small as it is strong, and so is the initial state's gradient.
+    """
+    t = inputs(64)
+    t["decay"] = t["decay"] * 0.1
+    t["decay"][::7] = -500.0
+    del t["initial_state"]
+    got, expected = results(delta_rule, t, chunk=64), results(delta_rule_recurrence, t)
+    assert_equal(got, expected, relative=2e-14, of_all=0)
+
+
 def test_fp32_gradient_of_strong_decays() -> None:
     """It is tiny beside the terms of a token with itself, which cancel: they must not be summed."""
     t = {k: v.float() for k, v in inputs(32).items()}
