@@ -101,7 +101,7 @@ def mended(given: dict[str, Any], layout: Layout, ranks: int) -> tuple[Recipe, L
         if not faults:
             of_layout = tables["parallel"]
             return recipe.model_copy(update={"parallel": type(recipe.parallel)()}), of_layout
-        wrong = {field for field in given for f in faults if f.field.startswith(field)}
+        wrong = {field for field in given for f in faults if f"{f.field}.".startswith(f"{field}.")}
         if not wrong or wrong & {f"parallel.{name}" for name in layout}:
             return None
         for field in wrong:

@@ -9,6 +9,9 @@ from colonnade.launcher.verification.equal import BOUNDS, Bounds, Difference, co
 from colonnade.launcher.verification.rounding import ULP, Noise
 from colonnade.launcher.verification.trace import KINDS, Trace
 
+# Where a tensor tells nothing, beside another seed: what else could.
+REMEDY = {"fp64": "", "fp32": ", or train.device=cpu, which has fp64"}
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -78,10 +81,10 @@ def part(found: Sequence[Difference], precision: str, proved: bool) -> dict[str,
     explained = ("rounding", "lost") if proved else ("rounding",)
     rounding = [d for d in found if d.judgement in explained]
     wrong = [d for d in found if d.judgement not in ("equal", *explained)]
-    worst = min(wrong, key=step_of) if wrong else (rounding or found)[0]
-    verdict = "equal"
-    if wrong or rounding:
-        verdict = f"{worst}{because(worst, precision)}"
+    worst = min(wrong, key=first_fault) if wrong else (rounding or found)[0]
+    verdict = f"{worst}{because(worst, precision)}" if wrong or rounding else "equal"
+    if wrong and worst.judgement == "lost":
+        verdict += f"; try another train.seed{REMEDY[precision]}"
     return {
         "tensors": len(found),
         "unequal": len(wrong),
@@ -111,6 +114,9 @@ def amplification(d: Difference, precision: str) -> float:
     return d.noise / (ULP[precision] * d.size) if d.size else math.inf
 
 
-def step_of(d: Difference) -> str:
-    """The step that a tensor belongs to: a fault at one may make all wrong at the next."""
-    return d.name.partition(":")[0].removeprefix("after ")
+def first_fault(d: Difference) -> tuple[str, bool]:
+    """Ranks what is wrong by its step, for a fault at one may make all wrong at the next.
+
+    What tells nothing comes behind what tells that it is wrong.
+    """
+    return d.name.partition(":")[0].removeprefix("after "), d.judgement == "lost"
