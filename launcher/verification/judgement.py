@@ -102,8 +102,7 @@ def because(d: Difference, precision: str) -> str:
     if d.why or not d.noise:
         return ""
     times = amplification(d, precision)
-    words = f"; an ulp of every weight moves it by {d.noise:.3g} in one process"
-    words += f" (amplified {times:,.0f} times)"
+    words = f"; rounding alone moves it by {d.noise:.3g} (an ulp, amplified {times:,.0f} times)"
     if d.judgement == "lost":
         words += f", so that {precision} tells nothing of it"
     return words
