@@ -80,10 +80,10 @@ class _Decays:
 
 
 def _decays(beta: Tensor, decay: Tensor | None, documents: Tensor | None) -> _Decays:
-    """Every decay is the exponential of one masked segment sum.
+    """Every decay is the exponential of one masked segment sum, to base 2: faster on CPU than e.
 
-    The sums are differences of running sums kept in fp64, which costs little and loses nothing.
-    They are taken to base 2, whose exponential is several times faster on CPU.
+    In fp32 these are differences of running sums in fp64, which lose nothing. In fp64 they would
+    behind a strong decay, so that every segment is summed by itself.
     `beta` (for its dtype), `decay` `[n, B, K, R, Q, 1]`; `documents` `[n, Q, B]`.
     """
     dtype, Q = beta.dtype, beta.shape[-2]
@@ -98,15 +98,18 @@ def _decays(beta: Tensor, decay: Tensor | None, documents: Tensor | None) -> _De
         across = (d[..., -1:, :] == carried).to(dtype)
     if decay is None:
         return _Decays(visible.to(dtype), entering, leaving, across)
-    total = decay.clamp(min=LOG_ZERO).cumsum(-2, dtype=torch.float64).mul_(math.log2(math.e))
-    within = torch.empty(*total.shape[:-1], Q, dtype=dtype, device=beta.device)
-    torch.sub(total, total.mT, out=within)
+    logs = decay.clamp(min=LOG_ZERO).double().mul_(math.log2(math.e))
+    total = logs.cumsum(-2)
+    if dtype == torch.float64:
+        within = logs.expand(*logs.shape[:-1], Q).tril(-1).cumsum(-2)
+        end = within[..., -1:, :].mT.exp2()
+    else:
+        within = torch.empty(*total.shape[:-1], Q, dtype=dtype, device=beta.device)
+        torch.sub(total, total.mT, out=within)
+        end = (total[..., -1:, :] - total).to(dtype).exp2_()
     bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-    start = total.to(dtype).exp2()
-    end = (total[..., -1:, :] - total).to(dtype).exp2_()
-    return _Decays(
-        within.add_(bias).exp2_(), start * entering, end * leaving, start[..., -1:, :] * across
-    )
+    within, start = within.add_(bias).exp2_(), total.to(dtype).exp2()
+    return _Decays(within, start * entering, end * leaving, start[..., -1:, :] * across)
 
 
 def _unit_inverse(L: Tensor) -> Tensor:

@@ -1,12 +1,27 @@
-"""What "equal" means: |a − b| <= relative · max|b| + of_all · (norm of all of b)."""
+"""What "equal" means: |a − b| <= relative · max|b| + of_all · (norm of all of b).
+
+A difference beyond that may be rounding, which ill-conditioned recipes amplify. Its noise says how
+far rounding alone moves the tensor (`launcher.verification.rounding`), and this file what follows.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Noise comes from one ulp of every weight, where a layout rounds at every operator: differences of
+# random recipes on random layouts were up to 3 times their noise (EXPERIMENTS.md), which leaves
+# FACTOR some room. A fault larger than that is still found. Where that is more than TELLING of a
+# tensor's largest element, the tensor tells nothing: what a reduction misses is off by about all.
+FACTOR = 16.0
+TELLING = 0.1
+
+# `rounding` is beyond the bound and explained; `lost` is within what rounding alone does, which is
+# so much that a fault could hide in it.
+Judgement = Literal["equal", "rounding", "lost", "unequal"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,10 @@ class Bounds:
 
 
 EXACT = Bounds(1e-9, 1e-12)  # fp64
+# fp32 beside fp64. Rounding alone: gradients were off by 1e-6 of their largest element in most
+# models; what a reduction misses is off by about all.
+SINGLE = Bounds(1e-3, 1e-5)
+BOUNDS = {"fp64": EXACT, "fp32": SINGLE}
 
 
 class Difference(NamedTuple):
@@ -34,7 +53,9 @@ class Difference(NamedTuple):
     name: str
     difference: float
     allowed: float
+    size: float = 0.0  # max|b|
     why: str = ""  # what stands in the way of a comparison; the difference is then infinite
+    noise: float = 0.0  # how far rounding alone moves the tensor, where that was measured
 
     @property
     def excess(self) -> float:
@@ -42,6 +63,16 @@ class Difference(NamedTuple):
         if self.difference == 0:
             return 0.0
         return self.difference / self.allowed if self.allowed else math.inf
+
+    @property
+    def judgement(self) -> Judgement:
+        """Whether the tensor is equal, and if not, whether its noise explains that."""
+        if self.excess <= 1:
+            return "equal"
+        room = FACTOR * self.noise
+        if self.why or self.difference > self.allowed + room:
+            return "unequal"
+        return "rounding" if room <= TELLING * self.size else "lost"
 
     def __str__(self) -> str:
         if self.why:
@@ -87,9 +118,10 @@ def _beside(
     elif not math.isfinite(apart):
         why = "is not the same on all ranks"
     if why or a is None or b is None:
-        return Difference(name, math.inf, 0.0, why)
+        return Difference(name, math.inf, 0.0, why=why)
     if not b.numel():
         return Difference(name, 0.0, 0.0)
     x, y = a.detach().double(), b.detach().double()
-    allowed = bounds.relative * float(y.abs().max()) + bounds.of_all * norm
-    return Difference(name, float((x - y).abs().max()) + apart, allowed)
+    size = float(y.abs().max())
+    allowed = bounds.relative * size + bounds.of_all * norm
+    return Difference(name, float((x - y).abs().max()) + apart, allowed, size)

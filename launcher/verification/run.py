@@ -1,11 +1,10 @@
 """The verb `verify`: a recipe at test size under layouts, beside the same in one process."""
 
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from colonnade.launcher.ranks import (
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.together import on_first
 from colonnade.launcher.validate import validate
-from colonnade.launcher.verification.equal import EXACT, Bounds, Difference, compare
+from colonnade.launcher.verification.judgement import Pass, beside, judge
 from colonnade.launcher.verification.layouts import (
     DEGREES,
     FIELDS,
@@ -37,16 +36,12 @@ from colonnade.launcher.verification.layouts import (
     parse_layout,
     write_layout,
 )
+from colonnade.launcher.verification.rounding import Noise, noise
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
-from colonnade.launcher.verification.table import KINDS
 from colonnade.launcher.verification.trace import Trace, traced
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World, world
 
-# fp32 beside fp64. Rounding alone: gradients were off by 1e-6 of their largest element in most
-# models, by 3e-4 where norms follow the delta rule; what a reduction misses is off by about all.
-SINGLE = Bounds(1e-3, 1e-5)
-BOUNDS = {"fp64": EXACT, "fp32": SINGLE}
 JOB, REPORT = "job.json", "report.json"
 
 
@@ -71,6 +66,17 @@ class Job:
         return cls(recipe, tuple(read["layouts"]), tuple(map(tuple, read["skipped"])))
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What ranks found: every layout in every precision, beside one process."""
+
+    job: Job
+    small: Recipe
+    ranks: int
+    device: str
+    passes: tuple[Pass, ...]
+
+
 def verify(
     recipe: Recipe | str | Path,
     overrides: Sequence[str] = (),
@@ -79,6 +85,9 @@ def verify(
     layouts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare a few steps of a recipe, shrunk to test size, under layouts and in one process.
+
+    Every step starts from the one process's weights. Where a tensor is farther from it than its
+    bound, one process shows how far rounding alone moves that tensor, and so which of both it is.
 
     Under torchrun every rank calls this alike and `nproc` is ignored.
 
@@ -89,8 +98,10 @@ def verify(
         layouts: such as `tp=2,dp_shard=2`; by default a set that covers all valid ones.
 
     Returns:
-        the report, on every rank: `equal`, and for every layout and precision what was compared,
-        the worst tensor of each kind, its difference and how large it may be.
+        the report, on every rank: `equal`, and for every layout and precision its `verdict`
+        (`equal`, `equal up to rounding`, `not equal`), what was compared, the worst tensor of each
+        kind, its difference, how large it may be, and how far rounding alone moves it if that was
+        measured.
 
     Raises:
         UserError: a mistake in the recipe or a layout; RecipeError lists all faults at once.
@@ -104,7 +115,7 @@ def verify(
     size = place.size if place else nproc
     job = planned(recipe, overrides, size, layouts)
     if place is not None:
-        return be_rank(job, place)
+        return reported(be_rank(job, place))
     device = choose_device(job.recipe.train.device, Place(0, nproc, 0, nproc))
     check_compiling(job.recipe.train.compile, device)
     with tempfile.TemporaryDirectory(prefix="colonnade-verify-") as folder:
@@ -118,9 +129,9 @@ def be_started_rank(folder: Path) -> None:
     """A rank that `verify` started: the job lies in the folder, and the report goes there."""
     place = Place.from_environment()
     assert place is not None
-    report = be_rank(Job.read((folder / JOB).read_text(encoding="utf-8")), place)
+    found = be_rank(Job.read((folder / JOB).read_text(encoding="utf-8")), place)
     if place.rank == 0:
-        (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(reported(found)), encoding="utf-8")
 
 
 # What to verify
@@ -195,8 +206,8 @@ def reasons(skipped: Sequence[tuple[Layout, str]]) -> list[str]:
 # What every rank does
 
 
-def be_rank(job: Job, place: Place) -> dict[str, Any]:
-    """Take part as one rank; rank 0 first trains alone, and compares. Returns the report."""
+def be_rank(job: Job, place: Place) -> Findings:
+    """Take part as one rank; rank 0 first trains alone, and compares. Returns what it found."""
     settle_threads(place)
     settle_determinism(job.recipe.train.deterministic)
     device = choose_device(job.recipe.train.device, place)
@@ -205,16 +216,8 @@ def be_rank(job: Job, place: Place) -> dict[str, Any]:
     small = shrink(job.recipe, place.size, job.layouts)
     exact = reference(small) if place.rank == 0 else Trace()
     with world(place.rank, place.size, device) as here:
-        results = list(compared(job, small, exact, here))
-    return {
-        "recipe": job.recipe.name,
-        "ranks": place.size,
-        "device": device.type,
-        "steps": small.train.steps,
-        "equal": all(result["equal"] for result in results),
-        "layouts": results,
-        "skipped": [{"layout": write_layout(layout), "why": why} for layout, why in job.skipped],
-    }
+        passes = tuple(compared(job, small, exact, here))
+    return Findings(job, small, place.size, device.type, passes)
 
 
 def reference(small: Recipe) -> Trace:
@@ -234,35 +237,39 @@ def reference(small: Recipe) -> Trace:
     return exact
 
 
-def compared(job: Job, small: Recipe, exact: Trace, here: World) -> Iterator[dict[str, Any]]:
-    """Every layout in every precision that the device has, beside the reference. Collective."""
+def compared(job: Job, small: Recipe, exact: Trace, here: World) -> Iterator[Pass]:
+    """Every layout in every precision that the device has, beside the reference. Collective.
+
+    Every step starts from the reference's weights.
+    """
+    starts = on_first(lambda: exact.parameters)
     precisions = ("fp32",) if here.device.type == "cuda" else ("fp64", "fp32")
     for layout in job.layouts:
         for precision in precisions:
-            trace = traced(on_layout(small, here.size, layout, precision), here)
-            result = on_first(partial(beside, trace, exact, BOUNDS[precision]))
-            yield {"layout": write_layout(layout), "precision": precision, **result}
+            trace = traced(on_layout(small, here.size, layout, precision), here, starts)
+            yield on_first(partial(beside, write_layout(layout), precision, trace, exact))
 
 
-def beside(ours: Trace, exact: Trace, bounds: Bounds) -> dict[str, Any]:
-    """A trace and the reference: a part of the report."""
-    parts = {}
-    for kind in KINDS:
-        found = compare(getattr(ours, kind), getattr(exact, kind), bounds, ours.apart)
-        wrong = [d for d in found if d.excess > 1]
-        worst = min(wrong, key=step_of) if wrong else found[0]
-        parts[kind] = {
-            "tensors": len(found),
-            "unequal": len(wrong),
-            "worst": worst.name,
-            "difference": worst.difference if math.isfinite(worst.difference) else None,
-            "allowed": worst.allowed,
-            "verdict": str(worst) if wrong else "equal",
-        }
-    equal = not any(part["unequal"] for part in parts.values())
-    return {"equal": equal, "bounds": asdict(bounds), "compared": parts}
+def measured(found: Findings) -> dict[str, Noise]:
+    """What rounding alone does, in each precision in which a bound was exceeded."""
+    exceeded = sorted({one.precision for one in found.passes if one.exceeds})
+    if not exceeded:
+        return {}
+    with world(0, 1, torch.device("cpu")) as here:
+        return {precision: noise(found.small, precision, here) for precision in exceeded}
 
 
-def step_of(d: Difference) -> str:
-    """Where a tensor belongs to a step, that: what is wrong at one makes all wrong at the next."""
-    return d.name.partition(":")[0] if d.name.startswith("step ") else ""
+def reported(found: Findings) -> dict[str, Any]:
+    """The report; where a bound was exceeded, this process first measures what rounding does."""
+    judged = judge(found.passes, measured(found))
+    return {
+        "recipe": found.job.recipe.name,
+        "ranks": found.ranks,
+        "device": found.device,
+        "steps": found.small.train.steps,
+        "equal": all(result["equal"] for result in judged),
+        "layouts": judged,
+        "skipped": [
+            {"layout": write_layout(layout), "why": why} for layout, why in found.job.skipped
+        ],
+    }

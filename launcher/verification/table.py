@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from colonnade.launcher.verification.equal import Bounds
-
-KINDS = {"losses": "losses", "norms": "gradient norms", "gradients": "gradients",
-         "parameters": "parameters"}  # fmt: skip
+from colonnade.launcher.verification.trace import KINDS
 
 
 def table(report: dict[str, Any]) -> str:
@@ -19,11 +17,24 @@ def table(report: dict[str, Any]) -> str:
         lines += ["", *rows(result)]
     for skipped in report["skipped"]:
         lines += ["", f"{skipped['layout']}  skipped: {skipped['why']}"]
-    unequal = [r for r in report["layouts"] if not r["equal"]]
-    names = ", ".join(f"{r['layout']} in {r['precision']}" for r in unequal)
-    count = len({r["layout"] for r in report["layouts"]})
-    verdict = f"NOT EQUAL: {names}" if unequal else f"equal: {count} layout{'s' * (count > 1)}"
-    return "\n".join([*lines, "", verdict])
+    return "\n".join([*lines, "", *verdict(report["layouts"])])
+
+
+def verdict(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The last line: what is not equal, or that all layouts are."""
+    unequal = [r for r in results if not r["equal"]]
+    rounding = [r for r in results if r["verdict"] == "equal up to rounding"]
+    count = len({r["layout"] for r in results})
+    if unequal:
+        yield f"NOT EQUAL: {names(unequal)}"
+        return
+    up_to = f", up to rounding: {names(rounding)}" if rounding else ""
+    yield f"equal: {count} layout{'s' * (count > 1)}{up_to}"
+
+
+def names(results: list[dict[str, Any]]) -> str:
+    """Layouts with their precisions."""
+    return ", ".join(f"{r['layout']} in {r['precision']}" for r in results)
 
 
 def rows(result: dict[str, Any]) -> Iterator[str]:
@@ -38,9 +49,11 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
             f"  {KINDS[kind]:<14} {part['tensors']:>7}  {part['worst']:<{width}}  "
             f"{difference:>10}  {part['allowed']:>8.1e}"
         )
-    wrong = [
-        f"{part['unequal']} of {part['tensors']} {KINDS[kind]}, worst: {part['verdict']}"
+    count = "rounding" if result["equal"] else "unequal"
+    beyond = [
+        f"{part[count]} of {part['tensors']} {KINDS[kind]}, worst: {part['verdict']}"
         for kind, part in compared.items()
-        if part["unequal"]
+        if part[count]
     ]
-    yield f"  NOT EQUAL: {'; '.join(wrong)}" if wrong else "  equal"
+    words = result["verdict"] if result["equal"] else result["verdict"].upper()
+    yield f"  {words}: {'; '.join(beyond)}" if beyond else f"  {words}"

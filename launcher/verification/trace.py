@@ -1,7 +1,7 @@
 """A few training steps of a recipe, and everything that they leave behind."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from colonnade.parallel.gradients import clip_gradients
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
 
+KINDS = {"losses": "losses", "norms": "gradient norms", "gradients": "gradients",
+         "parameters": "parameters"}  # fmt: skip
 NOISE = 0.05  # standard deviation of what is added to all initial weights
 UNLABELLED = 0.3  # share of the tokens that have no loss
 
@@ -35,7 +37,7 @@ class Trace:
         losses: every part of the objective at every step.
         norms: the norm of all gradients at every step.
         gradients: every gradient at every step, complete over ranks, before clipping.
-        parameters: every parameter and buffer after the last step.
+        parameters: every parameter and buffer after every step.
         apart: how far ranks that hold the same part of any of these are from each other, if at all.
     """
 
@@ -54,8 +56,21 @@ class Piece(NamedTuple):
     values: Tensor
 
 
-def traced(recipe: Recipe, here: World) -> Trace:
+def traced(
+    recipe: Recipe,
+    here: World,
+    starts: Mapping[str, Tensor] | None = None,
+    change: Callable[[Decoder, int], object] | None = None,
+) -> Trace:
     """Train all steps of a recipe on random rows. Collective over all ranks.
+
+    Args:
+        recipe: what to train, at test size.
+        here: this rank.
+        starts: another trace's `parameters`, on every rank: each step but the first starts from
+            what that one's step before left, so that no step amplifies the rounding of another. By
+            default it starts from what this one's left.
+        change: gets the model and the number of steps done before every step.
 
     Returns:
         the trace on rank 0; on the others no more than the losses and norms that they found.
@@ -74,6 +89,10 @@ def traced(recipe: Recipe, here: World) -> Trace:
 
     optimizer.register_step_pre_hook(keep_gradients)
     for step in range(recipe.train.steps):
+        if step and starts is not None:
+            set_weights(model, {n: starts[f"after step {step}: {n}"] for n, _ in held(model)})
+        if change is not None:
+            change(model, step)
         mine = micro_batches(recipe.train, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
         batches = [random_rows(samples, vocab, length) for samples in mine]
@@ -86,9 +105,23 @@ def traced(recipe: Recipe, here: World) -> Trace:
         for name, value in figures.items():
             keep("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
         keep("norms", f"step {step + 1}", torch.tensor(result.grad_norm, dtype=torch.float64))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        keep("parameters", name, tensor)
+        for name, tensor in held(model):
+            keep("parameters", f"after step {step + 1}: {name}", tensor)
     return gathered(pieces, here)
+
+
+def held(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by its name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def set_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Copy this rank's shard of whole tensors, by name, into every parameter and buffer."""
+    for name, tensor in held(model):
+        local, offset = shard_of(tensor)
+        local.copy_(weights[name][slices(offset, local.shape)])
 
 
 def clipping(norm: float, limit: float) -> float:
@@ -130,14 +163,24 @@ def random_rows(samples: Iterable[int], vocab: int, length: int) -> Batch:
     return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
+def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What a rank holds of a tensor, and where that starts in the whole."""
+    if not isinstance(t, DTensor):
+        return t.detach(), (0,) * t.dim()
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return t.to_local().detach(), tuple(offset)
+
+
+def slices(offset: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
+    """The place in the whole of a shard of this shape that starts at `offset`."""
+    ends = zip(offset, shape, strict=True)
+    return tuple(slice(start, start + size) for start, size in ends)
+
+
 def piece(t: Tensor) -> Piece:
     """This rank's part of a tensor, kept for later."""
-    offset: tuple[int, ...] = (0,) * t.dim()
-    local = t.detach()
-    if isinstance(t, DTensor):
-        _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        local = t.to_local().detach()
-    return Piece(tuple(t.shape), tuple(offset), local.cpu().clone())
+    local, offset = shard_of(t)
+    return Piece(tuple(t.shape), offset, local.cpu().clone())
 
 
 def gathered(pieces: dict[str, Piece], here: World) -> Trace:
@@ -166,8 +209,7 @@ def assembled(pieces: list[Piece | None]) -> tuple[Tensor, float]:
     for _, offset, values in present:
         if not values.numel():
             continue
-        ends = zip(offset, values.shape, strict=True)
-        place = whole[tuple(slice(start, start + size) for start, size in ends)]
+        place = whole[slices(offset, values.shape)]
         seen = ~place.isnan()
         if seen.any():
             far = (place - values)[seen].abs().nan_to_num(math.inf, math.inf)

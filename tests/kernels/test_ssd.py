@@ -156,6 +156,20 @@ def test_fp32_decays_late_in_a_chunk() -> None:
     assert_equal({"y": y}, {"y": expected}, relative=1e-6, of_all=0)
 
 
+def test_fp64_decays_behind_a_strong_one() -> None:
+    """They are no differences of sums that hold the strong one: the token recurrence's digits.
+
+    Of the gradients those that no strong step multiplies.
+    """
+    t = inputs(64)
+    t["dt"] = t["dt"] * 0.1
+    t["dt"][::7] = 500 / t["A"].abs().max()
+    del t["initial_state"]
+    got, expected = results(ssd, t, chunk=64), results(ssd_recurrence, t)
+    for name in ("y", "dx", "dB", "dC"):
+        assert_equal({name: got[name]}, {name: expected[name]}, relative=2e-14, of_all=0)
+
+
 def test_fp32_gradient_of_strong_decays() -> None:
     """It is tiny beside the terms of a token with itself, which cancel: they must not be summed."""
     t = {k: v.float() for k, v in inputs(32).items()}

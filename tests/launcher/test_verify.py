@@ -16,9 +16,10 @@ from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.verification import run
-from colonnade.launcher.verification.equal import EXACT, Bounds, compare
+from colonnade.launcher.verification.equal import BOUNDS, EXACT, Bounds, compare
+from colonnade.launcher.verification.judgement import Pass, beside, judge
 from colonnade.launcher.verification.layouts import laid_out, parse_layout
-from colonnade.launcher.verification.run import SINGLE, Job, beside, compared, planned
+from colonnade.launcher.verification.run import Job, compared, planned
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.table import table
 from colonnade.launcher.verification.trace import Trace, assembled, piece, traced
@@ -42,7 +43,7 @@ def reference(rank: int, size: int) -> Trace:
     return traced(alone(small_recipe()), here(rank, size))
 
 
-def results(rank: int, size: int, exact: Trace) -> list[dict[str, Any]]:
+def passes(rank: int, size: int, exact: Trace) -> list[Pass]:
     """What a rank finds for all layouts."""
     layouts = tuple(map(parse_layout, LAYOUTS))
     job = Job(load_recipe("quickstart", TINY), layouts)
@@ -73,18 +74,20 @@ def forgets_router(rank: int, size: int) -> Trace:
 def test_layouts_are_equal(ranks1: Ranks, ranks2: Ranks) -> None:
     """In fp64, and in fp32 beside it; every rank has the report."""
     (exact,) = ranks1.run(reference)
-    first, second = ranks2.run(results, exact)
+    first, second = ranks2.run(passes, exact)
     assert first == second
-    assert [(r["layout"], r["precision"]) for r in first] == [
+    results = judge(first, {})
+    assert [(r["layout"], r["precision"]) for r in results] == [
         (layout, precision) for layout in LAYOUTS for precision in ("fp64", "fp32")
     ]
-    for result in first:
+    for result in results:
         assert result["equal"], result
+        assert result["verdict"] == "equal"
         counts = {kind: part["tensors"] for kind, part in result["compared"].items()}
         parameters = counts["parameters"]
         assert parameters > 10
         assert counts == {
-            "losses": 6, "norms": 3, "gradients": 3 * parameters, "parameters": parameters
+            "losses": 6, "norms": 3, "gradients": parameters, "parameters": parameters
         }  # fmt: skip
 
 
@@ -98,9 +101,10 @@ def test_a_missing_reduction_is_found(ranks1: Ranks, ranks2: Ranks, layout: str)
     partial = {"router": "small.weight"}
     if "true" in layout:
         partial |= {"norms": "wiring.norms.", "final": "wiring.final."}
-    for bounds in (EXACT, SINGLE):
-        result = beside(broken, exact, bounds)
+    for precision, bounds in BOUNDS.items():
+        (result,) = judge([beside(layout, precision, broken, exact)], {})
         assert not result["equal"]
+        assert result["verdict"] == "not equal"
         wrong = unequal(broken, exact, bounds)
         first = [name for name in wrong if name.startswith("step 1: ")]
         assert all(any(part in name for part in partial.values()) for name in first), first
@@ -115,17 +119,21 @@ def unequal(ours: Trace, exact: Trace, bounds: Bounds) -> list[str]:
     return [d.name for d in found if d.excess > 1]
 
 
+def shown(*results: dict[str, Any]) -> list[str]:
+    """The lines of the table."""
+    report = {"recipe": "r", "ranks": 2, "device": "cpu", "steps": 3}
+    return table({**report, "layouts": results, "skipped": []}).splitlines()
+
+
 def test_a_single_tensor_is_named(ranks1: Ranks, ranks2: Ranks) -> None:
     (exact,) = ranks1.run(reference)
     broken = ranks2.run(forgets_router)[0]
     name = "step 1: wiring.blocks.1.small.weight"
     assert [n for n in unequal(broken, exact, EXACT) if n.startswith("step 1: ")] == [name]
-    report = {"recipe": "r", "ranks": 2, "device": "cpu", "steps": 3, "equal": False}
-    result = {"layout": LAYOUTS[0], "precision": "fp64", **beside(broken, exact, EXACT)}
-    text = table({**report, "layouts": [result], "skipped": []})
-    assert "  NOT EQUAL: " in text
-    assert f"worst: {name} differs by " in text
-    assert text.splitlines()[-1] == f"NOT EQUAL: {LAYOUTS[0]} in fp64"
+    text = shown(*judge([beside(LAYOUTS[0], "fp64", broken, exact)], {}))
+    (line,) = [line for line in text if line.startswith("  NOT EQUAL: ")]
+    assert f"worst: {name} differs by " in line
+    assert text[-1] == f"NOT EQUAL: {LAYOUTS[0]} in fp64"
 
 
 # The rule
@@ -286,5 +294,8 @@ def test_the_verb(
     capfd.readouterr()
     assert main(words) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "equal: 1 layout"
+    report["layouts"][0]["verdict"] = "equal up to rounding"
+    assert main(words) == 0
+    report["layouts"][0]["verdict"] = "not equal"
     report["equal"] = report["layouts"][0]["equal"] = False
     assert main(words) == 1

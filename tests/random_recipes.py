@@ -1,0 +1,115 @@
+"""Random valid recipes, each on a random valid layout, for `tests/fuzz.py`."""
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+from colonnade.launcher.verification.layouts import Layout, covering, write_layout
+from colonnade.models.config import SYMBOLS
+
+# Values of every field that changes the function trained or how a layout computes it.
+MODEL: dict[str, tuple[Any, ...]] = {
+    "repeat": (2, 3), "share": (True,), "residual": ("ladder", "ladder", "parallel"),
+    "ladder_last": (0, 1, 2), "hidden": (16, 32, 48), "vocab": (40, 48, 64), "tied": (True,),
+    "norm": ("rms_offset", "layer", "pre_rms", "crms"), "norm_bias": (True,),
+    "norm_position": ("after", "both"), "norm_eps": (1e-6,), "sigma_reparam": (True,),
+    "logit_cap": (15.0,), "logit_z": (1e-2,), "mtp": (1, 2), "mtp_weight": (1.0,),
+    "mup_base": ({"hidden": 8}, {"hidden": 64}, {"ffn": 8}), "mup_zero_init": (True,),
+    "attention": ("mla",), "heads": (2, 4, 8), "kv_heads": (1, 2), "head_dim": (4, 6, 8),
+    "q_rank": (8,), "kv_rank": (8, 16), "rope_dim": (2, 4), "value_dim": (4, 6),
+    "positions": ("none",), "rope_theta": (100.0,), "rope_fraction": (0.5,),
+    "rope_scaling": ("linear", "ntk", "yarn", "llama3"), "rope_factor": (2.0, 4.0),
+    "rope_original": (8,), "rope_mscale": (1.0,), "rope_mscale_all": (1.0,),
+    "rope_attention_factor": (1.2,), "rope_truncate": (False,), "qk_norm": ("head", "full"),
+    "window": (1, 5), "full_attention": ((0,), (1,)), "sinks": (True,),
+    "attention_gate": ("head", "channel"), "attention_cap": (5.0,), "clip_low": (-0.1,),
+    "clip_high": (1.1,), "ssa": (True,), "attention_conv": (2, 3), "ffn": (8, 16, 48),
+    "activation": ("geglu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "polyrelu", "polynorm"),
+    "mamba_heads": (2, 4), "mamba_head_dim": (4, 8), "mamba_state": (4, 8), "mamba_groups": (1, 2),
+    "mamba_conv": (2, 3), "mamba_chunk": (2, 4, 16), "mamba1_inner": (8, 16),
+    "mamba1_state": (4,), "mamba1_rank": (1, 2), "mamba1_conv": (2, 3), "mamba1_chunk": (2, 4, 16),
+    "delta_heads": (2, 4), "delta_key_heads": (1, 2), "delta_key_dim": (4, 8),
+    "delta_value_dim": (4, 6), "delta_conv": (2, 3), "delta_chunk": (2, 4, 16),
+    "delta_negative": (True,), "experts": (2, 4), "top_k": (1, 2), "expert_ffn": (8, 16),
+    "shared_ffn": (8, 16), "shared_gate": (True,), "router_score": ("sigmoid",),
+    "router_normalise": (False,), "router_scale": (2.0,), "router_groups": (2,),
+    "router_top_groups": (1, 2), "router_bias": (True,), "router_bias_rate": (1e-2,),
+    "router_noise": (0.1,), "capacity": (1.0, 1.5), "balance": (0.0, 0.1),
+    "balance_sequence": (0.1,), "balance_samples": (2,), "router_z": (1e-2,),
+    "thor_alpha": (0.0, 5.0),
+}  # fmt: skip
+# What a random model has unless it is given above: narrow, so that a step takes milliseconds.
+NARROW: dict[str, Any] = {"hidden": 32, "ffn": 32, "mamba_head_dim": 8, "delta_key_dim": 8}
+OPTIMIZER: dict[str, tuple[Any, ...]] = {
+    "weight_decay": (0.0,), "clip": (0.0,), "beta1": (0.8,), "beta2": (0.99,),
+}  # fmt: skip
+TRAIN: dict[str, tuple[Any, ...]] = {"recompute": ("selective", "block")}
+PARALLEL: dict[str, tuple[Any, ...]] = {
+    "zigzag": (False,), "context": ("ulysses", "ring+ulysses", "allgather"),
+    "recurrence": ("heads",),
+}  # fmt: skip
+TOKENS = {"sources": ({"format": "tokens", "path": "none"},)}  # which verify replaces by its own
+
+
+def random_recipe(seed: int, ranks: int, symbols: str = "") -> tuple[Recipe, Layout]:
+    """The recipe and the layout that a seed stands for, valid on so many ranks.
+
+    `symbols`: of which one at least stands in the pattern; any by default.
+    """
+    rng = Random(seed)
+    return next(found for found in iter(lambda: drawn(rng, ranks, symbols), 0) if found)
+
+
+def drawn(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None:
+    """A draw, or None where it is not valid whatever is taken back of it."""
+    pattern = "".join(rng.choices(list(SYMBOLS), k=rng.randint(1, 5)))
+    if symbols and not set(symbols) & set(pattern):
+        return None
+    layout: Layout = dict(rng.choice(list(covering(ranks))))
+    given = {f"parallel.{name}": value for name, value in layout.items()}
+    given |= {f"model.{name}": value for name, value in NARROW.items()}
+    given |= {f"model.{name}": value for name, value in chosen(rng, MODEL, 0.4)}
+    given |= {f"optimizer.{name}": value for name, value in chosen(rng, OPTIMIZER, 0.3)}
+    given |= {f"train.{name}": value for name, value in chosen(rng, TRAIN, 0.3)}
+    given |= {f"parallel.{name}": value for name, value in chosen(rng, PARALLEL, 0.5)}
+    mtp_pattern = "".join(rng.choices(list(SYMBOLS), k=rng.randint(1, 2)))
+    given |= {"model.pattern": pattern, "model.mtp_pattern": mtp_pattern}
+    given |= {"train.seed": rng.randrange(10_000), "train.seq_len": 64, "train.micro_batch": 4}
+    return mended(given, layout, ranks)
+
+
+def chosen(
+    rng: Random, fields: dict[str, tuple[Any, ...]], share: float
+) -> Iterator[tuple[str, Any]]:
+    """About this share of the fields, with one of their values each."""
+    for name, values in fields.items():
+        if rng.random() < share:
+            yield name, rng.choice(values)
+
+
+def mended(given: dict[str, Any], layout: Layout, ranks: int) -> tuple[Recipe, Layout] | None:
+    """The recipe without the fields that faults name; None where one cannot be left out."""
+    while True:
+        tables: dict[str, Any] = {"data": TOKENS}
+        for field, value in given.items():
+            table, _, name = field.partition(".")
+            tables.setdefault(table, {})[name] = value
+        recipe = Recipe.model_validate(tables)
+        faults = validate(recipe, ranks)
+        if not faults:
+            of_layout = tables["parallel"]
+            return recipe.model_copy(update={"parallel": type(recipe.parallel)()}), of_layout
+        wrong = {field for field in given for f in faults if f"{f.field}.".startswith(f"{field}.")}
+        if not wrong or wrong & {f"parallel.{name}" for name in layout}:
+            return None
+        for field in wrong:
+            del given[field]
+
+
+def described(recipe: Recipe, layout: Layout) -> str:
+    """A recipe and a layout as overrides that `colonnade verify` takes."""
+    tables = recipe.model_dump(exclude_unset=True, exclude={"data", "parallel"})
+    fields = [f"{t}.{name}={value}" for t, table in tables.items() for name, value in table.items()]
+    return f"--layout {write_layout(layout)} {' '.join(fields)}"
