@@ -15,8 +15,8 @@ from colonnade.launcher.effects import given
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.health import check_compiling
 from colonnade.launcher.load import load_recipe
+from colonnade.launcher.place import Place
 from colonnade.launcher.ranks import (
-    Place,
     choose_device,
     settle_determinism,
     settle_memory,
