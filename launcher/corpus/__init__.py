@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from colonnade.launcher.corpus.cache import Summary, cached_tokens, tokenise
+from colonnade.launcher.corpus.files import source_name, source_path
 from colonnade.launcher.corpus.indexed import IndexedWriter, read_indexed
 from colonnade.launcher.corpus.prefetch import Prefetcher
 from colonnade.launcher.corpus.rows import (
@@ -22,9 +23,8 @@ from colonnade.launcher.corpus.rows import (
     MixtureRows,
     Rows,
 )
-from colonnade.launcher.corpus.sources import source_name, source_path
 from colonnade.launcher.corpus.stream import StreamRows
-from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe import Recipe, SourceConfig
 
@@ -42,6 +42,7 @@ __all__ = [
     "prepare_data",
     "read_indexed",
     "tokenise",
+    "tokenizer_of",
 ]
 
 
@@ -62,26 +63,34 @@ def data(
     tokenizer: str = "bytes",
     column: str = "text",
     prompt: str | None = None,
+    eod: str | None = None,
+    bos: str | None = None,
+    special_tokens: bool = False,
     overwrite: bool = False,
 ) -> Summary:
     """Tokenise text into `DESTINATION.bin` and `.idx`, and `.mask` where there is a prompt.
 
     Args:
         source: file, folder or glob; for `hub` the data set's name.
-        format: `text`, `jsonl`, `parquet`, `hub` or `stdlib`; default: by the file's ending.
-        tokenizer: `bytes`, or the path of a tokenizer.json.
+        format: `text`, `jsonl`, `parquet`, `hub` or `stdlib`; default: what the files are.
+        tokenizer: `bytes`, or the path of a tokenizer.json or of the folder that holds it.
         column: the column that holds the text.
         prompt: a column put before the text, without loss.
+        eod: the token that ends a document; default: what the tokenizer's files tell.
+        bos: a token put before every document; default: none.
+        special_tokens: whether the spelling of a special token in a text is that token.
 
     Raises:
         UserError: the source cannot be read or is empty, or the destination is there already.
     """
-    endings = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-    kind = format or endings.get(Path(source).suffix, "text")
-    fields: dict[str, object] = {"format": kind, "column": column, "prompt": prompt}
-    if kind != "stdlib":
+    fields: dict[str, object] = {"column": column, "prompt": prompt}
+    if format is not None:
+        fields["format"] = format
+    if format != "stdlib":
         fields["path"] = source
-    return tokenise(SourceConfig.model_validate(fields), Path(destination), tokenizer, overwrite)
+    config = SourceConfig.model_validate(fields)
+    loaded = open_tokenizer(tokenizer, eod, bos, special_tokens)
+    return tokenise(config, Path(destination), loaded, overwrite)
 
 
 def prepare_data(recipe: Recipe) -> None:
@@ -97,8 +106,7 @@ def open_data(recipe: Recipe) -> Data:
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
     smaller than the tokenizer.
     """
-    named = recipe.data.tokenizer_name
-    tokenizer = None if named is None else open_tokenizer(named)
+    tokenizer = tokenizer_of(recipe.data)
     if tokenizer is not None and tokenizer.size > recipe.model.vocab:
         remedy = f"data.tokenizer has {tokenizer.size} tokens: set model.vocab to that or more"
         raise RecipeError([Fault("model.vocab", recipe.model.vocab, remedy)])

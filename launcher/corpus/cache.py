@@ -12,20 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from colonnade.launcher.corpus.documents import Document, chunks, encode_documents
+from colonnade.launcher.corpus.files import settled, source_files, source_name
 from colonnade.launcher.corpus.indexed import IndexedWriter, token_dtype, token_files
-from colonnade.launcher.corpus.sources import (
-    Document,
-    chunks,
-    encode_documents,
-    read_documents,
-    source_files,
-    source_name,
-)
+from colonnade.launcher.corpus.sources import read_documents
 from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import DataConfig, SourceConfig
 
-_FORMAT = 1  # counts up whenever the same text would be written differently
+_FORMAT = 2  # counts up whenever the same text would be written differently
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Summary:
 
 
 def tokenise(
-    source: SourceConfig, destination: Path, tokenizer: str, overwrite: bool = False
+    source: SourceConfig, destination: Path, tokenizer: str | Tokenizer, overwrite: bool = False
 ) -> Summary:
     """Writes `DESTINATION.bin` and `.idx`, and `.mask` if the source has a prompt column.
 
@@ -48,7 +43,7 @@ def tokenise(
     existing = [path for path in token_files(destination) if path.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists: give another destination, or ask to overwrite it")
-    loaded = open_tokenizer(tokenizer)
+    loaded = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     masked = source.prompt is not None
     with _writing(destination, "give another destination"):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +146,9 @@ def _cache_key(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> 
     files = [(str(p), p.stat()) for p in source_files(source)]
     key = {
         "format": _FORMAT,
-        "source": source.model_dump(exclude={"weight", "stream"}),
+        "source": settled(source).model_dump(exclude={"weight", "stream"}),
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
-        "tokenizer": tokenizer.fingerprint,
+        "encoding": tokenizer.encoding,
         "validation": data.validation,
     }
     return json.dumps(key, indent=1)

@@ -290,12 +290,19 @@ def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_
 def test_a_missing_column_is_named(corpus: Path) -> None:
     path = str(corpus / "jsonl")
     message = fault(SourceConfig(format="jsonl", path=path, column="body"))
-    assert f"column = 'body', but jsonl '{path}' has the columns 'prompt', 'text'" in message
+    assert f"column = 'body', but {path}/a.jsonl, line 1 has the columns 'prompt', " in message
     message = fault(SourceConfig(format="jsonl", path=path, prompt="question"))
     assert "prompt = 'question', but" in message
     message = fault(SourceConfig(format="jsonl", path=path, column="number"))
     assert "column = 'number'" in message
-    assert "holds int, not text" in message
+    assert "holds a number, not text" in message
+    path = str(corpus / "parquet")
+    message = fault(SourceConfig(format="parquet", path=path, column="body"))
+    assert f"column = 'body', but {path}/a.parquet has the columns 'prompt', 'text'" in message
+    message = fault(SourceConfig(format="parquet", path=path, column="number"))
+    assert f"column = 'number' of {path}/a.parquet holds int64, not text" in message
+    message = fault(SourceConfig(format="hub", path=path, column="body"))
+    assert f"column = 'body', but hub '{path}' has the columns 'prompt', 'text'" in message
 
 
 def test_an_empty_corpus_is_refused_and_not_cached(tmp_path: Path) -> None:
@@ -334,13 +341,20 @@ def test_token_files_of_another_vocabulary_are_named(tmp_path: Path) -> None:
         open_data(recipe(SourceConfig(format="tokens")))
 
 
-def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_name_the_extra(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_lines(tmp_path / "a.jsonl", 2)
     (tmp_path / "t.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'colonnade[text]'" in fault(source)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install 'colonnade[text]'" in fault(source, tokenizer=str(tmp_path / "t.json"))
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    for library in ("datasets", "tokenizers", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, library, None)
+    open_data(recipe(source)).train.batch([0])  # needs none of them
+    hint = "pip install 'colonnade[text]'"
+    assert hint in fault(source, tokenizer=str(tmp_path / "t.json"))
+    assert hint in fault(SourceConfig(format="hub", path="x"))
+    assert hint in fault(SourceConfig(format="parquet", path=str(corpus / "parquet")))
+    assert hint in fault(SourceConfig(format="jsonl", path=str(tmp_path / "a.zst")))
 
 
 def test_loss_masks_reach_the_labels(corpus: Path) -> None:
