@@ -4,7 +4,7 @@
     batch = data.train.batch([0, 1, 2, 3])   # by sample index
 
 Text is tokenised once into Megatron's `.bin` / `.idx` (and a `.mask` of the tokens that carry a
-loss) in a cache, then memory-mapped; a source with `stream = true` is read while training.
+loss) in a cache, then read from there; a source with `stream = true` is read while training.
 """
 
 import dataclasses

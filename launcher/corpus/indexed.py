@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from colonnade.launcher.corpus.rows import Tokens
+from colonnade.launcher.corpus.tokenfile import FileArray
 from colonnade.launcher.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -47,18 +48,8 @@ def _size(path: Path) -> int:
         ) from error
 
 
-def _map(path: Path, dtype: str, count: int) -> np.ndarray:
-    """The first `count` items, memory-mapped (an empty file cannot be)."""
-    if count == 0:
-        return np.empty(0, dtype)
-    try:
-        return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def read_indexed(prefix: Path) -> Tokens:
-    """Memory-maps `PREFIX.bin` (and `.mask`); only the document starts are held in memory.
+    """Opens `PREFIX.bin` (and `.mask`); only the document starts are held in memory.
 
     Raises UserError if a file is missing, truncated, no token file, or if the two disagree.
     """
@@ -79,8 +70,8 @@ def read_indexed(prefix: Path) -> Tokens:
     if mask_path.exists():
         if (held := _size(mask_path)) != total:
             raise _broken(mask_path, f"has {held} bytes for {total} tokens")
-        mask = _map(mask_path, "u1", total)
-    return Tokens(str(bin_path), _map(bin_path, dtype, total), starts, mask)
+        mask = FileArray(mask_path, "u1", total)
+    return Tokens(str(bin_path), FileArray(bin_path, dtype, total), starts, mask)
 
 
 def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus.mixture import Permutation, locate, split_fractions
+from colonnade.launcher.corpus.tokenfile import FileArray
 from colonnade.launcher.errors import UserError
 
 
@@ -54,26 +55,26 @@ class Rows(Protocol):
 class Tokens:
     """Concatenated documents. `name` is for messages.
 
-    `tokens` is an integer array [T], `starts` int64, ascending: the first token of each document
-    that has any. `mask`, uint8 [T] or None for all ones, is 1 at the tokens to be predicted.
+    `tokens` is an integer array [T], in memory or on disk, `starts` int64, ascending: the first
+    token of each document that has any. `mask`, uint8 [T] or None for all ones, is 1 at the tokens
+    to be predicted.
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: np.ndarray | FileArray
     starts: np.ndarray
-    mask: np.ndarray | None = None
+    mask: np.ndarray | FileArray | None = None
 
 
 def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Batch:
     """One row of `seq_len` tokens from each offset; the token after a row must exist too."""
     count, end = len(offsets), len(offsets) * seq_len
-    window = np.stack([source.tokens[o : o + seq_len + 1] for o in offsets])
+    window = _windows(source.tokens, offsets, seq_len + 1)
     _check_ids(source.name, window, vocab)
     tokens = window[:, :-1].astype(np.int32)
     labels = window[:, 1:].astype(np.int32)
     if source.mask is not None:
-        trained = np.stack([source.mask[o + 1 : o + seq_len + 1] for o in offsets])
-        labels[trained == 0] = IGNORED
+        labels[_windows(source.mask, offsets, seq_len + 1)[:, 1:] == 0] = IGNORED
 
     # Rows laid end to end fall into segments: one begins at each row and at each document start
     # in (offset, offset + S]. A start at offset + S makes a segment of no tokens, but takes away
@@ -95,6 +96,16 @@ def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Bat
     shape = (count, seq_len)
     arrays = (tokens, labels, positions.reshape(shape), documents.reshape(shape))
     return Batch(*(torch.from_numpy(a) for a in arrays))
+
+
+def _windows(array: np.ndarray | FileArray, offsets: Sequence[int], length: int) -> np.ndarray:
+    """`length` items from each offset, stacked."""
+    if isinstance(array, np.ndarray):
+        return np.stack([array[o : o + length] for o in offsets])
+    windows = np.empty((len(offsets), length), array.dtype)
+    for o, window in zip(offsets, windows, strict=True):
+        array.read(o, o + length, into=window)
+    return windows
 
 
 def _check_ids(name: str, window: np.ndarray, vocab: int) -> None:

@@ -127,7 +127,7 @@ def test_the_standard_library_is_split_by_file() -> None:
     [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
     for part in ("train", "validation"):
         tokens = read_indexed(entry / part)
-        whole = tokens.tokens.astype(np.uint8).tobytes()
+        whole = tokens.tokens[:].astype(np.uint8).tobytes()
         bounds = [*tokens.starts.tolist(), len(whole)]
         found.append([whole[a : b - 1] for a, b in pairwise(bounds)])
     assert sorted(found[0] + found[1]) == sorted(texts)
