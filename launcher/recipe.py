@@ -80,6 +80,12 @@ class DataConfig(Table):
     validation: float = Field(
         0.05, ge=0, lt=1, description="share of the documents kept for validation"
     )
+    packing: Literal["stream", "whole"] = Field(
+        "stream",
+        description="stream cuts rows out of all documents one after the other; whole puts whole "
+        "documents together in a row by best fit and pads the rest, so that no answer is trained "
+        "without its prompt (longer than a row: split, or cut if there is a prompt)",
+    )
     cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
 
     @property

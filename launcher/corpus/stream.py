@@ -52,7 +52,13 @@ class StreamRows:
         self.load_state({"stream": None, "skip": 0, "row": 0})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on before the row where `state` was taken."""
+        """Goes on before the row where `state` was taken; UserError under another tokenizer."""
+        if state.get("encoding", self._tokenizer.encoding) != self._tokenizer.encoding:
+            raise UserError(
+                f"{source_name(self._source)} was read by another tokenizer (data.tokenizer, "
+                "data.eod, data.bos, data.special_tokens) when the run was saved: restore it, or "
+                "start a new run"
+            )
         self._row: int = state["row"]
         self._chunks: deque[_Chunk] = deque()
         self._held = 0  # tokens in the chunks
@@ -63,7 +69,12 @@ class StreamRows:
     def state(self) -> dict[str, Any]:
         """See the class; belongs to the row after the last one handed out."""
         stream = self._chunks[0].before if self._chunks else self._position
-        return {"stream": stream, "skip": self._skip, "row": self._row}
+        return {
+            "stream": stream,
+            "skip": self._skip,
+            "row": self._row,
+            "encoding": self._tokenizer.encoding,
+        }
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """See `Rows.batch`; ValueError if the samples do not increase from call to call."""

@@ -310,6 +310,11 @@ def open_tokenizer(
     return ByteTokenizer()
 
 
+def far_above(vocab: int, size: int) -> bool:
+    """Whether a model's vocabulary is larger than any padding explains for so many tokens."""
+    return vocab > 2 * size + 1024
+
+
 def tokenizer_of(data: DataConfig) -> Tokenizer | None:
     """The tokenizer of a recipe's `[data]`; None where all sources are tokens and none is named."""
     name = data.tokenizer_name
