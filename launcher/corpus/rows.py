@@ -145,13 +145,13 @@ def _windows(array: np.ndarray | FileArray, offsets: Sequence[int], length: int)
 def check_ids(name: str, window: np.ndarray, vocab: int, known: int | None = None) -> None:
     """UserError if ids are negative, beyond the vocabulary or a tokenizer of size `known`."""
     largest = int(window.max())
-    if known is not None and largest >= known:
-        raise UserError(beyond_tokenizer(name, largest, known))
     if largest >= vocab:
         raise UserError(
             f"{name} holds the token id {largest}, but model.vocab = {vocab}: set "
             f"model.vocab = {largest + 1} or more, or tokenise the text with the right tokenizer"
         )
+    if known is not None and largest >= known:
+        raise UserError(beyond_tokenizer(name, largest, known))
     if window.dtype.kind == "i" and (smallest := int(window.min())) < 0:
         raise UserError(f"{name} holds the negative token id {smallest}: tokenise the text again")
 

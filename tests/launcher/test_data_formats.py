@@ -285,8 +285,9 @@ def test_reading_goes_on_from_any_position(writer: Write, tmp_path: Path) -> Non
     assert shares == sorted(shares)
     assert 0 < shares[0] <= shares[-1] <= 1
     for count, position in enumerate(positions, start=1):
-        rest = [d.text for d in FileReader(source).documents(position)]
-        assert rest == [d.text for d in whole[count:]]
+        resumed = FileReader(source)
+        assert [d.text for d in resumed.documents(position)] == [d.text for d in whole[count:]]
+        assert resumed.position() == reader.position()
 
 
 def test_a_position_in_other_files_is_refused(tmp_path: Path) -> None:

@@ -224,3 +224,19 @@ def test_random_texts_with_special_tokens_in_them_survive(tmp_path: Path) -> Non
     for sample, ids in zip(samples, tokenizer.encode(samples), strict=True):
         assert not {0, 1} & set(ids)
         assert tokenizer.decode(ids) == sample
+
+
+def test_spelt_special_tokens_are_encoded_as_a_vocabulary_without_them_does(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["<|endoftext|> a<|endoftext|>"] * 9, trainer)
+    text = "one <|endoftext|> a<|endoftext|>b"
+    expected = tokenizer.encode(text).ids
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert open_tokenizer(str(tmp_path / "t.json")).encode([text]) == [expected]
+    assert len(expected) < len(text)  # merged within the spelling
