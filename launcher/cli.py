@@ -83,6 +83,9 @@ def run_data(arguments: argparse.Namespace) -> int:
         tokenizer=a.tokenizer,
         column=a.column,
         prompt=a.prompt,
+        eod=a.eod,
+        bos=a.bos,
+        special_tokens=a.special_tokens,
         overwrite=a.overwrite,
     )
     a.report(asdict(summary))
@@ -246,12 +249,25 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
 
     data = add("data", run_data)
-    data.add_argument("source", help="file, folder or glob")
+    data.add_argument("source", help="file, folder or glob; hub: the name of the data set")
     data.add_argument("destination", help="prefix of the .bin and .idx to write")
-    data.add_argument("--format", choices=["text", "jsonl", "parquet", "hub", "stdlib"])
-    data.add_argument("--tokenizer", default="bytes", help="`bytes`, or a tokenizer.json")
+    data.add_argument(
+        "--format",
+        choices=["text", "jsonl", "parquet", "hub", "stdlib"],
+        help="default: what the files are",
+    )
+    data.add_argument(
+        "--tokenizer", default="bytes", help="`bytes`, or a tokenizer.json or its folder"
+    )
     data.add_argument("--column", default="text", help="column that holds the text")
     data.add_argument("--prompt", help="column put before the text, without loss")
+    data.add_argument("--eod", metavar="TOKEN", help="ends a document (default: the tokenizer's)")
+    data.add_argument("--bos", metavar="TOKEN", help="put before every document (default: none)")
+    data.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="the spelling of a special token in a text is that token",
+    )
     data.add_argument("--overwrite", action="store_true")
 
     doctor = add("doctor", run_doctor)

@@ -60,6 +60,10 @@ def _rope_mscale_all(model: ModelConfig) -> bool:
     return model.attention == "mla" or computed
 
 
+def _text(data: DataConfig) -> bool:
+    return any(s.format != "tokens" for s in data.sources)
+
+
 def _indexed(data: DataConfig) -> bool:
     return any(s.format != "tokens" and not s.stream for s in data.sources)
 
@@ -184,6 +188,13 @@ RUN = (
            "with optimizer.schedule = constant", "optimizer.schedule"),
     Effect("data.cache", lambda r: _indexed(r.data),
            "where every source holds tokens already or is streamed", "data.sources"),
+    Effect("data.eod data.special_tokens",
+           lambda r: r.data.tokenizer_name not in (None, "bytes"),
+           "unless data.tokenizer is a tokenizer.json", "data.tokenizer data.sources"),
+    Effect("data.bos",
+           lambda r: r.data.tokenizer_name not in (None, "bytes") and _text(r.data),
+           "unless text is read and data.tokenizer is a tokenizer.json",
+           "data.tokenizer data.sources"),
     Effect("data.validation train.validate_rows train.validate_every",
            lambda r: not all(s.stream for s in r.data.sources),
            "where every source is streamed: nothing is held out of a stream", "data.sources"),
@@ -193,13 +204,15 @@ RUN = (
            "with train.validate_rows = 0", "train.validate_rows"),
     Effect("source.path", lambda data, s: s.format != "stdlib",
            "with format = stdlib, which reads Python's own library", "source.format"),
-    Effect("source.column source.prompt", lambda data, s: s.format in ("jsonl", "parquet", "hub"),
+    Effect("source.column source.prompt",
+           lambda data, s: s.format in ("auto", "jsonl", "parquet", "hub"),
            "unless format is jsonl, parquet or hub: other formats have no columns",
-           "source.format"),
+           "source.format source.path"),
     Effect("source.subset source.split", lambda data, s: s.format == "hub",
-           "unless format = hub", "source.format"),
-    Effect("source.stream", lambda data, s: s.format in ("text", "jsonl", "parquet", "hub"),
-           "unless format is text, jsonl, parquet or hub", "source.format"),
+           "unless format = hub", "source.format source.path"),
+    Effect("source.stream",
+           lambda data, s: s.format in ("auto", "text", "jsonl", "parquet", "hub"),
+           "unless format is text, jsonl, parquet or hub", "source.format source.path"),
     Effect("source.weight", lambda data, s: len(data.sources) > 1,
            "with one source", "data.sources"),
 )

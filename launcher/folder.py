@@ -103,7 +103,8 @@ def saved_recipe(folder: Path) -> Recipe:
 def check_resumable(saved: Recipe, wanted: Recipe) -> None:
     """Refuse, as RecipeError, what would train another model or read other samples.
 
-    Layout, optimizer, precision, length and reports may change; where files lie may, too.
+    Layout, optimizer, precision, length and reports may change. Where tokenizer and files lie may,
+    too: the checkpoint knows them by their content.
     """
 
     def fixed(recipe: Recipe) -> dict[str, object]:
@@ -112,8 +113,7 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
         fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
         fields["data.validation"] = recipe.data.validation
-        if saved.data.tokenizer_name:
-            fields["data.tokenizer"] = recipe.data.tokenizer_name
+        fields["data.packing"] = recipe.data.packing
         fields["data.sources"] = [s.model_dump(exclude=source) for s in recipe.data.sources]
         return fields
 

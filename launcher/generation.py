@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
-from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
+from colonnade.launcher.corpus.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.optimizer import named_tensors
@@ -74,8 +74,8 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
     recipe = load_recipe(folder.parent.parent / "recipe.toml")
-    named = recipe.data.tokenizer_name
-    if named is None:
+    tokenizer = tokenizer_of(recipe.data)
+    if tokenizer is None:
         raise UserError(
             f"{run}: trained on tokens, and data.tokenizer does not say by what they were made; "
             "resume the run with data.tokenizer=... (a tokenizer.json, or bytes) to write text"
@@ -87,7 +87,7 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
         model = Decoder(recipe.model)
     model.to(storage_dtype(recipe.train.precision)).to_empty(device=device)
     load(folder, named_tensors(model, None), partial=True)
-    return model, recipe, open_tokenizer(named), device
+    return model, recipe, tokenizer, device
 
 
 def generate(

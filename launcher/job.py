@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,15 @@ from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.signals import StopSignal, stop_signal
-from colonnade.launcher.step import Result, over_ranks, train_step, validate_loss
-from colonnade.launcher.together import on_first
+from colonnade.launcher.step import (
+    Result,
+    agreed,
+    over_ranks,
+    raise_if,
+    train_step,
+    validate_loss,
+)
+from colonnade.launcher.together import on_all, on_first
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.materialise import materialise
@@ -178,6 +186,9 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
+        if job.step < end:
+            first = len(micro_batches(recipe.train, job.step, rank, ranks))
+            agreed(partial(raise_if, job.reader.fault(first)), job.here.device)
         while job.step < end and not number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
@@ -193,28 +204,42 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             )
             job.step += 1
             job.bad = job.bad + 1 if result.skipped else 0
-            number = agree(job, stop, reported(job, monitor, result))
+            number, unreadable = agree(job, stop, reported(job, monitor, result), end)
             if job.bad >= recipe.train.bad_steps:
                 give_up(job, result)
+            every = recipe.checkpoint.every
+            if job.step == end or number or unreadable or (every and job.step % every == 0):
+                job.save()
+            if unreadable:
+                raise unreadable
             every = recipe.train.validate_every
             if every and job.step % every == 0 and job.step < recipe.train.steps and not number:
                 check(job, monitor)
-            every = recipe.checkpoint.every
-            if job.step == end or number or (every and job.step % every == 0):
-                job.save()
             if monitor:
                 monitor.restart_clock()
     return number
 
 
-def agree(job: Job, stop: StopSignal, trouble: UserError | None) -> int:
-    """The signal that any rank noted, or 0; all ranks raise what rank 0 could not write."""
-    noted = [float(stop.number), float(trouble is not None)]
-    number, failed = over_ranks(noted, job.here.device, dist.ReduceOp.MAX)
+def agree(
+    job: Job, stop: StopSignal, trouble: UserError | None, end: int
+) -> tuple[int, UserError | None]:
+    """The signal that any rank noted, or 0; and why the next step's data cannot be read, if so.
+
+    All ranks raise what rank 0 could not write.
+    """
+    unreadable = None
+    if job.reader is not None and job.step < end:
+        coming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
+        unreadable = job.reader.fault(len(coming))
+    noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
+    number, failed, stuck = over_ranks(noted, job.here.device, dist.ReduceOp.MAX)
     if failed:
         raise UserError(on_first(lambda: str(trouble)))
     stop.agreed = number > 0
-    return int(number)
+    if stuck:
+        why = next(why for why in on_all(lambda: unreadable) if why)
+        unreadable = UserError(f"{why} (the run is saved after step {job.step})")
+    return int(number), unreadable
 
 
 def reported(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:

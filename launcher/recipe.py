@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
@@ -37,16 +37,28 @@ class OptimizerConfig(Table):
 class SourceConfig(Table):
     """One entry of `[[data.sources]]`."""
 
-    format: Literal["stdlib", "text", "jsonl", "parquet", "hub", "tokens"] = "stdlib"
+    format: Literal["stdlib", "text", "jsonl", "parquet", "hub", "tokens", "auto"] = Field(
+        "stdlib",
+        description="what is read: stdlib is the source code of Python's own library, auto (the "
+        "default where a path is given) is what the files there are: text, jsonl or parquet",
+    )
     path: str | None = Field(
         None, description="file, folder or glob; hub: the data set's name; tokens: prefix of .bin"
     )
     weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the others")
     column: str = Field("text", description="column that holds the text")
-    prompt: str | None = Field(None, description="column put before the text, without loss")
+    prompt: str | None = Field(None, description="column that is put before the text, without loss")
     subset: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: split of the data set")
     stream: bool = Field(False, description="read while training instead of indexing first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, fields: object) -> object:
+        """A path without a format says itself what is read."""
+        if isinstance(fields, dict) and fields.get("path") is not None and "format" not in fields:
+            return {**fields, "format": "auto"}
+        return fields
 
 
 class DataConfig(Table):
@@ -56,10 +68,29 @@ class DataConfig(Table):
         SourceConfig(),
     )
     tokenizer: str | None = Field(
-        None, description="`bytes`, or the path of a tokenizer.json; default: `bytes` for text"
+        None,
+        description="`bytes`, or the path of a tokenizer.json or of the folder that holds it; "
+        "default: `bytes` for text",
+    )
+    eod: str | None = Field(
+        None,
+        description="token that ends a document; default: the end of text that "
+        "tokenizer_config.json, generation_config.json or a common name tells",
+    )
+    bos: str | None = Field(
+        None, description="token that is put before every document; default: none"
+    )
+    special_tokens: bool = Field(
+        False, description="whether a special token that is spelt in a text is that token"
     )
     validation: float = Field(
         0.05, ge=0, lt=1, description="share of the documents kept for validation"
+    )
+    packing: Literal["stream", "whole"] = Field(
+        "stream",
+        description="stream cuts rows out of all documents one after the other; whole puts whole "
+        "documents together in a row by best fit and pads the rest, so that no answer is trained "
+        "without its prompt (longer than a row: split, or cut if there is a prompt)",
     )
     cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
 

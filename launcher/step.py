@@ -1,9 +1,10 @@
 """One optimizer step over the global batch, and one pass over the validation rows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from colonnade.kernels.draws import hashed
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus import Batch, Rows
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.optimizer import set_learning_rate
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, learning_rate
+from colonnade.launcher.together import on_all
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
 from colonnade.parallel.parallelize import last_micro_batch, put_away
 from colonnade.parallel.tensor import complete_gradients
+
+T = TypeVar("T")
 
 VALIDATION = -1  # in place of a step's number, where random draws are keyed by it
 
@@ -56,6 +61,29 @@ def over_ranks(
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, operation)
     return total.tolist()
+
+
+def agreed(action: Callable[[], T], device: torch.device) -> T:
+    """Run `action` on every rank; where it raises UserError on any, every rank raises that one.
+
+    Collective: all-reduces one number, so that it may be called in every step.
+    """
+    outcome: tuple[T] | None = None
+    fault: UserError | None = None
+    try:
+        outcome = (action(),)
+    except UserError as error:
+        fault = error
+    if over_ranks([float(fault is not None)], device, dist.ReduceOp.MAX)[0]:
+        on_all(lambda: raise_if(fault))
+    assert outcome is not None  # else all ranks have raised
+    return outcome[0]
+
+
+def raise_if(fault: UserError | None) -> None:
+    """Raise a fault that there may be."""
+    if fault is not None:
+        raise fault
 
 
 def forward(
@@ -165,7 +193,7 @@ def validate_loss(
     for start in range(0, count, size * ranks):
         first = start + rank * size
         mine = chosen[first : first + size]
-        batch = rows.batch(mine or [0])
+        batch = agreed(partial(rows.batch, mine or [0]), device)
         labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
         loss, _ = forward(model, batch._replace(labels=labels), mine or [0], device, draw=draw)
         nats += loss.item()

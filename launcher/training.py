@@ -122,16 +122,18 @@ def settle(
 def describe(
     recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, nproc: int = 1
 ) -> dict[str, Any]:
-    """What a recipe would train and cost, without building it.
+    """What a recipe would train and cost, without building it; its data are looked into.
 
     Raises:
-        UserError: a mistake in the recipe.
+        UserError: a mistake in the recipe or its data.
     """
     place = Place.from_environment()
     size = place.size if place else nproc
     recipe = settle(recipe, overrides, place, nproc)
+    from colonnade.launcher.corpus import check_data
     from colonnade.models.shapes import measure
 
+    data = check_data(recipe)
     shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
     tokens = train.global_batch * train.seq_len
     total = first_sample(train, train.steps) * train.seq_len
@@ -145,4 +147,5 @@ def describe(
         "tokens in all": total,
         "training FLOPs in all": float(total * shape.flops_per_token),
         **{axis: degree for axis, degree in recipe.parallel.degrees(size).items()},
+        "data": "; ".join(data),
     }

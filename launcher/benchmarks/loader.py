@@ -1,4 +1,4 @@
-"""`bench loader`: batches from a memory-mapped token file, beside writing as many bytes.
+"""`bench loader`: batches from a token file, beside writing as many bytes.
 
 The floor is a plain copy of the four tensors that a batch consists of: no loader can be faster.
 """

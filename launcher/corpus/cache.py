@@ -1,5 +1,6 @@
 """Tokenised sources on disk: text to `.bin` / `.idx`, once, in a folder keyed by what went in."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,21 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from colonnade.launcher.corpus.documents import Document, chunks, encode_documents
+from colonnade.launcher.corpus.files import library_root, settled, source_files, source_name
 from colonnade.launcher.corpus.indexed import IndexedWriter, token_dtype, token_files
-from colonnade.launcher.corpus.sources import (
-    Document,
-    chunks,
-    encode_documents,
-    read_documents,
-    source_files,
-    source_name,
-)
+from colonnade.launcher.corpus.sources import open_reader
 from colonnade.launcher.corpus.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.place import cache_folder
 from colonnade.launcher.recipe import DataConfig, SourceConfig
 
-_FORMAT = 1  # counts up whenever the same text would be written differently
+_FORMAT = 2  # counts up whenever the same text would be written differently
+_TELL_EVERY = 5.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Summary:
 
 
 def tokenise(
-    source: SourceConfig, destination: Path, tokenizer: str, overwrite: bool = False
+    source: SourceConfig, destination: Path, tokenizer: str | Tokenizer, overwrite: bool = False
 ) -> Summary:
-    """Writes `DESTINATION.bin` and `.idx`, and `.mask` if the source has a prompt column.
+    """Writes `DESTINATION.bin` and `.idx`, `.mask` if the source has a prompt column, and a record.
 
     Raises UserError if the source is empty or cannot be read, or if the files exist already.
     """
@@ -48,11 +47,11 @@ def tokenise(
     existing = [path for path in token_files(destination) if path.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists: give another destination, or ask to overwrite it")
-    loaded = open_tokenizer(tokenizer)
+    loaded = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     masked = source.prompt is not None
     with _writing(destination, "give another destination"):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with IndexedWriter(destination, token_dtype(loaded.size), masked) as writer:
+        with IndexedWriter(destination, token_dtype(loaded.size), masked, loaded) as writer:
             _write(source, loaded, lambda document: writer)
             _refuse_empty(source, writer)
     return Summary(writer.documents, writer.tokens)
@@ -62,43 +61,80 @@ def cached_tokens(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) 
     """The cache's folder for a source: token files `train` and `validation`, written if missing.
 
     Whole documents go to validation, by a hash of the document's index or file name; the first
-    never does, so that a single document trains. Callers at the same time may do the work
-    twice, but the folder appears complete or not at all.
+    never does, so that a single document trains.
+
+    The folder is keyed by the content of the files, wherever they lie. To hash them takes about a
+    second a gigabyte, a hundredth of what tokenising takes; files whose path, size and time of
+    change are known are not hashed again. Of several processes on a host that ask at the same time
+    one does the work, and the others wait; the folder appears complete or not at all.
     """
-    root = _cache_root(data)
-    key = _cache_key(source, data, tokenizer)
-    entry = root / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    if entry.exists():
+    source = settled(source)
+    root, files = _cache_root(data), source_files(source)
+    known = root / "known" / _digest(_quick_key(source, data, tokenizer, files))
+    if (entry := _known_entry(root, known)) is not None:
         return entry
-    begin = time.monotonic()
-    print(f"tokenising {source_name(source)} into {entry}", file=sys.stderr, flush=True)
-    temporary = root / f"{entry.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with _writing(temporary, "set data.cache to a folder with room"):
-            temporary.mkdir(parents=True)
-            summary = _write_split(source, data.validation, tokenizer, temporary)
-            (temporary / "source.json").write_text(key)
-            try:
-                os.rename(temporary, entry)
-            except OSError:
-                if not entry.exists():  # else another process was quicker, with the same files
-                    raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens "
-        f"in {time.monotonic() - begin:.1f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    with _writing(root, "set data.cache to a folder with room"):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(Path(f"{known}.lock"), source):
+            if (entry := _known_entry(root, known)) is not None:
+                return entry
+            key = _content_key(source, data, tokenizer, files)
+            entry = root / _digest(key)
+            if not entry.exists():
+                _fill(entry, source, data, tokenizer, key)
+            temporary = Path(f"{known}.{uuid.uuid4().hex[:8]}.tmp")
+            temporary.write_text(entry.name)
+            os.replace(temporary, known)
     return entry
 
 
+def _known_entry(root: Path, known: Path) -> Path | None:
+    """The folder that a note in the cache leads to, if both exist."""
+    if not known.exists():
+        return None
+    entry = root / known.read_text()
+    return entry if entry.exists() else None
+
+
+@contextmanager
+def _locked(path: Path, source: SourceConfig) -> Iterator[None]:
+    """Holds a lock that one process of the host can hold; waits for it, and says so."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _tell(f"waiting for another process that tokenises {source_name(source)}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(
+    entry: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, key: dict[str, Any]
+) -> None:
+    """Tokenises a source into its folder, which then appears."""
+    begin = time.monotonic()
+    _tell(f"tokenising {source_name(source)} into {entry}")
+    temporary = Path(f"{entry}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        summary = _write_split(source, data.validation, tokenizer, temporary)
+        (temporary / "source.json").write_text(json.dumps(key, indent=1))
+        try:
+            os.rename(temporary, entry)
+        except OSError:
+            if not entry.exists():  # else the same content at another path was quicker
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    seconds = time.monotonic() - begin
+    _tell(f"{summary.documents:,} documents, {summary.tokens:,} tokens in {seconds:.1f} s")
+
+
 def _write_split(source: SourceConfig, share: float, tokenizer: Tokenizer, folder: Path) -> Summary:
-    dtype, masked = token_dtype(tokenizer.size), source.prompt is not None
+    options = (token_dtype(tokenizer.size), source.prompt is not None, tokenizer)
     with (
-        IndexedWriter(folder / "train", dtype, masked) as train,
-        IndexedWriter(folder / "validation", dtype, masked) as validation,
+        IndexedWriter(folder / "train", *options) as train,
+        IndexedWriter(folder / "validation", *options) as validation,
     ):
 
         def pick(document: Document) -> IndexedWriter:
@@ -113,10 +149,26 @@ def _write_split(source: SourceConfig, share: float, tokenizer: Tokenizer, folde
 def _write(
     source: SourceConfig, tokenizer: Tokenizer, pick: Callable[[Document], IndexedWriter]
 ) -> None:
-    for chunk in chunks(read_documents(source)):
+    reader = open_reader(source)
+    begin = told = time.monotonic()
+    documents = written = 0
+    for chunk in chunks(reader.documents()):
         encoded = encode_documents(chunk, tokenizer, source.prompt is not None)
         for document, (tokens, mask) in zip(chunk, encoded, strict=True):
             pick(document).add(tokens, mask)
+            written += len(tokens)
+        documents += len(chunk)
+        if (now := time.monotonic()) - told >= _TELL_EVERY:
+            told, share = now, reader.share()
+            rest = "" if share is None else f", {share:.0%}"
+            _tell(
+                f"tokenising {source_name(source)}: {documents:,} documents, {written:,} tokens, "
+                f"{written / (now - begin):,.0f} tokens/s{rest}"
+            )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _refuse_empty(source: SourceConfig, writer: IndexedWriter) -> None:
@@ -142,18 +194,54 @@ def _writing(path: Path, remedy: str) -> Iterator[None]:
 def _cache_root(data: DataConfig) -> Path:
     if data.cache is not None:
         return Path(data.cache).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "colonnade"
+    return cache_folder()
 
 
-def _cache_key(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """Everything that decides what the token files hold, as JSON."""
-    files = [(str(p), p.stat()) for p in source_files(source)]
-    key = {
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+
+
+def _quick_key(
+    source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, files: list[Path]
+) -> dict[str, Any]:
+    """By which files that were seen before are known: where they lie, sizes, times of change."""
+    stats = [(str(path), path.stat()) for path in files]
+    return {
         "format": _FORMAT,
         "source": source.model_dump(exclude={"weight", "stream"}),
-        "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
-        "tokenizer": tokenizer.fingerprint,
+        "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+        "encoding": tokenizer.encoding,
         "validation": data.validation,
     }
-    return json.dumps(key, indent=1)
+
+
+def _content_key(
+    source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, files: list[Path]
+) -> dict[str, Any]:
+    """Everything that decides what the token files hold."""
+    return {
+        "format": _FORMAT,
+        **_content(source, files),
+        "encoding": tokenizer.encoding,
+        "validation": data.validation,
+    }
+
+
+def _content(source: SourceConfig, files: list[Path]) -> dict[str, Any]:
+    """What is read, wherever it lies: hashes of the files in their order, and fields."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        # The split goes by the names of the standard library's files, and by numbers else.
+        named = source.format == "stdlib"
+        hashes.append((path.relative_to(library_root()).as_posix() if named else "", digest))
+    local = {"path"} if files else set()  # a data set of the hub is known by its name
+    fields = source.model_dump(exclude={"weight", "stream", *local})
+    return {"source": fields, "files": hashes}
+
+
+def source_fingerprint(source: SourceConfig) -> str:
+    """A hash of all that a source of text reads, the same wherever its files lie."""
+    source = settled(source)
+    return _digest(_content(source, source_files(source)))

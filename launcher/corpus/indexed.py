@@ -6,6 +6,7 @@ number one more than the documents. `.bin` is the tokens without a header. `.mas
 and optional, has one byte a token: 1 where it is to be predicted, 0 where it carries no loss.
 """
 
+import hashlib
 import os
 import struct
 import uuid
@@ -14,7 +15,10 @@ from types import TracebackType
 
 import numpy as np
 
+from colonnade.launcher.corpus.record import read_record, record_file, write_record
 from colonnade.launcher.corpus.rows import Tokens
+from colonnade.launcher.corpus.tokenfile import FileArray
+from colonnade.launcher.corpus.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -47,18 +51,8 @@ def _size(path: Path) -> int:
         ) from error
 
 
-def _map(path: Path, dtype: str, count: int) -> np.ndarray:
-    """The first `count` items, memory-mapped (an empty file cannot be)."""
-    if count == 0:
-        return np.empty(0, dtype)
-    try:
-        return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def read_indexed(prefix: Path) -> Tokens:
-    """Memory-maps `PREFIX.bin` (and `.mask`); only the document starts are held in memory.
+    """Opens `PREFIX.bin` (and `.mask`); only the document starts are held in memory.
 
     Raises UserError if a file is missing, truncated, no token file, or if the two disagree.
     """
@@ -79,8 +73,9 @@ def read_indexed(prefix: Path) -> Tokens:
     if mask_path.exists():
         if (held := _size(mask_path)) != total:
             raise _broken(mask_path, f"has {held} bytes for {total} tokens")
-        mask = _map(mask_path, "u1", total)
-    return Tokens(str(bin_path), _map(bin_path, dtype, total), starts, mask)
+        mask = FileArray(mask_path, "u1", total)
+    record = read_record(prefix, total)
+    return Tokens(str(bin_path), FileArray(bin_path, dtype, total), starts, mask, record)
 
 
 def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
@@ -107,17 +102,26 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
 
 
 class IndexedWriter:
-    """Writes documents to `PREFIX.bin`, `.idx` and, if `masked`, `.mask`.
+    """Writes documents to `PREFIX.bin`, `.idx`, if `masked` `.mask`, and their record.
 
     A context manager: the files get their names when the block ends without an error, the `.idx`
     last; else they vanish. One sequence a document.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype, masked: bool = False) -> None:
-        self._final = token_files(prefix)
-        self._temporary = token_files(Path(f"{prefix}.{uuid.uuid4().hex[:8]}.tmp"))
-        self._dtype = dtype
+    def __init__(
+        self,
+        prefix: Path,
+        dtype: np.dtype,
+        masked: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`tokenizer` is what makes the tokens; a record of it is then written beside them."""
+        temporary = Path(f"{prefix}.{uuid.uuid4().hex[:8]}.tmp")
+        self._final = (*token_files(prefix), record_file(prefix))
+        self._temporary = (*token_files(temporary), record_file(temporary))
+        self._dtype, self._tokenizer = dtype, tokenizer
         self._lengths: list[int] = []
+        self._largest, self._content = -1, [hashlib.blake2b(digest_size=16) for _ in range(2)]
         self._bin = self._temporary[0].open("wb")
         self._mask = self._temporary[2].open("wb") if masked else None
         self.tokens = 0
@@ -134,10 +138,15 @@ class IndexedWriter:
                 f"a document of {len(tokens)} tokens does not fit an .idx file, whose lengths end "
                 f"at {_LONGEST}: split its text"
             )
-        self._bin.write(np.ascontiguousarray(tokens, self._dtype).data)
+        stored = np.ascontiguousarray(tokens, self._dtype).data
+        self._bin.write(stored)
+        self._content[0].update(stored)
+        self._largest = max(self._largest, int(np.max(tokens)) if len(tokens) else -1)
         if self._mask is not None:
             ones = np.ones(len(tokens), np.uint8) if mask is None else mask
-            self._mask.write(np.ascontiguousarray(ones, np.uint8).data)
+            trained = np.ascontiguousarray(ones, np.uint8).data
+            self._mask.write(trained)
+            self._content[1].update(trained)
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
 
@@ -152,6 +161,19 @@ class IndexedWriter:
             file.write(((ends - lengths) * self._dtype.itemsize).astype("<i8").data)
             file.write(np.arange(documents + 1, dtype="<i8").data)
 
+    def _write_record(self, tokenizer: Tokenizer) -> None:
+        content = hashlib.blake2b(np.asarray(self._lengths, "<i4").data, digest_size=16)
+        for part in self._content:
+            content.update(part.digest())
+        write_record(
+            self._temporary[3],
+            tokenizer,
+            self.documents,
+            self.tokens,
+            self._largest,
+            content.hexdigest(),
+        )
+
     def __enter__(self) -> "IndexedWriter":
         return self
 
@@ -161,19 +183,23 @@ class IndexedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        temporary_bin, temporary_idx, temporary_mask = self._temporary
+        temporary_bin, temporary_idx, temporary_mask, temporary_record = self._temporary
         try:
             self._bin.close()
             if self._mask is not None:
                 self._mask.close()
             if kind is None:
                 self._write_index()
-                # An old index must not stand beside new tokens, nor an old mask.
-                for path in (self._final[1], self._final[2]):
+                if self._tokenizer is not None:
+                    self._write_record(self._tokenizer)
+                # An old index must not stand beside new tokens, nor an old mask or record.
+                for path in self._final[1:]:
                     path.unlink(missing_ok=True)
                 os.replace(temporary_bin, self._final[0])
                 if self._mask is not None:
                     os.replace(temporary_mask, self._final[2])
+                if self._tokenizer is not None:
+                    os.replace(temporary_record, self._final[3])
                 os.replace(temporary_idx, self._final[1])
         finally:
             for path in self._temporary:

@@ -1,8 +1,10 @@
 """Rows of tokens: cuts fixed-length rows out of concatenated documents, boundaries kept."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus.mixture import Permutation, locate, split_fractions
+from colonnade.launcher.corpus.record import Record
+from colonnade.launcher.corpus.tokenfile import FileArray
 from colonnade.launcher.errors import UserError
 
 
@@ -54,26 +58,57 @@ class Rows(Protocol):
 class Tokens:
     """Concatenated documents. `name` is for messages.
 
-    `tokens` is an integer array [T], `starts` int64, ascending: the first token of each document
-    that has any. `mask`, uint8 [T] or None for all ones, is 1 at the tokens to be predicted.
+    `tokens` is an integer array [T], in memory or on disk, `starts` int64, ascending: the first
+    token of each document that has any. `mask`, uint8 [T] or None for all ones, is 1 at the tokens
+    to be predicted. `record` says what made them, where that is known.
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: np.ndarray | FileArray
     starts: np.ndarray
-    mask: np.ndarray | None = None
+    mask: np.ndarray | FileArray | None = None
+    record: Record | None = None
+
+    @cached_property
+    def content(self) -> str:
+        """A hash by which other tokens are noticed: the record's, else of 64 blocks and all starts.
+
+        (To read a corpus of terabytes for it would take hours.)
+        """
+        if self.record is not None:
+            return self.record.content
+        total = len(self.tokens)
+        found = hashlib.blake2b(f"{total}".encode(), digest_size=16)
+        found.update(np.ascontiguousarray(self.starts, "<i8").data)
+        for _, block in sampled_blocks(self.tokens):
+            found.update(np.ascontiguousarray(block).data)
+        return found.hexdigest()
 
 
-def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Batch:
+def sampled_blocks(
+    tokens: np.ndarray | FileArray, count: int = 64, size: int = 1 << 14
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, items) of up to `count` blocks of up to `size` items, spread evenly; all if few."""
+    total = len(tokens)
+    if total <= count * size:
+        yield from ((start, tokens[start : start + size]) for start in range(0, total, size))
+        return
+    for number in range(count):
+        start = number * (total - size) // (count - 1)
+        yield start, tokens[start : start + size]
+
+
+def cut(
+    source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int, known: int | None = None
+) -> Batch:
     """One row of `seq_len` tokens from each offset; the token after a row must exist too."""
     count, end = len(offsets), len(offsets) * seq_len
-    window = np.stack([source.tokens[o : o + seq_len + 1] for o in offsets])
-    _check_ids(source.name, window, vocab)
+    window = _windows(source.tokens, offsets, seq_len + 1)
+    check_ids(source.name, window, vocab, known)
     tokens = window[:, :-1].astype(np.int32)
     labels = window[:, 1:].astype(np.int32)
     if source.mask is not None:
-        trained = np.stack([source.mask[o + 1 : o + seq_len + 1] for o in offsets])
-        labels[trained == 0] = IGNORED
+        labels[_windows(source.mask, offsets, seq_len + 1)[:, 1:] == 0] = IGNORED
 
     # Rows laid end to end fall into segments: one begins at each row and at each document start
     # in (offset, offset + S]. A start at offset + S makes a segment of no tokens, but takes away
@@ -97,15 +132,36 @@ def cut(source: Tokens, offsets: Sequence[int], seq_len: int, vocab: int) -> Bat
     return Batch(*(torch.from_numpy(a) for a in arrays))
 
 
-def _check_ids(name: str, window: np.ndarray, vocab: int) -> None:
+def _windows(array: np.ndarray | FileArray, offsets: Sequence[int], length: int) -> np.ndarray:
+    """`length` items from each offset, stacked."""
+    if isinstance(array, np.ndarray):
+        return np.stack([array[o : o + length] for o in offsets])
+    windows = np.empty((len(offsets), length), array.dtype)
+    for o, window in zip(offsets, windows, strict=True):
+        array.read(o, o + length, into=window)
+    return windows
+
+
+def check_ids(name: str, window: np.ndarray, vocab: int, known: int | None = None) -> None:
+    """UserError if ids are negative, beyond the vocabulary or a tokenizer of size `known`."""
     largest = int(window.max())
     if largest >= vocab:
         raise UserError(
             f"{name} holds the token id {largest}, but model.vocab = {vocab}: set "
             f"model.vocab = {largest + 1} or more, or tokenise the text with the right tokenizer"
         )
+    if known is not None and largest >= known:
+        raise UserError(beyond_tokenizer(name, largest, known))
     if window.dtype.kind == "i" and (smallest := int(window.min())) < 0:
         raise UserError(f"{name} holds the negative token id {smallest}: tokenise the text again")
+
+
+def beyond_tokenizer(name: str, largest: int, size: int) -> str:
+    """What to tell of tokens that a tokenizer did not make."""
+    return (
+        f"{name} holds the token id {largest}, and data.tokenizer has {size} tokens: set "
+        "data.tokenizer to what made the tokens, or leave it out"
+    )
 
 
 class IndexedRows:
@@ -122,12 +178,14 @@ class IndexedRows:
         vocab: int,
         span: tuple[int, int] | None = None,
         shuffle: tuple[int, int] | None = None,
+        known: int | None = None,
     ) -> None:
-        """`span` is (first, last), by default all; `shuffle` is (seed, source index)."""
-        self._tokens, self._seq_len, self._vocab = tokens, seq_len, vocab
-        self._first, self._last = span or (0, len(tokens.tokens))
-        self._shuffle = shuffle
-        size = self._last - self._first
+        """`span` is (first, last), by default all; `shuffle` is (seed, source index).
+
+        `known` is the size of the tokenizer that is said to have made the tokens.
+        """
+        first, last = span or (0, len(tokens.tokens))
+        size = last - first
         if size < 2:
             raise UserError(f"{tokens.name} is an empty corpus: give a source that holds text")
         if size <= seq_len:
@@ -135,27 +193,53 @@ class IndexedRows:
                 f"{tokens.name} has {size} tokens, too few for one row of train.seq_len = "
                 f"{seq_len}: give more text, or set train.seq_len = {size - 1} or less"
             )
-        self.rows = (size - 1) // seq_len
-        self._permutation = Permutation(self.rows)
+        rows = (size - 1) // seq_len
+        self._set(tokens, seq_len, vocab, (first, last), shuffle, known, rows)
 
-    def _offset(self, sample: int) -> int:
+    def _set(
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        vocab: int,
+        span: tuple[int, int],
+        shuffle: tuple[int, int] | None,
+        known: int | None,
+        rows: int,
+    ) -> None:
+        self._tokens, self._seq_len, self._vocab = tokens, seq_len, vocab
+        self._first, self._last = span
+        self._shuffle, self._known, self.rows = shuffle, known, rows
+        self._permutation = Permutation(rows)
+
+    def _row(self, sample: int) -> int:
+        """The row that a sample is, a pure function of the seed and the sample."""
         epoch, row = divmod(sample, self.rows)
-        if self._shuffle is not None:
-            row = self._permutation(row, (*self._shuffle, epoch))
-        return self._first + row * self._seq_len
+        return row if self._shuffle is None else self._permutation(row, (*self._shuffle, epoch))
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """See `Rows.batch`; any indices in any order."""
-        offsets = [self._offset(sample) for sample in samples]
-        return cut(self._tokens, offsets, self._seq_len, self._vocab)
+        offsets = [self._first + self._row(sample) * self._seq_len for sample in samples]
+        return cut(self._tokens, offsets, self._seq_len, self._vocab, self._known)
 
     def state(self) -> dict[str, Any]:
-        """The number of rows, by which other data are noticed."""
-        return {"rows": self.rows}
+        """The number of rows and a hash of the tokens, by which other data are noticed."""
+        return {"rows": self.rows, "content": self._tokens.content}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to restore; UserError if the number of rows has changed."""
-        if state != self.state():
+        """Nothing to restore; UserError if the number of rows or the tokens have changed."""
+        here = self.state()
+        if state.get("content", here["content"]) != here["content"] and state["rows"] == self.rows:
+            raise UserError(
+                f"{self._tokens.name} holds other tokens than when the run was saved: restore the "
+                "data and data.tokenizer (where they lie does not matter), or start a new run"
+            )
+        if state.get("packing") != here.get("packing"):
+            raise UserError(
+                f"{self._tokens.name} was read with data.packing = "
+                f"{state.get('packing', 'stream')!r} when the run was saved: set it to that, or "
+                "start a new run"
+            )
+        if state.get("rows") != self.rows:
             raise UserError(
                 f"{self._tokens.name} gives {self.rows} rows, but {state.get('rows')} when the "
                 "run was saved, so their order would differ: restore the data, train.seq_len and "

@@ -7,16 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from colonnade.launcher.corpus.documents import chunks, encode_documents
+from colonnade.launcher.corpus.files import source_name
 from colonnade.launcher.corpus.rows import Batch, Tokens, cut
-from colonnade.launcher.corpus.sources import (
-    Document,
-    chunks,
-    encode_documents,
-    examples,
-    load_dataset,
-    source_name,
-    to_document,
-)
+from colonnade.launcher.corpus.sources import open_reader
 from colonnade.launcher.corpus.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import SourceConfig
@@ -26,7 +20,7 @@ _FIRST = np.zeros(1, np.int64)  # the starts of a single document
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokenised documents, and the state of the data set from which they are read again."""
+    """Tokenised documents, and the position from which they are read again."""
 
     before: dict[str, Any] | None
     documents: Tokens
@@ -42,7 +36,7 @@ class StreamRows:
     must increase; rows between them are read and dropped. The documents of one pass follow
     those of the last in the same rows.
 
-    The state is where the data set was before the chunk of documents that holds the next row,
+    The state is the reader's position before the chunk of documents that holds the next row,
     how many of that chunk's tokens come before the row, and the row's number: resuming
     tokenises that one chunk again. It is good for any rank that goes on with later rows.
     """
@@ -54,11 +48,17 @@ class StreamRows:
     ) -> None:
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._vocab = seq_len, vocab
-        self._dataset = load_dataset(source, streaming=True)
+        self._documents = open_reader(source, resumable=True)
         self.load_state({"stream": None, "skip": 0, "row": 0})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on before the row where `state` was taken."""
+        """Goes on before the row where `state` was taken; UserError under another tokenizer."""
+        if state.get("encoding", self._tokenizer.encoding) != self._tokenizer.encoding:
+            raise UserError(
+                f"{source_name(self._source)} was read by another tokenizer (data.tokenizer, "
+                "data.eod, data.bos, data.special_tokens) when the run was saved: restore it, or "
+                "start a new run"
+            )
         self._row: int = state["row"]
         self._chunks: deque[_Chunk] = deque()
         self._held = 0  # tokens in the chunks
@@ -69,7 +69,12 @@ class StreamRows:
     def state(self) -> dict[str, Any]:
         """See the class; belongs to the row after the last one handed out."""
         stream = self._chunks[0].before if self._chunks else self._position
-        return {"stream": stream, "skip": self._skip, "row": self._row}
+        return {
+            "stream": stream,
+            "skip": self._skip,
+            "row": self._row,
+            "encoding": self._tokenizer.encoding,
+        }
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """See `Rows.batch`; ValueError if the samples do not increase from call to call."""
@@ -112,16 +117,15 @@ class StreamRows:
         return _join(parts)
 
     def _read(self, position: dict[str, Any] | None) -> Iterator[_Chunk]:
-        """Chunks from a state of the data set on; None is its start."""
+        """Chunks from a position of the documents on; None is their start."""
         name, masked = source_name(self._source), self._source.prompt is not None
         while True:
-            self._dataset.load_state_dict(position)
             found = position is not None
-            for documents in chunks(self._documents()):
+            for documents in chunks(self._documents.documents(position)):
                 found = True
                 encoded = encode_documents(documents, self._tokenizer, masked)
                 parts = [Tokens(name, tokens, _FIRST, mask) for tokens, mask in encoded]
-                before, position = position, self._dataset.state_dict()
+                before, position = position, self._documents.position()
                 self._position = position
                 yield _Chunk(before, _join(parts))
             if not found:
@@ -129,11 +133,6 @@ class StreamRows:
                     f"data.sources: {name} is an empty corpus: give a source that holds text"
                 )
             position = None
-
-    def _documents(self) -> Iterator[Document]:
-        for example in examples(self._source, self._dataset):
-            if (document := to_document(self._source, example, "")).text:
-                yield document
 
 
 def _slice(whole: Tokens, first: int, last: int) -> Tokens:

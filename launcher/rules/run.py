@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from colonnade.launcher.corpus.tokenizer import ByteTokenizer
+from colonnade.launcher.corpus.tokenizer import ByteTokenizer, far_above
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.rules.base import Rules
@@ -48,13 +48,28 @@ def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             yield Fault(field, source.path, remedy)
 
 
-@RULES.add("data.tokenizer", "data.sources")
+@RULES.add("model.vocab", "data.tokenizer", "data.sources")
 def vocabulary(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The embedding has a row for every token the byte tokenizer makes."""
+    """The embedding has a row for every token the byte tokenizer makes, and no crowd of others."""
     if r.data.tokenizer_name == "bytes" and r.model.vocab < ByteTokenizer.size:
         size = ByteTokenizer.size
         remedy = f"the tokenizer `bytes` has {size} tokens; set model.vocab to at least that"
         yield Fault("model.vocab", r.model.vocab, remedy)
+    by_default = r.data.tokenizer is None and r.data.tokenizer_name == "bytes"
+    if by_default and far_above(r.model.vocab, ByteTokenizer.size):
+        remedy = f"by default text is read as bytes, {ByteTokenizer.size} tokens, and model.vocab "
+        remedy += f"= {r.model.vocab}; set data.tokenizer to a tokenizer.json, or to bytes if it is"
+        yield Fault("data.tokenizer", None, f"{remedy} meant so")
+
+
+@RULES.add("data.sources")
+def packing(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Documents are kept whole where all their lengths are known."""
+    if r.data.packing == "whole" and any(source.stream for source in r.data.sources):
+        remedy = "a stream's documents are not known before they are read; leave out stream, so "
+        yield Fault(
+            "data.packing", "whole", f"{remedy}that it is indexed, or set data.packing to stream"
+        )
 
 
 @RULES.add("data.tokenizer", "data.sources")

@@ -1,5 +1,6 @@
 """Token files: megatron-core reads what we write and we read what it writes; broken files."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -158,3 +159,18 @@ def test_a_missing_file_is_named(written: Path, ending: str) -> None:
     written.with_suffix(ending).unlink()
     with pytest.raises(UserError, match=rf"cannot read .*d\{ending}: No such file"):
         read_indexed(written)
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened_is_named(written: Path) -> None:
+    opened = read_indexed(written)
+    whole = opened.tokens.tolist()
+    path = written.with_suffix(".bin")
+    os.truncate(path, 20)
+    assert opened.tokens[:10].tolist() == whole[:10]
+    with pytest.raises(
+        UserError, match=rf"d\.bin was cut short .* holds 20 bytes of {2 * len(whole)}"
+    ):
+        opened.tokens[5:11]
+    assert opened.mask is not None
+    written.with_suffix(".mask").unlink()  # it stays open
+    assert opened.mask.tolist() == [1] * len(whole)

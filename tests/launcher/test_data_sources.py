@@ -3,10 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from colonnade.launcher.corpus import Data, open_data, prepare_data, read_indexed, tokenise
+from colonnade.launcher.corpus import (
+    Data,
+    open_data,
+    prepare_data,
+    read_indexed,
+    source_fingerprint,
+    tokenise,
+)
 from colonnade.launcher.corpus.rows import Tokens, cut
 from colonnade.launcher.corpus.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
@@ -124,10 +131,10 @@ def test_the_standard_library_is_split_by_file() -> None:
     ]
     texts = [text for text in texts if text]
     found: list[list[bytes]] = []
-    [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
+    [entry] = entries()
     for part in ("train", "validation"):
         tokens = read_indexed(entry / part)
-        whole = tokens.tokens.astype(np.uint8).tobytes()
+        whole = tokens.tokens[:].astype(np.uint8).tobytes()
         bounds = [*tokens.starts.tolist(), len(whole)]
         found.append([whole[a : b - 1] for a, b in pairwise(bounds)])
     assert sorted(found[0] + found[1]) == sorted(texts)
@@ -143,6 +150,11 @@ open_data(Recipe()).train.batch([0, 1])
 print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules)))
 """
     assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == ["[]"]
+
+
+def entries() -> list[Path]:
+    """The folders of the cache that hold tokens."""
+    return [path.parent for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("source.json")]
 
 
 def write_lines(path: Path, count: int) -> SourceConfig:
@@ -186,45 +198,101 @@ def test_the_cache_is_used_until_something_changes(tmp_path: Path) -> None:
     cache = tmp_path / "elsewhere"
     source = write_lines(tmp_path / "a.jsonl", 50)
 
-    def entries(**options: Any) -> int:
+    def count(**options: Any) -> int:
         prepare_data(recipe(source, **{"cache": str(cache), **options}))
-        return len(list(cache.iterdir()))
+        return len(list(cache.glob("*/source.json")))
 
-    assert entries() == 1
-    [entry] = cache.iterdir()
+    assert count() == 1
+    [entry] = (path.parent for path in cache.glob("*/source.json"))
     before = entry.stat().st_mtime_ns
-    assert entries() == 1
-    assert entries(seq_len=4) == 1
+    assert count() == 1
+    assert count(seq_len=4) == 1
     assert entry.stat().st_mtime_ns == before
-    assert entries(validation=0.3) == 2
+    assert count(validation=0.3) == 2
     write_lines(tmp_path / "a.jsonl", 51)
-    assert entries() == 3
+    assert count() == 3
     source = source.model_copy(update={"weight": 3.0})
-    assert entries() == 3
-    assert not list(cache.glob("*.tmp"))
+    assert count() == 3
+    assert not list(cache.rglob("*.tmp"))
 
 
-def test_callers_at_the_same_time_do_not_harm_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 50)
+    program = f"""
+import sys, time
+from pathlib import Path
+from colonnade.launcher.corpus import cache, opening
+from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+write = cache._write_split
+def slowly(*arguments):
+    while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 3:  # all have asked by then
+        time.sleep(0.01)
+    return write(*arguments)
+cache._write_split = slowly
+Path({str(tmp_path)!r}, f"ready-{{sys.argv[1]}}").touch()
+recipe = Recipe(data=DataConfig(sources=(SourceConfig(path={source.path!r}),)),
+                train=TrainConfig(seq_len=8))
+print(opening.open_data(recipe).train.batch([0]).tokens.tolist())
+"""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in ended}) == 1
+    assert ended[0][0].startswith("[[")
+    told = "".join(err for _, err in ended)
+    assert told.count("50 documents") == 1
+    assert told.count("tokenising") == 1
+    [entry] = entries()
+    assert {path.name for path in entry.iterdir()} == {
+        "source.json",
+        *(f"{part}{end}" for part in ("train", "validation") for end in (".bin", ".idx")),
+        *(f"{part}.record.json" for part in ("train", "validation")),
+    }
+
+
+def test_what_moved_is_known_by_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", 50)
+    rows = open_data(recipe(source)).train
+    assert "tokenising" in capsys.readouterr().err
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "moved" / "b.jsonl")
+    moved = SourceConfig(format="jsonl", path=str(tmp_path / "moved" / "b.jsonl"))
+    again = open_data(recipe(moved)).train
+    assert "tokenising" not in capsys.readouterr().err
+    again.load_state(rows.state())
+    assert source_fingerprint(moved) == source_fingerprint(write_lines(tmp_path / "a.jsonl", 50))
+    # As many documents and rows of other text are other data.
+    text = (tmp_path / "a.jsonl").read_text().replace("document", "dokument")
+    (tmp_path / "a.jsonl").write_text(text)
+    assert source_fingerprint(moved) != source_fingerprint(source)
+    other = open_data(recipe(source)).train
+    assert "tokenising" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds other tokens than when the run was saved"):
+        other.load_state(rows.state())
+    other.load_state({"rows": rows.rows})  # saved before content was
+
+
+def test_progress_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from colonnade.launcher.corpus import cache
 
-    source = write_lines(tmp_path / "a.jsonl", 50)
-    written: list[Data] = []
-    write: Callable[..., Any] = cache._write_split
-
-    def overtaken(*arguments: Any) -> Any:
-        monkeypatch.setattr(cache, "_write_split", write)
-        written.append(open_data(recipe(source)))
-        return write(*arguments)
-
-    monkeypatch.setattr(cache, "_write_split", overtaken)
-    second = open_data(recipe(source))
-    assert second.train.batch([0, 1]).tokens.equal(written[0].train.batch([0, 1]).tokens)
-    [entry] = (Path(os.environ["XDG_CACHE_HOME"]) / "colonnade").iterdir()
-    assert {path.name for path in entry.iterdir()} == {
-        "source.json", "train.bin", "train.idx", "validation.bin", "validation.idx"
-    }  # fmt: skip
+    monkeypatch.setattr(cache, "_TELL_EVERY", 0.0)
+    open_data(recipe(write_lines(tmp_path / "a.jsonl", 600)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
+    assert [re.findall(r"([\d,]+) documents|, (\d+%)", line)[0][0] for line in lines] == [
+        "256", "512", "600"
+    ]  # fmt: skip
+    assert lines[-1].endswith("100%")
 
 
 def test_tokenise_does_not_overwrite_unasked(tmp_path: Path) -> None:
@@ -290,12 +358,19 @@ def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_
 def test_a_missing_column_is_named(corpus: Path) -> None:
     path = str(corpus / "jsonl")
     message = fault(SourceConfig(format="jsonl", path=path, column="body"))
-    assert f"column = 'body', but jsonl '{path}' has the columns 'prompt', 'text'" in message
+    assert f"column = 'body', but {path}/a.jsonl, line 1 has the columns 'prompt', " in message
     message = fault(SourceConfig(format="jsonl", path=path, prompt="question"))
     assert "prompt = 'question', but" in message
     message = fault(SourceConfig(format="jsonl", path=path, column="number"))
     assert "column = 'number'" in message
-    assert "holds int, not text" in message
+    assert "holds a number, not text" in message
+    path = str(corpus / "parquet")
+    message = fault(SourceConfig(format="parquet", path=path, column="body"))
+    assert f"column = 'body', but {path}/a.parquet has the columns 'prompt', 'text'" in message
+    message = fault(SourceConfig(format="parquet", path=path, column="number"))
+    assert f"column = 'number' of {path}/a.parquet holds int64, not text" in message
+    message = fault(SourceConfig(format="hub", path=path, column="body"))
+    assert f"column = 'body', but hub '{path}' has the columns 'prompt', 'text'" in message
 
 
 def test_an_empty_corpus_is_refused_and_not_cached(tmp_path: Path) -> None:
@@ -325,6 +400,10 @@ def test_token_files_of_another_vocabulary_are_named(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", 20)
     tokenise(source, tmp_path / "out", "bytes")
     tokens = SourceConfig(format="tokens", path=str(tmp_path / "out"))
+    with pytest.raises(RecipeError, match=r"model\.vocab = 200: .*made by 'bytes' of 257 tokens"):
+        open_data(recipe(tokens, vocab=200))
+    record = tmp_path / "out.record.json"
+    record.rename(tmp_path / "kept")
     data = open_data(recipe(tokens, vocab=200))
     with pytest.raises(UserError, match=r"out\.bin holds the token id 256, but model\.vocab = 200"):
         data.train.batch(range(data.train.rows or 0))
@@ -334,13 +413,20 @@ def test_token_files_of_another_vocabulary_are_named(tmp_path: Path) -> None:
         open_data(recipe(SourceConfig(format="tokens")))
 
 
-def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_name_the_extra(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_lines(tmp_path / "a.jsonl", 2)
     (tmp_path / "t.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'colonnade[text]'" in fault(source)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install 'colonnade[text]'" in fault(source, tokenizer=str(tmp_path / "t.json"))
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    for library in ("datasets", "tokenizers", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, library, None)
+    open_data(recipe(source)).train.batch([0])  # needs none of them
+    hint = "pip install 'colonnade[text]'"
+    assert hint in fault(source, tokenizer=str(tmp_path / "t.json"))
+    assert hint in fault(SourceConfig(format="hub", path="x"))
+    assert hint in fault(SourceConfig(format="parquet", path=str(corpus / "parquet")))
+    assert hint in fault(SourceConfig(format="jsonl", path=str(tmp_path / "a.zst")))
 
 
 def test_loss_masks_reach_the_labels(corpus: Path) -> None:

@@ -207,6 +207,21 @@ def test_a_fault_while_reading_ahead_reaches_the_consumer() -> None:
             next(batches)
 
 
+def test_a_fault_is_told_before_its_batch_is_asked_for() -> None:
+    rows = Slow(fail_at=2)
+    rows.gate.release(10)
+    with Prefetcher(rows, iter([[0], [1], [2], [3]])) as batches:
+        assert batches.fault(1) is None
+        assert batches.fault(2) is None
+        assert next(batches).tokens.tolist() == [[0]]
+        assert str(batches.fault(2)) == "no more"
+        assert next(batches).tokens.tolist() == [[1]]
+        assert batches.state() == {"read": 2}
+        with pytest.raises(UserError, match="no more"):
+            next(batches)
+        assert batches.fault(1) is None  # at its end
+
+
 def test_closing_ends_the_thread() -> None:
     before = threading.active_count()
     rows = Slow()

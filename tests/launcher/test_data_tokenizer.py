@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_sentencepiece_style_tokens_count_their_text(tmp_path: Path) -> None:
     assert ours.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
 
 
-@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"])
 def test_the_end_of_a_document_is_found(end: str, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(train(tmp_path / "t.json", True, ("<pad>", end))))
     assert tokenizer.eod == 1
@@ -102,7 +104,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.json' is not a tokenizer\.json"):
         open_tokenizer(str(tmp_path / "bad.json"))
     train(tmp_path / "endless.json", True, ("<pad>",))
-    with pytest.raises(UserError, match="no end-of-document token: add one of"):
+    with pytest.raises(UserError, match=r"no end-of-document token .*set data\.eod to"):
         open_tokenizer(str(tmp_path / "endless.json"))
 
 
@@ -111,3 +113,130 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     changed = train(tmp_path / "c.json", True, ("<eos>",))
     marks = [open_tokenizer(str(path)).fingerprint for path in (one, two, changed)]
     assert marks[0] == marks[1] != marks[2]
+
+
+def folder(path: Path, files: dict[str, object], special: tuple[str, ...]) -> Path:
+    """A tokenizer's folder, as published."""
+    path.mkdir()
+    train(path / "tokenizer.json", True, special)
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+SPECIAL = ("<pad>", "<s>", "<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("files", "eod"),
+    [
+        ({}, 3),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, 2),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, 2),
+        ({"generation_config.json": {"eos_token_id": 2}}, 2),
+        ({"generation_config.json": {"eos_token_id": [2, 3]}}, 2),
+        ({"special_tokens_map.json": {"eos_token": "<pad>"}}, 0),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": None},
+                "generation_config.json": {"eos_token_id": 2},
+            },
+            2,
+        ),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": "<pad>"},
+                "generation_config.json": {"eos_token_id": 2},
+            },
+            0,
+        ),
+    ],
+)
+def test_the_tokenizers_files_tell_the_end(
+    files: dict[str, object], eod: int, tmp_path: Path
+) -> None:
+    path = folder(tmp_path / "published", files, SPECIAL)
+    for name in (path, path / "tokenizer.json"):
+        tokenizer = open_tokenizer(str(name))
+        assert (tokenizer.eod, tokenizer.bos) == (eod, None)
+    assert open_tokenizer(str(path), eod="<|im_end|>", bos="<s>").eod == 2
+    assert open_tokenizer(str(path), eod="<|im_end|>", bos="<s>").bos == 1
+    assert open_tokenizer(str(path)).fingerprint == tokenizer.fingerprint
+
+
+def test_an_end_that_is_no_token_is_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", {"tokenizer_config.json": {"eos_token": "<none>"}}, SPECIAL)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json names '<none>' .*set data\.eod"):
+        open_tokenizer(str(path))
+    path = folder(tmp_path / "b", {"generation_config.json": {"eos_token_id": 10**6}}, SPECIAL)
+    with pytest.raises(UserError, match=r"generation_config\.json names 1000000"):
+        open_tokenizer(str(path))
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json is not JSON"):
+        open_tokenizer(str(path))
+    with pytest.raises(UserError, match=r"data\.eod = '<none>': .* no such token"):
+        open_tokenizer(str(path), eod="<none>")
+    with pytest.raises(UserError, match=r"data\.bos = '<none>': .* no such token"):
+        open_tokenizer(str(path), eod="<pad>", bos="<none>")
+    with pytest.raises(UserError, match=r"data\.bos = '<s>': the tokenizer `bytes`"):
+        open_tokenizer("bytes", bos="<s>")
+
+
+def models() -> Iterator[Any]:
+    """Small tokenizers of every model, some of which find special tokens in their vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = ["a", "<", "/", "s", ">", "/s>"]
+    yield Tokenizer(models.BPE({c: i for i, c in enumerate(["[UNK]", *letters])}, []))
+    pieces = [("[UNK]", 0.0), ("</s>", 0.0), *((c, -2.0) for c in letters)]
+    yield Tokenizer(models.Unigram(pieces, 0))
+    words = ["[UNK]", "</s>", *letters]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    yield tokenizer
+    tokenizer = Tokenizer(models.WordPiece({c: i for i, c in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    yield tokenizer
+
+
+def test_the_spelling_of_a_special_token_is_text(tmp_path: Path) -> None:
+    for number, tokenizer in enumerate(models()):
+        tokenizer.add_special_tokens(["[UNK]", "</s>"])
+        tokenizer.save(str(tmp_path / f"{number}.json"))
+        text = "a</s>a </s> a"
+        ours = open_tokenizer(str(tmp_path / f"{number}.json"))
+        [ids] = ours.encode([text])
+        assert ours.eod not in ids
+        assert len(ids) >= 4
+        allowing = open_tokenizer(str(tmp_path / f"{number}.json"), special_tokens=True)
+        assert allowing.encode([text])[0].count(allowing.eod) == 2
+        assert ours.encoding != allowing.encoding
+        # A text without such a spelling is as the library has it.
+        assert ours.encode(["a s a"]) == [tokenizer.encode("a s a", add_special_tokens=False).ids]
+
+
+def test_random_texts_with_special_tokens_in_them_survive(tmp_path: Path) -> None:
+    path = train(tmp_path / "t.json", True, ("<|endoftext|>", "<|x|>"))
+    tokenizer = open_tokenizer(str(path))
+    g = random.Random(1)
+    parts = ["<|endoftext|>", "<|x|>", "<|", "a", " ", "\n", "漢", "|>"]
+    samples = ["".join(g.choices(parts, k=g.randrange(9))) for _ in range(100)]
+    for sample, ids in zip(samples, tokenizer.encode(samples), strict=True):
+        assert not {0, 1} & set(ids)
+        assert tokenizer.decode(ids) == sample
+
+
+def test_spelt_special_tokens_are_encoded_as_a_vocabulary_without_them_does(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["<|endoftext|> a<|endoftext|>"] * 9, trainer)
+    text = "one <|endoftext|> a<|endoftext|>b"
+    expected = tokenizer.encode(text).ids
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert open_tokenizer(str(tmp_path / "t.json")).encode([text]) == [expected]
+    assert len(expected) < len(text)  # merged within the spelling

@@ -235,6 +235,9 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
      "optimizer.min_lr", "{f}=0.001"),
     ("source_paths", "data.sources.0.format=jsonl", None, "data.sources.0.path", "{f}=a.jsonl"),
     ("vocabulary", "model.vocab=256", None, "model.vocab", "{f}=257"),
+    ("vocabulary", "model.vocab=128256", None, "data.tokenizer", "{f}=bytes"),
+    ("packing", "data.packing=whole data.sources.0.path=a data.sources.0.stream=true", None,
+     "data.packing", "{f}=stream"),
     ("sampling", "data.sources.0.format=tokens data.sources.0.path=a model.vocab=1000 "
      "train.sample=9", None, "train.sample", "data.tokenizer=tokenizer.json"),
 ]  # fmt: skip
