@@ -140,7 +140,8 @@ def test_files_of_transformers(name: str, tmp_path: Path) -> None:
     written = to_theirs(table, config, ours)
     assert same(written, saved)
     save_file({n: t.contiguous() for n, t in written.items()}, tmp_path / "model.safetensors")
-    again = type(theirs).from_pretrained(tmp_path, dtype=torch.float64)
+    with fp64():  # some versions build routers in fp32 whatever dtype is asked for
+        again = type(theirs).from_pretrained(tmp_path, dtype=torch.float64)
     assert same(again.state_dict(), theirs.state_dict())
 
 
