@@ -66,6 +66,9 @@ class AttentionOptions(Options):
     kv_rank: int = Field(128, ge=1, description="mla: latent of keys and values")
     rope_dim: int = Field(32, ge=2, description="mla: channels with positions, beside head_dim")
     value_dim: int | None = Field(None, ge=1, description="mla: width of values; default: head_dim")
+    latent_norm_eps: float | None = Field(
+        None, gt=0, description="mla: norm_eps of the latents' norms; default: norm_eps"
+    )
     positions: Literal["rope", "none"] = "rope"
     rope_theta: float = Field(10000.0, gt=0)
     rope_fraction: float = Field(1.0, gt=0, le=1, description="gqa: share of channels rotated")
