@@ -120,6 +120,15 @@ def symbols_of(kinds: Iterable[str], names: Mapping[str, str], field: str) -> st
 
 # Tensors of modules for further tokens, of which transformers has no code: where their names start.
 FURTHER = "mtp.", "modules that predict further tokens"
+
+
+def leave_out_further(f: Fields) -> None:
+    """Tell of modules for further tokens that their config counts, and that are not read."""
+    count = f.integer("num_nextn_predict_layers", default=0)
+    if count:
+        f.tell(f"num_nextn_predict_layers = {count} is left out: {FURTHER[1]} are not read")
+
+
 # Fields of training alone, which no config of theirs carries: they are the recipe's to choose.
 TRAINING = frozenset(
     [
@@ -198,10 +207,17 @@ def function_of(config: ModelConfig) -> dict[str, Any]:
         fields["delta_key_heads"] = c.delta_key_heads or heads
         fields["delta_value_dim"] = c.delta_value_dim or c.delta_key_dim
     if c.has("E", "T"):
-        fields["expert_ffn"] = c.expert_ffn or c.ffn
-    if c.has("E") and c.router_top_groups in (None, c.router_groups):
-        _drop(fields, "router_groups router_top_groups")
+        _experts(fields, c)
     return fields
+
+
+def _experts(fields: dict[str, Any], c: ModelConfig) -> None:
+    """The fields of experts in one spelling."""
+    fields["expert_ffn"] = c.expert_ffn or c.ffn
+    if c.top_k == 1:
+        _drop(fields, "router_normalise")
+    if c.router_top_groups in (None, c.router_groups):
+        _drop(fields, "router_groups router_top_groups")
 
 
 def _attention(fields: dict[str, Any], c: ModelConfig) -> None:

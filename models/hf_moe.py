@@ -144,7 +144,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": c.expert_ffn or c.ffn,
         "num_experts": c.experts,
         "num_experts_per_tok": c.top_k,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
         "use_sliding_window": c.window is not None,
@@ -236,7 +236,8 @@ def read_deepseek(f: Fields) -> ModelConfig:
     f.only("moe_layer_freq", 1)
     f.only("rope_interleave", True)
     heads = f.get("num_attention_heads")
-    f.only("num_key_value_heads", heads, null=heads)
+    if f.get("num_key_value_heads", default=128, null=heads) != heads:
+        raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
     dense, count = f.integer("first_k_dense_replace"), f.integer("num_hidden_layers")
     groups, top_groups = f.get("n_group"), f.get("topk_group")
     width, top_k = f.integer("moe_intermediate_size"), f.get("num_experts_per_tok")
@@ -292,7 +293,7 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.top_k,
         "n_group": c.router_groups if c.router_top_groups else 1,
         "topk_group": c.router_top_groups or 1,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "routed_scaling_factor": c.router_scale,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

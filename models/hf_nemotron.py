@@ -5,7 +5,7 @@ from typing import Any
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.hf_base import Entry, Family, entry, stacked
-from colonnade.models.hf_config import FURTHER, row, symbols_of
+from colonnade.models.hf_config import FURTHER, leave_out_further, row, symbols_of
 from colonnade.models.hf_dense import write_heads
 from colonnade.models.hf_fields import Fields, Unsupported
 from colonnade.models.hf_mamba import HARMLESS, backbone, mamba2_mixer, only_symbols, plain_ssm
@@ -43,6 +43,7 @@ def read_nemotron(f: Fields) -> ModelConfig:
         f.only(name, eps, remedy=f"but layer_norm_epsilon = {eps!r}; remove the wrong one")
     symbols, heads = nemotron_symbols(f), f.get("num_attention_heads", default=32)
     say_floor(f, symbols)
+    leave_out_further(f)
     f.only(
         "num_hidden_layers",
         len(symbols),
@@ -77,7 +78,7 @@ def say_floor(f: Fields, symbols: str) -> None:
         f.tell(
             f"time_step_min = {floor!r} is not used: transformers' PyTorch path holds dt above it, "
             "which Nemotron-H's own code and Megatron do not, so logits differ from transformers' "
-            "wherever a dt is smaller (by about 5e-4 at 0.001)"
+            "wherever a dt is smaller (at 0.001 by about 5e-4 to 1e-3 of the largest)"
         )
 
 
@@ -133,7 +134,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": c.expert_ffn or c.ffn,
         "moe_shared_expert_intermediate_size": c.shared_ffn,
         "n_shared_experts": 1,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "routed_scaling_factor": c.router_scale,
         "n_group": c.router_groups if c.router_top_groups else 1,
         "topk_group": c.router_top_groups or 1,
@@ -226,7 +227,6 @@ FAMILIES = {
                 "rope_scaling": (),
                 "rope_parameters": (),
                 "partial_rotary_factor": (),
-                "num_nextn_predict_layers": (),
             },
         ),
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.hf_base import Entry, Family, entry
-from colonnade.models.hf_config import FURTHER, read_rope, row, symbols_of
+from colonnade.models.hf_config import FURTHER, leave_out_further, read_rope, row, symbols_of
 from colonnade.models.hf_dense import (
     BEFORE,
     Block,
@@ -25,6 +25,7 @@ QWEN3_NEXT = {"linear_attention": "G", "full_attention": "*"}
 
 def read_qwen3_next(f: Fields) -> ModelConfig:
     """Qwen3-Next's fields."""
+    leave_out_further(f)
     f.only("attention_bias", False)
     f.only("attention_dropout", 0.0)
     f.only("hidden_act", "silu")
@@ -91,7 +92,7 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.top_k,
         "moe_intermediate_size": c.expert_ffn or c.ffn,
         "shared_expert_intermediate_size": c.shared_ffn,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
     }
     return {
         **write_common(c),
@@ -172,7 +173,7 @@ FAMILIES = {
             partial(qwen3_next, True),
             left_out=(FURTHER,),
             harmless=QWEN3_NEXT_EXPERTS,
-            inert={"use_qk_norm": (True,), "num_nextn_predict_layers": ()},
+            inert={"use_qk_norm": (True,)},
         ),
     )
 }
