@@ -85,6 +85,9 @@ class Head(Part):
 class Decoder(nn.Module):
     """A decoder over a pattern of sub-blocks, written for one device.
 
+    It is made without weights, on the meta device, and refuses to compute until it has some:
+    `parallel.materialise` has `new_decoder`, of first weights, and `load_decoder`, of given ones.
+
     `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
     a memory, as in generation, sequences are not shared.
     """
@@ -119,7 +122,15 @@ class Decoder(nn.Module):
             the objective, summed over valid tokens, a scalar in at least fp32: the negative log
             likelihood and what `context.extras` then names; without labels the logits `[S, B, V]`.
             Where ranks share a sequence, both are those of this rank's part.
+
+        Raises:
+            RuntimeError: the model has no weights.
         """
+        if self.embedding.weight.is_meta and not tokens.is_meta:
+            raise RuntimeError(
+                "the model has no weights yet: build it by new_decoder(config, seed) or "
+                "load_decoder(config, tensors) of colonnade.parallel.materialise"
+            )
         training = labels is not None and torch.is_grad_enabled()
         if training and self.config.has("T"):
             tokens, context = doubled(tokens, context)
