@@ -95,13 +95,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, loss_chunk: int = 1024) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config)
-        distinct = len(config.pattern) if config.share else len(config.symbols)
-        self.wiring = Wiring(config, config.symbols, distinct)
-        self.head = Head(config, loss_chunk)
         self.mine: Callable[[Tensor], Tensor] = same
-        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
-        reparametrise(self)
+        distinct = len(config.pattern) if config.share else len(config.symbols)
+        with torch.device("meta"):  # so that nobody computes with what memory held
+            self.embedding = Embedding(config)
+            self.wiring = Wiring(config, config.symbols, distinct)
+            self.head = Head(config, loss_chunk)
+            self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
+            reparametrise(self)
 
     def wirings(self) -> Iterator[Wiring]:
         """All rows of sub-blocks: the model's own, and those of the further tokens' modules."""

@@ -119,11 +119,10 @@ class Part(nn.Module):
     ) -> None:
         """Register the parameter `name`, to be filled by `fill` wherever its shards lie.
 
-        It stands on the meta device until then, so that nobody computes with what memory held.
         `split` says how ranks may share it. `decay` says whether weight decay acts on it; by
         default on whatever has two dimensions.
         """
-        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+        self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.fills[name], self.roles[name] = fill, role
         if split is not None:
             self.splits[name] = split
@@ -132,7 +131,7 @@ class Part(nn.Module):
 
     def declare_state(self, name: str, shape: tuple[int, ...], value: float) -> None:
         """Register a buffer: fp32 state beside the parameters, whole on every rank, saved."""
-        self.register_buffer(name, torch.empty(shape, device="meta"))
+        self.register_buffer(name, torch.empty(shape))
         self.fills[name] = constant(value)
 
     def change(self, name: str, change: Change) -> None:
