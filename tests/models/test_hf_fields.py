@@ -5,6 +5,7 @@ field matters. Ours either has the same logits, or refuses the field by name; wh
 config changes, neither do transformers' logits.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,11 +99,11 @@ def changes(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def made(theirs: Any, config: dict[str, Any]) -> Any:
-    """Transformers' model of another config; None if it makes none."""
+    """Transformers' model of another config (it alters tables in place); None if it makes none."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     try:
         with fp64():
-            return type(theirs)(type(theirs.config).from_dict(dict(config), **eager))
+            return type(theirs)(type(theirs.config).from_dict(copy.deepcopy(config), **eager))
     except Exception:  # whatever is wrong with it
         return None
 
@@ -182,7 +183,7 @@ def test_every_absent_field(name: str) -> None:
         if isinstance(ours, Unsupported) or field in RUN:
             continue
         try:
-            full = type(theirs.config).from_dict(dict(config)).to_dict()
+            full = type(theirs.config).from_dict(copy.deepcopy(config)).to_dict()
         except StrictDataclassError:  # sizes that do not fit each other
             continue
         expected = ours_or_refusal(theirs, full)

@@ -1,5 +1,6 @@
 """Folders as they are published: what is read, what is left out and said, what is refused."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -111,7 +112,9 @@ def test_logits_of_published_fields(build: Any, change: dict[str, Any]) -> None:
     theirs = build()
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with fp64():
-        changed = type(theirs.config).from_dict(theirs.config.to_dict() | change, **eager)
+        changed = type(theirs.config).from_dict(
+            theirs.config.to_dict() | copy.deepcopy(change), **eager
+        )
         other = type(theirs)(changed)
     config = oracle.family(theirs).config_from(theirs.config.to_dict() | change)
     config = config.model_copy(update={"mtp": 0})
