@@ -134,11 +134,27 @@ def within_capacity(chosen: Tensor, experts: int, factor: float, samples: int) -
     return kept.view(B, S, k).transpose(0, 1)
 
 
+def best_experts(probabilities: Tensor, top_k: int) -> Tensor:
+    """Choose by score alone, whatever bias and groups steer the router's own choice.
+
+    DeepSeek-V3's sequence-wise loss counts these (arXiv:2412.19437, eq. 18: the top k of s_{j,t}
+    over all experts), as does Megatron.
+
+    Args:
+        probabilities: `[..., E]`, of `route`.
+
+    Returns:
+        expert numbers `[..., k]` int64, best first.
+    """
+    return probabilities.detach().topk(top_k, dim=-1).indices
+
+
 def balance_loss(probabilities: Tensor, chosen: Tensor, samples: int) -> Tensor:
     """Load-balancing loss, summed over balance groups (arXiv:2101.03961, eqs. 4 to 6).
 
     Per group E · Σ_e f_e P_e, with f_e the share of the group's choices that fell on e, and P_e its
-    mean probability. With one sample a group it is DeepSeek-V3's sequence-wise loss.
+    mean probability. With one sample a group, and `best_experts` in place of the choices, it is
+    DeepSeek-V3's sequence-wise loss (arXiv:2412.19437, eqs. 17 to 20).
 
     Args:
         probabilities: `[S, B, E]` in at least fp32, each token's summing to 1.

@@ -90,14 +90,15 @@ STREAM = (
 )
 ATTENTION = (
     Effect("model.attention model.heads model.kv_heads model.head_dim model.q_rank model.kv_rank "
-           "model.rope_dim model.value_dim model.positions model.rope_theta model.rope_fraction "
+           "model.rope_dim model.value_dim model.latent_norm_eps model.positions model.rope_theta "
+           "model.rope_fraction "
            "model.rope_scaling model.rope_factor model.rope_original model.rope_low "
            "model.rope_high model.rope_fast model.rope_slow model.rope_mscale "
            "model.rope_mscale_all model.rope_attention_factor model.rope_truncate model.qk_norm "
            "model.window model.full_attention model.sinks model.attention_gate "
            "model.attention_cap model.clip_low model.clip_high model.ssa model.attention_conv",
            _with("*"), "without attention (`*` in model.pattern)", _ROW),
-    Effect("model.q_rank model.kv_rank model.rope_dim model.value_dim",
+    Effect("model.q_rank model.kv_rank model.rope_dim model.value_dim model.latent_norm_eps",
            lambda r: r.model.attention == "mla", "unless model.attention = mla", "model.attention"),
     Effect("model.kv_heads model.rope_fraction model.qk_norm model.attention_gate "
            "model.attention_conv",
@@ -236,6 +237,16 @@ def involved(effect: Effect, field: str) -> Iterator[str]:
     table = field.rpartition(".")[0]
     for name in effect.involves.split():
         yield name.replace("source.", f"{table}.") if name.startswith("source.") else name
+
+
+def used_alone(model: ModelConfig) -> ModelConfig:
+    """The same model, given by the fields that have an effect in it alone."""
+    while unused := {
+        f for f in model.model_fields_set if no_effect(Recipe(model=model), f"model.{f}")
+    }:
+        kept = model.model_fields_set - unused
+        model = ModelConfig(**{name: getattr(model, name) for name in kept})
+    return model
 
 
 def given(table: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:

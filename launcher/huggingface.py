@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from colonnade.launcher.effects import used_alone
 from colonnade.launcher.errors import UserError
 from colonnade.models.config import ModelConfig
 from colonnade.models.hf import FAMILIES, family_of
-from colonnade.models.hf_base import Family, Unsupported, to_ours, to_theirs, without_absent
+from colonnade.models.hf_base import (
+    Family,
+    Unsupported,
+    to_ours,
+    to_theirs,
+    unread,
+    without_absent,
+)
+from colonnade.models.hf_fields import FP8
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER = (  # files that say how text becomes tokens and how tokens are drawn
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 SHARD_BYTES = 5 * 10**9  # of a file, unless one tensor is larger
 
 
@@ -59,7 +75,7 @@ class Shards(Mapping[str, Tensor]):
         if tensor.dtype not in READABLE:
             raise UserError(
                 f"{self.folder / self.at[name]}: {name} is {tensor.dtype}; only 16, 32 and 64 bit "
-                "floating point is read: convert quantized weights first"
+                f"floating point is read; {FP8}"
             )
         return tensor
 
@@ -70,26 +86,42 @@ class Shards(Mapping[str, Tensor]):
         return len(self.at)
 
 
-def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_hf(
+    folder: str | Path, tell: Callable[[str], object] = warnings.warn
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model in a folder of Hugging Face's.
 
+    Args:
+        folder: with config.json and safetensors files.
+        tell: gets a sentence on each thing that was accepted and left out, and on what transformers
+            computes differently; by default it becomes a Python warning.
+
     Returns:
-        our config, and our tensors by name, in the dtypes of the files.
+        our config, which holds as the `[model]` table of a recipe, and our tensors by name, in the
+        dtypes of the files.
 
     Raises:
         UserError: a file is missing or broken, or there is something in it that we cannot
             represent: the message names the file and the field or tensor.
     """
+    folder = Path(folder)
     theirs = read_json(folder / CONFIG)
     family = family_in(folder, theirs)
+
+    def tell_of_folder(sentence: str) -> None:
+        tell(f"{folder}: {sentence}")
+
     with ExitStack() as stack:
         try:
-            config = family.config_from(theirs)
+            config = family.config_from(theirs, tell_of_folder)
             shards = Shards(folder, stack)
-            config = without_absent(family, config, shards)
-            return config, to_ours(family, config, shards)
+            config = without_absent(family, config, shards, tell_of_folder)
+            tensors = to_ours(family, config, shards)
         except Unsupported as error:
             raise UserError(f"{folder}: {error}") from None
+        for sentence in unread(family, shards):
+            tell_of_folder(sentence)
+        return used_alone(config), tensors
 
 
 def family_in(folder: Path, theirs: Mapping[str, Any]) -> Family:
@@ -151,11 +183,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_hf(
-    folder: Path,
+    folder: str | Path,
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     family: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    like: str | Path | None = None,
 ) -> None:
     """Write a folder that transformers reads; it appears whole or not at all.
 
@@ -165,30 +198,62 @@ def write_hf(
         tensors: ours by name, written in their dtypes.
         family: architecture, such as "LlamaForCausalLM"; None: the one that has these sub-blocks.
         shard_bytes: how large a file may become.
+        like: a folder of Hugging Face's, such as the one that the model was read from: the new one
+            has its tokenizer's files, its bos, eos and pad tokens, and its longest sequence. None:
+            no tokenizer, no such tokens, and the positions the model was scaled from.
 
     Raises:
         UserError: the folder exists or cannot be written, or no family can represent the model.
     """
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already; name a new folder")
     try:
         table = family_for(config) if family is None else family_of(family)
         fields = table.config_to(config)
         theirs = to_theirs(table, config, tensors)
+        if like is not None:
+            fields |= kept_fields(Path(like), fields)
     except Unsupported as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in theirs.values())
     fields["torch_dtype"] = dtypes.most_common(1)[0][0]
+    fields = dict.fromkeys(TOKENS) | fields  # or transformers takes its class's own numbers
     coming = folder.with_name(f"{folder.name}.coming-{os.getpid()}")
     try:
         coming.mkdir(parents=True)
         write_tensors(coming, theirs, shard_bytes)
         write_json(coming / CONFIG, fields)
+        for file in tokenizer_files(like):
+            shutil.copyfile(file, coming / file.name)
         coming.rename(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(coming, ignore_errors=True)
+
+
+def tokenizer_files(like: str | Path | None) -> list[Path]:
+    """The files in a folder of Hugging Face's that belong to its tokenizer."""
+    named = [] if like is None else [Path(like) / name for name in TOKENIZER]
+    return [file for file in named if file.is_file()]
+
+
+def kept_fields(like: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config.json in `like` that say what its tokens mean, not what it computes.
+
+    Raises Unsupported where one of its tokens is none of the new model's.
+    """
+    theirs = read_json(like / CONFIG)
+    kept = {name: theirs.get(name) for name in TOKENS}
+    for name, value in kept.items():
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not 0 <= token < fields["vocab_size"]:
+                remedy = f"of {like}, but the model has {fields['vocab_size']} tokens"
+                raise Unsupported(name, value, remedy)
+    longest = theirs.get("max_position_embeddings")
+    unscaled = not fields.get("rope_scaling") and isinstance(longest, int)
+    return kept | ({"max_position_embeddings": longest} if unscaled else {})
 
 
 def family_for(config: ModelConfig) -> Family:

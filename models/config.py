@@ -84,6 +84,9 @@ class AttentionOptions(Options):
     value_dim: Count | None = Field(
         None, ge=1, description="mla: width of values; default: head_dim"
     )
+    latent_norm_eps: float | None = Field(
+        None, gt=0, description="mla: norm_eps of the latents' norms; default: norm_eps"
+    )
     positions: Literal["rope", "none"] = Field("rope", description="rotary positions, or none")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="gqa: share of channels rotated")

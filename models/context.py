@@ -51,6 +51,11 @@ class Context:
     memory: Memory | None = None
     _cache: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_rows(cls, tokens: Tensor) -> "Context":
+        """The context of tokens `[S, B]` whose every row is one document."""
+        return cls(torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens))
+
     def at(self, index: int) -> "Context":
         """The same context, seen by the sub-block at `index`."""
         return dataclasses.replace(self, index=index)

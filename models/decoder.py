@@ -85,6 +85,9 @@ class Head(Part):
 class Decoder(nn.Module):
     """A decoder over a pattern of sub-blocks, written for one device.
 
+    It is made without weights, on the meta device, and refuses to compute until it has some:
+    `parallel.materialise` has `new_decoder`, of first weights, and `load_decoder`, of given ones.
+
     `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
     a memory, as in generation, sequences are not shared.
     """
@@ -92,13 +95,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, loss_chunk: int = 1024) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config)
-        distinct = len(config.pattern) if config.share else len(config.symbols)
-        self.wiring = Wiring(config, config.symbols, distinct)
-        self.head = Head(config, loss_chunk)
         self.mine: Callable[[Tensor], Tensor] = same
-        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
-        reparametrise(self)
+        distinct = len(config.pattern) if config.share else len(config.symbols)
+        with torch.device("meta"):  # so that nobody computes with what memory held
+            self.embedding = Embedding(config)
+            self.wiring = Wiring(config, config.symbols, distinct)
+            self.head = Head(config, loss_chunk)
+            self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
+            reparametrise(self)
 
     def wirings(self) -> Iterator[Wiring]:
         """All rows of sub-blocks: the model's own, and those of the further tokens' modules."""
@@ -119,7 +123,15 @@ class Decoder(nn.Module):
             the objective, summed over valid tokens, a scalar in at least fp32: the negative log
             likelihood and what `context.extras` then names; without labels the logits `[S, B, V]`.
             Where ranks share a sequence, both are those of this rank's part.
+
+        Raises:
+            RuntimeError: the model has no weights.
         """
+        if self.embedding.weight.is_meta and not tokens.is_meta:
+            raise RuntimeError(
+                "the model has no weights yet: build it by new_decoder(config, seed) or "
+                "load_decoder(config, tensors) of colonnade.parallel.materialise"
+            )
         training = labels is not None and torch.is_grad_enabled()
         if training and self.config.has("T"):
             tokens, context = doubled(tokens, context)

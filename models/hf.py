@@ -2,14 +2,15 @@
 
 import difflib
 
-from colonnade.models import hf_dense, hf_hybrid, hf_mamba, hf_moe
+from colonnade.models import hf_dense, hf_mamba, hf_moe, hf_nemotron, hf_qwen3_next
 from colonnade.models.hf_base import Family, Unsupported
 
 FAMILIES: dict[str, Family] = {
     **hf_dense.FAMILIES,
     **hf_moe.FAMILIES,
     **hf_mamba.FAMILIES,
-    **hf_hybrid.FAMILIES,
+    **hf_nemotron.FAMILIES,
+    **hf_qwen3_next.FAMILIES,
 }
 
 

@@ -6,7 +6,7 @@ through the same map as weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.hf_config import HARMLESS, Fields, Unsupported, function_of
+from colonnade.models.hf_config import function_of
+from colonnade.models.hf_fields import HARMLESS, INERT, Fields, Inert, Tell, Unsupported, silent
 
 __all__ = [
     "Entry",
@@ -133,7 +134,9 @@ class Family:
         copies: their tensors that are equal to another one of theirs: which one, by name. They may
             be absent, and are not written.
         ignored: ends of names of tensors that hold no weights (buffers derived from the config).
+        left_out: starts of names of tensors that transformers ignores, and what they are.
         harmless: config fields that do not alter the function, beside those of `hf_config`.
+        inert: config fields that alter nothing at these values, which is told; beside those there.
     """
 
     architecture: str
@@ -144,18 +147,25 @@ class Family:
     packed: Callable[[ModelConfig], list[Entry]] | None = None
     copies: Callable[[ModelConfig], dict[str, str]] = lambda config: tied_head(config)
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    left_out: tuple[tuple[str, str], ...] = ()
     harmless: frozenset[str] = frozenset()
+    inert: Inert = field(default_factory=dict)
 
-    def config_from(self, theirs: Mapping[str, Any]) -> ModelConfig:
-        """Our config of their dictionary; `Unsupported` names a field that we cannot represent."""
-        fields = Fields(theirs)
+    def config_from(self, theirs: Mapping[str, Any], tell: Tell = silent) -> ModelConfig:
+        """Our config of their dictionary; `Unsupported` names a field that we cannot represent.
+
+        `tell` gets a sentence on what was accepted and is not used, or is computed differently.
+        """
+        fields = Fields(theirs, tell=tell)
+        remedy = f"but {self.architecture} is of type {self.model_type!r}; mend the wrong one"
+        fields.only("model_type", self.model_type, null=self.model_type, remedy=remedy)
         try:
             config = self.read(fields)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(place) for place in first["loc"])
             raise Unsupported(name, first["input"], f"from config.json: {first['msg']}") from None
-        fields.finish(HARMLESS | self.harmless)
+        fields.finish(HARMLESS | self.harmless, {**INERT, **self.inert})
         return config
 
     def config_to(self, config: ModelConfig) -> dict[str, Any]:
@@ -176,7 +186,22 @@ def tied_head(config: ModelConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
 
 
-def without_absent(family: Family, config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+def unread(family: Family, names: Iterable[str]) -> list[str]:
+    """A sentence for each kind of tensors that transformers ignores, and that are left out."""
+    given, sentences = list(names), []
+    for start, what in family.left_out:
+        found = sorted(name for name in given if name.startswith(start))
+        if found:
+            sentences.append(
+                f"{len(found)} tensors are left out ({found[0]}, ...): {what}, which transformers "
+                f"does not read for {family.architecture} either"
+            )
+    return sentences
+
+
+def without_absent(
+    family: Family, config: ModelConfig, names: Iterable[str], tell: Tell = silent
+) -> ModelConfig:
     """The config of a checkpoint with these tensors: no `mtp` if they have no modules for it.
 
     Some are published without those modules, while their config still counts them.
@@ -188,7 +213,9 @@ def without_absent(family: Family, config: ModelConfig, names: Iterable[str]) ->
         for e in table(config):
             if any(n.startswith("mtp.") for n in e.ours) and not given.isdisjoint(e.theirs):
                 return config
-    return config.model_copy(update={"mtp": 0})
+    tell(f"config.json counts {config.mtp} modules for further tokens, and no file holds any")
+    kept = config.model_fields_set - {"mtp", "mtp_pattern"}
+    return ModelConfig(**{name: getattr(config, name) for name in kept})
 
 
 def shapes_of(config: ModelConfig, state: bool = True) -> Shapes:
@@ -236,7 +263,8 @@ def to_ours(
             another one and is not. The error's field is its name.
     """
     shapes = shapes_of(config, state)
-    left = {name for name in theirs if not name.endswith(family.ignored)}
+    unused = tuple(start for start, _ in family.left_out)
+    left = {n for n in theirs if not n.endswith(family.ignored) and not n.startswith(unused)}
     for name, original in family.copies(config).items():
         if name in left and original in left and not torch.equal(theirs[name], theirs[original]):
             raise Unsupported(name, "different weights", f"should be equal to {original}")

@@ -1,109 +1,10 @@
-"""Reading Hugging Face's config fields so that none is overlooked, and what they share."""
+"""What Hugging Face's families share in reading and writing configs: rotary positions, rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from colonnade.models.config import ModelConfig
-
-REQUIRED: Any = object()
-
-# Fields of any config.json that do not alter the function of tokens and weights.
-HARMLESS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "_name_or_path",
-        "name_or_path",
-        "auto_map",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "max_position_embeddings",
-        "pretraining_tp",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "aux_loss_alpha",
-        "seq_aux",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "torchscript",
-        "unsloth_version",
-        "_attn_implementation_autoset",
-        "experts_implementation",
-        "rescale_prenorm_residual",
-    ]
-)
-
-
-class Unsupported(ValueError):  # noqa: N818
-    """A field or tensor that one side cannot represent: its name, its value, and the remedy."""
-
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        self.field, self.value, self.remedy = field, value, remedy
-        super().__init__(f"{field} = {value!r}: {remedy}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
-        """Processes send it to each other: it is made anew from its parts."""
-        return Unsupported, (self.field, self.value, self.remedy)
-
-
-class Fields:
-    """Their config, of which every field must be read, or be known to be harmless.
-
-    A field that is null counts as absent, as with transformers. `prefix` names it in errors.
-    """
-
-    def __init__(self, theirs: Mapping[str, Any], prefix: str = "") -> None:
-        self.theirs, self.prefix = theirs, prefix
-        self.read: set[str] = set()
-
-    def get(self, *names: str, default: Any = REQUIRED) -> Any:
-        """The first of these spellings that is given; all of them count as read."""
-        self.read.update(names)
-        for name in names:
-            if self.theirs.get(name) is not None:
-                return self.theirs[name]
-        if default is REQUIRED:
-            raise Unsupported(self.prefix + names[0], None, "missing from config.json")
-        return default
-
-    def integer(self, *names: str, default: Any = REQUIRED) -> int:
-        """As `get`, for a number that is counted with: at least 0."""
-        value = self.get(*names, default=default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise Unsupported(self.prefix + names[0], value, "must be a whole number, at least 0")
-        return value
-
-    def only(self, name: str, default: Any, *allowed: Any, remedy: str = "") -> Any:
-        """A field that may have the default or one of these values; the value."""
-        value = self.get(name, default=default)
-        known = (default, *allowed)
-        if not any(value == k and isinstance(value, bool) == isinstance(k, bool) for k in known):
-            listed = " or ".join(repr(k) for k in known)
-            remedy = remedy or f"only {listed} can be represented"
-            raise Unsupported(self.prefix + name, value, remedy)
-        return value
-
-    def finish(self, harmless: frozenset[str] = frozenset()) -> None:
-        """No field may be left that is neither read nor harmless."""
-        for name, value in self.theirs.items():
-            if name not in self.read | harmless and value is not None:
-                remedy = "an unknown field, which may alter the model; remove it if it does not"
-                raise Unsupported(self.prefix + name, value, remedy)
-
+from colonnade.models.hf_fields import REQUIRED, Fields, Unsupported
 
 # Our spelling of rotary scalings beside theirs: (our field, their field, their default).
 SCALINGS: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -127,40 +28,61 @@ SCALINGS: dict[str, tuple[tuple[str, str, Any], ...]] = {
 }
 
 
-def read_rope(fields: Fields, theta: float = 10000.0, partial: bool = False) -> dict[str, Any]:
+def read_rope(
+    fields: Fields, theta: float = 10000.0, fraction: float | None = None
+) -> dict[str, Any]:
     """Our fields of rotary positions.
 
-    Transformers 5 has them in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`.
+    Transformers 5 has them in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`. Where both
+    tables are given, transformers 5 takes `rope_scaling` alone, and so do we.
 
     Args:
         fields: their config.
         theta: the base, where none is given.
-        partial: whether the family may rotate a part of each head's channels.
+        fraction: share of each head's channels that turns, where none is given; None: the family
+            turns all channels always.
     """
-    given = fields.get("rope_scaling", default=None) or fields.get("rope_parameters", default={})
-    fields.get("rope_parameters", default={})
-    rope = Fields(given, "rope_scaling.")
-    theta = rope.get("rope_theta", default=fields.get("rope_theta", default=theta))
-    length = fields.get("max_position_embeddings", default=4096)
-    ours: dict[str, Any] = {"rope_theta": theta, "rope_original": length}
-    fraction = fields.get("partial_rotary_factor", default=1.0)
-    if partial:
-        ours["rope_fraction"] = rope.get("partial_rotary_factor", default=fraction)
-    elif rope.get("partial_rotary_factor", default=fraction) != 1.0:
-        raise Unsupported("partial_rotary_factor", fraction, "this family rotates all channels")
+    scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        fields.tell("rope_parameters is left out: as in transformers, rope_scaling goes before it")
+    rope = Fields(scaling or parameters, "rope_scaling.", fields.tell)
+    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=theta))
+    length = fields.get("max_position_embeddings", default=None)
+    ours: dict[str, Any] = {"rope_theta": theta}
+    if length is not None:
+        ours["rope_original"] = length
+    outer = fields.number("partial_rotary_factor", default=fraction or 1.0)
+    share = rope.number("partial_rotary_factor", default=outer)
+    if fraction is not None:
+        ours["rope_fraction"] = share
+    elif share != 1.0:
+        raise Unsupported("partial_rotary_factor", share, "this family rotates all channels")
     kind = rope.get("rope_type", "type", default="default")
     if kind != "default":
-        if kind not in SCALINGS:
-            remedy = f"only default, {', '.join(SCALINGS)} can be represented"
-            raise Unsupported("rope_scaling.rope_type", kind, remedy)
-        values = {o: rope.get(t, default=default) for o, t, default in SCALINGS[kind]}
-        if "rope_original" in values:
-            values["rope_original"] = values["rope_original"] or length
-        if values["rope_factor"] is None:  # yarn
-            values["rope_factor"] = length / values["rope_original"]
-        ours |= {"rope_scaling": kind, **values}
+        ours |= read_scaling(rope, kind, length)
     rope.finish()
     return ours
+
+
+def read_scaling(rope: Fields, kind: object, length: Any) -> dict[str, Any]:
+    """Our fields of a scaling of rotary positions; `length` is of positions in all, or None."""
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        remedy = f"only default, {', '.join(SCALINGS)} can be represented"
+        raise Unsupported("rope_scaling.rope_type", kind, remedy)
+    values = {
+        o: rope.get(t, default=default, null=False if default is True else default)
+        for o, t, default in SCALINGS[kind]
+    }
+    if "rope_original" in values and values["rope_original"] is None:
+        if length is None:
+            remedy = f"missing from config.json, and {kind} needs it"
+            raise Unsupported("rope_scaling.original_max_position_embeddings", None, remedy)
+        values["rope_original"] = length
+    if values["rope_factor"] is None:  # yarn
+        if not isinstance(length, int) or not isinstance(values["rope_original"], int):
+            raise Unsupported("rope_scaling.factor", None, "missing from config.json")
+        values["rope_factor"] = length / max(values["rope_original"], 1)
+    return {"rope_scaling": kind, **values}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -186,6 +108,27 @@ def row(symbols: str) -> dict[str, Any]:
     raise Unsupported("num_hidden_layers", 0, "a model has at least one layer")
 
 
+def symbols_of(kinds: Iterable[str], names: Mapping[str, str], field: str) -> str:
+    """Our symbols, from theirs of each layer."""
+    symbols = ""
+    for kind in kinds:
+        if kind not in names:
+            raise Unsupported(field, kind, f"only {', '.join(names)} can be represented")
+        symbols += names[kind]
+    return symbols
+
+
+# Tensors of modules for further tokens, of which transformers has no code: where their names start.
+FURTHER = "mtp.", "modules that predict further tokens"
+
+
+def leave_out_further(f: Fields) -> None:
+    """Tell of modules for further tokens that their config counts, and that are not read."""
+    count = f.integer("num_nextn_predict_layers", default=0)
+    if count:
+        f.tell(f"num_nextn_predict_layers = {count} is left out: {FURTHER[1]} are not read")
+
+
 # Fields of training alone, which no config of theirs carries: they are the recipe's to choose.
 TRAINING = frozenset(
     [
@@ -207,10 +150,10 @@ TRAINING = frozenset(
 )
 # Which fields matter, by symbols of which one must stand in the model.
 ATTENTION = (
-    "attention heads kv_heads head_dim q_rank kv_rank rope_dim value_dim positions rope_theta "
-    "rope_fraction rope_scaling rope_factor rope_original rope_low rope_high rope_fast rope_slow "
-    "rope_mscale rope_mscale_all rope_attention_factor rope_truncate qk_norm window full_attention "
-    "sinks attention_gate attention_cap clip_low clip_high ssa attention_conv"
+    "attention heads kv_heads head_dim q_rank kv_rank rope_dim value_dim latent_norm_eps positions "
+    "rope_theta rope_fraction rope_scaling rope_factor rope_original rope_low rope_high rope_fast "
+    "rope_slow rope_mscale rope_mscale_all rope_attention_factor rope_truncate qk_norm window "
+    "full_attention sinks attention_gate attention_cap clip_low clip_high ssa attention_conv"
 )
 OF_SYMBOLS = {
     "*": ATTENTION,
@@ -264,10 +207,17 @@ def function_of(config: ModelConfig) -> dict[str, Any]:
         fields["delta_key_heads"] = c.delta_key_heads or heads
         fields["delta_value_dim"] = c.delta_value_dim or c.delta_key_dim
     if c.has("E", "T"):
-        fields["expert_ffn"] = c.expert_ffn or c.ffn
-    if c.has("E") and c.router_top_groups in (None, c.router_groups):
-        _drop(fields, "router_groups router_top_groups")
+        _experts(fields, c)
     return fields
+
+
+def _experts(fields: dict[str, Any], c: ModelConfig) -> None:
+    """The fields of experts in one spelling."""
+    fields["expert_ffn"] = c.expert_ffn or c.ffn
+    if c.top_k == 1:
+        _drop(fields, "router_normalise")
+    if c.router_top_groups in (None, c.router_groups):
+        _drop(fields, "router_groups router_top_groups")
 
 
 def _attention(fields: dict[str, Any], c: ModelConfig) -> None:
@@ -275,10 +225,11 @@ def _attention(fields: dict[str, Any], c: ModelConfig) -> None:
     fields["head_dim"] = c.head_dim or c.hidden // c.heads
     if c.attention == "mla":
         fields["value_dim"] = c.value_dim or fields["head_dim"]
+        fields["latent_norm_eps"] = c.latent_norm_eps or c.norm_eps
         _drop(fields, "kv_heads rope_fraction qk_norm attention_gate attention_conv")
     else:
         fields["kv_heads"] = c.kv_heads or c.heads
-        _drop(fields, "q_rank kv_rank rope_dim value_dim")
+        _drop(fields, "q_rank kv_rank rope_dim value_dim latent_norm_eps")
     rotary = c.rope_scaling if c.positions == "rope" else "none"
     _drop(fields, " ".join(ROPE_FIELDS - {*ROPE[rotary].split()}))
     if c.positions == "none":

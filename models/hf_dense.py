@@ -6,7 +6,8 @@ from typing import Any
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.hf_base import Entry, Family, Unsupported, entry
-from colonnade.models.hf_config import Fields, read_rope, row, write_rope
+from colonnade.models.hf_config import read_rope, row, write_rope
+from colonnade.models.hf_fields import Fields
 
 # Inside of a gated MLP: their hidden_act and our activation.
 GATED = {"silu": "swiglu", "gelu": "geglu"}
@@ -18,11 +19,11 @@ Block = Callable[[str, str, ModelConfig], list[Entry]]
 def read_common(f: Fields, eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
     """Our fields that every transformer has, rotary positions among them."""
     f.only("attention_bias", False)
-    f.only("attention_dropout", 0.0)
+    f.only("attention_dropout", 0.0, null=0.0)
     return {
         "vocab": f.get("vocab_size"),
-        "hidden": f.get("hidden_size"),
-        "heads": f.get("num_attention_heads"),
+        "hidden": f.integer("hidden_size", least=1),
+        "heads": f.integer("num_attention_heads", least=1),
         "activation": GATED[f.only("hidden_act", *GATED)],
         "norm_eps": f.get("rms_norm_eps", default=eps),
         "tied": f.get("tie_word_embeddings", default=False),
@@ -54,13 +55,22 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_heads(f: Fields, head_dim: int | None = None) -> dict[str, Any]:
-    """Our fields of grouped queries; the default of `head_dim` is hidden / heads."""
-    heads = f.integer("num_attention_heads")
-    width = head_dim or f.integer("hidden_size") // max(heads, 1)
+def read_heads(
+    f: Fields, kv_heads: int | None = None, head_dim: int | None = None
+) -> dict[str, Any]:
+    """Our fields of grouped queries; by default a key per query, and hidden / heads wide.
+
+    Args:
+        f: their config, with its numbers of heads and channels.
+        kv_heads: how many where none are given (a null is a key per query in every family).
+        head_dim: how wide where no width is given.
+    """
+    heads = f.integer("num_attention_heads", least=1)
+    width = f.integer("hidden_size", least=1) // heads
+    null = {} if head_dim else {"null": width}
     return {
-        "kv_heads": f.get("num_key_value_heads", default=heads),
-        "head_dim": f.get("head_dim", default=width),
+        "kv_heads": f.get("num_key_value_heads", default=kv_heads or heads, null=heads),
+        "head_dim": f.integer("head_dim", default=head_dim or width, least=1, **null),
     }
 
 
@@ -160,7 +170,7 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 def read_qwen3(f: Fields) -> ModelConfig:
     """Qwen3: norms of queries and keys in each head, and windows in some layers."""
     count, window = f.integer("num_hidden_layers"), {}
-    kinds, width = f.get("layer_types", default=None), f.get("sliding_window", default=None)
+    kinds, width = f.entries("layer_types", of=str), f.get("sliding_window", default=None)
     from_layer = f.integer("max_window_layers", default=28)
     if f.get("use_sliding_window", default=False):
         width = f.get("sliding_window")
@@ -179,7 +189,7 @@ def read_qwen3(f: Fields) -> ModelConfig:
         ffn=f.get("intermediate_size"),
         qk_norm="head",
         **read_common(f),
-        **read_heads(f, head_dim=128),
+        **read_heads(f, kv_heads=32, head_dim=128),
         **window,
     )
 
@@ -220,10 +230,20 @@ FAMILIES = {
     family.architecture: family
     for family in (
         Family(
-            "LlamaForCausalLM", "llama", read_llama, write_llama, partial(layers, DENSE, BEFORE)
+            "LlamaForCausalLM",
+            "llama",
+            read_llama,
+            write_llama,
+            partial(layers, DENSE, BEFORE),
+            inert={"is_llama_config": (True,)},
         ),
         Family(
-            "Qwen3ForCausalLM", "qwen3", read_qwen3, write_qwen3, partial(layers, DENSE, BEFORE)
+            "Qwen3ForCausalLM",
+            "qwen3",
+            read_qwen3,
+            write_qwen3,
+            partial(layers, DENSE, BEFORE),
+            inert={"use_qk_norm": (True,)},
         ),
         Family("Olmo2ForCausalLM", "olmo2", read_olmo2, write_olmo2, partial(layers, DENSE, AFTER)),
     )

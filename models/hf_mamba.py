@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from colonnade.models.config import ModelConfig
 from colonnade.models.hf_base import Entry, Family, Unsupported, entry, tied_head
-from colonnade.models.hf_config import Fields, read_rope, row
+from colonnade.models.hf_config import read_rope, row
 from colonnade.models.hf_dense import Block, attention, layer, write_common, write_heads
+from colonnade.models.hf_fields import Fields
 
+LARGEST = torch.finfo(torch.float32).max
 # How weights are first drawn, how fast code is chosen, and the precision of the residual stream.
 HARMLESS = frozenset({
     "initializer_range", "residual_in_fp32", "time_step_init_scheme", "time_step_scale",
@@ -21,14 +25,19 @@ def plain_ssm(fields: Fields, bias: str = "use_bias", conv: str = "use_conv_bias
     fields.only(bias, False)
     fields.only(conv, True)
     limit = fields.get("time_step_limit", default=(0.0, math.inf))
-    low, high = (plain_float(bound) for bound in limit)
-    if low > 0 or high < math.inf:
+    bounds = [plain_float(bound) for bound in limit] if isinstance(limit, list | tuple) else []
+    if len(bounds) != 2 or not bounds[0] <= 0 or not bounds[1] >= LARGEST:
         raise Unsupported("time_step_limit", limit, "only no limit, [0, inf], can be represented")
+    if bounds[1] < math.inf:
+        fields.tell(f"time_step_limit = {limit!r} is read as no limit: no dt in fp32 is above it")
 
 
 def plain_float(value: Any) -> float:
-    """A number, or transformers 5's spelling of an infinite one in JSON."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
+    """A number, or transformers 5's spelling of an infinite one in JSON; NaN if it is neither."""
+    value = value.get("__float__") if isinstance(value, dict) else value
+    if value == "Infinity" or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return float(value)
+    return math.nan
 
 
 def tied_backbone(config: ModelConfig) -> dict[str, str]:
@@ -108,8 +117,8 @@ def read_mamba1(fields: Fields) -> ModelConfig:
     fields.only("hidden_act", "silu")
     fields.only("rms_norm", True)
     fields.only("ssm_cfg", {})
-    hidden = fields.get("hidden_size", "d_model", default=768)
-    inner = int(fields.get("expand", default=2) * hidden)
+    hidden = fields.integer("hidden_size", "d_model", default=768, least=1)
+    inner = int(fields.number("expand", default=2) * hidden)
     for name in ("intermediate_size", "d_inner"):
         fields.only(name, inner, remedy="is expand · hidden_size; leave it out")
     rank = fields.get("time_step_rank", default="auto")
@@ -149,10 +158,10 @@ def read_mamba2(fields: Fields) -> ModelConfig:
     """Mamba2's fields."""
     plain_ssm(fields)
     fields.only("hidden_act", "silu")
-    fields.get("time_step_rank", default=None)  # of no tensor
-    hidden = fields.get("hidden_size", default=4096)
-    heads, width = fields.get("num_heads", default=128), fields.get("head_dim", default=64)
-    inner = fields.get("expand", default=2) * hidden
+    fields.only("rms_norm", True)
+    hidden = fields.integer("hidden_size", default=4096)
+    heads, width = fields.integer("num_heads", default=128), fields.integer("head_dim", default=64)
+    inner = fields.number("expand", default=2) * hidden
     if inner != heads * width:
         remedy = f"expand · hidden_size is {inner}, num_heads · head_dim {heads * width}"
         raise Unsupported("num_heads", heads, remedy)
@@ -203,14 +212,6 @@ def only_symbols(config: ModelConfig, *places: str) -> None:
         raise Unsupported("pattern", config.symbols, "their layers are pairs of sub-blocks")
 
 
-def read_partial_rope(f: Fields, default: float) -> dict[str, Any]:
-    """Our fields of rotary positions on a fraction of each head's channels."""
-    rope = read_rope(f, partial=True)
-    nested = f.get("rope_parameters", "rope_scaling", default={})
-    given = f.get("partial_rotary_factor", default=nested.get("partial_rotary_factor"))
-    return rope if given is not None else rope | {"rope_fraction": default}
-
-
 def check_rotated(fraction: float, head_dim: int, name: str = "partial_rotary_factor") -> None:
     """Refuse a fraction of which both sides do not make the same even number of channels."""
     width = int(head_dim * fraction)
@@ -227,20 +228,23 @@ def read_bamba(f: Fields) -> ModelConfig:
     plain_ssm(f, "mamba_proj_bias", "mamba_conv_bias")
     f.only("mlp_bias", False)
     f.only("attention_bias", False)
-    f.only("attention_dropout", 0.0)
+    f.only("attention_dropout", 0.0, null=0.0)
     f.only("hidden_act", "silu")
-    hidden, heads = f.get("hidden_size", default=4096), f.get("num_attention_heads", default=32)
-    head_dim = f.get("head_dim", default=hidden // heads)
-    attends, count = f.get("attn_layer_indices", default=[]), f.get("num_hidden_layers", default=32)
-    rope = read_partial_rope(f, 0.5)
+    hidden = f.integer("hidden_size", default=4096, least=1)
+    heads = f.integer("num_attention_heads", default=32, least=1)
+    head_dim = f.integer("head_dim", default=hidden // heads)
+    count = f.integer("num_hidden_layers", default=32)
+    attends = f.entries("attn_layer_indices", of=int) or []
+    rope = read_rope(f, fraction=0.5)
     if rope["rope_fraction"] != 0.5:
         raise Unsupported("partial_rotary_factor", rope["rope_fraction"], "Bamba's is always 0.5")
     if attends:
         check_rotated(0.5, head_dim)
     f.only("attn_rotary_emb", head_dim // 2)
-    inner, many = f.get("mamba_expand", default=2) * hidden, f.get("mamba_n_heads", default=128)
-    width = f.get("mamba_d_head", default="auto")
-    width = inner // many if width == "auto" else width
+    inner = f.integer("mamba_expand", default=2, least=1) * hidden
+    many = f.integer("mamba_n_heads", default=128, least=1)
+    automatic = f.get("mamba_d_head", default="auto") == "auto"
+    width = inner // many if automatic else f.integer("mamba_d_head")
     if width * many != inner:
         remedy = f"mamba_d_head is {width}, mamba_expand · hidden_size {inner}"
         raise Unsupported("mamba_n_heads", many, remedy)
@@ -253,7 +257,7 @@ def read_bamba(f: Fields) -> ModelConfig:
         init_std=f.get("initializer_range", default=0.02),
         balance=0.0,
         heads=heads,
-        kv_heads=f.get("num_key_value_heads", default=8),
+        kv_heads=f.get("num_key_value_heads", default=8, null=heads),
         head_dim=head_dim,
         **rope,
         ffn=f.get("intermediate_size", default=14336),
@@ -337,7 +341,8 @@ FAMILIES = {
             write_mamba2,
             mamba2_entries,
             copies=tied_backbone,
-            harmless=HARMLESS,
+            harmless=HARMLESS | {"time_step_rank"},  # of no tensor
+            inert={"norm_before_gate": ()},  # the gate always goes before the norm
         ),
         Family(
             "BambaForCausalLM",

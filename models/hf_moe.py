@@ -13,7 +13,7 @@ from colonnade.models.hf_base import (
     stacked,
     tied_head,
 )
-from colonnade.models.hf_config import REQUIRED, Fields, row
+from colonnade.models.hf_config import row
 from colonnade.models.hf_dense import (
     BEFORE,
     Block,
@@ -26,6 +26,7 @@ from colonnade.models.hf_dense import (
     write_common,
     write_heads,
 )
+from colonnade.models.hf_fields import REQUIRED, Fields
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -67,6 +68,8 @@ def mixtral_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -
 def normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
     """Whether a token's weights sum to 1. A single expert's would always be 1: ours never is."""
     given = f.get(name, default=default)
+    if not isinstance(given, bool):
+        raise Unsupported(name, given, "must be true or false")
     if given and top_k == 1:
         raise Unsupported(name, given, "with one expert per token its router could not learn")
     return given
@@ -75,6 +78,7 @@ def normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
 def read_mixtral(f: Fields) -> ModelConfig:
     """Mixtral: every channel mixer is a mixture; a window in every layer or in none."""
     f.only("router_jitter_noise", 0.0)
+    f.only("norm_topk_prob", True)  # transformers does not read it, and always normalises
     top_k = f.get("num_experts_per_tok", default=2)
     return ModelConfig(
         **row("*E" * f.integer("num_hidden_layers")),
@@ -84,7 +88,7 @@ def read_mixtral(f: Fields) -> ModelConfig:
         router_normalise=normalised(f, "norm_topk_prob", True, top_k),
         window=f.get("sliding_window", default=None),
         **read_common(f, eps=1e-5, theta=1e6),
-        **read_heads(f),
+        **read_heads(f, kv_heads=8),
     )
 
 
@@ -102,11 +106,17 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def sparse_layers(f: Fields, count: int) -> list[bool]:
+    """Which of Qwen's layers are mixtures."""
+    dense = f.entries("mlp_only_layers", of=int) or []
+    step = f.integer("decoder_sparse_step", default=1, least=1)
+    return [i not in dense and (i + 1) % step == 0 for i in range(count)]
+
+
 def read_qwen3_moe(f: Fields) -> ModelConfig:
     """Qwen3-MoE: some layers may be dense; a window in every layer or in none."""
-    count, step = f.integer("num_hidden_layers"), f.integer("decoder_sparse_step", default=1)
-    dense = f.get("mlp_only_layers", default=[])
-    sparse = [i not in dense and (i + 1) % max(step, 1) == 0 for i in range(count)]
+    count = f.integer("num_hidden_layers")
+    sparse = sparse_layers(f, count)
     windowed = f.get("use_sliding_window", default=False)
     window = f.get("sliding_window", default=REQUIRED if windowed else None)
     top_k = f.get("num_experts_per_tok", default=8)
@@ -120,7 +130,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
         qk_norm="head",
         window=window if windowed else None,
         **read_common(f),
-        **read_heads(f),
+        **read_heads(f, kv_heads=4),
     )
 
 
@@ -134,7 +144,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": c.expert_ffn or c.ffn,
         "num_experts": c.experts,
         "num_experts_per_tok": c.top_k,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
         "use_sliding_window": c.window is not None,
@@ -225,8 +235,9 @@ def read_deepseek(f: Fields) -> ModelConfig:
     f.only("topk_method", "noaux_tc")
     f.only("moe_layer_freq", 1)
     f.only("rope_interleave", True)
-    f.only("num_key_value_heads", f.get("num_attention_heads"))
-    f.only("rms_norm_eps", LATENT_EPS, remedy=f"latent norms have {LATENT_EPS}, as ours then too")
+    heads = f.get("num_attention_heads")
+    if f.get("num_key_value_heads", default=128, null=heads) != heads:
+        raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
     dense, count = f.integer("first_k_dense_replace"), f.integer("num_hidden_layers")
     groups, top_groups = f.get("n_group"), f.get("topk_group")
     width, top_k = f.integer("moe_intermediate_size"), f.get("num_experts_per_tok")
@@ -236,7 +247,8 @@ def read_deepseek(f: Fields) -> ModelConfig:
         mtp_pattern="*E",
         attention="mla",
         head_dim=f.get("qk_nope_head_dim"),
-        q_rank=f.get("q_lora_rank", default=None),
+        q_rank=f.get("q_lora_rank", null=None),
+        latent_norm_eps=LATENT_EPS,
         kv_rank=f.get("kv_lora_rank"),
         rope_dim=f.get("qk_rope_head_dim"),
         value_dim=f.get("v_head_dim"),
@@ -281,7 +293,7 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.top_k,
         "n_group": c.router_groups if c.router_top_groups else 1,
         "topk_group": c.router_top_groups or 1,
-        "norm_topk_prob": c.router_normalise,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "routed_scaling_factor": c.router_scale,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -318,6 +330,7 @@ FAMILIES = {
             partial(qwen3_moe, False),
             partial(qwen3_moe, True),
             harmless=frozenset({"max_window_layers"}),
+            inert={"use_qk_norm": (True,)},
         ),
         Family(
             "DeepseekV3ForCausalLM",

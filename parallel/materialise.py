@@ -2,13 +2,15 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
 from colonnade.models.part import Fill, Part
 
 BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
@@ -21,6 +23,50 @@ def declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
         for name, tensor in own:
             assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
             yield f"{prefix}.{name}", tensor, module.fills[name]
+
+
+def new_decoder(
+    config: ModelConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """A decoder on one device with the first weights that a run of this seed begins with."""
+    model = Decoder(config).to(dtype)
+    materialise(model, torch.device(device), seed)
+    return model
+
+
+def load_decoder(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Decoder:
+    """A decoder on one device with copies of these weights.
+
+    Args:
+        config: of the model.
+        tensors: our tensors by name, as `read_hf` and `state_dict` have them.
+        device: where it computes.
+        dtype: of its parameters; None: as they come. State beside them stays as it comes.
+
+    Raises:
+        RuntimeError: tensors are missing, left over or of another shape; the message names them.
+    """
+    model = Decoder(config)
+    parameters = {name for name, _ in model.named_parameters()}
+    copies = {
+        name: tensor.detach().to(
+            device,
+            dtype if dtype is not None and name in parameters else tensor.dtype,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for name, tensor in tensors.items()
+    }
+    model.load_state_dict(copies, assign=True)
+    return model
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:

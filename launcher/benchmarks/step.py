@@ -35,11 +35,11 @@ def our_step(tokens: Tensor) -> Step:
     from colonnade.launcher.recipe import OptimizerConfig
     from colonnade.models.context import Context
     from colonnade.models.decoder import Decoder
+    from colonnade.parallel.materialise import materialise
 
     settle_products(torch.device("cpu"))
     model = Decoder(SHAPE, loss_chunk=256)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=SHAPE.init_std)
+    materialise(model, torch.device("cpu"), seed=0)
     optimizer = build_optimizer(model, OptimizerConfig())
     start_state(optimizer)
     inputs = tokens.T.contiguous()

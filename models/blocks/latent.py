@@ -20,6 +20,11 @@ from colonnade.models.context import Context
 from colonnade.models.part import Part, Split, constant, normal
 
 
+def latent_eps(config: ModelConfig) -> float:
+    """The epsilon of the norms of latents."""
+    return config.norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
+
+
 class Latents(Part):
     """Queries; keys and values through a latent that is all a cache has to hold.
 
@@ -32,7 +37,7 @@ class Latents(Part):
         self.own = c.head_dim or c.hidden // c.heads
         self.value = c.value_dim or self.own
         self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
-        self.scaling, self.eps, self.q_rank = rope_scaling(c), c.norm_eps, c.q_rank
+        self.scaling, self.eps, self.q_rank = rope_scaling(c), latent_eps(c), c.q_rank
         self.window_of = c.window_of
         queries = c.heads * (self.own + self.rotated)
         q_std, split = 0.0 if c.zero_init else c.init_std, Split(0, c.heads, "model.heads")

@@ -14,6 +14,7 @@ from colonnade.kernels.precision import wide
 from colonnade.kernels.routing import (
     Rule,
     balance_loss,
+    best_experts,
     loads,
     route,
     router_z_loss,
@@ -176,11 +177,12 @@ class Mixture(SubBlock):
         """
         c, samples = self.config, self.config.balance_samples
         term = logits.new_zeros(())
-        everyone = self.whole(chosen) if c.balance or c.balance_sequence else chosen
         if c.balance:
+            everyone = self.whole(chosen)
             term = term + c.balance * balance_loss(probabilities, everyone, samples)
         if c.balance_sequence:
-            alone = balance_loss(probabilities, everyone, 1) / samples
+            best = self.whole(best_experts(probabilities, c.top_k))
+            alone = balance_loss(probabilities, best, 1) / samples
             term = term + c.balance_sequence * alone
         if c.router_z:
             term = term + c.router_z * router_z_loss(logits, samples)

@@ -20,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from colonnade.kernels.routing import (
     Rule,
     balance_loss,
+    best_experts,
     capacity,
     loads,
     route,
@@ -245,15 +246,30 @@ def test_losses_equal_their_formulas(samples: int) -> None:
 
 
 def test_balance_loss_equals_deepseeks_sequence_wise_loss() -> None:
-    """arXiv:2412.19437, eqs. 17 to 20, for each sequence, without α."""
+    """arXiv:2412.19437, eqs. 17 to 20, for each sequence, without α; the same as Megatron's.
+
+    Its shares count the best k by score, whatever bias and groups steer the choice.
+    """
     k = 3
-    logits = random(S, B, E)
+    logits, bias = random(S, B, E), random(E)
     s = logits.sigmoid()
-    _, chosen, _ = route(logits, Rule(k, "sigmoid"))
-    f = torch.zeros(S, B, E, dtype=torch.float64).scatter(-1, chosen, 1.0).sum(0) * E / (k * S)
+    f = torch.zeros(B, E, dtype=torch.float64)
+    for t in range(S):
+        for b in range(B):
+            for i in s[t, b].argsort(descending=True)[:k].tolist():
+                f[b, i] += E / (k * S)
     P = (s / s.sum(-1, keepdim=True)).mean(0)
-    got = balance_loss(route(logits, Rule(k, "sigmoid"))[0], chosen, 1)
+    rule = Rule(k, "sigmoid", groups=2, top_groups=1)
+    probabilities, chosen, _ = route(logits, rule, bias)
+    got = balance_loss(probabilities, best_experts(probabilities, k), 1)
     assert_equal({"loss": got}, {"loss": (f * P).sum()}, of_all=0)
+    assert (balance_loss(probabilities, chosen, 1) - got).abs() > 1e-3  # the choices are others
+
+    from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+
+    counted, scores = compute_routing_scores_for_aux_loss(logits.flatten(0, 1), k, "sigmoid")
+    shares = counted.double().view(S, B, E).sum(0) * E / (k * S)
+    assert_equal({"loss": got}, {"loss": (shares * scores.view(S, B, E).mean(0)).sum()}, of_all=0)
 
 
 def test_loads_count_what_is_kept() -> None:

@@ -25,7 +25,7 @@ Faults = Callable[..., list[Fault]]
 
 _SOURCE = "data.sources.0"
 _YARN = "rope_scaling=yarn rope_factor=2"
-_LATENT = ("q_rank=8", "kv_rank=8", "rope_dim=8", "value_dim=8")
+_LATENT = ("q_rank=8", "kv_rank=8", "rope_dim=8", "value_dim=8", "latent_norm_eps=1e-6")
 ATTENTION = {  # setting of [model]: what else it needs there
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",

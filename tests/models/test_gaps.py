@@ -59,10 +59,17 @@ def routed(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, p, p.topk(model.config.top_k).indices
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-def test_sequence_loss_is_of_each_sample(samples: int) -> None:
-    """The mean over samples of E · Σ f P, in value and gradient, whatever the balance groups."""
-    model = model_of(config_of("E", balance_sequence=0.3, balance_samples=samples), 1)
+@pytest.mark.parametrize(("samples", "bias"), [(1, False), (2, False), (1, True)])
+def test_sequence_loss_is_of_each_sample(samples: int, bias: bool) -> None:
+    """The mean over samples of E · Σ f P, in value and gradient, whatever the balance groups.
+
+    A bias that steers the choices does not alter what it counts: the best by score.
+    """
+    fields = {"balance_sequence": 0.3, "balance_samples": samples, "router_bias": bias}
+    model = model_of(config_of("E", **fields), 1)
+    for name, state in model.named_buffers():
+        state.copy_(torch.linspace(0.5, -0.5, 5))
+        assert name.endswith("bias")
     tokens, labels = data(1)
     here = context(groups=B / samples)
     (model(tokens, here, labels) * 0).backward()

@@ -140,7 +140,8 @@ def test_files_of_transformers(name: str, tmp_path: Path) -> None:
     written = to_theirs(table, config, ours)
     assert same(written, saved)
     save_file({n: t.contiguous() for n, t in written.items()}, tmp_path / "model.safetensors")
-    again = type(theirs).from_pretrained(tmp_path, dtype=torch.float64)
+    with fp64():  # some versions build routers in fp32 whatever dtype is asked for
+        again = type(theirs).from_pretrained(tmp_path, dtype=torch.float64)
     assert same(again.state_dict(), theirs.state_dict())
 
 
@@ -210,9 +211,9 @@ REFUSED = [
     ("NemotronHForCausalLM", "hybrid_override_pattern", {"hybrid_override_pattern": "M|-"}),
     ("NemotronHForCausalLM", "hybrid_override_pattern", {"layers_block_type": ["mamba"] * 52}),
     ("NemotronHForCausalLM", "num_hidden_layers", {"num_hidden_layers": 51}),
-    ("NemotronHForCausalLM", "num_nextn_predict_layers", {"num_nextn_predict_layers": 1}),
+    ("NemotronHForCausalLM", "norm_eps", {"norm_eps": 1e-6}),
     ("NemotronHForCausalLM", "attention_head_dim", {"attention_head_dim": 64}),
-    ("NemotronHForCausalLM", "rope_theta", {"rope_theta": 10000.0}),
+    ("NemotronHForCausalLM", "model_type", {"model_type": "qwen3_next"}),
     (
         "NemotronHForCausalLM", "moe_latent_size",
         {"hybrid_override_pattern": "ME", "num_hidden_layers": 2, "moe_latent_size": 64},

@@ -1,0 +1,72 @@
+"""The README's way from a folder to logits and a loop, run as it stands there."""
+
+from pathlib import Path
+
+import oracle  # before transformers, which it keeps from packages that need a GPU
+import pytest
+import torch
+from equal import assert_equal
+from test_hf_dense import llama
+from test_hf_moe import deepseek
+
+from colonnade.launcher.huggingface import read_hf, write_hf
+from colonnade.models.config import ModelConfig
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.materialise import load_decoder, new_decoder
+
+
+@pytest.mark.parametrize("build", [llama, deepseek], ids=["llama", "deepseek"])
+def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
+    theirs = build()
+    oracle.randomise(theirs, seed=1)
+    theirs.save_pretrained(tmp_path / "model")
+    config, tensors = read_hf(str(tmp_path / "model"), lambda sentence: None)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    model = load_decoder(config, tensors)
+    assert_equal(dict(model.state_dict()), before)
+
+    tokens = torch.randint(config.vocab, (13, 2), generator=torch.Generator().manual_seed(0))
+    inputs, labels = tokens[:-1], tokens[1:]
+    with torch.no_grad():
+        logits = model(inputs, Context.of_rows(inputs))
+        expected = oracle.run_theirs(theirs, inputs).logits.transpose(0, 1)
+    assert_equal({"logits": logits}, {"logits": expected})
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        model.begin_step()
+        context = Context.of_rows(inputs)
+        loss = model(inputs, context, labels) / labels.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.end_step(context.loads)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(tensors[name], before[name]) for name in before)  # they were copied
+
+    write_hf(str(tmp_path / "new"), config, model.state_dict(), like=tmp_path / "model")
+    _, again = read_hf(tmp_path / "new", lambda sentence: None)
+    assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
+
+
+def test_a_model_without_weights_refuses_to_compute() -> None:
+    config = ModelConfig(pattern="*-E", vocab=11, hidden=8, heads=2, ffn=6, experts=2)
+    tokens = torch.zeros(3, 2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        Decoder(config)(tokens, Context.of_rows(tokens))
+    one, two, other = (new_decoder(config, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    config = ModelConfig(pattern="*-", vocab=11, hidden=8, heads=2, ffn=6)
+    tensors = dict(new_decoder(config).state_dict())
+    tensors.pop("wiring.final.weight")
+    with pytest.raises(RuntimeError, match=r"wiring\.final\.weight"):
+        load_decoder(config, tensors)
+    half = load_decoder(config, new_decoder(config).state_dict(), dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

@@ -1,0 +1,250 @@
+"""Folders as they are published: what is read, what is left out and said, what is refused."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import oracle  # before transformers, which it keeps from packages that need a GPU
+import pytest
+import torch
+from equal import assert_equal
+from oracle import Case, fp64
+from safetensors.torch import load_file, save_file
+from shown import Row
+from test_hf_dense import llama
+from test_hf_families import ALL
+from test_hf_hybrid import NEMOTRON, nemotron, qwen3_next
+from test_hf_mamba import MAMBA2_SMALL
+from test_hf_moe import deepseek
+
+from colonnade.launcher.effects import used_alone
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.huggingface import CONFIG, SINGLE, read_hf, write_hf
+from colonnade.launcher.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.validate import validate
+from colonnade.models.hf import family_of
+from colonnade.models.hf_base import Unsupported
+from colonnade.models.hf_config import function_of
+
+BASE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+HYBRID = {"hybrid_override_pattern": "M-*-"}
+PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("Qwen3NextForCausalLM", {"use_sliding_window": False}),
+    ("NemotronHForCausalLM", {**HYBRID, "rope_theta": 10000}),
+    ("NemotronHForCausalLM", {**HYBRID, "partial_rotary_factor": 1.0}),
+    ("NemotronHForCausalLM", {**HYBRID, "time_step_limit": [0.0, 1e308]}),
+    ("NemotronHForCausalLM", {**HYBRID, "num_nextn_predict_layers": 1}),
+    ("Qwen3MoeForCausalLM", {"qkv_bias": False}),
+    ("Qwen3MoeForCausalLM", {"use_qk_norm": True}),
+    ("Qwen3MoeForCausalLM", {"shared_expert_intermediate_size": 0}),
+    ("LlamaForCausalLM", {"is_llama_config": True}),
+    ("LlamaForCausalLM", {"rope_interleaved": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), PUBLISHED, ids=str)
+def test_a_field_that_alters_nothing_is_said(name: str, given: dict[str, Any]) -> None:
+    told: list[str] = []
+    family = family_of(name)
+    config = family.config_from(BASE | given, told.append)
+    field = list(given)[-1]
+    assert sum(field in sentence for sentence in told) == 1
+    without = {n: v for n, v in (BASE | given).items() if n != field}
+    assert config == family.config_from(without)
+
+
+def test_bookkeeping_is_not_worth_a_sentence() -> None:
+    told: list[str] = []
+    more = {"tokenizer_class": "X", "max_length": 20, "_commit_hash": "0", "is_decoder": False}
+    family_of("LlamaForCausalLM").config_from(BASE | more, told.append)
+    assert told == []
+    family_of("Mamba2ForCausalLM").config_from(MAMBA2_SMALL | {"rms_norm": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "given"),
+    [
+        ("LlamaForCausalLM", "model_type", {"model_type": "mistral"}),
+        ("LlamaForCausalLM", "rope_interleaved", {"rope_interleaved": True}),
+        ("Qwen3MoeForCausalLM", "num_local_experts", {"num_experts": 4, "num_local_experts": 8}),
+        ("Qwen3ForCausalLM", "head_dim", {"head_dim": None}),
+        ("DeepseekV3ForCausalLM", "rope_interleave", {"rope_interleave": None}),
+        ("MambaForCausalLM", "use_conv_bias", {"use_conv_bias": None}),
+    ],
+    ids=str,
+)
+def test_contradictions_and_nulls_are_refused(name: str, field: str, given: dict) -> None:
+    with pytest.raises(Unsupported) as caught:
+        family_of(name).config_from(BASE | given)
+    assert caught.value.field == field
+
+
+def test_a_null_boolean_is_false() -> None:
+    """As with transformers 4, whose code asks for its truth; 5 refuses most of them."""
+    config = family_of("MambaForCausalLM").config_from({"tie_word_embeddings": None})
+    assert not config.tied
+    assert family_of("MambaForCausalLM").config_from({}).tied
+
+
+@pytest.mark.parametrize(
+    ("build", "change"),
+    [
+        (
+            lambda: qwen3_next("**"),
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                 "original_max_position_embeddings": 16},
+                "rope_parameters": {"rope_theta": 300.0, "rope_type": "default"},
+            },
+        ),
+        (deepseek, {"rms_norm_eps": 0.01}),
+    ],
+    ids=["yarn-beside-parameters", "latent-norms"],
+)  # fmt: skip
+def test_logits_of_published_fields(build: Any, change: dict[str, Any]) -> None:
+    """Which of both tables of rotary positions holds, and for how many channels; which epsilon."""
+    theirs = build()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    with fp64():
+        changed = type(theirs.config).from_dict(
+            theirs.config.to_dict() | copy.deepcopy(change), **eager
+        )
+        other = type(theirs)(changed)
+    config = oracle.family(theirs).config_from(theirs.config.to_dict() | change)
+    config = config.model_copy(update={"mtp": 0})
+    ours = oracle.copied(config, other, seed=3)
+    tokens, _ = oracle.data(config.vocab, seed=3)
+    with torch.no_grad():
+        logits = ours(tokens, oracle.whole_rows())
+        expected = oracle.run_theirs(other, tokens).logits.transpose(0, 1)
+        usual = oracle.run_theirs(oracle_with(theirs, other), tokens).logits.transpose(0, 1)
+    assert_equal({"logits": logits}, {"logits": expected})
+    assert (usual - expected).abs().max() > 1e-3  # the change matters
+
+
+def oracle_with(theirs: Any, other: Any) -> Any:
+    """`theirs` with the weights of `other`."""
+    theirs.load_state_dict(other.state_dict())
+    return theirs
+
+
+def saved(theirs: Any, folder: Path, **fields: Any) -> Path:
+    """A folder of this model, with further fields in config.json."""
+    oracle.randomise(theirs, seed=1)
+    theirs.save_pretrained(folder)
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def test_tensors_that_transformers_ignores_are_left_out_and_said(tmp_path: Path) -> None:
+    saved(qwen3_next("G*"), tmp_path)
+    _, expected = read_hf(tmp_path, lambda sentence: None)
+    tensors = load_file(tmp_path / SINGLE)
+    save_file({**tensors, "mtp.fc.weight": torch.zeros(20, 40)}, tmp_path / SINGLE)
+    with pytest.warns(UserWarning, match=r"mtp\.fc\.weight.*further tokens"):
+        _, read = read_hf(tmp_path)
+    assert read.keys() == expected.keys()
+    save_file({**tensors, "other.weight": torch.zeros(20, 40)}, tmp_path / SINGLE)
+    with pytest.raises(UserError, match=r"other\.weight"):
+        read_hf(tmp_path)
+
+
+FLOOR = 0.001
+TABLE = [
+    Row(
+        "M-*",
+        f"any dt; at its default time_step_min = {FLOOR}, PyTorch's path there holds dt above it, "
+        "and Nemotron-H's own code and Megatron do not",
+        f"{NEMOTRON}, time_step_min at its default",
+        "5e-4 to 1e-3, not equal",
+    )
+]
+
+
+def test_the_floor_of_dt_is_said_and_measured(tmp_path: Path) -> None:
+    """With transformers' own first weights, as wide as those of 4096 channels make dt vary."""
+    torch.manual_seed(0)
+    std = 0.02 * math.sqrt(4096 / 20)
+    theirs = nemotron("M-M*-", time_step_min=FLOOR, initializer_range=std)
+    told: list[str] = []
+    config = oracle.family(theirs).config_from(theirs.config.to_dict(), told.append)
+    assert len(told) == 1
+    assert "time_step_min = 0.001" in told[0]
+    assert "5e-4" in told[0]
+    ours = oracle.decoder(config, oracle.in_our_names(theirs.state_dict(), config, theirs, True))
+    tokens, _ = oracle.data(config.vocab, seed=0)
+    with torch.no_grad():
+        logits = ours(tokens, oracle.whole_rows())
+        expected = oracle.run_theirs(theirs, tokens).logits.transpose(0, 1)
+    assert 1e-4 < (logits - expected).abs().max() / expected.abs().max() < 5e-3
+    told.clear()
+    oracle.family(theirs).config_from(
+        nemotron("M", time_step_min=1e-30).config.to_dict(), told.append
+    )
+    oracle.family(theirs).config_from(nemotron("*-").config.to_dict(), told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("fp8", ["FineGrainedFP8Config(dequantize=True)", "save_pretrained"]),
+        ("gptq", ["dequantize"]),
+    ],
+)
+def test_quantized_folders_advise_what_helps(method: str, words: list[str]) -> None:
+    with pytest.raises(Unsupported) as caught:
+        family_of("LlamaForCausalLM").config_from(
+            BASE | {"quantization_config": {"quant_method": method}}
+        )
+    assert caught.value.field == "quantization_config"
+    assert all(word in caught.value.remedy for word in words)
+    assert "remove" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_config_that_was_read_is_a_recipe(case: Case, tmp_path: Path) -> None:
+    """`read_hf` returns `used_alone` of what a family reads (test_hf_folder)."""
+    read = oracle.our_config(case.build())
+    config = used_alone(read)
+    assert function_of(config) == function_of(read)
+    recipe = Recipe(model=config.model_copy(update={"vocab": 300}))  # bytes are the default tokens
+    assert [str(fault) for fault in validate(recipe, 1)] == []
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_an_export_keeps_the_tokenizer_and_its_tokens(tmp_path: Path) -> None:
+    tokens = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
+    source = saved(llama(), tmp_path / "source", max_position_embeddings=777, **tokens)
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "generation_config.json"):
+        (source / name).write_text(f'{{"name": "{name}"}}')
+    (source / "README.md").write_text("of the source")
+    config, tensors = read_hf(str(source))
+    write_hf(str(tmp_path / "new"), config, tensors, like=str(source))
+    files = {file.name for file in (tmp_path / "new").iterdir()}
+    assert files == {file.name for file in source.iterdir()} - {"README.md"}
+    for name in files - {CONFIG, SINGLE}:
+        assert (tmp_path / "new" / name).read_bytes() == (source / name).read_bytes()
+    written = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert {n: written[n] for n in tokens} == tokens
+    assert written["max_position_embeddings"] == 777
+
+    write_hf(tmp_path / "plain", config, tensors)
+    written = json.loads((tmp_path / "plain" / CONFIG).read_text())
+    assert {n: written[n] for n in tokens} == dict.fromkeys(tokens)  # not the class's defaults
+    again = type(llama()).from_pretrained(tmp_path / "plain")
+    assert again.config.bos_token_id is None
+
+    small = config.model_copy(update={"vocab": 6})
+    cut = {n: t[:6] if t.shape[0] == config.vocab else t for n, t in tensors.items()}
+    with pytest.raises(UserError, match=r"eos_token_id = \[6, 7\].*6 tokens"):
+        write_hf(tmp_path / "small", small, cut, like=source)
+    assert not (tmp_path / "small").exists()
