@@ -96,7 +96,8 @@ ATTENTION = (
            "model.rope_high model.rope_fast model.rope_slow model.rope_mscale "
            "model.rope_mscale_all model.rope_attention_factor model.rope_truncate model.qk_norm "
            "model.window model.full_attention model.sinks model.attention_gate "
-           "model.attention_cap model.clip_low model.clip_high model.ssa model.attention_conv",
+           "model.attention_cap model.clip_low model.clip_high model.position_temperature "
+           "model.attention_conv",
            _with("*"), "without attention (`*` in model.pattern)", _ROW),
     Effect("model.q_rank model.kv_rank model.rope_dim model.value_dim model.latent_norm_eps",
            lambda r: r.model.attention == "mla", "unless model.attention = mla", "model.attention"),

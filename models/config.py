@@ -119,7 +119,9 @@ class AttentionOptions(Options):
     attention_cap: float | None = Field(None, gt=0, description="scores as cap · tanh(score / cap)")
     clip_low: float = Field(0.0, le=0, description="clipped softmax: γ, for instance −α / length")
     clip_high: float = Field(1.0, ge=1, description="clipped softmax: ζ")
-    ssa: bool = Field(False, description="a learned temperature that grows with position (SSA)")
+    position_temperature: bool = Field(
+        False, description="scores grow with the query's position, at a rate learned per head"
+    )
     attention_conv: Count = Field(0, ge=0, description="taps of convolutions on q, k, v; 0: none")
 
 

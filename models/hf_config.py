@@ -153,7 +153,8 @@ ATTENTION = (
     "attention heads kv_heads head_dim q_rank kv_rank rope_dim value_dim latent_norm_eps positions "
     "rope_theta rope_fraction rope_scaling rope_factor rope_original rope_low rope_high rope_fast "
     "rope_slow rope_mscale rope_mscale_all rope_attention_factor rope_truncate qk_norm window "
-    "full_attention sinks attention_gate attention_cap clip_low clip_high ssa attention_conv"
+    "full_attention sinks attention_gate attention_cap clip_low clip_high "
+    "position_temperature attention_conv"
 )
 OF_SYMBOLS = {
     "*": ATTENTION,

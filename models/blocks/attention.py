@@ -162,11 +162,16 @@ class Temperature(Part):
         split = Split(0, config.heads, "model.heads")
         if config.sinks:
             self.declare("sinks", (config.heads,), constant(0.0), split=split)
-        if config.ssa:
+        if config.position_temperature:
             self.declare("growth", (config.heads,), constant(1.5), split=split)
 
     def scale(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q times 1 + exp(−exp(β)) ln n, n the position from 1 (SSA's position temperature)."""
+        """q times 1 + exp(−exp(β)) ln n, n the position from 1.
+
+        This is the position term of Selective Self-Attention (arXiv:2411.12892) as its authors'
+        code has it, with a β per head; the terms of the query's content and of the values are not
+        built.
+        """
         if "growth" not in self.fills:
             return q
         rate = (-self.weight_of("growth").exp()).exp()

@@ -1,4 +1,4 @@
-"""Options of `*` by their formulas, a token and head at a time: gates, filters, SSA, spans."""
+"""Options of `*` by their formulas, per token and head: gates, filters, temperature, spans."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
         heads = []
         for h in range(c.heads):
             q, k, v = rows["q"][:, h], rows["k"][:, h // group], rows["v"][:, h // group]
-            if c.ssa:
+            if c.position_temperature:
                 n = torch.arange(1, S + 1, dtype=x.dtype)
                 beta = weights["small.growth"][h]
                 q = q * (1 + torch.exp(-torch.exp(beta)) * n.log())[:, None]
@@ -74,11 +74,11 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid gate per head": {"attention_gate": "head"},
     "sigmoid gate per channel": {"attention_gate": "channel", "kv_heads": 2},
     "Primer's convolutions": {"attention_conv": 3, "kv_heads": 2},
-    "SSA temperature": {"ssa": True},
+    "position temperature": {"position_temperature": True},
     "clipped softmax": {"clip_low": -0.06, "clip_high": 1.02},
     "mixed spans": {"window": 4, "full_attention": (1,)},
-    "all of it": {"attention_gate": "head", "attention_conv": 2, "ssa": True, "clip_low": -0.06,
-                  "window": 6, "kv_heads": 2},
+    "all of it": {"attention_gate": "head", "attention_conv": 2, "clip_low": -0.06,
+                  "position_temperature": True, "window": 6, "kv_heads": 2},
 }  # fmt: skip
 
 
@@ -109,7 +109,10 @@ def test_option_is_its_formula(name: str) -> None:
 
 def test_the_temperature_counts_from_each_document() -> None:
     """Positions start again in a packed document, and so does n."""
-    model, tokens = model_of(config_of("*", ssa=True, positions="none"), 2), data(2)[0]
+    model, tokens = (
+        model_of(config_of("*", position_temperature=True, positions="none"), 2),
+        data(2)[0],
+    )
     place = torch.arange(S)[:, None].expand(S, 2)
     documents = (place >= 9).long()
     packed = context()

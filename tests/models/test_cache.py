@@ -27,7 +27,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 8, "sinks": True,
          "attention_cap": 2.0},
     ),
-    "clipped softmax, temperature": ("**", {"clip_low": -0.05, "clip_high": 1.1, "ssa": True}),
+    "clipped softmax, temperature": (
+        "**", {"clip_low": -0.05, "clip_high": 1.1, "position_temperature": True},
+    ),
     "capacity": ("E*E", {"capacity": 1.0}),
 }  # fmt: skip
 

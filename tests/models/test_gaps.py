@@ -200,7 +200,8 @@ def test_channel_mixers_stand_beside_a_sequence_mixer_alone() -> None:
 
 EVERY = dict(
     activation="polynorm", mtp=1, mtp_pattern="*E", attention_gate="head", attention_conv=3,
-    hidden=24, sinks=True, ssa=True, qk_norm="head", shared_ffn=5, router_bias=True,
+    hidden=24, sinks=True, position_temperature=True, qk_norm="head", shared_ffn=5,
+    router_bias=True,
 )  # fmt: skip
 
 

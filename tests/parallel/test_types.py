@@ -48,8 +48,8 @@ ROWS: dict[str, dict[str, Any]] = {
         capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0,
     ),
     "attention's options": dict(
-        pattern="*-", attention_gate="head", qk_norm="full", sinks=True, ssa=True, kv_heads=2,
-        attention_conv=3, norm="layer", norm_bias=True, norm_position="both",
+        pattern="*-", attention_gate="head", qk_norm="full", sinks=True, kv_heads=2,
+        position_temperature=True, attention_conv=3, norm="layer", norm_bias=True, norm_position="both",
     ),
     "more of them": dict(
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",

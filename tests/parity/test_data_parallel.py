@@ -105,7 +105,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
     "centred, latent": (
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
-               "ssa": True, "sinks": True},
+               "position_temperature": True, "sinks": True},
     ),
     "muP": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}}),
 }  # fmt: skip

@@ -41,8 +41,8 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
         "*-", {"kv_heads": 2, "qk_norm": "full", "attention_gate": "head", "attention_conv": 3},
     ),
     "one key, gate per channel": (
-        "*-", {"kv_heads": 1, "qk_norm": "head", "attention_gate": "channel", "ssa": True,
-               "sinks": True, "window": 5, **LADDER},
+        "*-", {"kv_heads": 1, "qk_norm": "head", "attention_gate": "channel",
+               "position_temperature": True, "sinks": True, "window": 5, **LADDER},
     ),
     "latent": ("*-", {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4, **LADDER}),
     "one group": ("M-m", {"mamba_groups": 1, **LADDER}),
