@@ -49,7 +49,8 @@ ROWS: dict[str, dict[str, Any]] = {
     ),
     "attention's options": dict(
         pattern="*-", attention_gate="head", qk_norm="full", sinks=True, kv_heads=2,
-        position_temperature=True, attention_conv=3, norm="layer", norm_bias=True, norm_position="both",
+        position_temperature=True, attention_conv=3, norm="layer", norm_bias=True,
+        norm_position="both",
     ),
     "more of them": dict(
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
