@@ -56,13 +56,13 @@ def stop_signal(ranks: int, answers: bool = False) -> Iterator[StopSignal]:
 def handled(handler: Handler, answers: bool) -> Iterator[None]:
     """Let `handler` have the signals of `SAVE_FIRST`, and their earlier handlers afterwards.
 
-    A signal that the process was started to ignore (nohup) stays ignored. Outside of the main
-    thread nothing changes.
+    A lost connection that the process was started to ignore (nohup) stays ignored. Outside of the
+    main thread nothing changes.
     """
     before = {}
     with suppress(ValueError):  # not the main thread: the caller keeps its own handling
         for number in SAVE_FIRST:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     with answered() if answers and before else nullcontext():
         try:

@@ -1,6 +1,7 @@
 """The pool of ranks that all tests share: an interrupted call's answer reaches nobody else."""
 
 import _thread
+import signal
 import threading
 import time
 
@@ -15,6 +16,7 @@ def slowly(rank: int, size: int, seconds: float, answer: str) -> str:
 
 def test_an_interrupted_call_answers_nobody() -> None:
     ranks = Ranks(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     try:
         assert ranks.run(slowly, 0.0, "first") == ["first"]
         threading.Timer(0.5, _thread.interrupt_main).start()
@@ -25,6 +27,7 @@ def test_an_interrupted_call_answers_nobody() -> None:
             ranks.run(slowly, 20.0, "old", limit=0.5)
         assert ranks.run(slowly, 0.0, "last") == ["last"]
     finally:
+        signal.signal(signal.SIGINT, before)
         ranks.close()
 
 

@@ -27,9 +27,10 @@ from colonnade.launcher.corpus.rows import (
 )
 from colonnade.launcher.corpus.sources import read_documents
 from colonnade.launcher.corpus.stream import StreamRows
-from colonnade.launcher.corpus.tokenizer import Tokenizer, far_above, tokenizer_of
+from colonnade.launcher.corpus.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.vocabulary import far_above
 
 
 @dataclasses.dataclass(frozen=True)

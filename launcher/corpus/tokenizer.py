@@ -12,6 +12,7 @@ import torch
 
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import DataConfig
+from colonnade.launcher.vocabulary import BYTE_TOKENS
 
 # The common names of the end of a text, for a tokenizer.json without the files beside it.
 _END_OF_DOCUMENT = (
@@ -71,8 +72,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """The 256 bytes of UTF-8, and 256 for the end of a document."""
 
-    size = 257
-    eod = 256
+    size = BYTE_TOKENS
+    eod = BYTE_TOKENS - 1
     bos = None
     name = fingerprint = "bytes"
     encoding: ClassVar[dict[str, Any]] = {"tokenizer": "bytes"}
@@ -308,11 +309,6 @@ def open_tokenizer(
                 "end of a document and no other: leave it out"
             )
     return ByteTokenizer()
-
-
-def far_above(vocab: int, size: int) -> bool:
-    """Whether a model's vocabulary is larger than any padding explains for so many tokens."""
-    return vocab > 2 * size + 1024
 
 
 def tokenizer_of(data: DataConfig) -> Tokenizer | None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from colonnade.launcher.corpus.tokenizer import ByteTokenizer, far_above
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.rules.base import Rules
+from colonnade.launcher.vocabulary import BYTE_TOKENS, far_above
 
 RULES = Rules()
 
@@ -51,13 +51,13 @@ def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 @RULES.add("model.vocab", "data.tokenizer", "data.sources")
 def vocabulary(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The embedding has a row for every token the byte tokenizer makes, and no crowd of others."""
-    if r.data.tokenizer_name == "bytes" and r.model.vocab < ByteTokenizer.size:
-        size = ByteTokenizer.size
+    if r.data.tokenizer_name == "bytes" and r.model.vocab < BYTE_TOKENS:
+        size = BYTE_TOKENS
         remedy = f"the tokenizer `bytes` has {size} tokens; set model.vocab to at least that"
         yield Fault("model.vocab", r.model.vocab, remedy)
     by_default = r.data.tokenizer is None and r.data.tokenizer_name == "bytes"
-    if by_default and far_above(r.model.vocab, ByteTokenizer.size):
-        remedy = f"by default text is read as bytes, {ByteTokenizer.size} tokens, and model.vocab "
+    if by_default and far_above(r.model.vocab, BYTE_TOKENS):
+        remedy = f"by default text is read as bytes, {BYTE_TOKENS} tokens, and model.vocab "
         remedy += f"= {r.model.vocab}; set data.tokenizer to a tokenizer.json, or to bytes if it is"
         yield Fault("data.tokenizer", None, f"{remedy} meant so")
 

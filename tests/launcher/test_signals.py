@@ -64,6 +64,13 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     assert process.wait(30) == signal.SIGTERM
 
 
+def test_ctrl_c_is_heard_in_the_background() -> None:
+    """A shell without job control starts what runs in the background with SIGINT ignored."""
+    process = started("waiting", "env", "--ignore-signal=INT")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == signal.SIGINT
+
+
 def test_handlers_and_threads_are_gone_afterwards() -> None:
     """Else Ctrl-C would be an ordinary exception of whatever comes next, a test session too."""
     numbers = (*SAVE_FIRST, signal.SIGQUIT)
