@@ -123,7 +123,9 @@ def test_a_check_tokenises_nothing(folder: Path) -> None:
     assert "1 files, 1,190 bytes" in check_data(recipe(folder / "a.jsonl", 257, "jsonl"))[0]
     assert "rows of 8" in check_data(recipe(folder / "bytes", 257))[0]
     assert not (folder / "cache").exists()
-    assert "none" in refusal(recipe(folder / "none", 257, "jsonl"))
+    for kind in ("jsonl", "tokens"):  # a recipe may be looked at far from its data
+        (said,) = check_data(recipe(folder / "none", 257, kind))
+        assert said.endswith("none' is not on this machine: not checked")
     (folder / "b.jsonl").write_text('{"body": "a"}\n')
     assert "b.jsonl, line 1 has the columns 'body'" in refusal(
         recipe(folder / "b.jsonl", 257, "jsonl")
