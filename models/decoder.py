@@ -85,8 +85,9 @@ class Head(Part):
 class Decoder(nn.Module):
     """A decoder over a pattern of sub-blocks, written for one device.
 
-    It is made without weights, on the meta device, and refuses to compute until it has some:
-    `parallel.materialise` has `new_decoder`, of first weights, and `load_decoder`, of given ones.
+    Its weights are drawn from PyTorch's own generator. Made on the meta device it has none, and
+    refuses to compute: `parallel.materialise` has `new_decoder`, of the weights that a run of a
+    seed begins with, and `load_decoder`, of given ones.
 
     `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
     a memory, as in generation, sequences are not shared.
@@ -97,12 +98,15 @@ class Decoder(nn.Module):
         self.config = config
         self.mine: Callable[[Tensor], Tensor] = same
         distinct = len(config.pattern) if config.share else len(config.symbols)
-        with torch.device("meta"):  # so that nobody computes with what memory held
-            self.embedding = Embedding(config)
-            self.wiring = Wiring(config, config.symbols, distinct)
-            self.head = Head(config, loss_chunk)
-            self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
-            reparametrise(self)
+        self.embedding = Embedding(config)
+        self.wiring = Wiring(config, config.symbols, distinct)
+        self.head = Head(config, loss_chunk)
+        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
+        reparametrise(self)
+        if not self.embedding.weight.is_meta:  # nobody computes with what memory held
+            for module in self.modules():
+                if isinstance(module, Part):
+                    module.fill()
 
     def wirings(self) -> Iterator[Wiring]:
         """All rows of sub-blocks: the model's own, and those of the further tokens' modules."""

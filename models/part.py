@@ -134,6 +134,15 @@ class Part(nn.Module):
         self.register_buffer(name, torch.empty(shape))
         self.fills[name] = constant(value)
 
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Draw every parameter and buffer of this part, in fp32, from PyTorch's CPU generator."""
+        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        for name, tensor in own:
+            drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+            self.fills[name](drawn, torch.default_generator)
+            tensor.copy_(drawn)
+
     def change(self, name: str, change: Change) -> None:
         """Put `change` between the parameter `name` and its uses, behind those already there."""
         self.changes.setdefault(name, []).append(change)

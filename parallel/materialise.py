@@ -32,7 +32,8 @@ def new_decoder(
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """A decoder on one device with the first weights that a run of this seed begins with."""
-    model = Decoder(config).to(dtype)
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
     materialise(model, torch.device(device), seed)
     return model
 
@@ -54,7 +55,8 @@ def load_decoder(
     Raises:
         RuntimeError: tensors are missing, left over or of another shape; the message names them.
     """
-    model = Decoder(config)
+    with torch.device("meta"):
+        model = Decoder(config)
     parameters = {name for name, _ in model.named_parameters()}
     copies = {
         name: tensor.detach().to(

@@ -38,7 +38,8 @@ def our_step(tokens: Tensor) -> Step:
     from colonnade.parallel.materialise import materialise
 
     settle_products(torch.device("cpu"))
-    model = Decoder(SHAPE, loss_chunk=256)
+    with torch.device("meta"):
+        model = Decoder(SHAPE, loss_chunk=256)
     materialise(model, torch.device("cpu"), seed=0)
     optimizer = build_optimizer(model, OptimizerConfig())
     start_state(optimizer)

@@ -55,11 +55,32 @@ def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
 def test_a_model_without_weights_refuses_to_compute() -> None:
     config = ModelConfig(pattern="*-E", vocab=11, hidden=8, heads=2, ffn=6, experts=2)
     tokens = torch.zeros(3, 2, dtype=torch.long)
+    with torch.device("meta"):
+        bare = Decoder(config)
     with pytest.raises(RuntimeError, match="no weights yet"):
-        Decoder(config)(tokens, Context.of_rows(tokens))
+        bare(tokens, Context.of_rows(tokens))
     one, two, other = (new_decoder(config, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+
+
+def test_a_model_made_by_itself_draws_its_weights() -> None:
+    """From PyTorch's generator, by the distributions that a run's first weights have."""
+    config = ModelConfig(
+        pattern="*-MmDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
+        mamba_head_dim=32, delta_key_dim=32,
+    )  # fmt: skip
+    made = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        made.append(Decoder(config).state_dict())
+    one, two, other = made
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+    for name, first in new_decoder(config).state_dict().items():
+        assert one[name].isfinite().all(), name
+        if first.numel() > 500:
+            assert torch.allclose(one[name].std(), first.std(), rtol=0.15), name
 
 
 def test_weights_that_do_not_fit_are_named() -> None:
