@@ -103,7 +103,7 @@ def _answer(received: socket.socket) -> None:
         if first is None:
             first = now
             _write(
-                f"\n{name}: stopping after this step, then saving; "
+                f"\n{name}: stopping (a run after its step, saved); "
                 "Ctrl-C again ends at once, without saving\n"
             )
         elif number[0] == signal.SIGINT and now - first > ONE_SIGNAL:

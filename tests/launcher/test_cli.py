@@ -82,6 +82,37 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert verb in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("plan", "`plan` is planned and not built yet"),
+        ("trian", "did you mean `train`?"),
+        ("convrt", "did you mean `convert`, which is planned and not built yet?"),
+        ("xyzzy", "there is no verb `xyzzy`"),
+    ],
+)
+def test_a_verb_that_does_not_exist(
+    verb: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "doctor" in error  # one of the verbs that there are
+
+
+def test_a_mistake_is_told_before_torch_is_imported() -> None:
+    """A refusal would otherwise take seconds."""
+    code = (
+        "import sys; from colonnade.launcher.cli import main; "
+        "status = main(['train', 'quickstart', 'model.heads=6']); "
+        "sys.exit(status if 'torch' not in sys.modules else 1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert ended.returncode == 2
+
+
 def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
     """One process: a run, its files, two more steps of it, and text from it."""
     assert main(quick("train.steps=4", "--until", "2")) == 0
@@ -159,6 +190,7 @@ def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
         (["data", "nowhere.txt", "out"], "nowhere.txt"),
         (quick("data.sources.0.path=empty.txt"), "empty.txt"),
         (quick("train.device=cuda"), "train.device"),
+        (quick("data.sources.0.path=empty.txt", "--dry-run"), "empty.txt"),
     ],
 )
 def test_mistakes_of_a_user(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from colonnade.launcher.errors import UserError
-from colonnade.launcher.folder import COMING, RECIPE, open_again, open_new
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.folder import COMING, RECIPE, check_resumable, open_again, open_new
+from colonnade.launcher.recipe import DataConfig, Recipe
 
 RESUMES = """
 import sys
@@ -40,6 +40,17 @@ def test_a_run_is_held_against_other_processes(tmp_path: Path) -> None:
         pass
     assert resumed_elsewhere(folder) == "held\n"
     assert (folder / RECIPE).exists()
+
+
+def test_where_data_lie_may_change_and_how_they_are_packed_may_not() -> None:
+    """What is read is known by its content, which the checkpoint holds."""
+
+    def recipe(**fields: str) -> Recipe:
+        return Recipe(data=DataConfig(**fields))  # type: ignore[arg-type]
+
+    check_resumable(recipe(tokenizer="a/tokenizer.json"), recipe(tokenizer="b/tokenizer.json"))
+    with pytest.raises(RecipeError, match=r"data\.packing = 'whole'"):
+        check_resumable(recipe(), recipe(packing="whole"))
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:

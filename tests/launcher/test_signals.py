@@ -39,7 +39,7 @@ def test_each_signal_is_noted_and_told(number: signal.Signals) -> None:
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == number
-    assert f"{number.name}: stopping after this step, then saving" in err
+    assert f"{number.name}: stopping (a run after its step, saved)" in err
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
