@@ -15,7 +15,8 @@ from colonnade.kernels.precision import wide
 aten = torch.ops.aten
 
 # Of one input: the value, and the input's gradient from the value's gradient and the input.
-_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+_Derivative = Callable[[Tensor, Tensor], Tensor]
+_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], _Derivative]] = {
     "silu": (F.silu, aten.silu_backward),
     "gelu": (F.gelu, aten.gelu_backward),
     "gelu_tanh": (
@@ -26,6 +27,11 @@ _PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "relu2": (lambda x: F.relu(x).square_(), lambda grad, x: F.relu(x).mul_(grad).mul_(2)),
 }
 _GATES = {"swiglu": "silu", "geglu": "gelu"}  # what the gate goes through before it multiplies
+# The gate's gradient from that of its value, in the memory of the latter.
+_IN_PLACE = {
+    "swiglu": aten.silu_backward.grad_input,
+    "geglu": aten.gelu_backward.grad_input,
+}
 _POLYNOMIALS = ("polyrelu", "polynorm")
 POLYNORM_EPS = 1e-6
 
@@ -143,22 +149,12 @@ def _value(
 
 
 def _derivative(
-    grad: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    name: str,
-    poly: Tensor | None,
-    scales: Tensor | None,
-    cut: Cut,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `up`, `gate` and `poly` from the activation's."""
-    if gate is not None:
-        value, derivative = _PLAIN[_GATES[name]]
-        return value(gate).mul_(grad), derivative(grad * up, gate), None
+    grad: Tensor, up: Tensor, name: str, poly: Tensor | None, scales: Tensor | None, cut: Cut
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `up` and `poly` from the activation's, where there is no gate."""
     if poly is not None:
-        d_up, d_poly = _d_polynomial(grad, up, poly, scales, cut)
-        return d_up, None, d_poly
-    return _PLAIN[name][1](grad, up), None, None
+        return _d_polynomial(grad, up, poly, scales, cut)
+    return _PLAIN[name][1](grad, up), None
 
 
 class _Activate(torch.autograd.Function):
@@ -175,8 +171,11 @@ class _Activate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, poly, scales = ctx.saved_tensors
-        d_up, d_gate, d_poly = _derivative(grad, up, gate, ctx.name, poly, scales, ctx.cut)
-        return d_up, d_gate, None, d_poly, None
+        if gate is None:
+            d_up, d_poly = _derivative(grad, up, ctx.name, poly, scales, ctx.cut)
+            return d_up, None, None, d_poly, None
+        value, derivative = _PLAIN[_GATES[ctx.name]]
+        return value(gate).mul_(grad), derivative(grad * up, gate), None, None, None
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -201,13 +200,22 @@ class _ActivatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, weight, poly, scales = ctx.saved_tensors
-        inner = _value(up, gate, ctx.name, poly, scales)
         rows = grad.reshape(-1, grad.shape[-1])
-        d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
-        del inner
+        if gate is None:
+            inner = _value(up, None, ctx.name, poly, scales).flatten(0, -2)
+            d_weight = product(rows.T, inner.T)
+            del inner  # the inner width's memory is free for what follows
+            d_inner = product(grad, weight.T)
+            d_up, d_poly = _derivative(d_inner, up, ctx.name, poly, scales, ctx.cut)
+            return d_up, None, d_weight, None, d_poly, None
+        value, _ = _PLAIN[_GATES[ctx.name]]
+        opened = value(gate)
+        d_weight = product(rows.T, (opened * up).flatten(0, -2).T)
         d_inner = product(grad, weight.T)
-        d_up, d_gate, d_poly = _derivative(d_inner, up, gate, ctx.name, poly, scales, ctx.cut)
-        return d_up, d_gate, d_weight, None, d_poly, None
+        d_up = opened.mul_(d_inner)
+        d_opened = d_inner.mul_(up)
+        d_gate = _IN_PLACE[ctx.name](d_opened, gate, grad_input=d_opened)
+        return d_up, d_gate, d_weight, None, None, None
 
 
 def activate(

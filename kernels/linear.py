@@ -86,9 +86,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if has_onednn(a) and a.numel() and b.numel() and _ON_ONEDNN[class_of(a, b)]:
+    if _on_onednn(a, b):
         return onednn_product(a, b)
     return a @ b.T
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a bᵀ, without gradient: where it can be in the pass that multiplies.
+
+    Args:
+        total: `[M, N]`, dtype of `a` or wider.
+        a, b: `[M, K]` and `[N, K]`, of one dtype, any strides.
+    """
+    if total.dtype == a.dtype and not _on_onednn(a, b):
+        total.addmm_(a, b.T)
+    else:
+        total += product(a, b)
+
+
+def _on_onednn(a: Tensor, b: Tensor) -> bool:
+    return has_onednn(a) and a.numel() > 0 and b.numel() > 0 and _ON_ONEDNN[class_of(a, b)]
 
 
 class _Linear(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.cut import WHOLE, Cut
-from colonnade.kernels.linear import product
+from colonnade.kernels.linear import add_product, product
 from colonnade.kernels.precision import wide, wide_dtype
 
 IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
@@ -36,7 +36,7 @@ class _Gradients:
         if d_x is not None:
             d_x[part] = product(d_logits, self.weight.T)
         if self.d_weight is not None:
-            self.d_weight += product(d_logits.T, self.inputs[i][part].T)
+            add_product(self.d_weight, d_logits.T, self.inputs[i][part].T)
 
     def keep(self, ctx: Any) -> None:
         ctx.gradients, ctx.weight_dtype = (self.d_inputs, self.d_weight), self.weight.dtype

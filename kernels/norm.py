@@ -53,23 +53,43 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, total = ctx.saved_tensors
-        g, normed = wide(grad), wide(x) * scale
-        product = g * normed
+        g, w = wide(grad), wide(x)
+        product = g * w
         d_weight = d_bias = None
-        if weight is not None:
+        if weight is None:
+            along = product.sum(-1, keepdim=True)
+        else:
             if ctx.bias_dtype is not None:
                 d_bias = g.reshape(-1, *weight.shape).sum(0).to(ctx.bias_dtype)
-            d_weight = product.reshape(-1, *weight.shape).sum(0).to(weight.dtype)
             factor = _factor(weight, ctx.offset)
-            product.mul_(factor)
-            g = g * factor
-        mean = product.sum(-1, keepdim=True).div_(ctx.width)
+            d_weight, along = _weighted_sums(product, scale, factor.to(product.dtype))
+            d_weight = d_weight.to(weight.dtype)
+        mean = along.mul_(scale).div_(ctx.width)  # of the gradient times the normed row
         if ctx.mean is not None:
             mean = ctx.mean(mean)
+        slope = mean.mul(scale).mul_(scale).neg_()  # one by one: a third power could underflow
+        d_x = (g * scale if weight is None else (g * factor).mul_(scale)).addcmul_(w, slope)
         if total is not None:  # the sum is an input of the scale too
-            normed.add_(total * scale)
-        d_x = torch.addcmul(g, normed, mean, value=-1).mul_(scale)
+            d_x.addcmul_(total, slope)
         return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None, None
+
+
+def _weighted_sums(product: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of rows, each times its scale, and sums over each row's channels times the factor.
+
+    Args:
+        product: `[..., *weight]`.
+        scale: `[..., 1]`.
+        factor: `[D]` or `[G, W]`, the weight's shape.
+
+    Returns:
+        the shape of `factor`, and `[..., 1]`.
+    """
+    if factor.dim() == 1:  # matrix times vector: one pass each
+        of_rows = product.reshape(-1, len(factor)).T @ scale.flatten()
+        return of_rows, (product @ factor)[..., None]
+    of_rows = (product * scale).reshape(-1, *factor.shape).sum(0)
+    return of_rows, (product * factor).sum(-1, keepdim=True)
 
 
 def _factor(weight: Tensor, offset: float) -> Tensor:

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.precision import wide, wide_dtype
 
@@ -153,13 +154,41 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: `[S, B, H, P]`; channels from w on stay as they are (partial rotary).
-        table: cosine and sine, `[S, B, 1, w/2]`, from `rope_table`.
+        table: cosine and sine, `[S, B, 1, w/2]`, from `rope_table`; they get no gradient.
 
     Returns:
         `[S, B, H, P]`, dtype of `x`.
     """
-    cos, sin = table
-    width = 2 * cos.shape[-1]
-    a, b = wide(x[..., :width]).chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+    return _Rotate.apply(x, *table)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the gradient rotated back; autograd would keep products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        # in memory heads come before the sequence: attention's products read rows of one head
+        out = _copy(x.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+        return _rotate_into(out, x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_into(_copy(grad), grad, cos, -sin), None, None
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Contiguous, in at least fp32."""
+    return x.to(wide_dtype(x.dtype), memory_format=torch.contiguous_format, copy=True)
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`out`, which holds `x`, rotated in place: sums and a concatenation would take more passes."""
+    half = cos.shape[-1]
+    sizes = [half, half, x.shape[-1] - 2 * half]
+    (a, b, _), (turned_a, turned_b, _) = wide(x).split(sizes, -1), out.split(sizes, -1)
+    turned_a.mul_(cos).addcmul_(b, sin, value=-1)
+    turned_b.mul_(cos).addcmul_(a, sin)
+    return out.to(x.dtype)

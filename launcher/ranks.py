@@ -54,7 +54,8 @@ def settle_memory(device: torch.device) -> None:
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     libc = ctypes.CDLL(None)
     libc.mallopt(trim, -1)  # never
-    libc.mallopt(mmap, 1 << 30)
+    if not libc.mallopt(mmap, 1 << 30):  # more than older versions of glibc take
+        libc.mallopt(mmap, 32 << 20)
 
 
 def settle_determinism(deterministic: bool) -> None:

@@ -29,14 +29,16 @@ Step = Callable[[], object]
 
 
 def our_step(tokens: Tensor) -> Step:
-    """One step of our decoder with fused AdamW."""
+    """One step of our decoder with fused AdamW, in a process set up as `train` does."""
     from colonnade.launcher.optimizer import build_optimizer, start_state
     from colonnade.launcher.products import settle_products
+    from colonnade.launcher.ranks import settle_memory
     from colonnade.launcher.recipe import OptimizerConfig
     from colonnade.models.context import Context
     from colonnade.models.decoder import Decoder
     from colonnade.parallel.materialise import materialise
 
+    settle_memory(torch.device("cpu"))
     settle_products(torch.device("cpu"))
     with torch.device("meta"):
         model = Decoder(SHAPE, loss_chunk=256)
@@ -114,7 +116,12 @@ def floor_step(tokens: Tensor) -> Step:
 
 # Imported before memory is first read; optimizers import torch._dynamo when they are made.
 IMPORTS = {
-    "ours": ("torch._dynamo", "colonnade.models.decoder", "colonnade.launcher.optimizer"),
+    "ours": (
+        "torch._dynamo",
+        "colonnade.models.decoder",
+        "colonnade.launcher.optimizer",
+        "colonnade.launcher.ranks",
+    ),
     "reference": ("torch._dynamo", "transformers.models.llama.modeling_llama"),
     "floor": ("torch._dynamo",),
 }

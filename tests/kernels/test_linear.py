@@ -11,6 +11,7 @@ from torch import Tensor
 from colonnade.kernels.linear import (
     CLASSES,
     SIZES,
+    add_product,
     class_of,
     has_onednn,
     linear,
@@ -97,3 +98,18 @@ def test_product_in_fp32(rows: int) -> None:
     if rows:
         assert_equal({"y": product(a, b)}, {"y": a.double() @ b.double().T}, 1e-5, of_all=0)
     assert not has_onednn(a.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_added(dtype: torch.dtype) -> None:
+    """Onto what is there, of the operands' dtype or wider."""
+    a, b = normal(6, 5, dtype=torch.float32), normal(3, 5, seed=1, dtype=torch.float32)
+    total = normal(6, 3, seed=2, dtype=dtype)
+    exact = total.double() + a.double() @ b.double().T
+    add_product(total, a, b)
+    assert total.dtype == dtype
+    assert_equal({"": total}, {"": exact}, 1e-5, of_all=0)
+    transposed = a.T.contiguous().T
+    add_product(total, transposed, b)
+    exact += a.double() @ b.double().T
+    assert_equal({"": total}, {"": exact}, 1e-5, of_all=0)
