@@ -99,7 +99,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         a, b: `[M, K]` and `[N, K]`, of one dtype, any strides.
     """
     if total.dtype == a.dtype and not _on_onednn(a, b):
-        total.addmm_(a, b.T)
+        torch.addmm(total, a, b.T, out=total)
     else:
         total += product(a, b)
 

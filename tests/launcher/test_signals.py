@@ -23,9 +23,12 @@ sys.exit(stop.number)
 """
 
 
+HEARD = "env", "--default-signal=HUP"  # whatever started the tests ignores
+
+
 def started(how: str, *before: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [*before, sys.executable, "-c", STUCK, how],
+        [*(before or HEARD), sys.executable, "-c", STUCK, how],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None

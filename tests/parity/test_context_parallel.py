@@ -75,15 +75,20 @@ def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, pattern: str) -> Non
         compare(under(ranks4, {"cp": 4, **variant}, pattern, **fields), expected)
 
 
-@pytest.mark.parametrize("layout", [
-    {"cp": 2, "tp": 2}, {"cp": 2, "tp": 2, "sequence": False, "context": "ulysses"},
-    {"cp": 2, "dp_shard": 2, "context": "allgather", "recurrence": "heads"},
-    {"cp": 2, "dp_replicate": 2, "zigzag": False, "context": "ulysses"},
+TENSOR: dict[str, Any] = {"cp": 2, "tp": 2}
+WITHOUT_SEQUENCE = {**TENSOR, "sequence": False, "context": "ulysses"}
+SHARDED: dict[str, Any] = {"cp": 2, "dp_shard": 2, "context": "allgather", "recurrence": "heads"}
+REPLICATED: dict[str, Any] = {"cp": 2, "dp_replicate": 2, "zigzag": False, "context": "ulysses"}
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [
+    (TENSOR, "none"), (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "block"),
+    (SHARDED, "selective"), (REPLICATED, "block"),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
 def test_beside_the_others(
-    ranks1: Ranks, ranks4: Ranks, recompute: str, layout: dict[str, Any]
+    ranks1: Ranks, ranks4: Ranks, layout: dict[str, Any], recompute: str
 ) -> None:
+    """Every layout, and every recomputation under one of them: they meet in the seams alone."""
     fields = WIDE | LADDER | {"mamba_groups": 1, "window": 11, "sigma_reparam": True}
     expected = alone(ranks1, "M*mG-E", **fields)
     compare(under(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)
