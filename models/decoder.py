@@ -15,6 +15,7 @@ from colonnade.models.context import Context
 from colonnade.models.mtp import Predictor, shifted
 from colonnade.models.part import Part, Split, normal
 from colonnade.models.reparam import reparametrise
+from colonnade.models.seams import same
 from colonnade.models.wiring import Wiring
 
 
@@ -175,11 +176,6 @@ class Decoder(nn.Module):
                     steered[block] = steered.get(block, 0) + loads[place].double()
         for block, counts in steered.items():
             block.small.steer(counts, self.config.router_bias_rate)
-
-
-def same(whole: Tensor) -> Tensor:
-    """The `mine` seam where no rank shares a sequence."""
-    return whole
 
 
 def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:

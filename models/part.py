@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from colonnade.kernels.cut import WHOLE
+from colonnade.models.seams import Seam
 
 # Fills a tensor with independent draws: any block of a parameter can be made alone, anywhere.
 Fill = Callable[[Tensor, Generator], object]
@@ -92,10 +93,17 @@ class Part(nn.Module):
     what is done to a weight wherever it is used (`models.reparam`), `started` and `due` which of
     these have a state, and may advance it at the next use; `rates` are factors of the learning rate
     (`models.mup`). `cut` says which part of all that is split is here.
+
+    A half of a sub-block declares its `seams`, `()` where it works token by token; what declares
+    none is refused where ranks share sequences.
     """
+
+    seams: ClassVar[tuple[Seam, ...] | None] = None
 
     def __init__(self) -> None:
         super().__init__()
+        for seam in self.seams or ():
+            setattr(self, seam.name, seam.local)
         self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
         self.fills: dict[str, Fill] = {}
         self.roles: dict[str, Role] = {}

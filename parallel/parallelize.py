@@ -95,9 +95,9 @@ def compile_halves(model: Decoder) -> None:
     for group in groups(model):
         for half in group:
             assert isinstance(half, Part)
-            for seam in ("attend", "scan", "conv"):
-                if hasattr(half, seam) and getattr(half, seam) is not conv_here:  # one operator
-                    setattr(half, seam, torch.compiler.disable(getattr(half, seam)))
+            for name in (seam.name for seam in half.seams or ()):
+                if getattr(half, name) is not conv_here:  # one operator
+                    setattr(half, name, torch.compiler.disable(getattr(half, name)))
             half.forward = compiled(half)
 
 

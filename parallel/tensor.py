@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from colonnade.kernels.cut import Cut, outside_graphs
-from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
 from colonnade.models.part import Part
 from colonnade.parallel.gradients import local_gradients
+from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
 
 # spmd_types calls functional collectives by names that PyTorch 2.13 has given others beside.
 warnings.filterwarnings("ignore", message=".*torch.distributed._functional_collectives.*deprecated")
@@ -122,7 +122,12 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
 
     Parameters become DTensors. Those that ranks use whole have gradients that are partial sums:
     `complete_gradients` adds them up at the end of the step.
+
+    Raises:
+        RefusedError: a sub-block that would compute another function.
+        ValueError: pieces that do not divide over the ranks.
     """
+    check_writers(model)
     group = mesh.get_group()
     cut, seams = cut_of(group), Seams(group, sequence)
     for part in in_blocks(model):
@@ -140,11 +145,28 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
                 part.partial.add(name)
     for wiring in model.wirings():
         wiring.enter, wiring.leave, wiring.gathers = seams.enter, seams.leave, sequence
-        for block in wiring.blocks:
-            if isinstance(block, Mixture):
-                block.attach = attach_once(group)
+    fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
     model.embedding.leave, model.head.enter = seams.leave, seams.enter
     model.head.gather = lambda logits: spmd.all_gather(logits, group, src=S(2), dst=R)
+
+
+def check_writers(model: Decoder) -> None:
+    """Refuse weights that write onto the stream and that every rank would hold whole.
+
+    What sub-blocks write is summed over the ranks: a whole weight's output would count on each.
+
+    Raises:
+        RefusedError: such a weight, by name.
+    """
+    for path, block in sub_blocks(model):
+        for name, half in block.named_modules(prefix=path):
+            for weight, role in half.roles.items() if isinstance(half, Part) else ():
+                if role == "writes" and weight not in half.splits:
+                    raise RefusedError(
+                        f"{name}.{weight}: writes onto the stream and does not say how "
+                        "tensor-parallel ranks share it, so its output would count on each of "
+                        "them; declare it with a split of its inputs"
+                    )
 
 
 def placement(part: Part, name: str, cut: Cut) -> Placement:

@@ -15,6 +15,7 @@ from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.part import Part, Split, constant, last_tap, normal
+from colonnade.models.seams import Seam
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +141,11 @@ class QKV(Convolving):
 class AttendOut(Part):
     """Attention, gate and output projection: back to `[S, B, D]`."""
 
+    seams = (Seam("attend", attend_here, {"q": "head", "k": "group", "v": "group"}),)
+    attend: Attend
+
     def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
-        self.attend: Attend = attend_here
         shape, split = (config.hidden, config.heads * width), Split(1, config.heads, "model.heads")
         self.declare("out", shape, normal(out_std), "writes", split=split)
 
@@ -181,6 +184,8 @@ class Temperature(Part):
 
 class Attention(SubBlock):
     """Halves: `q, k, v, positions | attend, gate, out`."""
+
+    mixes = "sequence"
 
     small: Temperature
 

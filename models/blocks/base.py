@@ -1,7 +1,7 @@
 """What the residual wiring sees of a sub-block: two halves, called one after the other."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from colonnade.kernels.conv import causal_conv
 from colonnade.models.context import Context
 from colonnade.models.part import Part
+from colonnade.models.seams import Seam
 
 
 class SubBlock(nn.Module):
@@ -17,11 +18,23 @@ class SubBlock(nn.Module):
     `first` and `second` hold the matrices; `small`, where a sub-block has it, holds parameters that
     stay in fp32 whatever the precision (routers, decay rates), and is used by `begin` or `finish`.
     A sub-block may stand at several places of the row; `context.index` says at which it is called.
+
+    Every class declares what it `mixes`, and its halves, and where it needs any it itself, declare
+    their `seams`: parallelism refuses what does not say so.
     """
 
-    first: nn.Module
-    second: nn.Module
+    mixes: ClassVar[Literal["sequence", "channels"]]
+    seams: ClassVar[tuple[Seam, ...]] = ()
+
+    first: Part
+    second: Part
     small: Part
+    share = 1.0  # of a sequence that this rank has
+
+    def __init__(self) -> None:
+        super().__init__()
+        for seam in self.seams:
+            setattr(self, seam.name, seam.local)
 
     def begin(self, x: Tensor, context: Context) -> Any:
         """First half. x: `[S, B, D]`. Returns what `finish` takes."""
@@ -59,8 +72,7 @@ def conv_here(
 
 
 class Convolving(Part):
-    """A half with causal convolutions. `conv` is a seam, a `Conv`."""
+    """A half with causal convolutions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv: Conv = conv_here
+    seams = (Seam("conv", conv_here),)
+    conv: Conv

@@ -23,6 +23,7 @@ from colonnade.models.part import (
     normal,
     uniform,
 )
+from colonnade.models.seams import Seam
 
 HEADS = "model.delta_heads"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, Context], Tensor]
@@ -117,9 +118,16 @@ class Decay(Part):
 class DeltaOut(Part):
     """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
 
+    seams = (
+        Seam(
+            "scan", scan_here,
+            {"q": "group", "k": "group", "v": "head", "beta": "head", "decay": "head"},
+        ),
+    )  # fmt: skip
+    scan: Scan
+
     def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
         super().__init__()
-        self.scan: Scan = scan_here
         self.chunk, self.eps = config.delta_chunk, config.norm_eps
         self.strength = 2.0 if config.delta_negative else 1.0
         value = config.delta_value_dim or config.delta_key_dim
@@ -140,6 +148,8 @@ class DeltaOut(Part):
 
 class DeltaNet(SubBlock):
     """Halves: `projections, convolution | delta rule, norm, gate, out`."""
+
+    mixes = "sequence"
 
     small: Decay
 

@@ -31,6 +31,8 @@ class Latents(Part):
     A head's key is its own channels beside rotated ones that all heads share.
     """
 
+    seams = ()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config

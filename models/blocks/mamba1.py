@@ -23,6 +23,7 @@ from colonnade.models.part import (
     normal,
     uniform,
 )
+from colonnade.models.seams import Seam
 
 CHANNELS = "model.mamba1_inner"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
@@ -88,9 +89,17 @@ def rank_of(config: ModelConfig) -> int:
 class ScanOut(Part):
     """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
 
+    seams = (
+        Seam(
+            "scan", scan_here,
+            {"x": "head", "dt": "head", "A": "constant", "B": "shared", "C": "shared",
+             "D": "constant"},
+        ),
+    )  # fmt: skip
+    scan: Scan
+
     def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
         super().__init__()
-        self.scan: Scan = scan_here
         self.chunk, rank = config.mamba1_chunk, rank_of(config)
         bound = rank_of(config.base() or config) ** -0.5  # muP scales the base's bound by itself
         for name, width in (("dt_a", rank), ("B", config.mamba1_state), ("C", config.mamba1_state)):
@@ -122,6 +131,8 @@ class ScanOut(Part):
 
 class Mamba1(SubBlock):
     """Halves: `projections, convolution | selection, scan, gate, out`."""
+
+    mixes = "sequence"
 
     small: Decay
 

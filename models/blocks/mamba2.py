@@ -23,6 +23,7 @@ from colonnade.models.part import (
     normal,
     uniform,
 )
+from colonnade.models.seams import Seam
 
 
 class Projected(NamedTuple):
@@ -96,9 +97,17 @@ class Decay(Part):
 class ScanOut(Part):
     """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
 
+    seams = (
+        Seam(
+            "scan", scan_here,
+            {"x": "head", "dt": "head", "A": "constant", "B": "group", "C": "group",
+             "D": "constant"},
+        ),
+    )  # fmt: skip
+    scan: Scan
+
     def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
         super().__init__()
-        self.scan: Scan = scan_here
         self.width, self.state = config.mamba_head_dim, config.mamba_state
         self.groups, self.chunk, self.eps = config.mamba_groups, config.mamba_chunk, config.norm_eps
         inner = heads * self.width
@@ -121,6 +130,8 @@ class ScanOut(Part):
 
 class Mamba2(SubBlock):
     """Halves: `projections, convolution | scan, gated norm, out`."""
+
+    mixes = "sequence"
 
     small: Decay
 

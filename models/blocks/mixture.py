@@ -25,6 +25,7 @@ from colonnade.models.blocks.mlp import Coefficients
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
 from colonnade.models.part import Part, Split, normal
+from colonnade.models.seams import Seam, same
 
 
 class Dispatched(NamedTuple):
@@ -71,6 +72,8 @@ class Router(Coefficients):
 class Dispatch(Part):
     """Sort tokens by expert, and start the shared expert: `[S, B, D]` to `[M, D]`."""
 
+    seams = ()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.experts, self.gated = config.experts, gated(config.activation)
@@ -101,6 +104,8 @@ class Dispatch(Part):
 
 class Experts(Part):
     """Every expert's MLP over its rows, and the weighted sum: back to `[S, B, D]`."""
+
+    seams = ()
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
@@ -138,6 +143,12 @@ class Mixture(SubBlock):
     and `mine` takes this rank's.
     """
 
+    mixes = "channels"
+    seams = Seam("attach", attach), Seam("whole", same), Seam("mine", same)
+    attach: Callable[[Tensor, Tensor], Tensor]
+    whole: Callable[[Tensor], Tensor]
+    mine: Callable[[Tensor], Tensor]
+
     small: Router
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:
@@ -149,10 +160,6 @@ class Mixture(SubBlock):
         )  # fmt: skip
         self.small = Router(config)
         self.first, self.second = Dispatch(config), Experts(config, out_std)
-        self.attach: Callable[[Tensor, Tensor], Tensor] = attach
-        self.share = 1.0
-        self.whole: Callable[[Tensor], Tensor] = lambda t: t
-        self.mine: Callable[[Tensor], Tensor] = lambda t: t
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)

@@ -13,6 +13,8 @@ from colonnade.models.part import Part, Split, coefficients, normal
 class Up(Part):
     """Up and gate projections: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
 
+    seams = ()
+
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.gated = gated(config.activation)
@@ -27,6 +29,8 @@ class Up(Part):
 
 class Down(Part):
     """Activation and down projection: back to `[S, B, D]`."""
+
+    seams = ()
 
     def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__()
@@ -56,6 +60,8 @@ class Coefficients(Part):
 
 class MLP(SubBlock):
     """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
+
+    mixes = "channels"
 
     small: Coefficients
 

@@ -18,6 +18,8 @@ class Thor(SubBlock):
     it is the same on every layout, and again in recomputation.
     """
 
+    mixes = "channels"
+
     small: Coefficients
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:

@@ -4,14 +4,16 @@ For attention this is Ulysses (arXiv:2309.14509); recurrences are independent by
 too.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import spmd_types as spmd
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from spmd_types import R, S
 from torch import Tensor
 
-from colonnade.models.blocks import delta, mamba1, mamba2
-from colonnade.models.context import Context
+from colonnade.models.seams import Kind, Seam
 from colonnade.parallel.context.layout import SequenceCut
 
 
@@ -61,42 +63,29 @@ class Heads:
 
         return [self.cut.natural(gathered(t)) for t in tensors]
 
-    # The `scan` seams of sub-blocks, each around the one on this device.
+    def around(self, seam: Seam) -> Callable[..., Tensor]:
+        """The seam's local function over whole sequences, of the heads that are this rank's.
 
-    def state_space(self, scan: mamba2.Scan, grouped: bool) -> mamba2.Scan:
-        """What both have in common; B and C are of groups of heads, or of all."""
+        Each argument moves by its kind: heads and groups are exchanged, shared ones all-gathered,
+        and constants sliced; the output is exchanged back.
+        """
+        kinds = list(seam.arguments.values())
 
-        def exchanged(
-            x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-            chunk: int, context: Context,
-        ) -> Tensor:  # fmt: skip
-            if grouped:
-                x, dt, B, C = self.take(x, dt, B, C)
-            else:
-                (x, dt), (B, C) = self.take(x, dt), self.everything(B, C)
-            A, D = self.mine(A), self.mine(D)
-            return self.give(scan(x, dt, A, B, C, D, chunk, context.whole()))
+        def moved(*args: Any) -> Tensor:
+            *given, context = args
+            tensors = dict(enumerate(given[: len(kinds)]))
 
-        return exchanged
+            def of(*wanted: Kind) -> list[int]:
+                return [
+                    i for i, kind in enumerate(kinds) if kind in wanted and tensors[i] is not None
+                ]
 
-    def mamba2(self, scan: mamba2.Scan) -> mamba2.Scan:
-        """By heads, and groups of B and C."""
-        return self.state_space(scan, grouped=True)
+            moves = (("head", "group"), self.take), (("shared",), self.everything)
+            for wanted, move in moves:
+                if found := of(*wanted):
+                    tensors |= zip(found, move(*(tensors[i] for i in found)), strict=True)
+            for i in of("constant"):
+                tensors[i] = self.mine(tensors[i])
+            return self.give(seam.local(*tensors.values(), *given[len(kinds) :], context.whole()))
 
-    def mamba1(self, scan: mamba1.Scan) -> mamba1.Scan:
-        """By channels, which share B and C."""
-        return self.state_space(scan, grouped=False)
-
-    def delta(self, scan: delta.Scan) -> delta.Scan:
-        """By value heads, and key heads that they share."""
-
-        def exchanged(
-            q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
-            chunk: int, context: Context,
-        ) -> Tensor:  # fmt: skip
-            given = (q, k, v, beta) if decay is None else (q, k, v, beta, decay)
-            q, k, v, beta, *rest = self.take(*given)
-            decay = rest[0] if rest else None
-            return self.give(scan(q, k, v, beta, decay, chunk, context.whole()))
-
-        return exchanged
+        return moved

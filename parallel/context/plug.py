@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.pieces import Rule
-from colonnade.models.blocks import delta, mamba1, mamba2
-from colonnade.models.blocks.attention import Attend, AttendOut, Softmax, attend_here
-from colonnade.models.blocks.base import Convolving
-from colonnade.models.blocks.mixture import Mixture
+from colonnade.models.blocks.attention import Attend, Softmax, attend_here
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.models.seams import Seam
 from colonnade.parallel import mesh as meshes
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.attention import Variant, context_attention
@@ -28,34 +26,34 @@ from colonnade.parallel.context.halo import context_conv
 from colonnade.parallel.context.heads import Heads
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.states import Handed, goes_on
+from colonnade.parallel.seams import Fill, check_sequence_mixers, fill_seams, sub_blocks
 
 
 def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Share sequences over the ranks of a one-dimensional mesh.
 
     After `tensor_parallel`, which says how many heads there are here.
+
+    Raises:
+        RefusedError: a sub-block that would compute another function.
     """
     group = mesh.get_group()
     cut = SequenceCut(group.size(), group.rank(), config.zigzag)
     model.mine = cut.mine
     heads = model.config.heads // model.head.cut.count
     conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
-    scans = Scans(cut, group, config.recurrence)
-    for module in [m for wiring in model.wirings() for m in wiring.modules()]:
-        match module:
-            case Convolving():
-                module.conv = conv
-            case AttendOut():
-                module.attend = attend
-            case mamba2.ScanOut():
-                module.scan = scans.plugged(module.scan, scans.heads.mamba2)
-            case mamba1.ScanOut():
-                module.scan = scans.plugged(module.scan, scans.heads.mamba1)
-            case delta.DeltaOut():
-                module.scan = scans.plugged(module.scan, scans.heads.delta)
-            case Mixture():
-                module.share, module.mine = 1 / cut.ranks, cut.mine
-                module.whole = partial(gathered, cut, group)
+    scans, whole = Scans(cut, group, config.recurrence), partial(gathered, cut, group)
+    fills: dict[str, Fill] = {
+        "conv": lambda seam: conv,
+        "attend": lambda seam: attend,
+        "scan": scans.filled,
+        "mine": lambda seam: cut.mine,
+        "whole": lambda seam: whole,
+    }
+    fill_seams(model, "cp", fills)
+    check_sequence_mixers(model)
+    for _, block in sub_blocks(model):
+        block.share = 1 / cut.ranks
 
 
 def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
@@ -70,9 +68,10 @@ class Scans:
         self.cut, self.group, self.recurrence = cut, group, recurrence
         self.heads = Heads(cut, group)
 
-    def plugged(self, scan: Any, by_heads: Callable[[Any], Any]) -> Any:
-        """A sub-block's scan, whose last argument is the context, between ranks."""
-        across = by_heads(scan) if self.recurrence == "heads" else self.handed(scan)
+    def filled(self, seam: Seam) -> Callable[..., Tensor]:
+        """A sub-block's scan between ranks; with a memory, as in generation, the local one."""
+        scan = seam.local
+        across = self.heads.around(seam) if self.recurrence == "heads" else self.handed(scan)
         return lambda *args: (scan if args[-1].memory is not None else across)(*args)
 
     def handed(self, scan: Any) -> Any:

@@ -1,0 +1,83 @@
+"""The seams of sub-blocks, filled in one place: what is not declared or filled is refused."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from colonnade.models.blocks import SubBlock
+from colonnade.models.decoder import Decoder
+from colonnade.models.seams import Seam
+
+# Seams at which tokens of a sequence meet; where ranks share sequences one of these is filled.
+ALONG_SEQUENCE = ("attend", "scan")
+FILLED_BY = {
+    "attach": "tp",
+    "attend": "cp", "scan": "cp", "conv": "cp", "whole": "cp", "mine": "cp",
+}  # fmt: skip
+
+Fill = Callable[[Seam], Callable[..., Any]]
+
+
+class RefusedError(ValueError):
+    """A sub-block that parallelism cannot be applied to, by name."""
+
+
+def sub_blocks(model: Decoder) -> Iterator[tuple[str, SubBlock]]:
+    """Every sub-block once, with its name in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, SubBlock):
+            yield name, module
+
+
+def fill_seams(model: Decoder, axis: str, fills: Mapping[str, Fill]) -> None:
+    """Put at every seam that `axis` fills what `fills` has for its name.
+
+    Raises:
+        RefusedError: a half that does not declare its seams, or a seam that nothing fills.
+    """
+    for path, block in sub_blocks(model):
+        owners = [(path, block, block.seams)]
+        for half in ("first", "second"):
+            part = getattr(block, half)
+            if part.seams is None:
+                raise RefusedError(
+                    f"{path}.{half}: {type(part).__name__} does not declare its seams, so {axis} "
+                    "could leave it local without a word; declare `seams`, () if it works token "
+                    "by token"
+                )
+            owners.append((f"{path}.{half}", part, part.seams))
+        for where, owner, seams in owners:
+            for seam in seams:
+                name = seam.name
+                if name not in FILLED_BY:
+                    known = ", ".join(FILLED_BY)
+                    raise RefusedError(
+                        f"{where}: {type(owner).__name__} declares the seam {name!r}, which no "
+                        f"parallelism fills; the seams are {known}"
+                    )
+                if FILLED_BY[name] != axis:
+                    continue
+                if name not in fills:
+                    raise RefusedError(f"{where}: {axis} has nothing for the seam {name!r}")
+                setattr(owner, name, fills[name](seam))
+
+
+def check_sequence_mixers(model: Decoder) -> None:
+    """Refuse, where ranks share sequences, what mixes along them and has no seam for that.
+
+    Raises:
+        RefusedError: such a sub-block, or one that does not say what it mixes.
+    """
+    for path, block in sub_blocks(model):
+        kind = type(block).__name__
+        mixes = getattr(block, "mixes", None)
+        if mixes not in ("sequence", "channels"):
+            raise RefusedError(
+                f"{path}: {kind} does not say what it mixes, so cp could leave it local without "
+                "a word; declare `mixes`, 'sequence' or 'channels'"
+            )
+        declared = [seam.name for half in (block.first, block.second) for seam in half.seams or ()]
+        if mixes == "sequence" and not set(declared) & set(ALONG_SEQUENCE):
+            raise RefusedError(
+                f"{path}: {kind} mixes along the sequence and has no seam where ranks could take "
+                f"part; declare one of {', '.join(ALONG_SEQUENCE)} on the half that mixes"
+            )
