@@ -21,7 +21,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for part in model.modules():
         if isinstance(part, Part):
             for name, p in part.named_parameters(recurse=False):
-                groups[part.rates.get(name, 1.0), name not in part.undecayed].append(p)
+                spec = part.specs[name]
+                groups[spec.rate, spec.decay].append(p)
     return torch.optim.AdamW(
         [
             {

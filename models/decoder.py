@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         """An optimizer step begins: what changes once a step may do so at its next use."""
         for module in self.modules():
             if isinstance(module, Part):
-                module.due = set(module.changes)
+                module.due = module.transformed
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
         """An optimizer step is done; `loads` are `Context.loads` over the whole global batch."""

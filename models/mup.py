@@ -33,16 +33,15 @@ def apply_mup(model: "Decoder") -> None:
 
 def scale_part(part: Part, base: Part) -> None:
     """Apply the rules to one part's linear weights; vectors and embeddings stay as they are."""
-    for name, role in part.roles.items():
-        if role in ("table", "other"):
+    for name, spec in part.specs.items():
+        if spec.role in ("table", "other"):
             continue
         shape, smaller = getattr(part, name).shape, getattr(base, name).shape
         rows, columns = shape[-2] / smaller[-2], shape[-1] / smaller[-1]
         if rows != 1 and columns != 1:
-            part.fills[name] = scaled(part.fills[name], columns**-0.5)
-            part.rates[name] = 1 / columns
+            spec.fill, spec.rate = scaled(spec.fill, columns**-0.5), 1 / columns
         elif columns != 1:
-            part.change(name, partial(torch.mul, other=1 / columns))
+            spec.transforms.append(partial(torch.mul, other=1 / columns))
 
 
 def scaled(fill: Fill, factor: float) -> Fill:

@@ -24,7 +24,7 @@ class Norm(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_of("weight")
-        bias = self.weight_of("bias") if "bias" in self.fills else None
+        bias = self.weight_of("bias") if "bias" in self.specs else None
         if self.kind == "layer":
             return layer_norm(x, weight, bias, self.eps)
         if self.kind == "crms":

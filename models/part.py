@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from colonnade.models.seams import Seam
 # Fills a tensor with independent draws: any block of a parameter can be made alone, anywhere.
 Fill = Callable[[Tensor, Generator], object]
 # What stands between a parameter and its use, such as a spectral reparametrisation.
-Change = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Tensor]
 # A linear weight `[..., out, in]` reads the stream, writes onto it, or stands within a sub-block.
 Role = Literal["reads", "inner", "writes", "table", "other"]
 
@@ -82,17 +83,38 @@ def last_tap(t: Tensor, g: Generator) -> None:
     t[..., -1] = 1.0
 
 
+@dataclass
+class ParameterSpec:
+    """All that is known of a parameter, or of a buffer beside them, but its shape.
+
+    Attributes:
+        fill: its initial distribution.
+        role: what a linear weight does with the stream.
+        decay: whether weight decay acts on it.
+        rate: factor of the learning rate (`models.mup`).
+        split: how tensor-parallel ranks may share it; None: each needs it whole.
+        partial: whether its gradient is a partial sum over these ranks.
+        transforms: applied in turn wherever it is used (`models.reparam`).
+    """
+
+    fill: Fill
+    role: Role = "other"
+    decay: bool = False
+    rate: float = 1.0
+    split: Split | None = None
+    partial: bool = False
+    transforms: list[Transform] = field(default_factory=list)
+
+
 class Part(nn.Module):
     """One half of a sub-block, or another holder of parameters.
 
     `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
     `parallel/` replaces it by the rank's shard.
 
-    By name of the parameter: `splits` says how ranks may share it (what is not there each of them
-    needs whole); `partial` are those whose gradients other ranks hold the rest of; `changes` is
-    what is done to a weight wherever it is used (`models.reparam`), `started` and `due` which of
-    these have a state, and may advance it at the next use; `rates` are factors of the learning rate
-    (`models.mup`). `cut` says which part of all that is split is here.
+    `specs` has one record for each parameter and buffer, by name. `cut` says which part of all that
+    is split is here. Of the transformed weights `started` have a state, and `due` may advance it at
+    the next use.
 
     A half of a sub-block declares its `seams`, `()` where it works token by token; what declares
     none is refused where ranks share sequences.
@@ -105,14 +127,8 @@ class Part(nn.Module):
         for seam in self.seams or ():
             setattr(self, seam.name, seam.local)
         self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
-        self.fills: dict[str, Fill] = {}
-        self.roles: dict[str, Role] = {}
-        self.splits: dict[str, Split] = {}
+        self.specs: dict[str, ParameterSpec] = {}
         self.cut = WHOLE
-        self.partial: set[str] = set()
-        self.undecayed: set[str] = set()
-        self.rates: dict[str, float] = {}
-        self.changes: dict[str, list[Change]] = {}
         self.due: set[str] = set()
         self.started: set[str] = set()
 
@@ -131,16 +147,13 @@ class Part(nn.Module):
         default on whatever has two dimensions.
         """
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.fills[name], self.roles[name] = fill, role
-        if split is not None:
-            self.splits[name] = split
-        if not (len(shape) > 1 if decay is None else decay):
-            self.undecayed.add(name)
+        decayed = len(shape) > 1 if decay is None else decay
+        self.specs[name] = ParameterSpec(fill, role, decayed, split=split)
 
     def declare_state(self, name: str, shape: tuple[int, ...], value: float) -> None:
         """Register a buffer: fp32 state beside the parameters, whole on every rank, saved."""
         self.register_buffer(name, torch.empty(shape))
-        self.fills[name] = constant(value)
+        self.specs[name] = ParameterSpec(constant(value))
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -148,16 +161,17 @@ class Part(nn.Module):
         own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
         for name, tensor in own:
             drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-            self.fills[name](drawn, torch.default_generator)
+            self.specs[name].fill(drawn, torch.default_generator)
             tensor.copy_(drawn)
 
-    def change(self, name: str, change: Change) -> None:
-        """Put `change` between the parameter `name` and its uses, behind those already there."""
-        self.changes.setdefault(name, []).append(change)
+    @property
+    def transformed(self) -> set[str]:
+        """The parameters that have transforms."""
+        return {name for name, spec in self.specs.items() if spec.transforms}
 
     def weight_of(self, name: str) -> Tensor:
         """The parameter `name` as this rank uses it."""
         weight = self.local(getattr(self, name))
-        for change in self.changes.get(name, ()):
-            weight = change(weight)
+        for transform in self.specs[name].transforms:
+            weight = transform(weight)
         return weight

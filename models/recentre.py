@@ -84,10 +84,10 @@ def roles_of(config: ModelConfig) -> dict[str, Role]:
     with torch.device("meta"):
         model = Decoder(config)
     return {
-        f"{path}.{name}": role
+        f"{path}.{name}": spec.role
         for path, part in model.named_modules()
         if isinstance(part, Part)
-        for name, role in part.roles.items()
+        for name, spec in part.specs.items()
     }
 
 

@@ -40,9 +40,9 @@ def centre(part: Part) -> None:
 
     The stream is then centred, on which RMSNorm is LayerNorm (arXiv:2305.14858, section 3).
     """
-    for name, role in part.roles.items():
-        if role in ("writes", "table"):
-            part.change(name, partial(centred, dim=-2 if role == "writes" else -1))
+    for spec in part.specs.values():
+        if spec.role in ("writes", "table"):
+            spec.transforms.append(partial(centred, dim=-2 if spec.role == "writes" else -1))
 
 
 def centred(weight: Tensor, dim: int) -> Tensor:
@@ -57,14 +57,14 @@ def spectral(part: Part) -> None:
     alone. The singular vectors are fp32 state, advanced by one power iteration per optimizer step,
     at the first use in training.
     """
-    for name, role in list(part.roles.items()):
-        if role not in ("reads", "inner", "writes"):
+    for name, spec in list(part.specs.items()):
+        if spec.role not in ("reads", "inner", "writes"):
             continue
         *many, rows, columns = getattr(part, name).shape
         part.declare(f"{name}_gain", tuple(many) or (1,), constant(0.0))
         part.declare_state(f"{name}_left", (*many, rows), 0.0)
         part.declare_state(f"{name}_right", (*many, columns), 0.0)
-        part.change(name, partial(normalised, part, name))
+        spec.transforms.append(partial(normalised, part, name))
 
 
 STARTING_ITERATIONS = 64  # of power iteration, the first time
@@ -91,7 +91,7 @@ def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
 
 def cuts(part: Part, name: str) -> tuple[Cut, Cut]:
     """How the rows and the columns of a weight are cut as it is used here."""
-    split = part.splits.get(name)
+    split = part.specs[name].split
     if split is None or split.pieces % part.cut.count:
         return WHOLE, WHOLE
     of_rows = split.dim == getattr(part, name).dim() - 2

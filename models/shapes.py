@@ -49,7 +49,8 @@ def splits(config: ModelConfig) -> set[Split]:
     with torch.device("meta"):
         made = [BLOCKS[symbol](config, 1.0) for symbol in sorted(row)]
         modules = [Embedding(config), *(m for block in made for m in block.modules())]
-    return {split for m in modules if isinstance(m, Part) for split in m.splits.values()}
+    specs = [spec for m in modules if isinstance(m, Part) for spec in m.specs.values()]
+    return {spec.split for spec in specs if spec.split is not None}
 
 
 def weights(module: nn.Module) -> int:

@@ -22,7 +22,7 @@ def declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
-            yield f"{prefix}.{name}", tensor, module.fills[name]
+            yield f"{prefix}.{name}", tensor, module.specs[name].fill
 
 
 def new_decoder(

@@ -138,7 +138,7 @@ def advance(half: Part) -> None:
     Recomputation has nothing to advance, so no checkpoint may see what this saves for backward.
     """
     with torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
-        for name in half.due | (half.changes.keys() - half.started):
+        for name in half.due | (half.transformed - half.started):
             half.weight_of(name)
             half.due.discard(name)
             half.started.add(name)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from colonnade.kernels.cut import Cut, outside_graphs
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part
+from colonnade.models.part import ParameterSpec, Part, Split
 from colonnade.parallel.gradients import local_gradients
 from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
 
@@ -134,15 +134,15 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
         part.cut = cut
         for name, _ in list(part.named_parameters(recurse=False)):
             place(part, name, mesh, placement(part, name, cut))
-            if name not in part.splits:
-                part.partial.add(name)
-            elif part.splits[name].pieces % cut.count:
-                share(part, name)
+            spec = part.specs[name]
+            if spec.split is None:
+                spec.partial = True
+            elif spec.split.pieces % cut.count:
+                share(part, spec, spec.split)
     for part in on_stream(model):
         for name, _ in list(part.named_parameters(recurse=False)):
             place(part, name, mesh, Replicate())
-            if sequence:
-                part.partial.add(name)
+            part.specs[name].partial = sequence
     for wiring in model.wirings():
         wiring.enter, wiring.leave, wiring.gathers = seams.enter, seams.leave, sequence
     fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
@@ -160,8 +160,8 @@ def check_writers(model: Decoder) -> None:
     """
     for path, block in sub_blocks(model):
         for name, half in block.named_modules(prefix=path):
-            for weight, role in half.roles.items() if isinstance(half, Part) else ():
-                if role == "writes" and weight not in half.splits:
+            for weight, spec in half.specs.items() if isinstance(half, Part) else ():
+                if spec.role == "writes" and spec.split is None:
                     raise RefusedError(
                         f"{name}.{weight}: writes onto the stream and does not say how "
                         "tensor-parallel ranks share it, so its output would count on each of "
@@ -175,7 +175,7 @@ def placement(part: Part, name: str, cut: Cut) -> Placement:
     Raises:
         ValueError: its pieces can be neither divided among the ranks nor shared by several.
     """
-    split = part.splits.get(name)
+    split = part.specs[name].split
     if split is None:
         return Replicate()
     if not split.suits(cut.count):
@@ -196,11 +196,11 @@ def shard_of(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def share(part: Part, name: str) -> None:
+def share(part: Part, spec: ParameterSpec, split: Split) -> None:
     """Use of a whole parameter the piece that this rank needs, among others that need it too."""
-    split, cut = part.splits[name], part.cut
-    part.change(name, lambda whole: cut.mine(whole, split.dim, split.pieces))
-    part.partial.add(name)
+    cut = part.cut
+    spec.transforms.append(lambda whole: cut.mine(whole, split.dim, split.pieces))
+    spec.partial = True
 
 
 def attach_once(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], Tensor]:
@@ -216,7 +216,13 @@ def complete_gradients(model: Decoder, mesh: DeviceMesh) -> None:
     if mesh["tp"].size() == 1:
         return
     parts = (m for m in model.modules() if isinstance(m, Part))
-    shards = local_gradients(getattr(part, name) for part in parts for name in sorted(part.partial))
+    partial = (
+        getattr(part, name)
+        for part in parts
+        for name in sorted(part.specs)
+        if part.specs[name].partial
+    )
+    shards = local_gradients(partial)
     if shards:
         flat = torch.cat([shard.flatten() for shard in shards])
         dist.all_reduce(flat, group=mesh.get_group("tp"))

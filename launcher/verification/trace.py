@@ -146,7 +146,8 @@ def perturb(model: Decoder) -> None:
     for part in model.modules():
         if isinstance(part, Part):
             for name, _ in part.named_parameters(recurse=False):
-                part.fills[name] = noisy(part.fills[name])
+                spec = part.specs[name]
+                spec.fill = noisy(spec.fill)
 
 
 def random_rows(samples: Iterable[int], vocab: int, length: int) -> Batch:

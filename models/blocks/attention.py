@@ -175,7 +175,7 @@ class Temperature(Part):
         code has it, with a β per head; the terms of the query's content and of the values are not
         built.
         """
-        if "growth" not in self.fills:
+        if "growth" not in self.specs:
             return q
         rate = (-self.weight_of("growth").exp()).exp()
         log_n = (positions + 1).to(rate.dtype).log()

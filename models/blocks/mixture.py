@@ -97,7 +97,7 @@ class Dispatch(Part):
         if self.width:
             gate = linear(x, self.weight_of("shared_gate")) if self.gated else None
             shared = linear(x, self.weight_of("shared_up")), gate
-        if "shared_open" in self.fills:
+        if "shared_open" in self.specs:
             opening = linear(x, self.weight_of("shared_open"))
         return Dispatched(rows, order, weight.flatten(0, 1), x.shape, shared, opening)
 

@@ -55,7 +55,7 @@ class Coefficients(Part):
 
     def values(self) -> Tensor | None:
         """`[4]`, or None where the activation is no polynomial."""
-        return self.weight_of("poly") if "poly" in self.fills else None
+        return self.weight_of("poly") if "poly" in self.specs else None
 
 
 class MLP(SubBlock):

@@ -56,14 +56,14 @@ def parameter_types(model: Decoder) -> dict[str, Type]:
     A gradient has the type's `backward_type`: P for R, else the same.
 
     Raises:
-        SpmdTypeError: a shard is in `partial`.
+        SpmdTypeError: a shard whose gradient is said to be partial.
     """
     types: dict[str, Type] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             assert isinstance(module, Part)
             assert isinstance(p, DTensor)
-            (where,), summed = p.placements, name in module.partial
+            (where,), summed = p.placements, module.specs[name].partial
             if isinstance(where, Shard) and summed:
                 raise SpmdTypeError(f"{prefix}.{name} is a shard: so is its gradient, and no sum")
             whole = R if summed else I

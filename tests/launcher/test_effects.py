@@ -243,7 +243,7 @@ def trained(config: ModelConfig) -> dict[str, Any]:
     seen: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
     for path, part in model.named_modules():
         if isinstance(part, Part):
-            seen[f"{path}: rates, undecayed"] = part.rates, part.undecayed
+            seen[f"{path}: rates, decay"] = {n: (s.rate, s.decay) for n, s in part.specs.items()}
     for step in range(2):
         context = Context(positions, None, 4 / config.balance_samples, torch.arange(4), step)
         model.begin_step()

@@ -242,10 +242,10 @@ def test_mup_rules() -> None:
     plain, model = started(sized(128, None)), started(sized(128, 32))
     assert model.head.scale == 1 / r
     rates = {
-        f"{path}.{name}": part.rates.get(name, 1.0)
+        f"{path}.{name}": spec.rate
         for path, part in model.named_modules()
         if isinstance(part, Part)
-        for name in part.fills
+        for name, spec in part.specs.items()
     }
     before = dict(plain.named_parameters())
     for name, p in model.named_parameters():

@@ -41,8 +41,8 @@ class OtherScan(Part):
         like = mamba1.ScanOut(config, inner, out_std)
         self.chunk = like.chunk
         for name, p in like.named_parameters():
-            role, split = like.roles[name], like.splits.get(name)
-            self.declare(name, tuple(p.shape), like.fills[name], role, split=split)
+            spec = like.specs[name]
+            self.declare(name, tuple(p.shape), spec.fill, spec.role, split=spec.split)
 
 
 class Undeclared(OtherScan):
@@ -93,7 +93,7 @@ class WholeDown(mlp.Down):
 
     def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
         super().__init__(config, width, out_std)
-        del self.splits["down"]
+        self.specs["down"].split = None
 
 
 class Halfway(mlp.MLP):
