@@ -13,7 +13,7 @@ PINNED  = $(if $(LOCK),-c $(LOCK))
 INSTALL = $(BIN)/pip install -q $(PINNED) 'setuptools>=70.1' && \
           $(BIN)/pip install -q $(PINNED) --no-build-isolation -e
 
-.PHONY: train test test-newest lock lint types clean
+.PHONY: train test test-newest lock links lint types clean
 train: $(VENV)/.ready-train
 	$(BIN)/colonnade train quickstart --nproc $(NPROC)
 
@@ -24,16 +24,20 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest LOCK=
 
-lint: $(VENV)/.ready-test
+# A folder of links shows the rooms on disk as they are installed, as packages of colonnade.
+SRC = $(VENV)/src
+links:
+	mkdir -p $(SRC)/colonnade
+	ln -sfn $(CURDIR)/colonnade/__init__.py $(SRC)/colonnade/__init__.py
+	for room in bench launcher parallel models kernels; do ln -sfn $(CURDIR)/$$room $(SRC)/colonnade/$$room; done
+
+lint: $(VENV)/.ready-test links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	cd $(SRC) && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml
 
-# mypy wants the package names on disk: a folder of links shows it the rooms as colonnade.*
-types: $(VENV)/.ready-test
-	mkdir -p $(VENV)/src/colonnade
-	for room in launcher parallel models kernels; do ln -sfn $(CURDIR)/$$room $(VENV)/src/colonnade/$$room; done
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -p colonnade
+types: $(VENV)/.ready-test links
+	MYPYPATH=$(SRC) $(BIN)/mypy -p colonnade
 
 # Public versions alone (torch 2.13.0, not 2.13.0+cpu): each machine takes its own build of them.
 lock:

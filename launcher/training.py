@@ -70,7 +70,7 @@ def train(
         UserError: a mistake in the recipe or its data; RecipeError lists all faults at once.
 
     Example:
-        >>> from colonnade.launcher import train
+        >>> from colonnade import train
         >>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
         >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
         True

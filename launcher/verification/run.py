@@ -107,7 +107,7 @@ def verify(
         UserError: a mistake in the recipe or a layout; RecipeError lists all faults at once.
 
     Example:
-        >>> from colonnade.launcher import verify
+        >>> from colonnade import verify
         >>> verify("quickstart", nproc=4, layouts=["tp=4"])["equal"]  # doctest: +SKIP
         True
     """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from colonnade.launcher.benchmarks import (
+from colonnade.bench import (
     BENCHMARKS,
     bench,
     linear,
@@ -20,7 +20,7 @@ from colonnade.launcher.benchmarks import (
     norm,
     step,
 )
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.launcher.cli import build_parser
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.health import doctor

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ranks import Ranks
 
-from colonnade.launcher.benchmarks import context, crew
-from colonnade.launcher.benchmarks.context import Shape
+from colonnade.bench import context, crew
+from colonnade.bench.context import Shape
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.memory import resident_mib
 from colonnade.models.config import ModelConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from colonnade.launcher.benchmarks import bench, hosts, ladder
-from colonnade.launcher.benchmarks.ladder import VARIANTS, Rounds, Sample, Shape
+from colonnade.bench import bench, hosts, ladder
+from colonnade.bench.ladder import VARIANTS, Rounds, Sample, Shape
 from colonnade.launcher.errors import UserError
 
 

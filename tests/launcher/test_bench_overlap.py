@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from colonnade.launcher.benchmarks import overlap, row
-from colonnade.launcher.benchmarks.overlap import Link, linked
-from colonnade.launcher.benchmarks.row import VARIANTS, Row, Shape
+from colonnade.bench import overlap, row
+from colonnade.bench.overlap import Link, linked
+from colonnade.bench.row import VARIANTS, Row, Shape
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colonnade.launcher import load_recipe, resume, train
+from colonnade import load_recipe, resume, train
 from colonnade.launcher.cli import build_parser, main, parse
 
 TINY = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from colonnade.launcher.benchmarks import traffic
+from colonnade.bench import traffic
 from colonnade.launcher.recipe import Recipe, TrainConfig
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.memory import resident_mib
 from colonnade.launcher.place import cores

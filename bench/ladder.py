@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.launcher.benchmarks import row
-from colonnade.launcher.benchmarks.hosts import LINK, NETWORK, Host, Hosts
-from colonnade.launcher.benchmarks.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
+from colonnade.bench import row
+from colonnade.bench.hosts import LINK, NETWORK, Host, Hosts
+from colonnade.bench.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
 from colonnade.launcher.place import cores
 from colonnade.launcher.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.launcher.corpus import IndexedWriter, open_data
 from colonnade.launcher.corpus.indexed import token_dtype
 from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.norm import rms_norm, rms_norm_reference
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 
 S, B, D, EPS = 512, 4, 512, 1e-5
 

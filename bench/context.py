@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from colonnade.bench import traffic
+from colonnade.bench.crew import Ranks
+from colonnade.bench.mixers import kept_bytes
+from colonnade.bench.timing import median_ratio
 from colonnade.kernels.attention import attention
 from colonnade.kernels.blockwise import Rule
-from colonnade.launcher.benchmarks import traffic
-from colonnade.launcher.benchmarks.crew import Ranks
-from colonnade.launcher.benchmarks.mixers import kept_bytes
-from colonnade.launcher.benchmarks.timing import median_ratio
 from colonnade.launcher.job import build_model
 from colonnade.launcher.memory import resident_mib
 from colonnade.launcher.place import cores

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.launcher.benchmarks import need
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
+from colonnade.bench import need
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.models.blocks import BLOCKS, SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context

@@ -32,70 +32,70 @@ def need(name: str, *modules: str) -> None:
 
 def bench_step() -> dict[str, Any]:
     """A training step of a small Llama beside Hugging Face's."""
-    from colonnade.launcher.benchmarks.step import run
+    from colonnade.bench.step import run
 
     return run()
 
 
 def bench_loader() -> dict[str, Any]:
     """Reading batches from a memory-mapped token file, beside copying as many bytes."""
-    from colonnade.launcher.benchmarks.loader import run
+    from colonnade.bench.loader import run
 
     return run()
 
 
 def bench_linear() -> dict[str, Any]:
     """Products of a linear layer beside PyTorch's."""
-    from colonnade.launcher.benchmarks.linear import run
+    from colonnade.bench.linear import run
 
     return run()
 
 
 def bench_norm() -> dict[str, Any]:
     """RMSNorm beside PyTorch's own and its formula."""
-    from colonnade.launcher.benchmarks.norm import run
+    from colonnade.bench.norm import run
 
     return run()
 
 
 def bench_mixers() -> dict[str, Any]:
     """Chunked sequence mixers beside their token recurrences and transformers' code."""
-    from colonnade.launcher.benchmarks.mixers import run
+    from colonnade.bench.mixers import run
 
     return run()
 
 
 def bench_moe() -> dict[str, Any]:
     """A mixture of experts beside Mixtral's loop over experts."""
-    from colonnade.launcher.benchmarks.moe import run
+    from colonnade.bench.moe import run
 
     return run()
 
 
 def bench_mup() -> dict[str, Any]:
     """A coordinate check of muP beside the standard parametrisation; draws `mup.png`."""
-    from colonnade.launcher.benchmarks.mup import run
+    from colonnade.bench.mup import run
 
     return run()
 
 
 def bench_ladder() -> dict[str, Any]:
     """Communication hidden by ladder residual between two hosts; 25 minutes, as root."""
-    from colonnade.launcher.benchmarks.ladder import run
+    from colonnade.bench.ladder import run
 
     return run()
 
 
 def bench_overlap() -> dict[str, Any]:
     """Ladder residual beside collectives that are mere delays; one process, two minutes."""
-    from colonnade.launcher.benchmarks.overlap import run
+    from colonnade.bench.overlap import run
 
     return run()
 
 
 def bench_context() -> dict[str, Any]:
     """A sequence over several ranks: work, time, memory and bytes sent; a few minutes."""
-    from colonnade.launcher.benchmarks.context import run
+    from colonnade.bench.context import run
 
     return run()
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.launcher.benchmarks.row import (
+from colonnade.bench.row import (
     PATTERNS,
     RANKS,
     SHARE,

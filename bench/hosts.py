@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from colonnade.launcher.benchmarks.crew import Crew, Member
+from colonnade.bench.crew import Crew, Member
 from colonnade.launcher.errors import UserError
 
 LINK, NETWORK = "wire", "fd00::"  # the interface, and what its addresses begin with

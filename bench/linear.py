@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.linear import class_of, has_onednn, onednn_product
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.place import cores
 from colonnade.launcher.products import known_choice, measured_choice

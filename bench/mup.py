@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.launcher.benchmarks import need
+from colonnade.bench import need
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.optimizer import build_optimizer
 from colonnade.launcher.recipe import OptimizerConfig

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from colonnade.bench import need
+from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
 from colonnade.kernels.ssd import ssd, ssd_recurrence
-from colonnade.launcher.benchmarks import need
-from colonnade.launcher.benchmarks.timing import alternate, median_ratio
 
 # Heads H of width P (keys and values alike), state width N; Mamba-1: CHANNELS with STATE each.
 H, P, N, CHANNELS, STATE = 8, 64, 128, 512, 16

@@ -1,0 +1,37 @@
+"""What the verbs of the command line do, as functions of the same names.
+
+>>> from colonnade import train
+>>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
+>>> run.losses[-1]  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colonnade.launcher.corpus import data as data
+    from colonnade.launcher.generation import generate as generate
+    from colonnade.launcher.health import doctor as doctor
+    from colonnade.launcher.load import load_recipe as load_recipe
+    from colonnade.launcher.training import resume as resume
+    from colonnade.launcher.training import train as train
+    from colonnade.launcher.verification.run import verify as verify
+
+_HOMES = {
+    "data": "launcher.corpus",
+    "doctor": "launcher.health",
+    "generate": "launcher.generation",
+    "load_recipe": "launcher.load",
+    "resume": "launcher.training",
+    "train": "launcher.training",
+    "verify": "launcher.verification.run",
+}
+__all__ = ["data", "doctor", "generate", "load_recipe", "resume", "train", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb when it is first asked for: `colonnade --help` need not wait for torch."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
