@@ -17,12 +17,12 @@ from torch import Tensor
 
 from colonnade.bench import need
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.optimizer import build_optimizer
 from colonnade.launcher.recipe import OptimizerConfig
 from colonnade.models.config import SYMBOLS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.materialise import materialise
+from colonnade.parallel.optimizer import Optimizer, build_optimizer
 
 PATTERN = "*-MmGE"
 SWEPT = "*-*-"
@@ -66,12 +66,12 @@ def text(batches: int) -> Tensor:
     return data[starts + torch.arange(S + 1)[:, None]].long()
 
 
-def step(model: Decoder, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
+def step(model: Decoder, optimizer: Optimizer, lr: float, rows: Tensor) -> float:
     """One step; the loss before it, in nats per byte."""
     loss = model(rows[:-1], context(), rows[1:]) / rows[1:].numel()
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    optimizer.step(lr)
     return loss.item()
 
 
@@ -104,11 +104,11 @@ def coordinates(pattern: str, widths: Sequence[int], base: int | None, steps: in
     changes: Changes = {}
     for width in widths:
         model = started(config_of(pattern, width, base))
-        optimizer = build_optimizer(model, OptimizerConfig(lr=LR))
+        optimizer = build_optimizer(model, OptimizerConfig())
         before = outputs(model, rows[:-1])
         found: dict[str, list[float]] = {name: [] for name in before}
         for _ in range(steps):
-            step(model, optimizer, rows)
+            step(model, optimizer, LR, rows)
             for name, after in outputs(model, rows[:-1]).items():
                 found[name].append((after - before[name]).abs().mean().item())
         changes[width] = found
@@ -132,8 +132,8 @@ def sweep(width: int, base: int | None, rates: Sequence[float], steps: int) -> d
     batches, losses = text(steps), {}
     for rate in rates:
         model = started(config_of(SWEPT, width, base))
-        optimizer = build_optimizer(model, OptimizerConfig(lr=rate))
-        seen = [step(model, optimizer, rows) for rows in batches]
+        optimizer = build_optimizer(model, OptimizerConfig())
+        seen = [step(model, optimizer, rate, rows) for rows in batches]
         last = seen[-max(1, steps // 4) :]
         losses[rate] = sum(last) / len(last)
     return losses

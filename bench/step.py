@@ -30,13 +30,13 @@ Step = Callable[[], object]
 
 def our_step(tokens: Tensor) -> Step:
     """One step of our decoder with fused AdamW, in a process set up as `train` does."""
-    from colonnade.launcher.optimizer import build_optimizer, start_state
     from colonnade.launcher.products import settle_products
     from colonnade.launcher.ranks import settle_memory
     from colonnade.launcher.recipe import OptimizerConfig
     from colonnade.models.context import Context
     from colonnade.models.decoder import Decoder
     from colonnade.parallel.materialise import materialise
+    from colonnade.parallel.optimizer import build_optimizer
 
     settle_memory(torch.device("cpu"))
     settle_products(torch.device("cpu"))
@@ -44,7 +44,6 @@ def our_step(tokens: Tensor) -> Step:
         model = Decoder(SHAPE, loss_chunk=256)
     materialise(model, torch.device("cpu"), seed=0)
     optimizer = build_optimizer(model, OptimizerConfig())
-    start_state(optimizer)
     inputs = tokens.T.contiguous()
     labels = F.pad(inputs[1:], (0, 0, 0, 1), value=-100)
     positions = torch.arange(SEQ)[:, None].expand(SEQ, BATCH)
@@ -52,7 +51,7 @@ def our_step(tokens: Tensor) -> Step:
     def step() -> None:
         loss = model(inputs, Context(positions), labels) / (BATCH * (SEQ - 1))
         loss.backward()
-        optimizer.step()
+        optimizer.step(1e-3)
         optimizer.zero_grad()
 
     return step
@@ -119,7 +118,7 @@ IMPORTS = {
     "ours": (
         "torch._dynamo",
         "colonnade.models.decoder",
-        "colonnade.launcher.optimizer",
+        "colonnade.parallel.optimizer",
         "colonnade.launcher.ranks",
     ),
     "reference": ("torch._dynamo", "transformers.models.llama.modeling_llama"),

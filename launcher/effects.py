@@ -184,6 +184,8 @@ RUN = (
            "without Mamba or DeltaNet (`M`, `m`, `D` or `G` in model.pattern)", _ROW),
     Effect("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
            "without experts or with parallel.tp = 1", "parallel.tp model.pattern"),
+    Effect("optimizer.momentum", lambda r: r.optimizer.name == "muon",
+           "unless optimizer.name = muon", "optimizer.name"),
     Effect("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",
            "unless optimizer.schedule = wsd", "optimizer.schedule"),
     Effect("optimizer.min_lr", lambda r: r.optimizer.schedule != "constant",

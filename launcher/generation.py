@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
+from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.corpus.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.load import load_recipe
-from colonnade.launcher.optimizer import named_tensors
 from colonnade.launcher.products import settle_products
 from colonnade.launcher.ranks import ALONE, choose_device, settle_threads
 from colonnade.launcher.recipe import Recipe

@@ -12,19 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
+from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.corpus import Data, open_data
 from colonnade.launcher.corpus.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.folder import adopt
 from colonnade.launcher.generation import extend
 from colonnade.launcher.monitor import Monitor
-from colonnade.launcher.optimizer import (
-    build_optimizer,
-    named_tensors,
-    set_updates,
-    start_state,
-    updates_done,
-)
 from colonnade.launcher.plot import plot_loss
 from colonnade.launcher.ranks import settle_determinism
 from colonnade.launcher.recipe import Recipe
@@ -43,7 +37,8 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_mesh, data_rank
-from colonnade.parallel.parallelize import parallelize
+from colonnade.parallel.optimizer import Optimizer, build_optimizer
+from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.world import World
 
 
@@ -56,7 +51,7 @@ class Job:
     here: World
     mesh: DeviceMesh
     model: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     data: Data
     reader: Prefetcher | None = None
     step: int = 0  # steps done
@@ -72,7 +67,7 @@ class Job:
         state = {
             "step": self.step,
             "bad_steps": self.bad,
-            "updates": updates_done(self.optimizer),
+            "updates": self.optimizer.updates,
             "data": (self.reader or self.data.train).state(),
         }
         tensors = named_tensors(self.model, self.optimizer)
@@ -91,14 +86,14 @@ class Job:
                 f"train.steps = {self.recipe.train.steps}: the run is at step {state['step']} "
                 "already; set train.steps above it"
             )
-        set_updates(self.optimizer, state["updates"])
+        self.optimizer.updates = state["updates"]
         self.step, self.bad = state["step"], state["bad_steps"]
         self.data.train.load_state(state["data"])
 
 
 def build_model(
     recipe: Recipe, here: World, prepare: Callable[[Decoder], object] | None = None
-) -> tuple[DeviceMesh, Decoder, torch.optim.Optimizer]:
+) -> tuple[DeviceMesh, Decoder, Optimizer]:
     """Mesh, sharded model from the seed, optimizer with its first state.
 
     `prepare` gets the model before it is sharded and filled.
@@ -110,9 +105,8 @@ def build_model(
         prepare(model)
     parallelize(model, mesh, recipe)
     materialise(model, here.device, recipe.train.seed)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    start_state(optimizer)
-    return mesh, model, optimizer
+    compute = COMPUTE[recipe.train.precision]
+    return mesh, model, build_optimizer(model, recipe.optimizer, compute)
 
 
 def build(recipe: Recipe, run: Path, here: World) -> Job:

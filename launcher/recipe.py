@@ -13,9 +13,13 @@ class Table(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=F
 
 
 class OptimizerConfig(Table):
-    """`[optimizer]`: AdamW with a warm-up and a decay."""
+    """`[optimizer]`: an update rule, with a warm-up and a decay."""
 
-    name: Literal["adamw"] = Field("adamw", description="the rule of an update")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="the rule of an update; muon: Muon on the matrices of sub-blocks "
+        "(arXiv:2502.16982), AdamW on all else, at one learning rate",
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine",
@@ -30,6 +34,7 @@ class OptimizerConfig(Table):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squares")
+    momentum: float = Field(0.95, ge=0, lt=1, description="muon: decay of the mean of gradients")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
 

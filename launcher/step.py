@@ -15,7 +15,6 @@ from colonnade.kernels.draws import hashed
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus import Batch, Rows
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.optimizer import set_learning_rate
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, learning_rate
 from colonnade.launcher.together import on_all
@@ -23,6 +22,7 @@ from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
+from colonnade.parallel.optimizer import Optimizer
 from colonnade.parallel.parallelize import last_micro_batch, put_away
 from colonnade.parallel.tensor import complete_gradients
 
@@ -121,7 +121,7 @@ class Sums(dict[Any, Tensor]):
 
 def train_step(
     model: Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: list[Batch],
     samples: list[list[int]],
     recipe: Recipe,
@@ -162,8 +162,7 @@ def train_step(
     if finite and tokens:
         if recipe.optimizer.clip:
             clip_gradients(parameters, norm, recipe.optimizer.clip)
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
+        optimizer.step(lr)
         model.end_step(loads.over_ranks(sharers))
     optimizer.zero_grad()
     return Result(total_loss, total_balance, totals, norm.item(), lr, tokens, not finite)

@@ -11,8 +11,12 @@ from torch.distributed.tensor import DTensor
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's part of every gradient."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    return [local(p.grad) for p in parameters if p.grad is not None]
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; another tensor as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

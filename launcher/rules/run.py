@@ -36,6 +36,14 @@ def decayed_rate(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("optimizer.min_lr", o.min_lr, remedy)
 
 
+@RULES.add("optimizer.name", "model.mup_base")
+def rates_of_muon(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """muP's rates are those of Adam."""
+    if r.optimizer.name == "muon" and r.model.mup_base is not None:
+        remedy = "model.mup_base transfers the learning rates of Adam, by rules that are not Muon's"
+        yield Fault("optimizer.name", "muon", f"{remedy}; set it to adamw, or leave out mup_base")
+
+
 @RULES.add()
 def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Every source but the standard library says what to read."""

@@ -82,12 +82,12 @@ def traced(
     def keep(group: str, name: str, value: Tensor) -> None:
         pieces[f"{group}/{name}"] = piece(value)
 
-    def keep_gradients(*_: object) -> None:
+    def keep_gradients() -> None:
         for name, p in model.named_parameters():
             if p.grad is not None:
                 keep("gradients", f"step {step + 1}: {name}", p.grad)
 
-    optimizer.register_step_pre_hook(keep_gradients)
+    optimizer.observers.append(keep_gradients)
     for step in range(recipe.train.steps):
         if step and starts is not None:
             set_weights(model, {n: starts[f"after step {step}: {n}"] for n, _ in held(model)})

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colonnade.launcher import step as step_module
 from colonnade.launcher.corpus import Batch
-from colonnade.launcher.optimizer import build_optimizer, set_learning_rate, start_state
 from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.step import Result, train_step
 from colonnade.models.blocks import thor
@@ -26,6 +25,7 @@ from colonnade.models.part import Part
 from colonnade.models.shapes import measure
 from colonnade.models.wiring import lacks_newest
 from colonnade.parallel.materialise import materialise
+from colonnade.parallel.optimizer import AdamW
 
 
 def started(config: ModelConfig) -> Decoder:
@@ -272,8 +272,7 @@ class Steps:
             optimizer=OptimizerConfig(lr=1e-30, schedule="constant", clip=0, weight_decay=0),
         )
         self.model = started(self.recipe.model)
-        self.optimizer = build_optimizer(self.model, self.recipe.optimizer)
-        start_state(self.optimizer)
+        self.optimizer = AdamW(self.model, self.recipe.optimizer)
 
     def batch(self, samples: list[int]) -> Batch:
         g = torch.Generator().manual_seed(samples[0])
@@ -338,17 +337,18 @@ def test_a_step_advances_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decay_and_rates_of_the_groups() -> None:
     """Matrices and filters decay; vectors, decay rates and gains do not."""
     model = model_of(config_of("*MmDGE-T", sigma_reparam=True, norm="layer", **EVERY), 10)
-    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, weight_decay=0.3))
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    optimizer = AdamW(model, OptimizerConfig(weight_decay=0.3))
+    groups = optimizer.torch.param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
         primer = "blocks.0.first.conv_" in name  # starts as the identity
         plain = p.dim() < 2 or name.endswith("A_log") or primer
         assert decay.pop(id(p)) == (0.0 if plain else 0.3), name
     assert not decay
     wide = started(config_of("-", hidden=24, ffn=22, mup_base={"hidden": 12, "ffn": 11}))
-    optimizer = build_optimizer(wide, OptimizerConfig(lr=0.5))
-    set_learning_rate(optimizer, 0.2)
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    optimizer = AdamW(wide, OptimizerConfig())
+    optimizer.step(0.2)
+    rates = {id(p): g["lr"] for g in optimizer.torch.param_groups for p in g["params"]}
     for name, p in wide.named_parameters():
         assert rates[id(p)] == pytest.approx(0.1 if "blocks" in name else 0.2), name
 

@@ -12,7 +12,6 @@ from small import config_of, context, data, model_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from colonnade.launcher.optimizer import build_optimizer
 from colonnade.launcher.recipe import OptimizerConfig
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
@@ -20,6 +19,7 @@ from colonnade.models.part import Part, normal
 from colonnade.models.recentre import to_crms, to_pre_rms
 from colonnade.models.reparam import spectral
 from colonnade.parallel.materialise import materialise
+from colonnade.parallel.optimizer import AdamW
 from colonnade.parallel.recompute import recompute_policy
 
 TABLE = [
@@ -230,8 +230,8 @@ def test_mup_at_its_base_is_the_plain_model() -> None:
     for base in (None, 32):
         model = started(sized(32, base))
         model(tokens, context(), labels).backward()
-        groups = build_optimizer(model, OptimizerConfig()).param_groups
-        found.append((gradients(model), [(g["lr"], g["weight_decay"]) for g in groups]))
+        groups = AdamW(model, OptimizerConfig()).torch.param_groups
+        found.append((gradients(model), [(g["rate"], g["weight_decay"]) for g in groups]))
     assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0])
     assert found[0][1] == found[1][1]
 
@@ -263,7 +263,7 @@ def test_mup_rules() -> None:
     assert_equal({"B": next(used)}, {"B": next(used) / r})
     decay = {
         g["rate"]: g["weight_decay"]
-        for g in build_optimizer(model, OptimizerConfig()).param_groups
+        for g in AdamW(model, OptimizerConfig()).torch.param_groups
         if g["weight_decay"]
     }
     assert decay == {1.0: pytest.approx(0.1), 1 / r: pytest.approx(0.1 * r)}
@@ -292,12 +292,12 @@ def growth(base: int | None) -> dict[str, float]:
     sizes: dict[str, list[float]] = {}
     for width in widths:
         model = started(sized(width, base))
-        optimizer = build_optimizer(model, OptimizerConfig(lr=0.02))
+        optimizer = AdamW(model, OptimizerConfig())
         before = outputs(model, tokens)
         for _ in range(5):
             optimizer.zero_grad()
             (model(tokens, context(), labels) / (labels != -100).sum()).backward()
-            optimizer.step()
+            optimizer.step(0.02)
         for name, after in outputs(model, tokens).items():
             sizes.setdefault(name, []).append((after - before[name]).abs().mean().log().item())
     x = torch.tensor(widths, dtype=torch.float64).log()

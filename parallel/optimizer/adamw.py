@@ -1,0 +1,70 @@
+"""AdamW (arXiv:1711.05101, algorithm 2): PyTorch's fused one, a group per rate and decay."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from colonnade.parallel.optimizer.base import Named, Optimizer, OptimizerSettings, named
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(Optimizer):
+    """AdamW over the parameters of a model, or over `some` of them.
+
+    AdamW multiplies its decay by the learning rate; where muP lowers the rate, the decay rises, so
+    that their product stays (arXiv:2203.03466, appendix B.3).
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: OptimizerSettings, some: Iterable[Named] | None = None
+    ) -> None:
+        super().__init__()
+        self.named = list(named(model) if some is None else some)
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        for _, parameter, spec in self.named:
+            groups[spec.rate, spec.decay].append(parameter)
+        self.torch = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "rate": rate,
+                    "weight_decay": settings.weight_decay / rate if decayed else 0.0,
+                }
+                for (rate, decayed), parameters in sorted(groups.items(), key=lambda g: g[0])
+            ],
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=True,
+        )
+        for _, p, _ in self.named:
+            self.torch.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                **{moment: torch.zeros_like(p) for moment in MOMENTS},
+            }
+
+    def update(self, lr: float) -> None:
+        for group in self.torch.param_groups:
+            group["lr"] = lr * group["rate"]
+        self.torch.step()
+
+    def zero_grad(self) -> None:
+        self.torch.zero_grad()
+
+    def named_state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{moment}": self.torch.state[p][moment]
+            for name, p, _ in self.named
+            for moment in MOMENTS
+        }
+
+    @property
+    def updates(self) -> int:
+        return int(self.torch.state[self.named[0].parameter]["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self.torch.state.values():
+            state["step"].fill_(count)

@@ -1,0 +1,79 @@
+"""What training, checkpoints and resumption see of an optimizer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from colonnade.models.part import ParameterSpec, Part
+
+
+class OptimizerSettings(Protocol):
+    """What optimizers read of `[optimizer]`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+
+
+class Named(NamedTuple):
+    """A parameter with its full name and its record."""
+
+    name: str
+    parameter: nn.Parameter
+    spec: ParameterSpec
+
+
+def named(model: nn.Module) -> Iterator[Named]:
+    """Every parameter of a model."""
+    for prefix, part in model.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            assert isinstance(part, Part), f"{prefix}.{name} was not declared by a Part"
+            yield Named(f"{prefix}.{name}", parameter, part.specs[name])
+
+
+class Optimizer(ABC):
+    """An update rule and its state, whole from the start, so that a checkpoint always has it.
+
+    `observers` are called at the beginning of every step, when all gradients are complete.
+    """
+
+    def __init__(self) -> None:
+        self.observers: list[Callable[[], None]] = []
+
+    def step(self, lr: float) -> None:
+        """Update every parameter from its gradient at this learning rate."""
+        for observe in self.observers:
+            observe()
+        self.update(lr)
+
+    @abstractmethod
+    def update(self, lr: float) -> None:
+        """The update itself."""
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+
+    @abstractmethod
+    def named_state(self) -> dict[str, Tensor]:
+        """State tensors as `PARAMETER.STATE`, sharded as the parameter is."""
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Updates so far, on which bias corrections depend; skipped steps do not count."""
+
+    @updates.setter
+    @abstractmethod
+    def updates(self, count: int) -> None: ...

@@ -1,0 +1,86 @@
+"""Muon: the momentum of a matrix, orthogonalised (K. Jordan, 2024; arXiv:2502.16982)."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from colonnade.kernels.orthogonal import orthogonalised
+from colonnade.parallel.gradients import local
+from colonnade.parallel.optimizer.adamw import AdamW
+from colonnade.parallel.optimizer.base import Named, Optimizer, OptimizerSettings, named
+
+ENDS = ("embedding.", "head.")  # of the model: vectors of tokens, not maps between activations
+RMS = 0.2  # of an update's elements, about AdamW's (arXiv:2502.16982, eq. 4)
+
+
+class Muon(Optimizer):
+    """Muon on the linear weights of sub-blocks and AdamW on all others, at one learning rate.
+
+    Every matrix (of experts each) moves by lr · 0.2 · √max(rows, columns) times its orthogonalised
+    Nesterov momentum. Ranks that share a matrix all-gather the momentum's shards, orthogonalise the
+    whole alike, and keep their shard of it, so that an update does not depend on the layout.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, compute: torch.dtype) -> None:
+        super().__init__()
+        every = list(named(model))
+        self.matrices = [one for one in every if is_matrix(one)]
+        rest = [one for one in every if not is_matrix(one)]
+        self.adamw = AdamW(model, settings, rest)
+        self.momentum, self.decay, self.compute = settings.momentum, settings.weight_decay, compute
+        self.momenta = [torch.zeros_like(p) for _, p, _ in self.matrices]
+
+    @torch.no_grad()
+    def update(self, lr: float) -> None:
+        self.adamw.update(lr)
+        for (_, p, spec), momentum in zip(self.matrices, self.momenta, strict=True):
+            if p.grad is None:
+                continue
+            weight, grad, mean = local(p), local(p.grad), local(momentum)
+            mean.lerp_(grad, 1 - self.momentum)
+            nesterov = torch.zeros_like(p)
+            local(nesterov).copy_(grad.lerp(mean, self.momentum))
+            direction = orthogonalised(whole(nesterov).to(self.compute))
+            size = RMS * max(p.shape[-2:]) ** 0.5
+            weight.mul_(1 - lr * (self.decay if spec.decay else 0.0))
+            weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * size)
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad()
+        for _, p, _ in self.matrices:
+            p.grad = None
+
+    def named_state(self) -> dict[str, Tensor]:
+        own = zip(self.matrices, self.momenta, strict=True)
+        return self.adamw.named_state() | {f"{one.name}.momentum": m for one, m in own}
+
+    @property
+    def updates(self) -> int:
+        return self.adamw.updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.adamw.updates = count
+
+
+def is_matrix(one: Named) -> bool:
+    """Whether Muon updates the parameter: a linear weight, or several, within the row."""
+    return one.spec.role in ("reads", "inner", "writes") and not one.name.startswith(ENDS)
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor: all-gathers the shards of a DTensor."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what this rank holds of the DTensor `like`."""
+    if not isinstance(like, DTensor):
+        return t
+    shape, offset = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        t = t.narrow(dim, min(start, t.shape[dim]), size)
+    return t

@@ -1,0 +1,24 @@
+"""Newton-Schulz iteration against singular values."""
+
+import pytest
+import torch
+from equal import assert_equal
+
+from colonnade.kernels.orthogonal import orthogonalised, orthogonalised_reference
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (9, 4), (2, 3, 6, 4), (1, 7)])
+def test_orthogonalised(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = orthogonalised(x)
+    assert_equal({"": found}, {"": orthogonalised_reference(x)}, 1e-10)
+    assert found.shape == x.shape
+    # it is near the polar factor: directions that have some weight come out near length 1
+    S = torch.linalg.svdvals(found)
+    assert ((S > 0.6) & (S < 1.3)).all()
+
+
+def test_zero_and_scale() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert not orthogonalised(torch.zeros(4, 6)).any()
+    assert_equal({"": orthogonalised(1e3 * x)}, {"": orthogonalised(x)}, 1e-10)

@@ -1,0 +1,112 @@
+"""Muon against PyTorch's own, and over shards against one process."""
+
+from typing import Any
+
+import pytest
+import torch
+from equal import assert_equal
+from ranks import Ranks
+from small import config_of, model_of
+from test_data_parallel import Trace, compare, recipe_for, trained
+from torch.optim import Muon as TorchMuon
+from torch.optim import _muon
+
+from colonnade.launcher.recipe import OptimizerConfig, Recipe
+from colonnade.parallel.optimizer import Muon, build_optimizer
+from colonnade.parallel.optimizer.base import named
+
+MUON = OptimizerConfig(name="muon", momentum=0.9, weight_decay=0.2)
+
+
+def exact(grad: torch.Tensor, *options: Any) -> torch.Tensor:
+    """PyTorch's iteration without its rounding to bf16."""
+    a, b, c = options[0]
+    tall = grad.size(0) > grad.size(1)
+    x = grad.T if tall else grad
+    x = x / x.norm().clamp(min=options[2])
+    for _ in range(options[1]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def test_muon_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every matrix of the row, over several steps; torch's rounds to bf16 within, which is
+    taken out: to 1e-9, and left in: to bf16's rounding."""
+    for rounded in (False, True):
+        model = model_of(config_of("*-M", tied=False), seed=3).double()
+        ours = Muon(model, MUON, torch.float64)
+        theirs = {one.name: one.parameter.detach().clone() for one in ours.matrices}
+        reference = TorchMuon(
+            list(theirs.values()), lr=1.0, weight_decay=0.2, momentum=0.9,
+            adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        if not rounded:
+            monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", exact)
+        g = torch.Generator().manual_seed(0)
+        for step in range(4):
+            for one in named(model):
+                grad = torch.randn(one.parameter.shape, generator=g, dtype=torch.float64)
+                one.parameter.grad = grad
+                if one.name in theirs:
+                    theirs[one.name].grad = grad.clone()
+            lr = 0.01 * (step + 1)
+            reference.param_groups[0]["lr"] = lr
+            ours.step(lr)
+            reference.step()
+        monkeypatch.undo()
+        found = {one.name: one.parameter.detach() for one in ours.matrices}
+        assert len(found) == 13
+        assert_equal(found, theirs, 2e-2 if rounded else 1e-9)
+
+
+def test_what_is_no_matrix_is_left_to_adamw() -> None:
+    model = model_of(config_of("*EmG", tied=False), seed=3)
+    muon = build_optimizer(model, MUON)
+    assert isinstance(muon, Muon)
+    by_adamw = {one.name for one in muon.adamw.named}
+    assert {"embedding.weight", "head.weight", "wiring.final.weight"} < by_adamw
+    assert not any("conv" in one.name or "norm" in one.name for one in muon.matrices)
+    both = by_adamw | {one.name for one in muon.matrices}
+    assert both == {name for name, _ in model.named_parameters()}
+    state = muon.named_state()
+    assert {name.rpartition(".")[0] for name in state} == both
+    muon.updates = 7
+    assert muon.updates == 7
+
+
+LAYOUTS = [{"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"cp": 2, "tp": 2}]
+PATTERNS: dict[str, dict[str, Any]] = {
+    "*-ME": {"vocab": 64},
+    "mG*-": {"vocab": 64, "residual": "ladder"},
+}
+
+
+def with_muon(recipe: Recipe) -> Recipe:
+    update = {"name": "muon", "momentum": 0.9}
+    optimizer = OptimizerConfig(**(recipe.optimizer.model_dump(exclude_unset=True) | update))
+    return recipe.model_copy(update={"optimizer": optimizer})
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_layouts_equal_one_process(ranks1: Ranks, ranks4: Ranks, pattern: str) -> None:
+    fields = PATTERNS[pattern]
+
+    def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
+        return ranks.run(trained, with_muon(recipe_for(pattern, layout, micro, **fields)))[0]
+
+    expected = run(ranks1, {}, 16)
+    for layout in LAYOUTS:
+        data = layout.get("dp_shard", 1) * layout.get("dp_replicate", 1)
+        compare(run(ranks4, layout, 8 // data), expected)
+
+
+def test_fifty_steps(ranks1: Ranks, ranks4: Ranks) -> None:
+    """Rounding grows from step to step; the bound is wider by as much as AdamW's own needs."""
+
+    def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
+        recipe = with_muon(recipe_for("*-", layout, micro, vocab=64))
+        train = recipe.train.model_copy(update={"steps": 50})
+        return ranks.run(trained, recipe.model_copy(update={"train": train}))[0]
+
+    compare(run(ranks4, {"dp_shard": 2, "tp": 2}, 4), run(ranks1, {}, 16))
