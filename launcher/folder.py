@@ -103,7 +103,7 @@ def saved_recipe(folder: Path) -> Recipe:
 def check_resumable(saved: Recipe, wanted: Recipe) -> None:
     """Refuse, as RecipeError, what would train another model or read other samples.
 
-    Layout, optimizer, precision, length and reports may change. Where tokenizer and files lie may,
+    Layout, the optimizer's numbers, precision, length and reports may change. Where tokenizer and files lie may,
     too: the checkpoint knows them by their content.
     """
 
@@ -112,6 +112,7 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         source = {"path", "column"}
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
         fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
+        fields["optimizer.name"] = recipe.optimizer.name
         fields["data.validation"] = recipe.data.validation
         fields["data.packing"] = recipe.data.packing
         fields["data.sources"] = [s.model_dump(exclude=source) for s in recipe.data.sources]
@@ -122,7 +123,7 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         Fault(
             field,
             value,
-            f"the run began with {before[field]!r}, and a run keeps its model and "
+            f"the run began with {before[field]!r}, and a run keeps its model, its optimizer and "
             "the order of its data; leave it, or start a new run",
         )
         for field, value in fixed(wanted).items()

@@ -149,6 +149,7 @@ EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the fiel
     (model("pattern=E balance=0 router_z=0.1 balance_sequence=0.1"), "model.balance_samples=2",
      "model.pattern=ET"),
     # the run
+    ("", "optimizer.momentum=0.9", "optimizer.name=muon"),
     ("", "optimizer.decay=5", "optimizer.schedule=wsd"),
     ("optimizer.schedule=constant", "optimizer.min_lr=1e-4", "optimizer.schedule=cosine"),
     (f"{_SOURCE}.format=tokens {_SOURCE}.path=a", "data.cache=c", f"{_SOURCE}.format=text"),

@@ -231,6 +231,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("schedule", "optimizer.schedule=wsd", None, "optimizer.decay", "{f}=100"),
     ("schedule", "optimizer.schedule=wsd optimizer.warmup=60 optimizer.decay=41", None,
      "optimizer.decay", "{f}=40"),
+    ("rates_of_muon", "optimizer.name=muon model.mup_base.hidden=128", None,
+     "optimizer.name", "{f}=adamw"),
     ("decayed_rate", "optimizer.lr=1e-3 optimizer.min_lr=2e-3", None,
      "optimizer.min_lr", "{f}=0.001"),
     ("source_paths", "data.sources.0.format=jsonl", None, "data.sources.0.path", "{f}=a.jsonl"),
