@@ -35,6 +35,7 @@ from colonnade.parallel.context.attention import context_attention
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.plug import context_attend
 from colonnade.parallel.context.ring import Ring
+from colonnade.parallel.engine import Engine
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import World
 
@@ -204,7 +205,7 @@ def step_memory(here: World, recipe: Recipe) -> Memory:
     before = resident_mib()
     dist.barrier()
     start = time.perf_counter()
-    train_step(model, optimizer, [batch], [[0]], recipe, 0, mesh, here.device)
+    train_step(Engine(model, optimizer, mesh, here.device), [batch], [[0]], recipe, 0)
     return Memory(before, resident_mib(), time.perf_counter() - start)
 
 

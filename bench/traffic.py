@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colonnade.launcher.corpus import Batch
 from colonnade.launcher.job import build_model
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.step import forward
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.hops import group_of
+from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
 
 # How many nths of what one of n ranks hands to a collective it has to send.

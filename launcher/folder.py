@@ -103,8 +103,8 @@ def saved_recipe(folder: Path) -> Recipe:
 def check_resumable(saved: Recipe, wanted: Recipe) -> None:
     """Refuse, as RecipeError, what would train another model or read other samples.
 
-    Layout, the optimizer's numbers, precision, length and reports may change. Where tokenizer and files lie may,
-    too: the checkpoint knows them by their content.
+    Layout, the optimizer's numbers, precision, length and reports may change. Where tokenizer and
+    files lie may, too: the checkpoint knows them by their content.
     """
 
     def fixed(recipe: Recipe) -> dict[str, object]:

@@ -27,7 +27,6 @@ from colonnade.launcher.signals import StopSignal, stop_signal
 from colonnade.launcher.step import (
     Result,
     agreed,
-    over_ranks,
     raise_if,
     train_step,
     validate_loss,
@@ -35,6 +34,7 @@ from colonnade.launcher.step import (
 from colonnade.launcher.together import on_all, on_first
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
+from colonnade.parallel.engine import Engine, all_reduced
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_mesh, data_rank
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
@@ -177,6 +177,7 @@ def introduction(job: Job) -> str:
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
     """Steps until `end` or a signal on any rank; a checkpoint at the last one always."""
     recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)
+    engine = Engine(job.model, job.optimizer, job.mesh, job.here.device)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
@@ -186,16 +187,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
         while job.step < end and not number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
-            result = train_step(
-                job.model,
-                job.optimizer,
-                batches,
-                samples,
-                recipe,
-                job.step,
-                job.mesh,
-                job.here.device,
-            )
+            result = train_step(engine, batches, samples, recipe, job.step)
             job.step += 1
             job.bad = job.bad + 1 if result.skipped else 0
             number, unreadable = agree(job, stop, reported(job, monitor, result), end)
@@ -226,7 +218,7 @@ def agree(
         coming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
         unreadable = job.reader.fault(len(coming))
     noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
-    number, failed, stuck = over_ranks(noted, job.here.device, dist.ReduceOp.MAX)
+    number, failed, stuck = all_reduced(noted, job.here.device, dist.ReduceOp.MAX)
     if failed:
         raise UserError(on_first(lambda: str(trouble)))
     stop.agreed = number > 0
@@ -261,9 +253,10 @@ def writing(path: Path, action: Callable[[], object]) -> None:
 def give_up(job: Job, result: Result) -> None:
     """End a run of bad steps: say why on all ranks, and what to try."""
     last, recipe = on_first(lambda: newest(job.checkpoints)), job.recipe
+    found = result.report
     kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
     raise UserError(
-        f"step {job.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite for "
+        f"step {job.step}: loss {found.loss}, gradient norm {found.grad_norm}: not finite for "
         f"{job.bad} steps in a row, so the run stops (train.bad_steps = {recipe.train.bad_steps}); "
         f"{kept}. Lower optimizer.lr = {recipe.optimizer.lr}, lengthen optimizer.warmup = "
         f"{recipe.optimizer.warmup}, or set train.precision = 'fp32'"
@@ -272,23 +265,23 @@ def give_up(job: Job, result: Result) -> None:
 
 def report(job: Job, monitor: Monitor, result: Result) -> None:
     """One line of metrics. `tokens` counts this step's, `trained_tokens` those with a loss."""
-    recipe = job.recipe.train
+    recipe, found = job.recipe.train, result.report
     tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
     metrics: dict[str, Any] = {
         "step": job.step,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
+        "loss": found.loss,
+        "grad_norm": found.grad_norm,
         "lr": result.lr,
         "tokens": tokens,
-        "trained_tokens": result.tokens,
+        "trained_tokens": found.tokens,
     }
-    if result.balance:
-        metrics["balance"] = result.balance
-    metrics |= result.extras
+    if found.balance:
+        metrics["balance"] = found.balance
+    metrics |= found.extras
     if result.skipped:
         metrics["skipped"] = True
         monitor.say(
-            f"step {job.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+            f"step {job.step}: loss {found.loss}, gradient norm {found.grad_norm}: not finite, "
             f"step skipped ({job.bad} in a row, {recipe.bad_steps} end the run)"
         )
     monitor.step(metrics, tokens, job.here)

@@ -1,10 +1,9 @@
 """One optimizer step over the global batch, and one pass over the validation rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,49 +17,26 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.schedule import batch_size, learning_rate
 from colonnade.launcher.together import on_all
-from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.gradients import clip_gradients, gradient_norm
+from colonnade.parallel.engine import Engine, Report, all_reduced, forward
 from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
-from colonnade.parallel.optimizer import Optimizer
-from colonnade.parallel.parallelize import last_micro_batch, put_away
-from colonnade.parallel.tensor import complete_gradients
+from colonnade.parallel.parallelize import put_away
 
 T = TypeVar("T")
 
 VALIDATION = -1  # in place of a step's number, where random draws are keyed by it
 
 
-@dataclass(frozen=True)
-class Result:
-    """One step: global figures, equal on all ranks."""
+class Result(NamedTuple):
+    """One step: what was found, and at which learning rate the model was updated, if it was."""
 
-    loss: float  # mean negative log likelihood per valid token, in nats
-    balance: float  # balancing terms, as they enter the objective
-    extras: dict[str, float]  # other parts of the objective, per valid token, by name
-    grad_norm: float
+    report: Report
     lr: float
-    tokens: int  # valid tokens
-    skipped: bool  # nothing was updated: loss or gradient was not finite
 
-
-def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """tokens, labels, positions and documents as `[S, B]`; documents None if all rows are whole."""
-    packed = bool(batch.documents.any())
-    move = [batch.tokens, batch.labels, batch.positions] + [batch.documents] * packed
-    moved = [t.T.contiguous().to(device, non_blocking=True) for t in move]
-    return moved[0], moved[1], moved[2], moved[3] if packed else None
-
-
-def over_ranks(
-    values: list[float],
-    device: torch.device,
-    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-) -> list[float]:
-    """Sum each value over all ranks, in fp64, or combine them by another operation."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, operation)
-    return total.tolist()
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was updated: loss or gradient was not finite."""
+        return not self.report.finite
 
 
 def agreed(action: Callable[[], T], device: torch.device) -> T:
@@ -74,7 +50,7 @@ def agreed(action: Callable[[], T], device: torch.device) -> T:
         outcome = (action(),)
     except UserError as error:
         fault = error
-    if over_ranks([float(fault is not None)], device, dist.ReduceOp.MAX)[0]:
+    if all_reduced([float(fault is not None)], device, dist.ReduceOp.MAX)[0]:
         on_all(lambda: raise_if(fault))
     assert outcome is not None  # else all ranks have raised
     return outcome[0]
@@ -86,86 +62,23 @@ def raise_if(fault: UserError | None) -> None:
         raise fault
 
 
-def forward(
-    model: Decoder,
-    batch: Batch,
-    samples: Sequence[int],
-    device: torch.device,
-    groups: float = 1.0,
-    draw: int = 0,
-) -> tuple[Tensor, Context]:
-    """Summed objective of one micro-batch, and the context with what else the pass found."""
-    tokens, labels, positions, documents = on_device(batch, device)
-    numbers = torch.tensor(samples, device=device)
-    context = Context(positions, documents, groups, numbers, draw)
-    return model(tokens, context, labels), context
-
-
-class Sums(dict[Any, Tensor]):
-    """Tensors added up by name over the micro-batches of a step."""
-
-    def add(self, named: Mapping[Any, Tensor]) -> None:
-        """Add each tensor to the one of its name."""
-        for name, value in named.items():
-            self[name] = self[name] + value if name in self else value
-
-    def over_ranks(self, sharers: int) -> dict[Any, Tensor]:
-        """The sums over all ranks, of which `sharers` each hold the same; all have all names."""
-        if not self:
-            return self
-        names = sorted(self)
-        stacked = torch.stack([self[name] for name in names])
-        dist.all_reduce(stacked)
-        return dict(zip(names, stacked / sharers, strict=True))
-
-
 def train_step(
-    model: Decoder,
-    optimizer: Optimizer,
-    batches: list[Batch],
-    samples: list[list[int]],
+    engine: Engine,
+    batches: Sequence[Batch],
+    samples: Sequence[Sequence[int]],
     recipe: Recipe,
     step: int,
-    mesh: DeviceMesh,
-    device: torch.device,
 ) -> Result:
-    """Forward and backward over this rank's micro-batches, then one update, or none if not finite.
-
-    The loss is the mean over the valid tokens of the global batch: each rank divides by their
-    count over all ranks, and gradients are summed.
-    """
-    sharers = token_sharers(mesh)
-    valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
-    tokens = int(over_ranks([valid], device)[0]) // data_sharers(mesh)
+    """Forward and backward over this rank's micro-batches; an update, unless it is not finite."""
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
-    draw = int(hashed(recipe.train.seed, step))
-    losses, loads = Sums(), Sums()
-    model.begin_step()
-    for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
-        last_micro_batch(model, number == len(batches))
-        part, context = forward(model, batch, numbers, device, groups, draw)
-        part = part / max(tokens, 1)
-        part.backward()
-        extras = {name: value.double() / max(tokens, 1) for name, value in context.extras.items()}
-        loss = part.detach().double() - sum(extras.values())
-        balance = sum(term.double() for term in context.terms.values()) + torch.zeros_like(loss)
-        losses.add({"loss": loss, "balance": balance, **extras})
-        loads.add(context.loads)
-    totals = {name: value.item() for name, value in losses.over_ranks(sharers).items()}
-    total_loss, total_balance = totals.pop("loss"), totals.pop("balance")
-    parameters = list(model.parameters())
-    complete_gradients(model, mesh)
-    norm = gradient_norm(parameters)
+    rng_key = int(hashed(recipe.train.seed, step))
+    report = engine.gradients(batches, samples, groups, rng_key)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
-    finite = math.isfinite(sum(totals.values(), total_loss + total_balance))
-    finite = finite and bool(norm.isfinite())
-    if finite and tokens:
-        if recipe.optimizer.clip:
-            clip_gradients(parameters, norm, recipe.optimizer.clip)
-        optimizer.step(lr)
-        model.end_step(loads.over_ranks(sharers))
-    optimizer.zero_grad()
-    return Result(total_loss, total_balance, totals, norm.item(), lr, tokens, not finite)
+    if report.finite and report.tokens:
+        engine.update(report, lr, recipe.optimizer.clip)
+    else:
+        engine.discard()
+    return Result(report, lr)
 
 
 @torch.no_grad()
@@ -201,7 +114,7 @@ def validate_loss(
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
     put_away(model)
-    sums = over_ranks([nats, tokens, units], device)
+    sums = all_reduced([nats, tokens, units], device)
     nats = sums[0] / token_sharers(mesh)  # a rank's are those of its part of the rows
     tokens, units = (total / data_sharers(mesh) for total in sums[1:])
     bits = nats / math.log(2) / units if byte_lengths is not None and units else None

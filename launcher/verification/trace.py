@@ -19,6 +19,7 @@ from colonnade.launcher.schedule import micro_batches
 from colonnade.launcher.step import train_step
 from colonnade.models.decoder import Decoder
 from colonnade.models.part import Fill, Part
+from colonnade.parallel.engine import Engine
 from colonnade.parallel.gradients import clip_gradients
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
@@ -88,6 +89,7 @@ def traced(
                 keep("gradients", f"step {step + 1}: {name}", p.grad)
 
     optimizer.observers.append(keep_gradients)
+    engine = Engine(model, optimizer, mesh, here.device)
     for step in range(recipe.train.steps):
         if step and starts is not None:
             set_weights(model, {n: starts[f"after step {step}: {n}"] for n, _ in held(model)})
@@ -96,15 +98,15 @@ def traced(
         mine = micro_batches(recipe.train, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
         batches = [random_rows(samples, vocab, length) for samples in mine]
-        result = train_step(model, optimizer, batches, mine, recipe, step, mesh, here.device)
-        scale = clipping(result.grad_norm, recipe.optimizer.clip)
+        found = train_step(engine, batches, mine, recipe, step).report
+        scale = clipping(found.grad_norm, recipe.optimizer.clip)
         for key in pieces:
             if key.startswith(f"gradients/step {step + 1}: "):
                 pieces[key].values.div_(scale)
-        figures = {"loss": result.loss, "balance": result.balance, **result.extras}
+        figures = {"loss": found.loss, "balance": found.balance, **found.extras}
         for name, value in figures.items():
             keep("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
-        keep("norms", f"step {step + 1}", torch.tensor(result.grad_norm, dtype=torch.float64))
+        keep("norms", f"step {step + 1}", torch.tensor(found.grad_norm, dtype=torch.float64))
         for name, tensor in held(model):
             keep("parameters", f"after step {step + 1}: {name}", tensor)
     return gathered(pieces, here)

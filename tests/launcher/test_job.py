@@ -13,7 +13,6 @@ import torch
 from ranks import RankError, Ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from colonnade.launcher import step
 from colonnade.launcher.corpus import IndexedWriter, open_data
 from colonnade.launcher.corpus.indexed import token_dtype
 from colonnade.launcher.errors import UserError
@@ -24,6 +23,7 @@ from colonnade.launcher.monitor import Monitor
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.signals import stop_signal
 from colonnade.launcher.step import validate_loss
+from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
 VOCAB = 50
@@ -212,18 +212,18 @@ def test_only_a_failure_that_follows_from_anothers_is_silent(
 
 def poisoned(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int]) -> list[bool]:
     """A job in which a gradient on rank 0 is NaN at some steps."""
-    norm, steps = step.gradient_norm, itertools.count()
+    norm, steps = engine.gradient_norm, itertools.count()
 
     def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         if next(steps) in bad and rank == 0:
             parameters[0].grad = parameters[0].grad * float("nan")
         return norm(parameters)
 
-    step.gradient_norm = gradient_norm
+    engine.gradient_norm = gradient_norm
     try:
         job(rank, size, recipe, run)
     finally:
-        step.gradient_norm = norm
+        engine.gradient_norm = norm
     return [bool(row.get("skipped")) for row in read_metrics(run / "metrics.jsonl") if "lr" in row]
 
 

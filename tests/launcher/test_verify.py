@@ -10,7 +10,6 @@ import torch
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.launcher import step
 from colonnade.launcher.cli import main
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.load import load_recipe
@@ -24,6 +23,7 @@ from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.table import table
 from colonnade.launcher.verification.trace import Trace, assembled, piece, traced
 from colonnade.models.decoder import Decoder
+from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
 LAYOUTS = ("tp=2,sequence=true", "tp=2,sequence=false", "dp_shard=2")
@@ -53,13 +53,13 @@ def passes(rank: int, size: int, exact: Trace) -> list[Pass]:
 def forgetful(rank: int, size: int, layout: str) -> Trace:
     """Gradients that are partial over tensor-parallel ranks are not summed."""
     recipe = on_layout(small_recipe(), size, parse_layout(layout), "fp64")
-    with patch.object(step, "complete_gradients", lambda model, mesh: None):
+    with patch.object(engine, "complete_gradients", lambda model, mesh: None):
         return traced(recipe, here(rank, size))
 
 
 def forgets_router(rank: int, size: int) -> Trace:
     """The same for one weight alone."""
-    complete = step.complete_gradients
+    complete = engine.complete_gradients
 
     def all_but_one(model: Decoder, mesh: DeviceMesh) -> None:
         router = model.wiring.block(1).small
@@ -67,7 +67,7 @@ def forgets_router(rank: int, size: int) -> Trace:
         complete(model, mesh)
 
     recipe = on_layout(small_recipe(), size, parse_layout(LAYOUTS[0]), "fp64")
-    with patch.object(step, "complete_gradients", all_but_one):
+    with patch.object(engine, "complete_gradients", all_but_one):
         return traced(recipe, here(rank, size))
 
 

@@ -7,7 +7,6 @@ import torch
 from ranks import Ranks
 from test_verify import LAYOUTS, TINY, here, reference, shown, small_recipe
 
-from colonnade.launcher import step
 from colonnade.launcher.load import load_recipe
 from colonnade.launcher.recipe import Recipe
 from colonnade.launcher.verification import run
@@ -18,6 +17,7 @@ from colonnade.launcher.verification.rounding import ULP, Noise, noise
 from colonnade.launcher.verification.run import Findings, Job, reported
 from colonnade.launcher.verification.shrink import alone, on_layout, shrink
 from colonnade.launcher.verification.trace import KINDS, Trace, traced
+from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
 
@@ -65,8 +65,8 @@ def shaky_noise(rank: int, size: int, precision: str) -> Noise:
 
 def shaky_ranks(rank: int, size: int, exact: Trace, precision: str, broken: bool) -> Trace:
     recipe = on_layout(shaky(), size, parse_layout(LAYOUTS[0]), precision)
-    complete = (lambda model, mesh: None) if broken else step.complete_gradients
-    with patch.object(step, "complete_gradients", complete):
+    complete = (lambda model, mesh: None) if broken else engine.complete_gradients
+    with patch.object(engine, "complete_gradients", complete):
         return traced(recipe, here(rank, size), exact.parameters)
 
 

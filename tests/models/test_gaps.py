@@ -11,10 +11,9 @@ from small import B, S, V, config_of, context, data, model_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from colonnade.launcher import step as step_module
 from colonnade.launcher.corpus import Batch
 from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
-from colonnade.launcher.step import Result, train_step
+from colonnade.launcher.step import train_step
 from colonnade.models.blocks import thor
 from colonnade.models.blocks.attention import score_scale
 from colonnade.models.blocks.mixture import Router
@@ -24,6 +23,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.part import Part
 from colonnade.models.shapes import measure
 from colonnade.models.wiring import lacks_newest
+from colonnade.parallel import engine
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
 
@@ -262,10 +262,10 @@ class Steps:
     """Steps of a recipe in this process, which is all there is."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: int = 1, **fields: Any) -> None:
-        monkeypatch.setattr(step_module.dist, "all_reduce", lambda *a, **k: None)
-        monkeypatch.setattr(step_module, "data_sharers", lambda mesh: 1)
-        monkeypatch.setattr(step_module, "token_sharers", lambda mesh: 1)
-        monkeypatch.setattr(step_module, "complete_gradients", lambda model, mesh: None)
+        monkeypatch.setattr(engine.dist, "all_reduce", lambda *a, **k: None)
+        monkeypatch.setattr(engine, "data_sharers", lambda mesh: 1)
+        monkeypatch.setattr(engine, "token_sharers", lambda mesh: 1)
+        monkeypatch.setattr(engine, "complete_gradients", lambda model, mesh: None)
         self.recipe = Recipe(
             model=config_of(fields.pop("pattern"), balance_samples=samples, **fields),
             train=TrainConfig(global_batch=4, micro_batch=2, seq_len=S, steps=100),
@@ -280,11 +280,12 @@ class Steps:
         labels = labels.where(torch.rand(2, S, generator=g) > 0.2, -100)
         return Batch(tokens, labels, torch.arange(S).expand(2, S), torch.zeros(2, S).long())
 
-    def __call__(self, number: int) -> Result:
+    def __call__(self, number: int) -> engine.Report:
         rows = [[0, 1], [2, 3]]
         batches, cpu = [self.batch(samples) for samples in rows], torch.device("cpu")
         mesh: Any = None  # one rank: nothing asks it
-        return train_step(self.model, self.optimizer, batches, rows, self.recipe, number, mesh, cpu)
+        one = engine.Engine(self.model, self.optimizer, mesh, cpu)
+        return train_step(one, batches, rows, self.recipe, number).report
 
 
 @pytest.mark.parametrize("samples", [1, 2])

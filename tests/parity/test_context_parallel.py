@@ -18,10 +18,10 @@ from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.corpus import Batch
 from colonnade.launcher.job import build_model
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.step import forward
 from colonnade.launcher.verification.trace import Trace
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
 
 # Heads and channels for every exchange on four ranks; a segment holds what convolutions look at.

@@ -14,7 +14,7 @@ from colonnade.launcher.corpus import Batch
 from colonnade.launcher.generation import extend
 from colonnade.launcher.job import build_model
 from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.step import forward
+from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
 
 SMALL: dict[str, Any] = {"vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "delta_key_dim": 4}

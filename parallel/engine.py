@@ -1,0 +1,178 @@
+"""A step of training: micro-batches forward and backward, whole gradients, and the update."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from colonnade.kernels.loss import IGNORED
+from colonnade.models.context import Context
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.gradients import clip_gradients, gradient_norm
+from colonnade.parallel.mesh import data_sharers, token_sharers
+from colonnade.parallel.optimizer import Optimizer
+from colonnade.parallel.parallelize import last_micro_batch
+from colonnade.parallel.tensor import complete_gradients
+
+
+class MicroBatch(Protocol):
+    """Rows that go forward together, integers `[B, S]` each, in CPU memory."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...  # the next token, or IGNORED
+    @property
+    def positions(self) -> Tensor: ...  # counted from each document's start
+    @property
+    def documents(self) -> Tensor: ...  # number of the document within the row
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step's forward and backward passes found: global figures, equal on all ranks."""
+
+    loss: float  # mean negative log likelihood per valid token, in nats
+    balance: float  # balancing terms, as they enter the objective
+    extras: dict[str, float]  # other parts of the objective, per valid token, by name
+    grad_norm: float
+    tokens: int  # valid tokens
+    loads: dict[int, Tensor]  # tokens of every expert, by the mixture's place in the row
+
+    @property
+    def finite(self) -> bool:
+        """Whether the objective and all gradients are finite."""
+        return math.isfinite(sum(self.extras.values(), self.loss + self.balance + self.grad_norm))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Trains a sharded model: `gradients`, and then `update` or `discard`."""
+
+    model: Decoder
+    optimizer: Optimizer
+    mesh: DeviceMesh
+    device: torch.device
+
+    def gradients(
+        self,
+        batches: Sequence[MicroBatch],
+        samples: Sequence[Sequence[int]],
+        groups: float,
+        rng_key: int,
+    ) -> Report:
+        """Gradients of the mean objective per valid token of the global batch, on every rank.
+
+        Each rank divides by the count of valid tokens over all ranks, and gradients are summed:
+        FSDP2 reduce-scatters them after every micro-batch, and what is partial over
+        tensor-parallel ranks is all-reduced once at the end. Collective.
+
+        Args:
+            batches: this rank's micro-batches.
+            samples: the indices of their rows among all samples.
+            groups: balance groups of the global batch.
+            rng_key: of the step, by which random draws are keyed.
+        """
+        valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
+        tokens = int(all_reduced([valid], self.device)[0]) // data_sharers(self.mesh)
+        losses, loads, sharers = Sums(), Sums(), token_sharers(self.mesh)
+        self.model.begin_step()
+        for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
+            last_micro_batch(self.model, number == len(batches))
+            objective, context = forward(self.model, batch, numbers, self.device, groups, rng_key)
+            objective = objective / max(tokens, 1)
+            objective.backward()
+            extras = {name: v.double() / max(tokens, 1) for name, v in context.extras.items()}
+            loss = objective.detach().double() - sum(extras.values())
+            balance = sum(t.double() for t in context.terms.values()) + torch.zeros_like(loss)
+            losses.add({"loss": loss, "balance": balance, **extras})
+            loads.add(context.loads)
+        totals = {name: value.item() for name, value in losses.over_ranks(sharers).items()}
+        complete_gradients(self.model, self.mesh)
+        norm = gradient_norm(list(self.model.parameters())).item()
+        return Report(
+            totals.pop("loss"),
+            totals.pop("balance"),
+            totals,
+            norm,
+            tokens,
+            loads.over_ranks(sharers),
+        )
+
+    def update(self, report: Report, lr: float, clip: float) -> None:
+        """One step of the optimizer at this learning rate; gradients are dropped.
+
+        Args:
+            report: what `gradients` returned.
+            clip: the largest norm of all gradients; 0 does not clip.
+        """
+        if clip:
+            parameters = list(self.model.parameters())
+            norm = torch.tensor(report.grad_norm, dtype=parameters[0].dtype, device=self.device)
+            clip_gradients(parameters, norm, clip)
+        self.optimizer.step(lr)
+        self.model.end_step(report.loads)
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        """Drop the gradients and update nothing."""
+        self.optimizer.zero_grad()
+
+
+def forward(
+    model: Decoder,
+    batch: MicroBatch,
+    samples: Sequence[int],
+    device: torch.device,
+    groups: float = 1.0,
+    draw: int = 0,
+) -> tuple[Tensor, Context]:
+    """Summed objective of one micro-batch, and the context with what else the pass found."""
+    tokens, labels, positions, documents = on_device(batch, device)
+    numbers = torch.tensor(samples, device=device)
+    context = Context(positions, documents, groups, numbers, draw)
+    return model(tokens, context, labels), context
+
+
+def on_device(
+    batch: MicroBatch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """tokens, labels, positions and documents as `[S, B]`; documents None if all rows are whole."""
+    packed = bool(batch.documents.any())
+    move = [batch.tokens, batch.labels, batch.positions] + [batch.documents] * packed
+    moved = [t.T.contiguous().to(device, non_blocking=True) for t in move]
+    return moved[0], moved[1], moved[2], moved[3] if packed else None
+
+
+def all_reduced(
+    values: list[float],
+    device: torch.device,
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> list[float]:
+    """All-reduces each value over all ranks, in fp64: their sums, or by another operation."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total, operation)
+    return total.tolist()
+
+
+class Sums(dict[Any, Tensor]):
+    """Tensors added up by name over the micro-batches of a step."""
+
+    def add(self, named: Mapping[Any, Tensor]) -> None:
+        """Add each tensor to the one of its name."""
+        for name, value in named.items():
+            self[name] = self[name] + value if name in self else value
+
+    def over_ranks(self, sharers: int) -> dict[Any, Tensor]:
+        """All-reduces the sums, of which `sharers` ranks each hold the same; all have all names."""
+        if not self:
+            return self
+        names = sorted(self)
+        stacked = torch.stack([self[name] for name in names])
+        dist.all_reduce(stacked)
+        return dict(zip(names, stacked / sharers, strict=True))
