@@ -28,7 +28,7 @@ test-newest:
 SRC = $(VENV)/src
 links:
 	mkdir -p $(SRC)/colonnade
-	ln -sfn $(CURDIR)/colonnade/__init__.py $(SRC)/colonnade/__init__.py
+	ln -sfn $(CURDIR)/verbs/__init__.py $(SRC)/colonnade/__init__.py
 	for room in bench launcher parallel models kernels; do ln -sfn $(CURDIR)/$$room $(SRC)/colonnade/$$room; done
 
 lint: $(VENV)/.ready-test links

@@ -1,7 +1,8 @@
 """`bench step`: a training step of a small Llama, ours beside Hugging Face's LlamaForCausalLM.
 
 Each runs in a process of its own, so that each has its own peak memory, and the two take turns
-step by step. The floor is what the reference's own matrix products, attention and AdamW take alone.
+step by step. Ours is set up as `train` does, where glibc keeps freed memory. The floor is what the
+reference's own matrix products, attention and AdamW take alone.
 """
 
 import importlib

@@ -202,7 +202,7 @@ class _ActivatedLinear(torch.autograd.Function):
         up, gate, weight, poly, scales = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         if gate is None:
-            inner = _value(up, None, ctx.name, poly, scales).flatten(0, -2)
+            inner = _value(up, None, ctx.name, poly, scales).reshape(-1, up.shape[-1])
             d_weight = product(rows.T, inner.T)
             del inner  # the inner width's memory is free for what follows
             d_inner = product(grad, weight.T)
@@ -210,7 +210,7 @@ class _ActivatedLinear(torch.autograd.Function):
             return d_up, None, d_weight, None, d_poly, None
         value, _ = _PLAIN[_GATES[ctx.name]]
         opened = value(gate)
-        d_weight = product(rows.T, (opened * up).flatten(0, -2).T)
+        d_weight = product(rows.T, (opened * up).reshape(-1, up.shape[-1]).T)
         d_inner = product(grad, weight.T)
         d_up = opened.mul_(d_inner)
         d_opened = d_inner.mul_(up)

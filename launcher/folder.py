@@ -101,7 +101,7 @@ def saved_recipe(folder: Path) -> Recipe:
 
 
 def check_resumable(saved: Recipe, wanted: Recipe) -> None:
-    """Refuse, as RecipeError, what would train another model or read other samples.
+    """Refuse, as RecipeError, another model, another kind of optimizer, or other samples.
 
     Layout, the optimizer's numbers, precision, length and reports may change. Where tokenizer and
     files lie may, too: the checkpoint knows them by their content.

@@ -27,6 +27,7 @@ from colonnade.launcher.together import on_first
 # M, N, K of a product of each size.
 SHAPES = dict(zip(SIZES, ((256, 128, 128), (1024, 256, 256), (2048, 1408, 512)), strict=True))
 ROUNDS = 7
+RATIO = "time of MKL / oneDNN"
 GAIN = 1.1  # PyTorch's own library is left for one that is so much faster, beyond noise
 
 
@@ -45,10 +46,10 @@ def known_choice() -> dict[str, bool] | None:
         kept = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    choice = {name: kept.get(name, {}).get("onednn") for name in CLASSES}
-    if not all(isinstance(value, bool) for value in choice.values()):
+    ratios = {name: kept.get(name, {}).get(RATIO) for name in CLASSES}
+    if not all(isinstance(ratio, int | float) for ratio in ratios.values()):
         return None
-    return {name: bool(value) for name, value in choice.items()}
+    return {name: ratio > GAIN for name, ratio in ratios.items()}
 
 
 def measured_choice() -> dict[str, bool]:
@@ -56,16 +57,15 @@ def measured_choice() -> dict[str, bool]:
 
     A folder that cannot be written keeps nothing: the next run measures again.
     """
-    figures: dict[str, dict[str, object]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for size, (m, n, k) in SHAPES.items():
         x, weight, grad = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
         pairs = ((x, weight), (grad, weight.T), (grad.T, x.T))
         for (a, b), layout in zip(pairs, LAYOUTS, strict=True):
             name = class_of(a, b)
             assert name == f"{layout}, {size}"
-            ratio = _mkl_over_onednn(a, b)
-            figures[name] = {"onednn": ratio > GAIN, "time of MKL / oneDNN": round(ratio, 3)}
-    choice = {name: bool(figure["onednn"]) for name, figure in figures.items()}
+            figures[name] = {RATIO: round(_mkl_over_onednn(a, b), 3)}
+    choice = {name: figure[RATIO] > GAIN for name, figure in figures.items()}
     path = _path()
     coming = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
     try:

@@ -17,8 +17,8 @@ class OptimizerConfig(Table):
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="the rule of an update; muon: Muon on the matrices of sub-blocks "
-        "(arXiv:2502.16982), AdamW on all else, at one learning rate",
+        description="the rule of an update; muon: Muon on linear weights (arXiv:2502.16982), AdamW "
+        "on embedding, head and all else, at one learning rate",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field(

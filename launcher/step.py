@@ -69,7 +69,10 @@ def train_step(
     recipe: Recipe,
     step: int,
 ) -> Result:
-    """Forward and backward over this rank's micro-batches; an update, unless it is not finite."""
+    """Run this rank's micro-batches forward and backward, and update the model. Collective.
+
+    A step without tokens, or whose objective or gradients are not finite, updates nothing.
+    """
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
     report = engine.gradients(batches, samples, groups, rng_key)

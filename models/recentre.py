@@ -88,6 +88,7 @@ def roles_of(config: ModelConfig) -> dict[str, Role]:
         for path, part in model.named_modules()
         if isinstance(part, Part)
         for name, spec in part.specs.items()
+        if name in dict(part.named_parameters(recurse=False))
     }
 
 

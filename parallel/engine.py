@@ -105,7 +105,7 @@ class Engine:
         )
 
     def update(self, report: Report, lr: float, clip: float) -> None:
-        """One step of the optimizer at this learning rate; gradients are dropped.
+        """One step of the optimizer at this learning rate; gradients are dropped. Collective.
 
         Args:
             report: what `gradients` returned.

@@ -35,7 +35,6 @@ def fill_seams(model: Decoder, axis: str, fills: Mapping[str, Fill]) -> None:
         RefusedError: a half that does not declare its seams, or a seam that nothing fills.
     """
     for path, block in sub_blocks(model):
-        owners = [(path, block, block.seams)]
         for half in ("first", "second"):
             part = getattr(block, half)
             if part.seams is None:
@@ -44,9 +43,8 @@ def fill_seams(model: Decoder, axis: str, fills: Mapping[str, Fill]) -> None:
                     "could leave it local without a word; declare `seams`, () if it works token "
                     "by token"
                 )
-            owners.append((f"{path}.{half}", part, part.seams))
-        for where, owner, seams in owners:
-            for seam in seams:
+        for where, owner in block.named_modules(prefix=path):
+            for seam in getattr(owner, "seams", None) or ():
                 name = seam.name
                 if name not in FILLED_BY:
                     known = ", ".join(FILLED_BY)

@@ -161,11 +161,11 @@ def check_writers(model: Decoder) -> None:
     for path, block in sub_blocks(model):
         for name, half in block.named_modules(prefix=path):
             for weight, spec in half.specs.items() if isinstance(half, Part) else ():
-                if spec.role == "writes" and spec.split is None:
+                if spec.role == "writes" and (spec.split is None or spec.split.shared):
                     raise RefusedError(
-                        f"{name}.{weight}: writes onto the stream and does not say how "
-                        "tensor-parallel ranks share it, so its output would count on each of "
-                        "them; declare it with a split of its inputs"
+                        f"{name}.{weight}: writes onto the stream and is not split over "
+                        "tensor-parallel ranks, so its output would count on several of them; "
+                        "declare it with a split of its inputs that is not shared"
                     )
 
 

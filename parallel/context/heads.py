@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colonnade.models.seams import Kind, Seam
 from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.seams import RefusedError
 
 
 class Heads:
@@ -68,8 +69,16 @@ class Heads:
 
         Each argument moves by its kind: heads and groups are exchanged, shared ones all-gathered,
         and constants sliced; the output is exchanged back.
+
+        Raises:
+            RefusedError: the seam does not declare its arguments.
         """
         kinds = list(seam.arguments.values())
+        if not kinds:
+            raise RefusedError(
+                f"the seam {seam.name!r} of {seam.local.__module__} does not say how its arguments "
+                "lie over heads, which recurrence = heads exchanges; declare `arguments`"
+            )
 
         def moved(*args: Any) -> Tensor:
             *given, context = args

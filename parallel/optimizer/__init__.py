@@ -2,7 +2,7 @@
 
 base     what training, checkpoints and resumption see of an optimizer
 adamw    AdamW
-muon     Muon on the matrices of sub-blocks, AdamW on the rest
+muon     Muon on linear weights, AdamW on the rest
 """
 
 import torch

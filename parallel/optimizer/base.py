@@ -45,21 +45,21 @@ def named(model: nn.Module) -> Iterator[Named]:
 class Optimizer(ABC):
     """An update rule and its state, whole from the start, so that a checkpoint always has it.
 
-    `observers` are called at the beginning of every step, when all gradients are complete.
+    `observers` are called at the beginning of every step, when gradients are complete and clipped.
     """
 
     def __init__(self) -> None:
         self.observers: list[Callable[[], None]] = []
 
     def step(self, lr: float) -> None:
-        """Update every parameter from its gradient at this learning rate."""
+        """Update every parameter from its gradient at this learning rate. Collective."""
         for observe in self.observers:
             observe()
         self.update(lr)
 
     @abstractmethod
     def update(self, lr: float) -> None:
-        """The update itself."""
+        """The update itself. Collective: Muon all-gathers its momentum."""
 
     @abstractmethod
     def zero_grad(self) -> None:

@@ -15,7 +15,7 @@ RMS = 0.2  # of an update's elements, about AdamW's (arXiv:2502.16982, eq. 4)
 
 
 class Muon(Optimizer):
-    """Muon on the linear weights of sub-blocks and AdamW on all others, at one learning rate.
+    """Muon on all linear weights but embedding and head, AdamW on the rest, at one learning rate.
 
     Every matrix (of experts each) moves by lr · 0.2 · √max(rows, columns) times its orthogonalised
     Nesterov momentum. Ranks that share a matrix all-gather the momentum's shards, orthogonalise the
@@ -33,15 +33,16 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
+        """Update every parameter; all-gathers the momentum of every matrix. Collective."""
         self.adamw.update(lr)
         for (_, p, spec), momentum in zip(self.matrices, self.momenta, strict=True):
             if p.grad is None:
                 continue
             weight, grad, mean = local(p), local(p.grad), local(momentum)
             mean.lerp_(grad, 1 - self.momentum)
-            nesterov = torch.zeros_like(p)
+            nesterov = torch.zeros_like(p, dtype=self.compute)  # rounded before it is sent
             local(nesterov).copy_(grad.lerp(mean, self.momentum))
-            direction = orthogonalised(whole(nesterov).to(self.compute))
+            direction = orthogonalised(whole(nesterov))
             size = RMS * max(p.shape[-2:]) ** 0.5
             weight.mul_(1 - lr * (self.decay if spec.decay else 0.0))
             weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * size)
@@ -65,7 +66,7 @@ class Muon(Optimizer):
 
 
 def is_matrix(one: Named) -> bool:
-    """Whether Muon updates the parameter: a linear weight, or several, within the row."""
+    """Whether Muon updates the parameter: a linear weight, or several, between the ends."""
     return one.spec.role in ("reads", "inner", "writes") and not one.name.startswith(ENDS)
 
 

@@ -132,7 +132,7 @@ def test_resuming_equals_not_stopping(
     assert losses(tmp_path / "fewer") == pytest.approx(whole, rel=1e-10)
 
 
-@pytest.mark.parametrize("overrides", [(), (*STATEFUL, "optimizer.name=muon")])
+@pytest.mark.parametrize("overrides", [(), STATEFUL, ("optimizer.name=muon",)])
 def test_resuming_on_another_layout(
     ranks1: Ranks,
     ranks2: Ranks,

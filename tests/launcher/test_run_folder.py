@@ -8,7 +8,7 @@ import pytest
 
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.folder import COMING, RECIPE, check_resumable, open_again, open_new
-from colonnade.launcher.recipe import DataConfig, Recipe
+from colonnade.launcher.recipe import DataConfig, OptimizerConfig, Recipe
 
 RESUMES = """
 import sys
@@ -51,6 +51,14 @@ def test_where_data_lie_may_change_and_how_they_are_packed_may_not() -> None:
     check_resumable(recipe(tokenizer="a/tokenizer.json"), recipe(tokenizer="b/tokenizer.json"))
     with pytest.raises(RecipeError, match=r"data\.packing = 'whole'"):
         check_resumable(recipe(), recipe(packing="whole"))
+
+
+def test_the_kind_of_optimizer_stays() -> None:
+    """Its numbers may change; the state of another rule is not in the checkpoint."""
+    fast, muon = OptimizerConfig(lr=0.5), OptimizerConfig(name="muon")
+    check_resumable(Recipe(), Recipe(optimizer=fast))
+    with pytest.raises(RecipeError, match=r"optimizer\.name = 'muon': the run began with 'adamw'"):
+        check_resumable(Recipe(), Recipe(optimizer=muon))
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from colonnade.kernels import activation, experts, linear, norm
+from colonnade.kernels import activation, experts, linear, norm, rope
 from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.models import context, reparam
 from colonnade.models.blocks.base import SubBlock
@@ -25,6 +25,7 @@ from colonnade.models.part import Part
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import on_stream, tensor_parallel
 from colonnade.parallel.typed import CONTRACTS, parameter_types, stamp, type_of, typechecked
+from colonnade.parallel.typed.rules import register
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")
 
@@ -363,6 +364,9 @@ RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
     "layer norm": (norm._LayerNorm, [
         (drawn(4, 3, 6), S(0)), (drawn(6), R), (drawn(6), R), *plain(0.1),
     ], S(0)),
+    "rotation": (rope._Rotate, [
+        (drawn(3, 2, 4, 6), S(2)), (drawn(3, 2, 1, 2), R), (drawn(3, 2, 1, 2), R),
+    ], S(2)),
     "gate": (activation._Activate, [
         (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), *plain("swiglu", None, WHOLE),
     ], S(1)),
@@ -380,6 +384,7 @@ RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
 
 @pytest.mark.parametrize("case", RULED)
 def test_rule(meshes: Meshes, case: str) -> None:
+    register()
     function, arguments, wanted = RULED[case]
     results = []
     for rank in range(2):

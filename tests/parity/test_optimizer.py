@@ -102,7 +102,7 @@ def test_layouts_equal_one_process(ranks1: Ranks, ranks4: Ranks, pattern: str) -
 
 
 def test_fifty_steps(ranks1: Ranks, ranks4: Ranks) -> None:
-    """Rounding grows from step to step; the bound is wider by as much as AdamW's own needs."""
+    """Rounding of one step is carried to the next, and after fifty it is still within the bound."""
 
     def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
         recipe = with_muon(recipe_for("*-", layout, micro, vocab=64))

@@ -16,7 +16,7 @@ from colonnade.models import blocks
 from colonnade.models.blocks import mamba1, mlp
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import CHANNEL_MIXERS, ModelConfig
-from colonnade.models.part import Part
+from colonnade.models.part import Part, Split
 from colonnade.models.seams import Seam
 from colonnade.parallel.seams import RefusedError
 from colonnade.parallel.world import World
@@ -82,6 +82,22 @@ class Other(SubBlock):
     finish = mamba1.Mamba1.finish
 
 
+class Nested(OtherScan):
+    """The same, whose seam lies deeper than the half."""
+
+    seams = ()
+
+    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
+        super().__init__(config, inner, out_std)
+        self.deeper = Unknown(config, inner, out_std)
+
+
+class Silent(OtherScan):
+    """The same, which does not say how the scan's arguments lie over channels."""
+
+    seams = (Seam("scan", mamba1.scan_here),)
+
+
 class Unsaid(Other):
     """The same, which does not say that it mixes."""
 
@@ -96,12 +112,28 @@ class WholeDown(mlp.Down):
         self.specs["down"].split = None
 
 
+class SharedDown(mlp.Down):
+    """The same, whose pieces several ranks may share."""
+
+    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
+        super().__init__(config, width, out_std)
+        self.specs["down"].split = Split(1, 1, "model.ffn", shared=True)
+
+
 class Halfway(mlp.MLP):
-    """An MLP with that half."""
+    """An MLP with such a half."""
+
+    half: type[mlp.Down] = WholeDown
 
     def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__(config, out_std)
-        self.second = WholeDown(config, config.ffn, out_std)
+        self.second = self.half(config, config.ffn, out_std)
+
+
+class Sharing(Halfway):
+    """An MLP with the other one."""
+
+    half = SharedDown
 
 
 def with_half(half: type[OtherScan]) -> type[Other]:
@@ -131,6 +163,10 @@ def test_another_class_is_plugged(ranks1: Ranks, ranks2: Ranks, options: dict[st
     (with_half(Undeclared), {"cp": 2}, r"blocks\.0\.second: Undeclared does not declare its seams"),
     (with_half(WithoutSeam), {"cp": 2}, r"blocks\.0: Other mixes along the sequence"),
     (with_half(Unknown), {"cp": 2}, r"declares the seam 'shuffle', which no parallelism fills"),
+    (with_half(Nested), {"cp": 2}, r"second\.deeper: Unknown declares the seam 'shuffle'"),
+    (with_half(Silent), {"cp": 2, "recurrence": "heads"},
+     r"the seam 'scan' of .*mamba1 does not say how its arguments lie over heads"),
+    (Sharing, {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
     (Unsaid, {"cp": 2}, r"blocks\.0: Unsaid does not say what it mixes"),
     (Halfway, {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
 ])  # fmt: skip
@@ -138,10 +174,10 @@ def test_refused_by_name(
     fake_group: None,
     monkeypatch: pytest.MonkeyPatch,
     kind: type[SubBlock],
-    layout: dict[str, int],
+    layout: dict[str, Any],
     message: str,
 ) -> None:
-    symbol = "-" if kind is Halfway else "m"
+    symbol = "-" if issubclass(kind, Halfway) else "m"
     monkeypatch.setitem(blocks.BLOCKS, symbol, kind)
     pattern = symbol if symbol == "m" else "-*"
     with pytest.raises(RefusedError, match=message):

@@ -1,4 +1,4 @@
-"""What the verbs of the command line do, as functions of the same names.
+"""Training, verification and what else the command line does, as functions.
 
 >>> from colonnade import train
 >>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
