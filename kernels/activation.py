@@ -15,8 +15,7 @@ from colonnade.kernels.precision import wide
 aten = torch.ops.aten
 
 # Of one input: the value, and the input's gradient from the value's gradient and the input.
-_Derivative = Callable[[Tensor, Tensor], Tensor]
-_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], _Derivative]] = {
+_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, aten.silu_backward),
     "gelu": (F.gelu, aten.gelu_backward),
     "gelu_tanh": (
@@ -200,18 +199,15 @@ class _ActivatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, weight, poly, scales = ctx.saved_tensors
+        opened = None if gate is None else _PLAIN[_GATES[ctx.name]][0](gate)
+        inner = _value(up, None, ctx.name, poly, scales) if opened is None else opened * up
         rows = grad.reshape(-1, grad.shape[-1])
-        if gate is None:
-            inner = _value(up, None, ctx.name, poly, scales).reshape(-1, up.shape[-1])
-            d_weight = product(rows.T, inner.T)
-            del inner  # the inner width's memory is free for what follows
-            d_inner = product(grad, weight.T)
+        d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
+        del inner  # the inner width's memory is free for what follows
+        d_inner = product(grad, weight.T)
+        if opened is None:
             d_up, d_poly = _derivative(d_inner, up, ctx.name, poly, scales, ctx.cut)
             return d_up, None, d_weight, None, d_poly, None
-        value, _ = _PLAIN[_GATES[ctx.name]]
-        opened = value(gate)
-        d_weight = product(rows.T, (opened * up).reshape(-1, up.shape[-1]).T)
-        d_inner = product(grad, weight.T)
         d_up = opened.mul_(d_inner)
         d_opened = d_inner.mul_(up)
         d_gate = _IN_PLACE[ctx.name](d_opened, gate, grad_input=d_opened)

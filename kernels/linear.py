@@ -86,7 +86,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if _on_onednn(a, b):
+    if _goes_to_onednn(a, b):
         return onednn_product(a, b)
     return a @ b.T
 
@@ -98,13 +98,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total: `[M, N]`, dtype of `a` or wider.
         a, b: `[M, K]` and `[N, K]`, of one dtype, any strides.
     """
-    if total.dtype == a.dtype and not _on_onednn(a, b):
+    if total.dtype == a.dtype and not _goes_to_onednn(a, b):
         torch.addmm(total, a, b.T, out=total)
     else:
         total += product(a, b)
 
 
-def _on_onednn(a: Tensor, b: Tensor) -> bool:
+def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     return has_onednn(a) and a.numel() > 0 and b.numel() > 0 and _ON_ONEDNN[class_of(a, b)]
 
 

@@ -12,7 +12,7 @@ from colonnade.launcher.products import known_choice, measured_choice, settle_pr
 
 def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ratios = iter([2.0, 0.5, 1.01] * 3)
+    ratios = iter([2.0, 0.5, 1.08] * 3)
     monkeypatch.setattr(products, "_mkl_over_onednn", lambda a, b: next(ratios))
     before = preferred()
     chosen = [True, False, False] * 3  # the last is too close to call

@@ -82,13 +82,13 @@ REPLICATED: dict[str, Any] = {"cp": 2, "dp_replicate": 2, "zigzag": False, "cont
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [
-    (TENSOR, "none"), (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "block"),
-    (SHARDED, "selective"), (REPLICATED, "block"),
+    (TENSOR, "none"), (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "selective"),
+    (SHARDED, "block"), (SHARDED, "selective"), (REPLICATED, "block"),
 ], ids=str)  # fmt: skip
 def test_beside_the_others(
     ranks1: Ranks, ranks4: Ranks, layout: dict[str, Any], recompute: str
 ) -> None:
-    """Every layout, and every recomputation under one of them: they meet in the seams alone."""
+    """Every layout, and both recomputations of the ring, of Ulysses and of gathered keys."""
     fields = WIDE | LADDER | {"mamba_groups": 1, "window": 11, "sigma_reparam": True}
     expected = alone(ranks1, "M*mG-E", **fields)
     compare(under(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)

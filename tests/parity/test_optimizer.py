@@ -31,11 +31,11 @@ def exact(grad: torch.Tensor, *options: Any) -> torch.Tensor:
 
 
 def test_muon_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every matrix of the row, over several steps; torch's rounds to bf16 within, which is
-    taken out: to 1e-9, and left in: to bf16's rounding."""
+    """On every matrix of the row, over several steps: to 1e-9 where torch's rounding to bf16 within
+    is taken out, and to that rounding where ours multiplies in bf16 as well."""
     for rounded in (False, True):
         model = model_of(config_of("*-M", tied=False), seed=3).double()
-        ours = Muon(model, MUON, torch.float64)
+        ours = Muon(model, MUON, torch.bfloat16 if rounded else torch.float64)
         theirs = {one.name: one.parameter.detach().clone() for one in ours.matrices}
         reference = TorchMuon(
             list(theirs.values()), lr=1.0, weight_decay=0.2, momentum=0.9,
