@@ -22,11 +22,11 @@ from colonnade.bench.mixers import kept_bytes
 from colonnade.bench.timing import median_ratio
 from colonnade.kernels.attention import attention
 from colonnade.kernels.blockwise import Rule
-from colonnade.launcher.job import build_model
-from colonnade.launcher.memory import resident_mib
-from colonnade.launcher.place import cores
-from colonnade.launcher.recipe import Recipe, TrainConfig
-from colonnade.launcher.step import train_step
+from colonnade.launcher.cluster.environment import cores
+from colonnade.launcher.cluster.memory import resident_mib
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
+from colonnade.launcher.train.job import build_model
+from colonnade.launcher.train.step import train_step
 from colonnade.models.blocks.attention import Softmax, attend_here
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.distributed as dist
 
+from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.ranks import settle_memory
 from colonnade.parallel.world import world
 
 TIDY = 10  # seconds that the processes have to end by themselves

@@ -19,8 +19,8 @@ from torch import Tensor
 from colonnade.bench import row
 from colonnade.bench.hosts import LINK, NETWORK, Host, Hosts
 from colonnade.bench.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
-from colonnade.launcher.place import cores
-from colonnade.launcher.ranks import settle_memory
+from colonnade.launcher.cluster.environment import cores
+from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import world

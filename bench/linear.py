@@ -7,9 +7,9 @@ import torch
 
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.linear import class_of, has_onednn, onednn_product
+from colonnade.launcher.cluster.environment import cores
+from colonnade.launcher.cluster.products import known_choice, measured_choice
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.place import cores
-from colonnade.launcher.products import known_choice, measured_choice
 
 SHAPES = ((2048, 512, 512), (2048, 1408, 512), (2048, 512, 1408), (512, 8192, 512))
 

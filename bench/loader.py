@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from colonnade.bench.timing import alternate, median_ratio
-from colonnade.launcher.corpus import IndexedWriter, open_data
-from colonnade.launcher.corpus.indexed import token_dtype
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 
 MEAN, BATCH, SEQ = 1000, 8, 4096
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from colonnade.bench import need
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe import OptimizerConfig
+from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.config import SYMBOLS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

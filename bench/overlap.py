@@ -25,7 +25,7 @@ from colonnade.bench.row import (
     hidden,
     steps,
 )  # fmt: skip
-from colonnade.launcher.ranks import settle_memory
+from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import World

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.launcher.recipe import Recipe, TrainConfig
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colonnade.bench.timing import alternate, median_ratio
+from colonnade.launcher.cluster.environment import cores
+from colonnade.launcher.cluster.memory import resident_mib
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.memory import resident_mib
-from colonnade.launcher.place import cores
 from colonnade.models.config import ModelConfig
 
 SHAPE = ModelConfig(pattern="*-", repeat=4, hidden=512, heads=8, kv_heads=4, ffn=1408, vocab=8192)
@@ -31,9 +31,9 @@ Step = Callable[[], object]
 
 def our_step(tokens: Tensor) -> Step:
     """One step of our decoder with fused AdamW, in a process set up as `train` does."""
-    from colonnade.launcher.products import settle_products
-    from colonnade.launcher.ranks import settle_memory
-    from colonnade.launcher.recipe import OptimizerConfig
+    from colonnade.launcher.cluster.products import settle_products
+    from colonnade.launcher.cluster.ranks import settle_memory
+    from colonnade.launcher.recipe.tables import OptimizerConfig
     from colonnade.models.context import Context
     from colonnade.models.decoder import Decoder
     from colonnade.parallel.materialise import materialise
@@ -120,7 +120,7 @@ IMPORTS = {
         "torch._dynamo",
         "colonnade.models.decoder",
         "colonnade.parallel.optimizer",
-        "colonnade.launcher.ranks",
+        "colonnade.launcher.cluster.ranks",
     ),
     "reference": ("torch._dynamo", "transformers.models.llama.modeling_llama"),
     "floor": ("torch._dynamo",),

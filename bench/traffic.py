@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colonnade.launcher.corpus import Batch
-from colonnade.launcher.job import build_model
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.data import Batch
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_model
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.hops import group_of

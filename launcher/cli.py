@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from colonnade.launcher.cluster.environment import USER_MISTAKE, Place, report_failure
 from colonnade.launcher.console import forgiving_streams
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.place import USER_MISTAKE, Place, report_failure
 
 
 def benchmarks() -> Any:
@@ -33,7 +33,7 @@ GRACE = 5.0
 
 def run_train(arguments: argparse.Namespace) -> int:
     """`colonnade train`."""
-    from colonnade.launcher.training import describe, resume, train
+    from colonnade.launcher.train.run import describe, resume, train
 
     a, overrides = arguments, list(arguments.overrides)
     if a.resume is not None:
@@ -60,8 +60,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_rank(arguments: argparse.Namespace) -> int:
     """A rank that `colonnade train` started."""
-    from colonnade.launcher.ranks import end_with_launcher
-    from colonnade.launcher.ranks_of_run import be_started_rank
+    from colonnade.launcher.cluster.ranks import end_with_launcher
+    from colonnade.launcher.train.start import be_started_rank
 
     end_with_launcher()
     be_started_rank(Path(arguments.run), arguments.again, arguments.until)
@@ -70,7 +70,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """`colonnade generate`."""
-    from colonnade.launcher.generation import generate
+    from colonnade.launcher.generate import generate
 
     a = arguments
     text = generate(a.checkpoint, a.prompt, a.tokens, a.temperature, a.top_k, a.seed)
@@ -80,7 +80,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_data(arguments: argparse.Namespace) -> int:
     """`colonnade data`."""
-    from colonnade.launcher.corpus import data
+    from colonnade.launcher.data import data
 
     a = arguments
     summary = data(
@@ -101,8 +101,8 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """`colonnade verify`."""
-    from colonnade.launcher.verification.run import verify
-    from colonnade.launcher.verification.table import table
+    from colonnade.launcher.verify.run import verify
+    from colonnade.launcher.verify.table import table
 
     a = arguments
     report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
@@ -114,8 +114,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_verify_rank(arguments: argparse.Namespace) -> int:
     """A rank that `colonnade verify` started."""
-    from colonnade.launcher.ranks import end_with_launcher
-    from colonnade.launcher.verification.run import be_started_rank
+    from colonnade.launcher.cluster.ranks import end_with_launcher
+    from colonnade.launcher.verify.run import be_started_rank
 
     end_with_launcher()
     be_started_rank(Path(arguments.folder))
@@ -124,7 +124,7 @@ def run_verify_rank(arguments: argparse.Namespace) -> int:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """`colonnade doctor`."""
-    from colonnade.launcher.health import doctor
+    from colonnade.launcher.cluster.doctor import doctor
 
     arguments.report(doctor())
     return 0

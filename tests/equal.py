@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from colonnade.launcher.verification.equal import EXACT, Bounds, compare
+from colonnade.launcher.verify.equal import EXACT, Bounds, compare
 
 
 def assert_equal(

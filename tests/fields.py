@@ -10,9 +10,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from colonnade.launcher.effects import EFFECTS
-from colonnade.launcher.recipe import Recipe, SourceConfig
-from colonnade.launcher.remedies import schema_of
+from colonnade.launcher.recipe.hints import schema_of
+from colonnade.launcher.recipe.tables import Recipe, SourceConfig
+from colonnade.launcher.recipe.unused import EFFECTS
 from colonnade.models.config import ModelConfig, Options
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "recipe.md"

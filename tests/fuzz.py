@@ -21,12 +21,12 @@ from random_recipes import described, random_recipe
 from ranks import RankError, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.verification.judgement import Pass, beside, judge
-from colonnade.launcher.verification.layouts import Layout, write_layout
-from colonnade.launcher.verification.rounding import Noise, noise
-from colonnade.launcher.verification.shrink import alone, on_layout, shrink
-from colonnade.launcher.verification.trace import Trace, traced
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.verify.judgement import Pass, beside, judge
+from colonnade.launcher.verify.layouts import Layout, write_layout
+from colonnade.launcher.verify.rounding import Noise, noise
+from colonnade.launcher.verify.shrink import alone, on_layout, shrink
+from colonnade.launcher.verify.trace import Trace, traced
 from colonnade.parallel.world import World
 
 PRECISIONS = ("fp64", "fp32")

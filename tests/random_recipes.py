@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.validate import validate
-from colonnade.launcher.verification.layouts import Layout, covering, write_layout
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.verify.layouts import Layout, covering, write_layout
 from colonnade.models.config import SYMBOLS
 
 # Values of every field that changes the function trained or how a layout computes it.

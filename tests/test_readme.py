@@ -9,7 +9,7 @@ from shown import README, in_readme, shown, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.launcher.cli import main
-from colonnade.launcher.load import load_recipe
+from colonnade.launcher.recipe.load import load_recipe
 from colonnade.models.config import SYMBOLS
 
 TEXT = README.read_text(encoding="utf-8")

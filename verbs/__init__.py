@@ -8,22 +8,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colonnade.launcher.corpus import data as data
-    from colonnade.launcher.generation import generate as generate
-    from colonnade.launcher.health import doctor as doctor
-    from colonnade.launcher.load import load_recipe as load_recipe
-    from colonnade.launcher.training import resume as resume
-    from colonnade.launcher.training import train as train
-    from colonnade.launcher.verification.run import verify as verify
+    from colonnade.launcher.cluster.doctor import doctor as doctor
+    from colonnade.launcher.data import data as data
+    from colonnade.launcher.generate import generate as generate
+    from colonnade.launcher.recipe.load import load_recipe as load_recipe
+    from colonnade.launcher.train.run import resume as resume
+    from colonnade.launcher.train.run import train as train
+    from colonnade.launcher.verify.run import verify as verify
 
 _HOMES = {
-    "data": "launcher.corpus",
-    "doctor": "launcher.health",
-    "generate": "launcher.generation",
-    "load_recipe": "launcher.load",
-    "resume": "launcher.training",
-    "train": "launcher.training",
-    "verify": "launcher.verification.run",
+    "data": "launcher.data",
+    "doctor": "launcher.cluster.doctor",
+    "generate": "launcher.generate",
+    "load_recipe": "launcher.recipe.load",
+    "resume": "launcher.train.run",
+    "train": "launcher.train.run",
+    "verify": "launcher.verify.run",
 }
 __all__ = ["data", "doctor", "generate", "load_recipe", "resume", "train", "verify"]
 

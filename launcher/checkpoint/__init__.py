@@ -26,8 +26,8 @@ from colonnade.launcher.checkpoint import catalog, folders
 from colonnade.launcher.checkpoint.check import fits, savable
 from colonnade.launcher.checkpoint.folders import is_complete, newest, prune, step_folder
 from colonnade.launcher.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from colonnade.launcher.cluster.together import on_all, on_first
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.together import on_all, on_first
 
 __all__ = ["is_complete", "load", "newest", "prune", "read_state", "save", "step_folder"]
 

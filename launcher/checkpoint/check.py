@@ -6,8 +6,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from colonnade.launcher.checkpoint.catalog import Catalog
+from colonnade.launcher.cluster.together import on_all
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.together import on_all
 
 
 def savable(tensors: dict[str, torch.Tensor]) -> None:

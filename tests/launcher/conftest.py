@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from colonnade.launcher.errors import Fault, RecipeError
-from colonnade.launcher.load import load_recipe
+from colonnade.launcher.recipe.load import load_recipe
 
 Write = Callable[[str], Path]
 Faults = Callable[..., list[Fault]]

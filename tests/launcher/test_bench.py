@@ -22,8 +22,8 @@ from colonnade.bench import (
 )
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.launcher.cli import build_parser
+from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.health import doctor
 from colonnade.models.config import SYMBOLS
 
 
@@ -79,7 +79,7 @@ def test_memory_is_what_is_kept_and_held() -> None:
 def test_a_large_parent_does_not_count() -> None:
     """ru_maxrss is handed down through exec; a run from a large process once measured nothing."""
     parent = bytearray(b"x" * 2**30)
-    code = "from colonnade.launcher.memory import resident_mib; print(resident_mib())"
+    code = "from colonnade.launcher.cluster.memory import resident_mib; print(resident_mib())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 100 < float(child.stdout) < len(parent) / 2**20
 

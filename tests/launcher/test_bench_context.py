@@ -9,8 +9,8 @@ from ranks import Ranks
 
 from colonnade.bench import context, crew
 from colonnade.bench.context import Shape
+from colonnade.launcher.cluster.memory import resident_mib
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.memory import resident_mib
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.world import World
 

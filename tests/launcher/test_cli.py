@@ -205,7 +205,9 @@ def test_mistakes_of_a_user(
 
 FAILING = """
 import sys
-from colonnade.launcher import cli, job, ranks
+from colonnade.launcher import cli
+    from colonnade.launcher.cluster import ranks
+    from colonnade.launcher.train import job
 
 def fail(*_):
     raise ArithmeticError("of our own making")

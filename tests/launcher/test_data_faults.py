@@ -11,12 +11,12 @@ import torch
 from ranks import Ranks
 
 from colonnade.launcher.checkpoint import newest
-from colonnade.launcher.corpus import IndexedWriter, read_indexed
+from colonnade.launcher.data import IndexedWriter, read_indexed
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.job import run_job
-from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.monitor import Monitor
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.monitor import Monitor
 from colonnade.parallel.world import World
 
 Make = Callable[..., Recipe]

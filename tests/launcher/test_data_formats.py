@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colonnade.launcher.corpus import data, read_indexed
-from colonnade.launcher.corpus.documents import Document
-from colonnade.launcher.corpus.files import settled
-from colonnade.launcher.corpus.readers import FileReader
-from colonnade.launcher.corpus.sources import read_documents
+from colonnade.launcher.data import data, read_indexed
+from colonnade.launcher.data.documents import Document
+from colonnade.launcher.data.files import settled
+from colonnade.launcher.data.readers import FileReader
+from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe import SourceConfig
+from colonnade.launcher.recipe.tables import SourceConfig
 
 Write = Callable[[Path, list[dict[str, Any]]], None]
 

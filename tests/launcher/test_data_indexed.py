@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from colonnade.launcher.corpus import IndexedWriter, read_indexed
-from colonnade.launcher.corpus.indexed import token_dtype
+from colonnade.launcher.data import IndexedWriter, read_indexed
+from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.errors import UserError
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colonnade.launcher.corpus import IndexedWriter, open_data
-from colonnade.launcher.corpus.packing import PackedRows, best_fit
-from colonnade.launcher.corpus.rows import IndexedRows, Tokens
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.packing import PackedRows, best_fit
+from colonnade.launcher.data.rows import IndexedRows, Tokens
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.load import load_recipe
+from colonnade.launcher.recipe.load import load_recipe
 
 VOCAB, S = 1000, 32
 

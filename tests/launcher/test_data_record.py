@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_data_tokenizer import train
 
-from colonnade.launcher.corpus import IndexedWriter, check_data, data, open_data, read_indexed
+from colonnade.launcher.data import IndexedWriter, check_data, data, open_data, read_indexed
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
-from colonnade.launcher.validate import validate
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.recipe.validate import validate
 from colonnade.models.config import ModelConfig
 
 

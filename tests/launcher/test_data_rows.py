@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from colonnade.launcher.corpus import IndexedWriter, open_data
-from colonnade.launcher.corpus.mixture import Permutation, locate, split_fractions
-from colonnade.launcher.corpus.rows import ChainedRows, IndexedRows, MixtureRows, Tokens, cut
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.mixture import Permutation, locate, split_fractions
+from colonnade.launcher.data.rows import ChainedRows, IndexedRows, MixtureRows, Tokens, cut
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 
 VOCAB = 1000
 

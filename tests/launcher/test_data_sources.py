@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from colonnade.launcher.corpus import (
+from colonnade.launcher.data import (
     Data,
     open_data,
     prepare_data,
@@ -24,10 +24,10 @@ from colonnade.launcher.corpus import (
     source_fingerprint,
     tokenise,
 )
-from colonnade.launcher.corpus.rows import Tokens, cut
-from colonnade.launcher.corpus.sources import read_documents
+from colonnade.launcher.data.rows import Tokens, cut
+from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.models.config import ModelConfig
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -144,8 +144,8 @@ def test_the_standard_library_is_split_by_file() -> None:
 def test_the_default_corpus_needs_neither_datasets_nor_tokenizers() -> None:
     program = """
 import sys
-from colonnade.launcher.corpus import open_data
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.data import open_data
+from colonnade.launcher.recipe.tables import Recipe
 open_data(Recipe()).train.batch([0, 1])
 print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules)))
 """
@@ -221,8 +221,8 @@ def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path: Path) 
     program = f"""
 import sys, time
 from pathlib import Path
-from colonnade.launcher.corpus import cache, opening
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.data import cache, opening
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 write = cache._write_split
 def slowly(*arguments):
     while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 3:  # all have asked by then
@@ -284,7 +284,7 @@ def test_what_moved_is_known_by_its_content(
 def test_progress_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from colonnade.launcher.corpus import cache
+    from colonnade.launcher.data import cache
 
     monkeypatch.setattr(cache, "_TELL_EVERY", 0.0)
     open_data(recipe(write_lines(tmp_path / "a.jsonl", 600)))

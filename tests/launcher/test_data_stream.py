@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from colonnade.launcher.corpus import Prefetcher, open_data, read_indexed, tokenise
-from colonnade.launcher.corpus.rows import Batch, IndexedRows, MixtureRows, Tokens, cut
-from colonnade.launcher.corpus.stream import StreamRows
-from colonnade.launcher.corpus.tokenizer import open_tokenizer
+from colonnade.launcher.data import Prefetcher, open_data, read_indexed, tokenise
+from colonnade.launcher.data.rows import Batch, IndexedRows, MixtureRows, Tokens, cut
+from colonnade.launcher.data.stream import StreamRows
+from colonnade.launcher.data.tokenizer import open_tokenizer
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe import DataConfig, Recipe, SourceConfig, TrainConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 
 S = 32
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from colonnade.launcher.corpus import Tokenizer, open_tokenizer
+from colonnade.launcher.data import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 
 

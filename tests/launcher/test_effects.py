@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from colonnade.launcher.effects import EFFECTS
 from colonnade.launcher.errors import Fault, RecipeError
-from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.unused import EFFECTS
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

@@ -7,13 +7,13 @@ import pytest
 import torch
 from ranks import Ranks
 
-from colonnade.launcher.corpus import IndexedWriter
-from colonnade.launcher.corpus.indexed import token_dtype
-from colonnade.launcher.generation import generate
-from colonnade.launcher.job import run_job
-from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.monitor import read_metrics
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.data import IndexedWriter
+from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.generate import generate
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.monitor import read_metrics
 from colonnade.parallel.world import World
 
 PATTERNS = ("*-*-", "M-M-", "m-m-", "D-D-", "G-G-", "*E*E", "*T*T", "M-*E")

@@ -5,7 +5,7 @@ import torch
 from small import V, config_of, model_of
 
 from colonnade.kernels.draws import draw_integers, hashed
-from colonnade.launcher.generation import choose, extend
+from colonnade.launcher.generate import choose, extend
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

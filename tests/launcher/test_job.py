@@ -13,16 +13,16 @@ import torch
 from ranks import RankError, Ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from colonnade.launcher.corpus import IndexedWriter, open_data
-from colonnade.launcher.corpus.indexed import token_dtype
+from colonnade.launcher.cluster.signals import stop_signal
+from colonnade.launcher.data import IndexedWriter, open_data
+from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.job import build, run_job
-from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.metrics import read_metrics
-from colonnade.launcher.monitor import Monitor
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.signals import stop_signal
-from colonnade.launcher.step import validate_loss
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build, run_job
+from colonnade.launcher.train.metrics import read_metrics
+from colonnade.launcher.train.monitor import Monitor
+from colonnade.launcher.train.step import validate_loss
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from colonnade.launcher.monitor import Monitor
-from colonnade.launcher.recipe import Recipe, TrainConfig
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
+from colonnade.launcher.train.monitor import Monitor
 from colonnade.parallel.world import World
 
 HERE = World(0, 1, torch.device("cpu"))

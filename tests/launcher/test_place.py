@@ -2,8 +2,8 @@
 
 import pytest
 
+from colonnade.launcher.cluster.environment import Place, chosen_threads
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.place import Place, chosen_threads
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
         "SLURM_NTASKS": "5", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2(x2),1",

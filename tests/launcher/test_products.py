@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from colonnade.kernels.linear import CLASSES, prefer, preferred
-from colonnade.launcher import products
-from colonnade.launcher.products import known_choice, measured_choice, settle_products
+from colonnade.launcher.cluster import products
+from colonnade.launcher.cluster.products import known_choice, measured_choice, settle_products
 
 
 def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

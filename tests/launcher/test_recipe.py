@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from colonnade.launcher.errors import Fault, RecipeError, UserError
-from colonnade.launcher.load import dump_recipe, load_recipe, recipe_names
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.validate import validate
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe, recipe_names
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import validate
 from colonnade.models.config import ModelConfig
 
 Write = Callable[[str], Path]

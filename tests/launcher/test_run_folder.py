@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.folder import COMING, RECIPE, check_resumable, open_again, open_new
-from colonnade.launcher.recipe import DataConfig, OptimizerConfig, Recipe
+from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
+from colonnade.launcher.train.folder import COMING, RECIPE, check_resumable, open_again, open_new
 
 RESUMES = """
 import sys
 from pathlib import Path
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.folder import open_again
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.train.folder import open_again
+from colonnade.launcher.recipe.tables import Recipe
 try:
     with open_again(Recipe(), Path(sys.argv[1])):
         print("held")

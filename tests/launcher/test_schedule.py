@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from colonnade.launcher.recipe import OptimizerConfig, TrainConfig
-from colonnade.launcher.schedule import (
+from colonnade.launcher.recipe.tables import OptimizerConfig, TrainConfig
+from colonnade.launcher.train.schedule import (
     batch_size,
     first_sample,
     floor_sum,

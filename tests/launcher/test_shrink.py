@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from colonnade.launcher.effects import given
-from colonnade.launcher.load import load_recipe, recipe_names
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.rules.base import divisors
-from colonnade.launcher.validate import validate
-from colonnade.launcher.verification.layouts import (
+from colonnade.launcher.recipe.load import load_recipe, recipe_names
+from colonnade.launcher.recipe.rules.base import divisors
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.unused import given
+from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.verify.layouts import (
     Layout,
     covering,
     laid_out,
     parse_layout,
     write_layout,
 )
-from colonnade.launcher.verification.narrow import COUNTS, DIVIDED, SHORT, WHOLE
-from colonnade.launcher.verification.shrink import EPS, alone, on_layout, shrink
+from colonnade.launcher.verify.narrow import COUNTS, DIVIDED, SHORT, WHOLE
+from colonnade.launcher.verify.shrink import EPS, alone, on_layout, shrink
 from colonnade.models.config import ModelConfig
 from colonnade.models.shapes import measure
 from colonnade.parallel.config import ParallelConfig

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 
-from colonnade.launcher.ranks import as_agent
-from colonnade.launcher.signals import SAVE_FIRST, stop_signal
+from colonnade.launcher.cluster.ranks import as_agent
+from colonnade.launcher.cluster.signals import SAVE_FIRST, stop_signal
 
 # A run that never comes to the end of its step; `raise_signal` leaves the handlers to Python.
 STUCK = """
 import sys, time
-from colonnade.launcher.signals import stop_signal
+from colonnade.launcher.cluster.signals import stop_signal
 with stop_signal(1, answers=True) as stop:
     print("ready", flush=True)
     while sys.argv[1] == "stuck" or not stop.number:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.validate import RULES, validate
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import RULES, validate
 
 Faults = Callable[..., list[Fault]]
 

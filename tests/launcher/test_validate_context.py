@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.validate import validate
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import validate
 from colonnade.parallel.config import ParallelConfig
 
 

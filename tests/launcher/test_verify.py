@@ -12,16 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.cli import main
 from colonnade.launcher.errors import RecipeError, UserError
-from colonnade.launcher.load import load_recipe
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.verification import run
-from colonnade.launcher.verification.equal import BOUNDS, EXACT, Bounds, compare
-from colonnade.launcher.verification.judgement import Pass, beside, judge
-from colonnade.launcher.verification.layouts import laid_out, parse_layout
-from colonnade.launcher.verification.run import Job, compared, planned
-from colonnade.launcher.verification.shrink import alone, on_layout, shrink
-from colonnade.launcher.verification.table import table
-from colonnade.launcher.verification.trace import Trace, assembled, piece, traced
+from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.verify import run
+from colonnade.launcher.verify.equal import BOUNDS, EXACT, Bounds, compare
+from colonnade.launcher.verify.judgement import Pass, beside, judge
+from colonnade.launcher.verify.layouts import laid_out, parse_layout
+from colonnade.launcher.verify.run import Job, compared, planned
+from colonnade.launcher.verify.shrink import alone, on_layout, shrink
+from colonnade.launcher.verify.table import table
+from colonnade.launcher.verify.trace import Trace, assembled, piece, traced
 from colonnade.models.decoder import Decoder
 from colonnade.parallel import engine
 from colonnade.parallel.world import World

@@ -7,16 +7,16 @@ import torch
 from ranks import Ranks
 from test_verify import LAYOUTS, TINY, here, reference, shown, small_recipe
 
-from colonnade.launcher.load import load_recipe
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.verification import run
-from colonnade.launcher.verification.equal import EXACT, FACTOR, Difference, compare
-from colonnade.launcher.verification.judgement import Pass, beside, judge
-from colonnade.launcher.verification.layouts import parse_layout
-from colonnade.launcher.verification.rounding import ULP, Noise, noise
-from colonnade.launcher.verification.run import Findings, Job, reported
-from colonnade.launcher.verification.shrink import alone, on_layout, shrink
-from colonnade.launcher.verification.trace import KINDS, Trace, traced
+from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.verify import run
+from colonnade.launcher.verify.equal import EXACT, FACTOR, Difference, compare
+from colonnade.launcher.verify.judgement import Pass, beside, judge
+from colonnade.launcher.verify.layouts import parse_layout
+from colonnade.launcher.verify.rounding import ULP, Noise, noise
+from colonnade.launcher.verify.run import Findings, Job, reported
+from colonnade.launcher.verify.shrink import alone, on_layout, shrink
+from colonnade.launcher.verify.trace import KINDS, Trace, traced
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 

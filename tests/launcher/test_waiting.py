@@ -37,7 +37,7 @@ child.wait()
 """
 RANK = """
 import time
-from colonnade.launcher.ranks import end_with_launcher
+from colonnade.launcher.cluster.ranks import end_with_launcher
 end_with_launcher()
 print("ready", flush=True)
 time.sleep(60)

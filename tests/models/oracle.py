@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from colonnade.launcher.convert.huggingface.families import family_of
+from colonnade.launcher.convert.huggingface.family import Family, to_ours, to_theirs
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.hf import family_of
-from colonnade.models.hf_base import Family, to_ours, to_theirs
 
 # transformers takes these wherever they are installed, and they cannot run fp64 on a CPU: the test
 # process does not see them. Import this file before transformers.

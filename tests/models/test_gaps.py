@@ -11,9 +11,9 @@ from small import B, S, V, config_of, context, data, model_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from colonnade.launcher.corpus import Batch
-from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
-from colonnade.launcher.step import train_step
+from colonnade.launcher.data import Batch
+from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
+from colonnade.launcher.train.step import train_step
 from colonnade.models.blocks import thor
 from colonnade.models.blocks.attention import score_scale
 from colonnade.models.blocks.mixture import Router

@@ -15,9 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from colonnade.launcher.convert.huggingface.families import family_of
+from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours
 from colonnade.models.config import ModelConfig
-from colonnade.models.hf import family_of
-from colonnade.models.hf_base import Unsupported, to_ours
 
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}

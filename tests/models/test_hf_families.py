@@ -9,7 +9,7 @@ import test_hf_moe
 import torch
 from oracle import Case
 
-from colonnade.models.hf import FAMILIES
+from colonnade.launcher.convert.huggingface.families import FAMILIES
 
 MODULES = (test_hf_dense, test_hf_moe, test_hf_mamba, test_hf_hybrid)
 ALL = [case for module in MODULES for case in module.CASES]

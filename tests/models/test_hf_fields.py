@@ -22,11 +22,11 @@ from test_hf_moe import deepseek, mixtral, qwen3_moe
 from torch import Tensor
 from transformers.generation import GenerationConfig
 
+from colonnade.launcher.convert.huggingface.config import function_of
+from colonnade.launcher.convert.huggingface.family import Unsupported
+from colonnade.launcher.convert.huggingface.fields import HARMLESS
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.hf_base import Unsupported
-from colonnade.models.hf_config import function_of
-from colonnade.models.hf_fields import HARMLESS
 
 BUILDS: dict[str, Any] = {
     "llama": llama, "qwen3": qwen3, "olmo2": olmo2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,

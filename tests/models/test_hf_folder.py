@@ -15,11 +15,11 @@ from test_hf_dense import llama, olmo2, qwen3
 from test_hf_moe import deepseek, mixtral, qwen3_moe
 from torch import Tensor
 
-from colonnade.launcher.effects import used_alone
+from colonnade.launcher.convert.huggingface.families import FAMILIES
+from colonnade.launcher.convert.huggingface.folder import CONFIG, INDEX, SINGLE, read_hf, write_hf
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.huggingface import CONFIG, INDEX, SINGLE, read_hf, write_hf
+from colonnade.launcher.recipe.unused import used_alone
 from colonnade.models.config import ModelConfig
-from colonnade.models.hf import FAMILIES
 
 BUILDS: list[Callable[..., Any]] = [llama, qwen3, olmo2, mixtral, qwen3_moe, deepseek]
 each = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)

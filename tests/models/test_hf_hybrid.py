@@ -17,10 +17,10 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from colonnade.launcher.convert.huggingface.families import family_of
+from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours, to_theirs
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.hf import family_of
-from colonnade.models.hf_base import Unsupported, to_ours, to_theirs
 
 
 def nemotron(pattern: str, **more: Any) -> Any:

@@ -16,9 +16,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from colonnade.launcher.convert.huggingface.families import family_of
+from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours
 from colonnade.models.config import ModelConfig
-from colonnade.models.hf import family_of
-from colonnade.models.hf_base import Unsupported, to_ours
 
 
 def mamba(**more: Any) -> Any:

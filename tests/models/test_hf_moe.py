@@ -20,7 +20,12 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from colonnade.models.hf_base import Unsupported, to_ours, to_theirs, without_absent
+from colonnade.launcher.convert.huggingface.family import (
+    Unsupported,
+    to_ours,
+    to_theirs,
+    without_absent,
+)
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.9,

@@ -9,7 +9,7 @@ from equal import assert_equal
 from test_hf_dense import llama
 from test_hf_moe import deepseek
 
-from colonnade.launcher.huggingface import read_hf, write_hf
+from colonnade.launcher.convert.huggingface.folder import read_hf, write_hf
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

@@ -19,15 +19,15 @@ from test_hf_hybrid import NEMOTRON, nemotron, qwen3_next
 from test_hf_mamba import MAMBA2_SMALL
 from test_hf_moe import deepseek
 
-from colonnade.launcher.effects import used_alone
+from colonnade.launcher.convert.huggingface.config import function_of
+from colonnade.launcher.convert.huggingface.families import family_of
+from colonnade.launcher.convert.huggingface.family import Unsupported
+from colonnade.launcher.convert.huggingface.folder import CONFIG, SINGLE, read_hf, write_hf
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.huggingface import CONFIG, SINGLE, read_hf, write_hf
-from colonnade.launcher.load import dump_recipe, load_recipe
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.validate import validate
-from colonnade.models.hf import family_of
-from colonnade.models.hf_base import Unsupported
-from colonnade.models.hf_config import function_of
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.unused import used_alone
+from colonnade.launcher.recipe.validate import validate
 
 BASE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

@@ -12,11 +12,11 @@ from small import config_of, context, data, model_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from colonnade.launcher.recipe import OptimizerConfig
+from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
+from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.part import Part, normal
-from colonnade.models.recentre import to_crms, to_pre_rms
 from colonnade.models.reparam import spectral
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW

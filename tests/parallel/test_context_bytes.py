@@ -7,7 +7,7 @@ import torch
 from ranks import Ranks
 
 from colonnade.bench import traffic
-from colonnade.launcher.recipe import Recipe, TrainConfig
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World

@@ -13,6 +13,13 @@ from test_types import EVERYWHERE, ROWS, SMALL, drawn, joined, part_of, whole_vo
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from typed import (
+    CONTEXT_CONTRACTS,
+    stamp,
+    type_of,
+    typechecked,
+    typechecked_context,
+)
 
 from colonnade.kernels.experts import combine, dispatch, expert_mlp
 from colonnade.kernels.loss import linear_consistency, linear_objective
@@ -32,13 +39,6 @@ from colonnade.parallel.context.heads import Heads
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import tensor_parallel
-from colonnade.parallel.typed import (
-    CONTEXT_CONTRACTS,
-    stamp,
-    type_of,
-    typechecked,
-    typechecked_context,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")
 

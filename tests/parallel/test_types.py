@@ -13,6 +13,8 @@ from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from typed import CONTRACTS, parameter_types, stamp, type_of, typechecked
+from typed.rules import register
 
 from colonnade.kernels import activation, experts, linear, norm, rope
 from colonnade.kernels.cut import WHOLE, Cut
@@ -24,8 +26,6 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.part import Part
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import on_stream, tensor_parallel
-from colonnade.parallel.typed import CONTRACTS, parameter_types, stamp, type_of, typechecked
-from colonnade.parallel.typed.rules import register
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")
 

@@ -13,10 +13,10 @@ from test_data_parallel import Trace, compare, recipe_for, trained
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.health import doctor
-from colonnade.launcher.recipe import Recipe, TrainConfig
-from colonnade.launcher.training import train
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
+from colonnade.launcher.train.run import train
 from colonnade.models.config import SYMBOLS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder

@@ -15,10 +15,10 @@ from test_tensor_parallel import sent
 from torch import Tensor
 
 from colonnade.kernels.loss import IGNORED
-from colonnade.launcher.corpus import Batch
-from colonnade.launcher.job import build_model
-from colonnade.launcher.recipe import Recipe
-from colonnade.launcher.verification.trace import Trace
+from colonnade.launcher.data import Batch
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_model
+from colonnade.launcher.verify.trace import Trace
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.engine import forward

@@ -8,12 +8,12 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colonnade.launcher.job import build_model
-from colonnade.launcher.recipe import OptimizerConfig, Recipe, TrainConfig
-from colonnade.launcher.together import on_first
-from colonnade.launcher.verification.equal import Bounds
-from colonnade.launcher.verification.equal import compare as differences
-from colonnade.launcher.verification.trace import Trace, traced
+from colonnade.launcher.cluster.together import on_first
+from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
+from colonnade.launcher.train.job import build_model
+from colonnade.launcher.verify.equal import Bounds
+from colonnade.launcher.verify.equal import compare as differences
+from colonnade.launcher.verify.trace import Trace, traced
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World

@@ -11,7 +11,7 @@ from test_data_parallel import Trace, compare, recipe_for, trained
 from torch.optim import Muon as TorchMuon
 from torch.optim import _muon
 
-from colonnade.launcher.recipe import OptimizerConfig, Recipe
+from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe
 from colonnade.parallel.optimizer import Muon, build_optimizer
 from colonnade.parallel.optimizer.base import named
 

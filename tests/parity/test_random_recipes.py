@@ -5,8 +5,8 @@ import pytest
 from random_recipes import random_recipe
 from ranks import Ranks
 
-from colonnade.launcher.validate import validate
-from colonnade.launcher.verification.layouts import laid_out
+from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.verify.layouts import laid_out
 from colonnade.models.config import SYMBOLS
 
 SEEDS = {28: "-", 32: "m", 46: "D"}  # of recipes that take little time

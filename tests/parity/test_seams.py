@@ -10,8 +10,8 @@ from ranks import Ranks
 from test_data_parallel import Trace, compare, recipe_for, trained
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from colonnade.launcher.job import build_model
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_model
 from colonnade.models import blocks
 from colonnade.models.blocks import mamba1, mlp
 from colonnade.models.blocks.base import SubBlock

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colonnade.launcher.corpus import Batch
-from colonnade.launcher.generation import extend
-from colonnade.launcher.job import build_model
-from colonnade.launcher.recipe import Recipe
+from colonnade.launcher.data import Batch
+from colonnade.launcher.generate import extend
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_model
 from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
 

@@ -1,0 +1,369 @@
+"""Hugging Face's Mamba (`m`), Mamba2 (`M`) and Bamba (Mamba-2 and attention)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from colonnade.launcher.convert.huggingface.config import read_rope, row
+from colonnade.launcher.convert.huggingface.dense import (
+    Block,
+    attention,
+    layer,
+    write_common,
+    write_heads,
+)
+from colonnade.launcher.convert.huggingface.family import (
+    Entry,
+    Family,
+    Unsupported,
+    entry,
+    tied_head,
+)
+from colonnade.launcher.convert.huggingface.fields import Fields
+from colonnade.models.config import ModelConfig
+
+LARGEST = torch.finfo(torch.float32).max
+# How weights are first drawn, how fast code is chosen, and the precision of the residual stream.
+HARMLESS = frozenset({
+    "initializer_range", "residual_in_fp32", "time_step_init_scheme", "time_step_scale",
+    "time_step_min", "time_step_max", "time_step_floor", "use_mambapy", "use_associative_scan",
+})  # fmt: skip
+
+
+def plain_ssm(fields: Fields, bias: str = "use_bias", conv: str = "use_conv_bias") -> None:
+    """Refuse a mixer with what ours has not: limits on dt, biases of projections, other gates."""
+    fields.only(bias, False)
+    fields.only(conv, True)
+    limit = fields.get("time_step_limit", default=(0.0, math.inf))
+    bounds = [plain_float(bound) for bound in limit] if isinstance(limit, list | tuple) else []
+    if len(bounds) != 2 or not bounds[0] <= 0 or not bounds[1] >= LARGEST:
+        raise Unsupported("time_step_limit", limit, "only no limit, [0, inf], can be represented")
+    if bounds[1] < math.inf:
+        fields.tell(f"time_step_limit = {limit!r} is read as no limit: no dt in fp32 is above it")
+
+
+def plain_float(value: Any) -> float:
+    """A number, or transformers 5's spelling of an infinite one in JSON; NaN if it is neither."""
+    value = value.get("__float__") if isinstance(value, dict) else value
+    if value == "Infinity" or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return float(value)
+    return math.nan
+
+
+def tied_backbone(config: ModelConfig) -> dict[str, str]:
+    """A tied head is the embedding again."""
+    return {"lm_head.weight": "backbone.embeddings.weight"} if config.tied else {}
+
+
+def backbone(
+    config: ModelConfig, mixer: Callable[[str, str, str], list[Entry]], root: str = "backbone"
+) -> list[Entry]:
+    """A row of one norm and one mixer per layer, between embedding and head.
+
+    `mixer` makes one's table of its symbol, and of prefixes of theirs and ours that end in a dot.
+    """
+    tensors = [
+        entry(f"{root}.embeddings.weight", "embedding.weight"),
+        entry(f"{root}.norm_f.weight", "wiring.final.weight"),
+    ]
+    for t, symbol in enumerate(config.symbols):
+        theirs = f"{root}.layers.{t}."
+        tensors.append(entry(f"{theirs}norm.weight", f"wiring.norms.{t}.weight"))
+        tensors += mixer(symbol, f"{theirs}mixer.", f"wiring.blocks.{t}.")
+    return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
+
+
+def mamba2_mixer(theirs: str, ours: str) -> list[Entry]:
+    """One Mamba-2 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+    return [
+        entry(f"{theirs}in_proj.weight", *(f"{ours}first.{n}" for n in ("z", "x", "B", "C", "dt"))),
+        entry(f"{theirs}conv1d.weight", *(f"{ours}first.conv_{n}" for n in "xBC"), squeeze=1),
+        entry(f"{theirs}conv1d.bias", *(f"{ours}first.conv_{n}_bias" for n in "xBC")),
+        *(entry(f"{theirs}{n}", f"{ours}small.{n}") for n in ("A_log", "dt_bias", "D")),
+        entry(f"{theirs}norm.weight", f"{ours}second.norm"),
+        entry(f"{theirs}out_proj.weight", f"{ours}second.out"),
+    ]
+
+
+def mamba1_mixer(theirs: str, ours: str) -> list[Entry]:
+    """One Mamba-1 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+    return [
+        entry(f"{theirs}in_proj.weight", f"{ours}first.x", f"{ours}first.z"),
+        entry(f"{theirs}conv1d.weight", f"{ours}first.conv_x", squeeze=1),
+        entry(f"{theirs}conv1d.bias", f"{ours}first.conv_x_bias"),
+        entry(f"{theirs}x_proj.weight", *(f"{ours}second.{n}" for n in ("dt_a", "B", "C"))),
+        entry(f"{theirs}dt_proj.weight", f"{ours}second.dt_b"),
+        entry(f"{theirs}dt_proj.bias", f"{ours}small.dt_bias"),
+        entry(f"{theirs}A_log", f"{ours}small.A_log"),
+        entry(f"{theirs}D", f"{ours}small.D"),
+        entry(f"{theirs}out_proj.weight", f"{ours}second.out"),
+    ]
+
+
+def expansion(config: ModelConfig, name: str, inner: int) -> int:
+    """`expand`: how many times the stream's width a mixer is wide inside."""
+    if inner % config.hidden:
+        raise Unsupported(name, inner, f"inside, a whole multiple of hidden = {config.hidden}")
+    return inner // config.hidden
+
+
+def shared_fields(config: ModelConfig) -> dict[str, Any]:
+    """What both write alike."""
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "num_hidden_layers": len(config.symbols),
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+    }
+
+
+def read_mamba1(fields: Fields) -> ModelConfig:
+    """Mamba's fields."""
+    plain_ssm(fields)
+    fields.only("hidden_act", "silu")
+    fields.only("rms_norm", True)
+    fields.only("ssm_cfg", {})
+    hidden = fields.integer("hidden_size", "d_model", default=768, least=1)
+    inner = int(fields.number("expand", default=2) * hidden)
+    for name in ("intermediate_size", "d_inner"):
+        fields.only(name, inner, remedy="is expand · hidden_size; leave it out")
+    rank = fields.get("time_step_rank", default="auto")
+    return ModelConfig(
+        pattern="m",
+        repeat=fields.get("num_hidden_layers", "n_layer", default=32),
+        hidden=hidden,
+        vocab=fields.get("vocab_size", default=50280),
+        tied=fields.get("tie_word_embeddings", default=True),
+        norm_eps=fields.get("layer_norm_epsilon", default=1e-5),
+        mamba1_inner=inner,
+        mamba1_state=fields.get("state_size", default=16),
+        mamba1_rank=-(-hidden // 16) if rank == "auto" else rank,
+        mamba1_conv=fields.get("conv_kernel", default=4),
+    )
+
+
+def write_mamba1(config: ModelConfig) -> dict[str, Any]:
+    """Mamba's fields."""
+    only_symbols(config, "m")
+    inner = config.mamba1_inner or 2 * config.hidden
+    return shared_fields(config) | {
+        "expand": expansion(config, "mamba1_inner", inner),
+        "intermediate_size": inner,
+        "state_size": config.mamba1_state,
+        "time_step_rank": config.mamba1_rank or -(-config.hidden // 16),
+        "conv_kernel": config.mamba1_conv,
+    }
+
+
+def mamba1_entries(config: ModelConfig) -> list[Entry]:
+    """Mamba's tensors."""
+    return backbone(config, lambda _, theirs, ours: mamba1_mixer(theirs, ours))
+
+
+def read_mamba2(fields: Fields) -> ModelConfig:
+    """Mamba2's fields."""
+    plain_ssm(fields)
+    fields.only("hidden_act", "silu")
+    fields.only("rms_norm", True)
+    hidden = fields.integer("hidden_size", default=4096)
+    heads, width = fields.integer("num_heads", default=128), fields.integer("head_dim", default=64)
+    inner = fields.number("expand", default=2) * hidden
+    if inner != heads * width:
+        remedy = f"expand · hidden_size is {inner}, num_heads · head_dim {heads * width}"
+        raise Unsupported("num_heads", heads, remedy)
+    return ModelConfig(
+        pattern="M",
+        repeat=fields.get("num_hidden_layers", default=64),
+        hidden=hidden,
+        vocab=fields.get("vocab_size", default=32768),
+        tied=fields.get("tie_word_embeddings", default=False),
+        norm_eps=fields.get("layer_norm_epsilon", default=1e-5),
+        mamba_heads=heads,
+        mamba_head_dim=width,
+        mamba_state=fields.get("state_size", default=128),
+        mamba_groups=fields.get("n_groups", default=8),
+        mamba_conv=fields.get("conv_kernel", default=4),
+        mamba_chunk=fields.get("chunk_size", default=256),
+    )
+
+
+def write_mamba2(config: ModelConfig) -> dict[str, Any]:
+    """Mamba2's fields."""
+    only_symbols(config, "M")
+    heads = config.mamba_heads or 2 * config.hidden // config.mamba_head_dim
+    return shared_fields(config) | {
+        "expand": expansion(config, "mamba_heads", heads * config.mamba_head_dim),
+        "num_heads": heads,
+        "head_dim": config.mamba_head_dim,
+        "state_size": config.mamba_state,
+        "n_groups": config.mamba_groups,
+        "conv_kernel": config.mamba_conv,
+        "chunk_size": config.mamba_chunk,
+    }
+
+
+def mamba2_entries(config: ModelConfig) -> list[Entry]:
+    """Mamba2's tensors."""
+    return backbone(config, lambda _, theirs, ours: mamba2_mixer(theirs, ours))
+
+
+def only_symbols(config: ModelConfig, *places: str) -> None:
+    """Refuse a row whose sub-blocks are not, in turn, among these symbols."""
+    for t, symbol in enumerate(config.symbols):
+        allowed = places[t % len(places)]
+        if symbol not in allowed:
+            remedy = f"sub-block {t} is {symbol!r}, only one of {allowed!r} can stand there"
+            raise Unsupported("pattern", config.symbols, remedy)
+    if len(config.symbols) % len(places):
+        raise Unsupported("pattern", config.symbols, "their layers are pairs of sub-blocks")
+
+
+def check_rotated(fraction: float, head_dim: int, name: str = "partial_rotary_factor") -> None:
+    """Refuse a fraction of which both sides do not make the same even number of channels."""
+    width = int(head_dim * fraction)
+    if width % 2 or not width or round(head_dim * fraction) != width:
+        remedy = f"of head_dim = {head_dim} this must be a whole, even number of channels"
+        raise Unsupported(name, fraction, remedy)
+
+
+# Bamba: pairs of Mamba-2 or attention, and an MLP.
+
+
+def read_bamba(f: Fields) -> ModelConfig:
+    """Bamba's fields."""
+    plain_ssm(f, "mamba_proj_bias", "mamba_conv_bias")
+    f.only("mlp_bias", False)
+    f.only("attention_bias", False)
+    f.only("attention_dropout", 0.0, null=0.0)
+    f.only("hidden_act", "silu")
+    hidden = f.integer("hidden_size", default=4096, least=1)
+    heads = f.integer("num_attention_heads", default=32, least=1)
+    head_dim = f.integer("head_dim", default=hidden // heads)
+    count = f.integer("num_hidden_layers", default=32)
+    attends = f.entries("attn_layer_indices", of=int) or []
+    rope = read_rope(f, fraction=0.5)
+    if rope["rope_fraction"] != 0.5:
+        raise Unsupported("partial_rotary_factor", rope["rope_fraction"], "Bamba's is always 0.5")
+    if attends:
+        check_rotated(0.5, head_dim)
+    f.only("attn_rotary_emb", head_dim // 2)
+    inner = f.integer("mamba_expand", default=2, least=1) * hidden
+    many = f.integer("mamba_n_heads", default=128, least=1)
+    automatic = f.get("mamba_d_head", default="auto") == "auto"
+    width = inner // many if automatic else f.integer("mamba_d_head")
+    if width * many != inner:
+        remedy = f"mamba_d_head is {width}, mamba_expand · hidden_size {inner}"
+        raise Unsupported("mamba_n_heads", many, remedy)
+    return ModelConfig(
+        **row("".join("*-" if i in attends else "M-" for i in range(count))),
+        hidden=hidden,
+        vocab=f.get("vocab_size", default=128000),
+        tied=f.get("tie_word_embeddings", default=False),
+        norm_eps=f.get("rms_norm_eps", default=1e-5),
+        init_std=f.get("initializer_range", default=0.02),
+        balance=0.0,
+        heads=heads,
+        kv_heads=f.get("num_key_value_heads", default=8, null=heads),
+        head_dim=head_dim,
+        **rope,
+        ffn=f.get("intermediate_size", default=14336),
+        mamba_heads=many,
+        mamba_head_dim=width,
+        mamba_state=f.get("mamba_d_state", default=256),
+        mamba_groups=f.get("mamba_n_groups", default=1),
+        mamba_conv=f.get("mamba_d_conv", default=4),
+        mamba_chunk=f.get("mamba_chunk_size", default=256),
+    )
+
+
+def write_bamba(config: ModelConfig) -> dict[str, Any]:
+    """Theirs, of `read_bamba`."""
+    c = config
+    only_symbols(c, "M*", "-")
+    heads = c.mamba_heads or 2 * c.hidden // c.mamba_head_dim
+    return {
+        **write_common(c),
+        **write_heads(c),
+        "partial_rotary_factor": 0.5,
+        "attn_layer_indices": [i for i, symbol in enumerate(c.symbols[::2]) if symbol == "*"],
+        "intermediate_size": c.ffn,
+        "mlp_bias": False,
+        "mamba_expand": expansion(c, "mamba_heads", heads * c.mamba_head_dim),
+        "mamba_n_heads": heads,
+        "mamba_d_head": c.mamba_head_dim,
+        "mamba_d_state": c.mamba_state,
+        "mamba_n_groups": c.mamba_groups,
+        "mamba_d_conv": c.mamba_conv,
+        "mamba_chunk_size": c.mamba_chunk,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+    }
+
+
+def bamba_mlp(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
+    """Gated MLP."""
+    theirs = f"{theirs}.feed_forward"
+    return [
+        entry(f"{theirs}.gate_proj.weight", f"{ours}.first.gate"),
+        entry(f"{theirs}.up_proj.weight", f"{ours}.first.up"),
+        entry(f"{theirs}.down_proj.weight", f"{ours}.second.down"),
+    ]
+
+
+def bamba_entries(config: ModelConfig) -> list[Entry]:
+    """Bamba's tensors."""
+    blocks: dict[str, Block] = {
+        "M": lambda theirs, ours, _: mamba2_mixer(f"{theirs}.mamba.", f"{ours}."),
+        "*": attention,
+        "-": bamba_mlp,
+    }
+    norms = ("input_layernorm", "pre_ff_layernorm")
+    tensors = [
+        entry("model.embed_tokens.weight", "embedding.weight"),
+        entry("model.final_layernorm.weight", "wiring.final.weight"),
+    ]
+    for t in range(0, len(config.symbols), 2):
+        theirs, pair = f"model.layers.{t // 2}", config.symbols[t : t + 2]
+        tensors += layer(theirs, "wiring", t, pair, config, blocks, norms)
+    return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
+
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family(
+            "MambaForCausalLM",
+            "mamba",
+            read_mamba1,
+            write_mamba1,
+            mamba1_entries,
+            copies=tied_backbone,
+            harmless=HARMLESS | {"fused_add_norm", "pad_vocab_size_multiple"},
+        ),
+        Family(
+            "Mamba2ForCausalLM",
+            "mamba2",
+            read_mamba2,
+            write_mamba2,
+            mamba2_entries,
+            copies=tied_backbone,
+            harmless=HARMLESS | {"time_step_rank"},  # of no tensor
+            inert={"norm_before_gate": ()},  # the gate always goes before the norm
+        ),
+        Family(
+            "BambaForCausalLM",
+            "bamba",
+            read_bamba,
+            write_bamba,
+            bamba_entries,
+            copies=tied_head,
+            harmless=HARMLESS | {"num_logits_to_keep", "z_loss_coefficient"},
+        ),
+    )
+}

@@ -1,0 +1,244 @@
+"""Hugging Face's Nemotron-H: one sub-block per layer, no positions."""
+
+from functools import partial
+from typing import Any
+
+from colonnade.launcher.convert.huggingface.config import (
+    FURTHER,
+    leave_out_further,
+    row,
+    symbols_of,
+)
+from colonnade.launcher.convert.huggingface.dense import write_heads
+from colonnade.launcher.convert.huggingface.family import Entry, Family, entry, stacked
+from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
+from colonnade.launcher.convert.huggingface.mamba import (
+    HARMLESS,
+    backbone,
+    mamba2_mixer,
+    only_symbols,
+    plain_ssm,
+)
+from colonnade.launcher.convert.huggingface.moe import normalised
+from colonnade.models.config import ModelConfig
+
+# Their names of sequence mixers in lists of layers, old and new.
+MAMBA = ("linear_attention", "mamba")
+FULL = ("full_attention", "attention")
+NEMOTRON = dict.fromkeys(MAMBA, "M") | dict.fromkeys(FULL, "*") | {"mlp": "-", "moe": "E"}
+ACTIVATIONS: dict[str, Any] = {
+    "relu2": "relu2",
+    "relu": "relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Transformers 5 holds dt above this field, which Nemotron-H's own code and Megatron, with which it
+# was trained, only draw first biases from. So it is not read, and written so small that no dt meets
+# it (their first biases take its logarithm).
+NO_FLOOR = 1e-30
+
+
+def read_nemotron(f: Fields) -> ModelConfig:
+    """Nemotron-H's fields."""
+    plain_ssm(f)
+    for name in ("mamba_proj_bias", "attention_bias", "mlp_bias", "tie_word_embeddings"):
+        f.only(name, False)
+    for name in ("attention_dropout", "hidden_dropout"):
+        f.only(name, 0.0, null=0.0)
+    f.only("sliding_window", None)
+    f.only("mamba_hidden_act", "silu")
+    head_dim, eps = f.get("head_dim", default=128), f.get("layer_norm_epsilon", default=1e-5)
+    f.only("attention_head_dim", head_dim)
+    for name in ("rms_norm_eps", "norm_eps"):
+        f.only(name, eps, remedy=f"but layer_norm_epsilon = {eps!r}; remove the wrong one")
+    symbols, heads = nemotron_symbols(f), f.get("num_attention_heads", default=32)
+    say_floor(f, symbols)
+    leave_out_further(f)
+    f.only(
+        "num_hidden_layers",
+        len(symbols),
+        null=len(symbols),
+        remedy=f"but {len(symbols)} layers are listed",
+    )
+    return ModelConfig(
+        **row(symbols),
+        hidden=f.get("hidden_size", default=4096),
+        vocab=f.get("vocab_size", default=131072),
+        norm_eps=eps,
+        positions="none",
+        heads=heads,
+        kv_heads=f.get("num_key_value_heads", default=8, null=heads),
+        head_dim=head_dim,
+        ffn=f.get("intermediate_size", default=21504),
+        activation=ACTIVATIONS[f.only("mlp_hidden_act", *ACTIVATIONS)],
+        mamba_heads=f.get("mamba_num_heads", default=128),
+        mamba_head_dim=f.get("mamba_head_dim", default=64),
+        mamba_state=f.get("ssm_state_size", default=128),
+        mamba_groups=f.get("n_groups", "mamba_n_groups", default=8),
+        mamba_conv=f.get("conv_kernel", "mamba_d_conv", default=4),
+        mamba_chunk=f.get("chunk_size", "mamba_chunk_size", default=128),
+        **(nemotron_experts(f) if "E" in symbols else {}),
+    )
+
+
+def say_floor(f: Fields, symbols: str) -> None:
+    """Tell whoever reads a model with Mamba-2 of the floor that its logits differ by."""
+    floor = f.number("time_step_min", default=0.001)
+    if "M" in symbols and floor > NO_FLOOR:
+        f.tell(
+            f"time_step_min = {floor!r} is not used: transformers' PyTorch path holds dt above it, "
+            "which Nemotron-H's own code and Megatron do not, so logits differ from transformers' "
+            "wherever a dt is smaller (at 0.001 by about 5e-4 to 1e-3 of the largest)"
+        )
+
+
+def nemotron_symbols(f: Fields) -> str:
+    """The row, from either of its spellings."""
+    kinds = f.entries("layers_block_type", "layer_types", of=str)
+    pattern = f.get("hybrid_override_pattern", default=None)
+    if pattern is not None and not isinstance(pattern, str):
+        raise Unsupported("hybrid_override_pattern", pattern, "must be text of M, *, - and E")
+    if kinds is None:
+        if pattern is None:
+            raise Unsupported("layers_block_type", None, "missing from config.json")
+        return symbols_of(pattern, {symbol: symbol for symbol in "M*-E"}, "hybrid_override_pattern")
+    symbols = symbols_of(kinds, NEMOTRON, "layers_block_type")
+    if pattern not in (None, symbols):
+        remedy = f"layers_block_type says {symbols!r}; remove one of both"
+        raise Unsupported("hybrid_override_pattern", pattern, remedy)
+    return symbols
+
+
+def nemotron_experts(f: Fields) -> dict[str, Any]:
+    """Our fields of its mixtures: no gate in an expert, DeepSeek-V3's router, a shared expert."""
+    f.only("n_shared_experts", 1)
+    f.only("moe_latent_size", None)
+    groups, top_groups = f.get("n_group", default=1), f.get("topk_group", default=1)
+    top_k = f.get("num_experts_per_tok", default=2)
+    return {
+        "expert_ffn": f.get("moe_intermediate_size", default=7688),
+        "shared_ffn": f.get("moe_shared_expert_intermediate_size", default=7688),
+        "experts": f.get("n_routed_experts", "num_local_experts", default=8),
+        "top_k": top_k,
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_normalise": normalised(f, "norm_topk_prob", True, top_k),
+        "router_scale": float(f.number("routed_scaling_factor", default=1.0)),
+        "router_groups": groups,
+        "router_top_groups": None if groups == 1 else top_groups,
+        "balance": 0.0,
+    }
+
+
+def write_nemotron(config: ModelConfig) -> dict[str, Any]:
+    """Theirs, of `read_nemotron`."""
+    c = config
+    only_symbols(c, "M*-E")
+    acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    if c.has("-", "E") and c.activation not in acts:
+        remedy = f"only {', '.join(acts)} can be represented"
+        raise Unsupported("activation", c.activation, remedy)
+    experts = {
+        "n_routed_experts": c.experts,
+        "num_experts_per_tok": c.top_k,
+        "moe_intermediate_size": c.expert_ffn or c.ffn,
+        "moe_shared_expert_intermediate_size": c.shared_ffn,
+        "n_shared_experts": 1,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
+        "routed_scaling_factor": c.router_scale,
+        "n_group": c.router_groups if c.router_top_groups else 1,
+        "topk_group": c.router_top_groups or 1,
+    }
+    return {
+        "vocab_size": c.vocab,
+        "hidden_size": c.hidden,
+        "hybrid_override_pattern": c.symbols,
+        "num_hidden_layers": len(c.symbols),
+        "layer_norm_epsilon": c.norm_eps,
+        "tie_word_embeddings": False,
+        "num_attention_heads": c.heads,
+        **write_heads(c),
+        "attention_bias": False,
+        "intermediate_size": c.ffn,
+        "mlp_hidden_act": acts.get(c.activation, "relu2"),
+        "mlp_bias": False,
+        "mamba_num_heads": c.mamba_heads or 2 * c.hidden // c.mamba_head_dim,
+        "mamba_head_dim": c.mamba_head_dim,
+        "ssm_state_size": c.mamba_state,
+        "n_groups": c.mamba_groups,
+        "conv_kernel": c.mamba_conv,
+        "chunk_size": c.mamba_chunk,
+        "mamba_hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+        "mamba_proj_bias": False,
+        "time_step_min": NO_FLOOR,
+        **(experts if c.has("E") else {}),
+    }
+
+
+def nemotron_mixer(packed: bool, count: int, symbol: str, theirs: str, ours: str) -> list[Entry]:
+    """One sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+    if symbol == "M":
+        return mamba2_mixer(theirs, ours)
+    if symbol == "*":
+        qkv = [entry(f"{theirs}{n}_proj.weight", f"{ours}first.{n}") for n in "qkv"]
+        return [*qkv, entry(f"{theirs}o_proj.weight", f"{ours}second.out")]
+    up_down = (("up_proj", "first", "up"), ("down_proj", "second", "down"))
+    if symbol == "-":
+        return [entry(f"{theirs}{n}.weight", f"{ours}{half}.{m}") for n, half, m in up_down]
+    tensors = [
+        entry(f"{theirs}gate.weight", f"{ours}small.weight"),
+        entry(f"{theirs}gate.e_score_correction_bias", f"{ours}small.bias"),
+    ]
+    for n, half, m in up_down:
+        tensors.append(entry(f"{theirs}shared_experts.{n}.weight", f"{ours}{half}.shared_{m}"))
+        if packed:
+            tensors.append(entry(f"{theirs}experts.{n}", f"{ours}second.{m}"))
+        else:
+            tensors.append(stacked(f"{theirs}experts.{{}}.{n}.weight", f"{ours}second.{m}", count))
+    return tensors
+
+
+def nemotron(packed: bool, config: ModelConfig) -> list[Entry]:
+    """Nemotron-H's tensors, whose root transformers 5 renames when it loads them."""
+    mixer = partial(nemotron_mixer, packed, config.experts)
+    return backbone(config, mixer, "model" if packed else "backbone")
+
+
+# mamba_num_heads says what expand would; the rest is of how it runs, or of further tokens.
+NEMOTRON_HARMLESS = frozenset({
+    "expand", "mamba_expand", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "time_step_rank",
+    "use_mamba_kernels",
+})  # fmt: skip
+# Read where there are mixtures, of no effect where there are none.
+NEMOTRON_EXPERTS = frozenset({
+    "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "n_group",
+    "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
+    "num_local_experts", "routed_scaling_factor", "topk_group",
+})  # fmt: skip
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family(
+            "NemotronHForCausalLM",
+            "nemotron_h",
+            read_nemotron,
+            write_nemotron,
+            partial(nemotron, False),
+            partial(nemotron, True),
+            copies=lambda config: {},
+            left_out=(FURTHER,),
+            harmless=HARMLESS | NEMOTRON_HARMLESS | NEMOTRON_EXPERTS,
+            inert={
+                "rope_theta": (),  # no positions turn
+                "rope_scaling": (),
+                "rope_parameters": (),
+                "partial_rotary_factor": (),
+            },
+        ),
+    )
+}

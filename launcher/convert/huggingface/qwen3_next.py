@@ -1,0 +1,190 @@
+"""Hugging Face's Qwen3-Next: pairs of a sequence mixer and a channel mixer."""
+
+from functools import partial
+from typing import Any
+
+from colonnade.launcher.convert.huggingface.config import (
+    FURTHER,
+    leave_out_further,
+    read_rope,
+    row,
+    symbols_of,
+)
+from colonnade.launcher.convert.huggingface.dense import (
+    BEFORE,
+    Block,
+    attention,
+    layers,
+    mlp,
+    read_heads,
+    write_common,
+    write_heads,
+)
+from colonnade.launcher.convert.huggingface.family import Entry, Family, entry
+from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
+from colonnade.launcher.convert.huggingface.mamba import check_rotated, only_symbols
+from colonnade.launcher.convert.huggingface.moe import (
+    mixture,
+    normalised,
+    shared_expert,
+    sparse_layers,
+)
+from colonnade.models.config import ModelConfig
+
+QWEN3_NEXT = {"linear_attention": "G", "full_attention": "*"}
+
+
+def read_qwen3_next(f: Fields) -> ModelConfig:
+    """Qwen3-Next's fields."""
+    leave_out_further(f)
+    f.only("attention_bias", False)
+    f.only("attention_dropout", 0.0)
+    f.only("hidden_act", "silu")
+    count = f.integer("num_hidden_layers", default=48)
+    every = f.integer("full_attention_interval", default=4, least=1)
+    kinds = f.entries("layer_types", of=str) or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(count)
+    ]
+    mixers = symbols_of(kinds, QWEN3_NEXT, "layer_types")
+    if len(mixers) != count:
+        raise Unsupported("layer_types", len(mixers), f"but num_hidden_layers = {count}")
+    experts = f.integer("num_experts", "num_local_experts", default=512)
+    sparse = [experts > 0 and is_sparse for is_sparse in sparse_layers(f, count)]
+    heads, rope = read_heads(f, kv_heads=2, head_dim=256), read_rope(f, fraction=0.25)
+    if "*" in mixers:
+        check_rotated(rope["rope_fraction"], heads["head_dim"])
+    return ModelConfig(
+        **row("".join(m + ("E" if s else "-") for m, s in zip(mixers, sparse, strict=True))),
+        hidden=f.get("hidden_size", default=2048),
+        vocab=f.get("vocab_size", default=151936),
+        tied=f.get("tie_word_embeddings", default=False),
+        norm="rms_offset",
+        norm_eps=f.get("rms_norm_eps", default=1e-6),
+        init_std=f.get("initializer_range", default=0.02),
+        heads=f.get("num_attention_heads", default=16),
+        **heads,
+        **rope,
+        qk_norm="head",
+        attention_gate="channel",
+        delta_heads=f.get("linear_num_value_heads", default=32),
+        delta_key_heads=f.get("linear_num_key_heads", default=16),
+        delta_key_dim=f.get("linear_key_head_dim", default=128),
+        delta_value_dim=f.get("linear_value_head_dim", default=128),
+        delta_conv=f.get("linear_conv_kernel_dim", default=4),
+        ffn=f.get("intermediate_size", default=5632),
+        **(qwen3_next_experts(f, experts) if any(sparse) else {}),
+    )
+
+
+def qwen3_next_experts(f: Fields, experts: int) -> dict[str, Any]:
+    """Our fields of its mixtures: a shared expert behind a gate of its own."""
+    shared = f.integer("shared_expert_intermediate_size", default=512, least=1)
+    top_k = f.get("num_experts_per_tok", default=10)
+    return {
+        "experts": experts,
+        "top_k": top_k,
+        "expert_ffn": f.get("moe_intermediate_size", default=512),
+        "shared_ffn": shared,
+        "shared_gate": True,
+        "router_normalise": normalised(f, "norm_topk_prob", True, top_k),
+        "balance": 0.0,
+    }
+
+
+def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
+    """Theirs, of `read_qwen3_next`."""
+    c = config
+    only_symbols(c, "G*", "-E")
+    if c.has("*"):
+        check_rotated(c.rope_fraction, c.head_dim or c.hidden // c.heads, "rope_fraction")
+    kinds = {ours: theirs for theirs, ours in QWEN3_NEXT.items()}
+    heads = c.delta_heads or c.hidden // c.delta_key_dim
+    experts = {
+        "num_experts_per_tok": c.top_k,
+        "moe_intermediate_size": c.expert_ffn or c.ffn,
+        "shared_expert_intermediate_size": c.shared_ffn,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
+    }
+    return {
+        **write_common(c),
+        **write_heads(c),
+        "partial_rotary_factor": c.rope_fraction,
+        "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
+        "linear_num_value_heads": heads,
+        "linear_num_key_heads": c.delta_key_heads or heads,
+        "linear_key_head_dim": c.delta_key_dim,
+        "linear_value_head_dim": c.delta_value_dim or c.delta_key_dim,
+        "linear_conv_kernel_dim": c.delta_conv,
+        "intermediate_size": c.ffn,
+        "num_experts": c.experts if c.has("E") else 0,
+        "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
+        "decoder_sparse_step": 1,
+        **(experts if c.has("E") else {}),
+    }
+
+
+def gated_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
+    """Attention whose queries stand, head by head, beside the gates of their outputs."""
+    q, first = f"{theirs}.self_attn.q_proj.weight", f"{ours}.first"
+    others = [e for e in attention(theirs, ours, config) if e.theirs != (q,)]
+    return [entry(q, f"{first}.q", f"{first}.gate_z", groups=config.heads), *others]
+
+
+def delta_net(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
+    """Gated DeltaNet, whose projections stand key head by key head, its filters role by role."""
+    theirs, first, second = f"{theirs}.linear_attn", f"{ours}.first", f"{ours}.second"
+    heads = config.delta_heads or config.hidden // config.delta_key_dim
+    groups = config.delta_key_heads or heads
+    qkvz = (f"{first}.{n}" for n in ("q", "k", "v", "z"))
+    return [
+        entry(f"{theirs}.in_proj_qkvz.weight", *qkvz, groups=groups),
+        entry(f"{theirs}.in_proj_ba.weight", f"{first}.beta", f"{first}.dt", groups=groups),
+        entry(f"{theirs}.conv1d.weight", *(f"{first}.conv_{n}" for n in "qkv"), squeeze=1),
+        entry(f"{theirs}.dt_bias", f"{ours}.small.dt_bias"),
+        entry(f"{theirs}.A_log", f"{ours}.small.A_log"),
+        entry(f"{theirs}.norm.weight", f"{second}.norm"),
+        entry(f"{theirs}.out_proj.weight", f"{second}.out"),
+    ]
+
+
+def qwen3_next_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
+    """A mixture beside a shared expert with a gate."""
+    return [
+        *mixture(packed, theirs, ours, config),
+        *shared_expert(f"{theirs}.mlp.shared_expert", ours),
+        entry(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.first.shared_open"),
+    ]
+
+
+def qwen3_next(packed: bool, config: ModelConfig) -> list[Entry]:
+    """Qwen3-Next's tensors."""
+    blocks: dict[str, Block] = {
+        "G": delta_net,
+        "*": gated_attention,
+        "-": mlp,
+        "E": partial(qwen3_next_mixture, packed),
+    }
+    return layers(blocks, BEFORE, config)
+
+
+QWEN3_NEXT_EXPERTS = frozenset({
+    "moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok",
+    "shared_expert_intermediate_size",
+})  # fmt: skip
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family(
+            "Qwen3NextForCausalLM",
+            "qwen3_next",
+            read_qwen3_next,
+            write_qwen3_next,
+            partial(qwen3_next, False),
+            partial(qwen3_next, True),
+            left_out=(FURTHER,),
+            harmless=QWEN3_NEXT_EXPERTS,
+            inert={"use_qk_norm": (True,)},
+        ),
+    )
+}

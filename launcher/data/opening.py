@@ -1,0 +1,196 @@
+"""Opens what a recipe's `[data]` names: rows to train and validate on, or the faults of them."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from colonnade.launcher.data.cache import cached_tokens
+from colonnade.launcher.data.files import (
+    is_absent,
+    settled,
+    source_files,
+    source_name,
+    source_path,
+)
+from colonnade.launcher.data.indexed import read_indexed
+from colonnade.launcher.data.packing import PackedRows
+from colonnade.launcher.data.record import Record
+from colonnade.launcher.data.rows import (
+    ChainedRows,
+    IndexedRows,
+    MixtureRows,
+    Rows,
+    Tokens,
+    beyond_tokenizer,
+    sampled_blocks,
+)
+from colonnade.launcher.data.sources import read_documents
+from colonnade.launcher.data.stream import StreamRows
+from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
+from colonnade.launcher.errors import Fault, RecipeError, UserError
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.vocabulary import far_above
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads; `validation` is None if nothing was held out."""
+
+    train: Rows
+    validation: Rows | None
+    tokenizer: Tokenizer | None  # None where only tokens are read and nobody said what they mean
+
+
+def prepare_data(recipe: Recipe) -> None:
+    """Tokenises what the cache lacks and finds any fault of the data, before ranks start.
+
+    Every host needs it once. Processes of a host may call it at the same time: one tokenises.
+    """
+    open_data(recipe)
+
+
+def check_data(recipe: Recipe) -> list[str]:
+    """Finds what faults of the data, tokenizer and vocabulary show without tokenising.
+
+    Reads the first document of every source of text (but opens no data set of the hub), and of
+    tokens the index and samples. What is not on this machine at all is told and not checked: the
+    recipe may be for another one. Returns a line on each source; raises as `open_data`.
+    """
+    lines = []
+    named = recipe.data.tokenizer_name
+    if named not in (None, "bytes") and not Path(str(named)).expanduser().exists():
+        return [f"tokenizer {named!r} is not on this machine: not checked, and no text either"]
+    tokenizer = _tokenizer(recipe)
+    for index, source in enumerate(recipe.data.sources):
+        if is_absent(source):
+            lines.append(f"{source_name(source)} is not on this machine: not checked")
+        elif source.format == "tokens":
+            lines.append(_open_tokens(recipe, index, tokenizer)[0].describe())
+        elif source.format == "hub":
+            lines.append(f"{source_name(source)}: read from the hub when the run starts")
+        else:
+            source = settled(source)
+            files = source_files(source)
+            size = sum(file.stat().st_size for file in files)
+            lines.append(f"{source_name(source)}: {len(files):,} files, {size:,} bytes")
+            if next(read_documents(source), None) is None:
+                raise UserError(
+                    f"data.sources: {source_name(source)} is an empty corpus: give a source that "
+                    "holds text"
+                )
+    return lines
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Opens the recipe's sources, tokenising into the cache what it lacks.
+
+    Training rows are a mixture by weight, shuffled by train.seed (streams: in stream order).
+    Validation rows are in file order, source after source; streams have none. UserError if a
+    source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
+    smaller than the tokenizer.
+    """
+    tokenizer = _tokenizer(recipe)
+    opened = [_open(recipe, i, tokenizer) for i in range(len(recipe.data.sources))]
+    train = [rows for rows, _ in opened]
+    validation = [rows for _, rows in opened if rows is not None]
+    weights = [source.weight for source in recipe.data.sources]
+    return Data(
+        train[0] if len(train) == 1 else MixtureRows(train, weights),
+        ChainedRows(validation) if validation else None,
+        tokenizer,
+    )
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """The recipe's tokenizer; RecipeError if the vocabulary is too small for it."""
+    tokenizer = tokenizer_of(recipe.data)
+    if tokenizer is not None and tokenizer.size > recipe.model.vocab:
+        remedy = f"data.tokenizer has {tokenizer.size} tokens: set model.vocab to that or more"
+        raise RecipeError([Fault("model.vocab", recipe.model.vocab, remedy)])
+    return tokenizer
+
+
+def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows | None]:
+    """(training rows, validation rows) of one source."""
+    source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
+    shuffle = (recipe.train.seed, index)
+    if source.format == "tokens":
+        return _open_tokens(recipe, index, tokenizer)
+    assert tokenizer is not None  # the default for text is `bytes`
+    if source.stream and source.format != "stdlib":
+        return StreamRows(source, tokenizer, S, vocab), None
+    entry = cached_tokens(source, recipe.data, tokenizer)
+    name = source_name(source)
+    train, held_out = (
+        dataclasses.replace(read_indexed(entry / part), name=name)
+        for part in ("train", "validation")
+    )
+    kind = _kind(recipe)
+    rows = kind(train, S, vocab, shuffle=shuffle)
+    if len(held_out.tokens) <= S:  # not one row
+        return rows, None
+    return rows, kind(held_out, S, vocab)
+
+
+def _kind(recipe: Recipe) -> type[IndexedRows]:
+    """The rows that `data.packing` asks for."""
+    return PackedRows if recipe.data.packing == "whole" else IndexedRows
+
+
+def _open_tokens(
+    recipe: Recipe, index: int, tokenizer: Tokenizer | None
+) -> tuple[Rows, Rows | None]:
+    """The last share of the documents is held out, more if that is no row, none if too short."""
+    source, shuffle = recipe.data.sources[index], (recipe.train.seed, index)
+    tokens = read_indexed(source_path(source))
+    _check_tokens(recipe, tokens, tokenizer)
+    S, vocab = recipe.train.seq_len, recipe.model.vocab
+    known, kind = None if tokenizer is None else tokenizer.size, _kind(recipe)
+    total, starts = len(tokens.tokens), tokens.starts
+    share = recipe.data.validation
+    # The last document start that leaves validation its share and a row.
+    by_share = int(len(starts) * (1 - share))
+    by_row = int(np.searchsorted(starts, total - S - 1, "right")) - 1
+    first = min(by_share, by_row)
+    if share == 0 or first < 0 or starts[first] <= S:
+        return kind(tokens, S, vocab, shuffle=shuffle, known=known), None
+    split = int(starts[first])
+    return (
+        kind(tokens, S, vocab, (0, split), shuffle, known),
+        kind(tokens, S, vocab, (split, total), known=known),
+    )
+
+
+def _check_tokens(recipe: Recipe, tokens: Tokens, tokenizer: Tokenizer | None) -> None:
+    """Tokens were made by the tokenizer that is named, and for the model's vocabulary.
+
+    The record beside them says so; without one, samples must not contradict.
+    """
+    record, vocab = tokens.record, recipe.model.vocab
+    if record is None:
+        if tokenizer is not None:
+            for _, block in sampled_blocks(tokens.tokens):
+                if (largest := int(block.max())) >= tokenizer.size:
+                    raise UserError(beyond_tokenizer(tokens.name, largest, tokenizer.size))
+        return
+    if tokenizer is not None and tokenizer.fingerprint != record.fingerprint:
+        raise UserError(
+            f"data.tokenizer = {tokenizer.name!r}: {tokens.name} was made by another tokenizer, "
+            f"{record.name!r} of {record.vocabulary} tokens: set data.tokenizer to that, or leave "
+            "it out, or tokenise the text again"
+        )
+    if record.vocabulary > vocab:
+        remedy = f"{tokens.name} was made by {record.name!r} of {record.vocabulary} tokens: set "
+        remedy += "model.vocab to that or more, or tokenise the text again"
+        raise RecipeError([Fault("model.vocab", vocab, remedy)])
+    if tokenizer is None and far_above(vocab, record.vocabulary):
+        raise RecipeError([Fault("model.vocab", vocab, _far(tokens.name, record))])
+
+
+def _far(name: str, record: Record) -> str:
+    return (
+        f"{name} was made by {record.name!r} of {record.vocabulary} tokens, so most of the "
+        "vocabulary would never be trained: give tokens of the right tokenizer, set model.vocab "
+        f"near {record.vocabulary}, or set data.tokenizer to what made them if it is meant so"
+    )

@@ -1,0 +1,86 @@
+"""Rules on the base model from which muP transfers hyper-parameters."""
+
+from collections.abc import Iterator
+
+from colonnade.launcher.errors import Fault
+from colonnade.launcher.recipe.rules import attention, experts, mixers, row
+from colonnade.launcher.recipe.rules.base import Rules
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.unused import no_effect
+
+RULES = Rules()
+
+# Widths and numbers of heads. Not those of keys and states, of which neither Mamba nor DeltaNet has
+# a rule for growth, nor numbers of experts, which are no width.
+SIZES = (
+    "hidden", "heads", "kv_heads", "head_dim", "q_rank", "kv_rank", "rope_dim", "value_dim",
+    "ffn", "expert_ffn", "shared_ffn", "mamba_heads", "mamba_head_dim", "mamba_groups",
+    "mamba1_inner", "mamba1_rank", "delta_heads", "delta_key_heads", "delta_value_dim",
+)  # fmt: skip
+OPTIONAL = ("q_rank", "shared_ffn")  # sizes of something that a model may lack
+
+
+@RULES.add("model")
+def base_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The base differs in sizes that the model has."""
+    m = r.model
+    if m.mup_base == {}:
+        remedy = "name the sizes in which the base differs, such as {hidden = 128}, or leave it out"
+        yield Fault("model.mup_base", {}, remedy)
+    for name, value in (m.mup_base or {}).items():
+        field = f"model.mup_base.{name}"
+        if name not in SIZES:
+            remedy = f"a base differs in sizes alone; take it out, the sizes are {', '.join(SIZES)}"
+            yield Fault(field, value, remedy)
+        elif value < 1:
+            yield Fault(field, value, "give a whole number of at least 1")
+        elif name in OPTIONAL and not getattr(m, name) and not no_effect(r, field):
+            yield Fault(
+                field, value, f"the model itself has none; set model.{name}, or take it out"
+            )
+
+
+@RULES.add("model")
+def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The base is a valid model itself."""
+    m, base = r.model, r.model.base()
+    if base is None or next(base_sizes(r, None), None):
+        return
+    own = {fault.field for fault in model_faults(r)}
+    for fault in model_faults(r.model_copy(update={"model": base})):
+        if fault.field not in own:
+            name = fault.field.rpartition(".")[2]
+            known = name if name in SIZES else next(iter(m.mup_base or {}))
+            remedy = f"the base must be a valid model, too; set model.mup_base.{known}, because in "
+            yield Fault("model.mup_base", dict(m.mup_base or {}), f"{remedy}the base {fault}")
+
+
+@RULES.add("model")
+def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Nothing stands between muP's scales and the weights they are for."""
+    m, base = r.model, r.model.base()
+    if base is None:
+        return
+    if m.sigma_reparam:
+        remedy = "holds the norm of every weight fixed, which model.mup_base scales; set "
+        yield Fault(
+            "model.sigma_reparam", True, f"{remedy}it to false, or leave model.mup_base out"
+        )
+    if not m.has("*") or m.attention != "gqa":
+        return
+    if m.mup_zero_init and m.qk_norm != "none":
+        remedy = f"model.qk_norm = {m.qk_norm} blows up the gradient of queries that are zero; set "
+        yield Fault("model.mup_zero_init", True, f"{remedy}one of them to false or none")
+    slices = m.hidden // m.heads, base.hidden // base.heads
+    if m.attention_gate == "head" and slices[0] != slices[1]:
+        remedy = (
+            f"it reads slices of {slices[0]} channels, in the base of {slices[1]}, and muP has "
+        )
+        remedy += "no rule for them; set model.attention_gate to channel, or model.mup_base.heads "
+        yield Fault("model.attention_gate", "head", f"{remedy}so that they are equal")
+
+
+def model_faults(r: Recipe) -> Iterator[Fault]:
+    """What the rules on the model find."""
+    for _, check in (*row.RULES, *attention.RULES, *mixers.RULES, *experts.RULES):
+        yield from check(r, None)

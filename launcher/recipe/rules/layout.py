@@ -1,0 +1,133 @@
+"""Rules on ranks and batches."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from colonnade.launcher.errors import Fault
+from colonnade.launcher.recipe.rules.base import ROW, Rules, choice, divisors, multiples, splits
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.unused import unclear
+
+RULES = Rules()
+
+
+@RULES.add("parallel")
+def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The degrees multiply to the number of ranks."""
+    p = r.parallel
+    if world_size is None or _fits(r, world_size) or p.pp > 1:  # which is not built
+        return
+    left, groups = world_size, f"{world_size} ranks"
+    inner: dict[str, int] = {}
+    for name, degree in {"tp": p.tp, "cp": p.cp}.items():
+        if left % degree:
+            options = choice(divisors(left), degree)
+            remedy = f"does not divide the {groups}; set parallel.{name} to {options}"
+            yield Fault(f"parallel.{name}", degree, remedy)
+            return
+        if degree > 1:
+            inner[name], left = degree, left // degree
+            names = " x ".join(f"parallel.{n}" for n in inner)
+            groups = f"{left} groups of {names} = {_times(inner.values())} ranks"
+    pairs = ", ".join(f"({d}, {left // d})" for d in divisors(left)[:8])
+    field, value, remedy = "parallel.dp_replicate", p.dp_replicate, f"does not divide the {groups}"
+    if p.dp_shard is not None:
+        field, value = "parallel.dp_shard", p.dp_shard
+        degrees = {"dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, **inner}
+        product = f"{_times(degrees.values())} = {math.prod(degrees.values())}"
+        remedy = f"{' x '.join(degrees)} = {product}, but there are {world_size} ranks"
+    remedy += f"; set (parallel.dp_replicate, parallel.dp_shard) to one of {pairs}"
+    yield Fault(field, value, remedy)
+
+
+def _times(degrees: Iterable[int]) -> str:
+    """A product in words."""
+    return " x ".join(map(str, degrees))
+
+
+@RULES.add()
+def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Axes that the mesh names, and nothing fills yet."""
+    p = r.parallel
+    ladder = (
+        " (ladder, which hands two tensors on, neither)" if r.model.residual == "ladder" else ""
+    )
+    etp = p.etp if p.etp and p.tp > 1 and r.model.has("E", "T") else p.tp
+    for field, value, wanted, what in (
+        ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
+        ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
+        ("parallel.etp", etp, p.tp, "experts are cut over as many ranks as all else"),
+    ):
+        if value != wanted:
+            yield Fault(field, value, f"{what}; set {field} to {wanted}")
+
+
+@RULES.add(*ROW, "model", "parallel.tp")
+def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Ranks share heads, groups, widths and vocabulary evenly."""
+    tp = r.parallel.tp
+    if tp == 1 or unclear(r.model):
+        return
+    there = sorted(splits(r.model), key=lambda split: split.field)
+    degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in there)]
+    for field, pieces in dict.fromkeys((s.field, s.pieces) for s in there if not s.suits(tp)):
+        remedy = f"does not divide {field} = {pieces}; set parallel.tp to {choice(degrees, tp)}"
+        yield Fault("parallel.tp", tp, remedy)
+
+
+def _fits(r: Recipe, world_size: int) -> bool:
+    return math.prod(r.parallel.degrees(world_size).values()) == world_size
+
+
+def _batch_unit(r: Recipe, world_size: int | None) -> tuple[int, str]:
+    """Rows that all data-parallel ranks take in one forward pass, and what they are called."""
+    micro = r.train.micro_batch
+    if world_size is None or not _fits(r, world_size):
+        return micro, f"train.micro_batch = {micro}"
+    degrees = r.parallel.degrees(world_size)
+    dp = degrees["dp_replicate"] * degrees["dp_shard"]
+    return micro * dp, f"train.micro_batch x data-parallel ranks = {micro} x {dp} = {micro * dp}"
+
+
+@RULES.add("train.micro_batch", "parallel")
+def batch(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """A step is a whole number of micro-batches on every data-parallel rank."""
+    rows = r.train.global_batch
+    unit, name = _batch_unit(r, world_size)
+    if rows % unit:
+        remedy = f"must be a multiple of {name}; set train.global_batch to {multiples(unit, rows)}"
+        dp = unit // r.train.micro_batch
+        if rows % dp == 0:
+            options = choice(divisors(rows // dp), r.train.micro_batch)
+            remedy += f", or train.micro_batch to {options}"
+        yield Fault("train.global_batch", rows, remedy)
+
+
+@RULES.add("train.micro_batch", "train.global_batch", "train.ramp_steps", "parallel")
+def ramp(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The batch grows from ramp_batch in whole units of it."""
+    t = r.train
+    if t.ramp_batch is None:
+        if t.ramp_steps:
+            remedy = "a ramp needs its first batch; set train.ramp_batch, or train.ramp_steps to 0"
+            yield Fault("train.ramp_batch", None, remedy)
+        return
+    if not t.ramp_steps:
+        remedy = "a ramp needs its length; set train.ramp_steps, or leave train.ramp_batch out"
+        yield Fault("train.ramp_steps", t.ramp_steps, remedy)
+    unit, name = _batch_unit(r, world_size)
+    rows = t.global_batch
+    if t.ramp_batch >= rows or rows % t.ramp_batch or t.ramp_batch % unit:
+        fit = [b for b in divisors(rows) if b % unit == 0 and b < rows]
+        options = f"set it to {choice(fit, t.ramp_batch)}" if fit else "leave the ramp out"
+        remedy = f"must be a multiple of {name} that divides train.global_batch = {rows} and is "
+        yield Fault("train.ramp_batch", t.ramp_batch, f"{remedy}smaller; {options}")
+
+
+@RULES.add("train.steps", "train.ramp_batch")
+def ramp_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The ramp ends within the run."""
+    t = r.train
+    if t.ramp_batch is not None and t.ramp_steps > t.steps:
+        remedy = f"the run has train.steps = {t.steps}; set train.ramp_steps to at most that"
+        yield Fault("train.ramp_steps", t.ramp_steps, remedy)

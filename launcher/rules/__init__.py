@@ -1,4 +1,0 @@
-"""Rules across the fields of a recipe, one file for each part of it; `launcher.validate` runs them.
-
-A rule says what several fields, or the fields and the number of ranks, must satisfy together.
-"""

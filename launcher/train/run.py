@@ -1,0 +1,157 @@
+"""`train`: from a recipe to a finished run, on this host or as one rank of a larger job.
+
+Torch is imported when a run starts: a mistake in a recipe is told before.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from colonnade.launcher.cluster.environment import Place
+from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.train.folder import (
+    RECIPE,
+    check_resumable,
+    open_again,
+    open_new,
+    saved_recipe,
+)
+from colonnade.launcher.train.metrics import read_metrics
+from colonnade.launcher.train.schedule import first_sample
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: its folder, and what it wrote there."""
+
+    path: Path
+    status: int  # 0, or 128 + the signal that stopped it
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object per step, and one per validation."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step; NaN where it was not finite."""
+        losses = (row["loss"] for row in self.metrics if "loss" in row)
+        return [math.nan if loss is None else loss for loss in losses]
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run lies, how far it came, and its last figures."""
+        last: dict[str, Any] = {}
+        for row in self.metrics:
+            last |= row
+        return {"run": str(self.path), "status": self.status, **last}
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int = 1,
+    runs: str | Path = "runs",
+    until: int | None = None,
+) -> Run:
+    """Train a recipe.
+
+    Under torchrun every rank calls this alike and `nproc` is ignored.
+
+    Args:
+        recipe: a recipe, the path of one, or the name of one that is shipped.
+        overrides: `table.field=value`, as on the command line.
+        nproc: ranks to start on this host.
+        runs: folder in which the run gets a folder `NAME-TIME`.
+        until: stop, saved, after this step; the schedule stays that of `train.steps`.
+
+    Raises:
+        UserError: a mistake in the recipe or its data; RecipeError lists all faults at once.
+
+    Example:
+        >>> from colonnade import train
+        >>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
+        >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
+        True
+    """
+    place = Place.from_environment()
+    settled = settle(recipe, overrides, place, nproc)
+    from colonnade.launcher.train.start import start
+
+    return start(settled, place, nproc, lambda: open_new(settled, Path(runs)), False, until)
+
+
+def resume(
+    run: str | Path, overrides: Sequence[str] = (), *, nproc: int = 1, until: int | None = None
+) -> Run:
+    """Continue a run from its newest checkpoint, on any number of ranks.
+
+    Args:
+        run: the run's folder.
+        overrides: changed fields, for example `train.steps=200`.
+
+    Raises:
+        UserError: no run or no complete checkpoint there, or a mistake in the recipe.
+    """
+    folder = Path(run)
+    saved = saved_recipe(folder)
+    place = Place.from_environment()
+    recipe = settle(folder / RECIPE, overrides, place, nproc)
+    check_resumable(saved, recipe)
+    from colonnade.launcher.train.start import start
+
+    return start(recipe, place, nproc, lambda: open_again(recipe, folder), True, until)
+
+
+def settle(
+    recipe: Recipe | str | Path, overrides: Sequence[str], place: Place | None, nproc: int
+) -> Recipe:
+    """A valid recipe for these ranks; the first one tells what overrides leave unused."""
+    size = place.size if place else nproc
+    if not isinstance(recipe, Recipe):
+        tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
+        return load_recipe(recipe, overrides, size, tell)
+    if overrides:
+        raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
+    if faults := validate(recipe, size):
+        raise RecipeError(faults)
+    return recipe
+
+
+def describe(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, nproc: int = 1
+) -> dict[str, Any]:
+    """What a recipe would train and cost, without building it; its data are looked into.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+    """
+    place = Place.from_environment()
+    size = place.size if place else nproc
+    recipe = settle(recipe, overrides, place, nproc)
+    from colonnade.launcher.data import check_data
+    from colonnade.models.shapes import measure
+
+    data = check_data(recipe)
+    shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
+    tokens = train.global_batch * train.seq_len
+    total = first_sample(train, train.steps) * train.seq_len
+    return {
+        "recipe": recipe.name,
+        "sub-blocks": len(recipe.model.symbols),
+        "parameters": shape.parameters,
+        "active parameters": shape.active,
+        "training FLOPs per token": shape.flops_per_token,
+        "tokens per step": tokens,
+        "tokens in all": total,
+        "training FLOPs in all": float(total * shape.flops_per_token),
+        **{axis: degree for axis, degree in recipe.parallel.degrees(size).items()},
+        "data": "; ".join(data),
+    }

@@ -1,0 +1,109 @@
+"""Types along the tensor-parallel axis: widths are shards, and products over them partial sums."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import spmd_types as spmd
+import torch
+from spmd_types import I, P, R, S, SpmdTypeError
+from spmd_types.checker import typecheck
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from colonnade.kernels.cut import Cut
+from colonnade.models.blocks import mamba2
+from colonnade.models.decoder import Decoder, Embedding
+from colonnade.models.part import Part
+from colonnade.parallel.tensor import on_stream
+from typed.context import exchanges
+from typed.contracts import CONTRACTS, held, in_models
+from typed.model import checked
+from typed.types import Type, as_shard, stamp
+
+
+def mine(self: Cut, whole: Tensor, dim: int, pieces: int | None = None) -> Tensor:
+    """`Cut.mine`, whose result differs between ranks: a shard, of repeated pieces where shared."""
+    own = _mine(self, whole, dim, pieces)
+    if self.count == 1 or not spmd.is_type_checking():
+        return own
+    return as_shard(own, dim)
+
+
+def looked_up(self: Embedding, tokens: Tensor) -> Tensor:
+    """`Embedding.forward`: where other ranks have the row, zeros, so that what is found adds up."""
+    leave = self.leave
+
+    def summed(found: Tensor) -> Tensor:
+        with typecheck(local=False):
+            return leave(stamp(found, P))
+
+    self.leave = summed
+    try:
+        with spmd.local():
+            return _looked_up(self, tokens)
+    finally:
+        self.leave = leave
+
+
+_mine, _looked_up = Cut.mine, Embedding.forward
+
+
+def parameter_types(model: Decoder) -> dict[str, Type]:
+    """By name; of whole parameters, those in `partial` are R, and others I.
+
+    A gradient has the type's `backward_type`: P for R, else the same.
+
+    Raises:
+        SpmdTypeError: a shard whose gradient is said to be partial.
+    """
+    types: dict[str, Type] = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            assert isinstance(module, Part)
+            assert isinstance(p, DTensor)
+            (where,), summed = p.placements, module.specs[name].partial
+            if isinstance(where, Shard) and summed:
+                raise SpmdTypeError(f"{prefix}.{name} is a shard: so is its gradient, and no sum")
+            whole = R if summed else I
+            types[f"{prefix}.{name}"] = S(where.dim) if isinstance(where, Shard) else whole
+    return types
+
+
+@contextmanager
+def typechecked(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
+    """Within, the model's forward is checked: raises SpmdTypeError where a type does not fit.
+
+    A parameter is at fault, too, whose gradient `complete_gradients` sums without need, or does not
+    sum though it must.
+
+    Args:
+        model: cut by `tensor_parallel`, and by `context_parallel` or not; filled, in fp64 or fp32;
+            not sharded any further.
+        mesh: of one dimension, more than one rank. Its backend may be `fake`.
+
+    Tokens, positions and what else goes in are to be stamped R; the objective comes out I, which
+    its `backward` demands.
+    """
+    types = parameter_types(model)
+    known = {id(p): types[name] for name, p in model.named_parameters()}
+    stream = {id(p) for part in on_stream(model) for p in part.parameters(recurse=False)}
+
+    def parameter(p: Tensor) -> Type:
+        whole = id(p) in stream and not torch.is_grad_enabled()  # so is the stream then
+        return I if whole else known[id(p)]
+
+    patches = [
+        patch.object(Cut, "mine", mine),
+        patch.object(Embedding, "forward", looked_up),
+        *in_models({kernel: held(kernel, contract) for kernel, contract in CONTRACTS.items()}),
+        *exchanges(model, shared=False),
+    ]
+    with checked(model, mesh, parameter, patches) as operators, ExitStack() as stack:
+        for part in model.modules():
+            if isinstance(part, mamba2.ScanOut) and part.groups % part.cut.count:
+                stack.enter_context(
+                    patch.object(part, "forward", operators.in_pieces(part.forward))
+                )
+        yield
