@@ -48,12 +48,12 @@ def their_block(weights: dict[str, Tensor], D: int, F: int) -> torch.nn.Module:
         experts_implementation="eager",  # type: ignore[call-arg]  # taken by its base class
     )
     block = MixtralSparseMoeBlock(config)
-    gate, up = weights["second.gate"], weights["second.up"]
+    gate, up = weights["gate"], weights["up"]
     block.load_state_dict(
         {
-            "gate.weight": weights["small.weight"],
+            "gate.weight": weights["router"],
             "experts.gate_up_proj": torch.cat([gate, up], dim=1),
-            "experts.down_proj": weights["second.down"],
+            "experts.down_proj": weights["down"],
         }
     )
     return block

@@ -13,6 +13,7 @@ from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.mtp import Predictor, shifted
+from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part, Split, normal
 from colonnade.models.reparam import reparametrise
 from colonnade.models.seams import same
@@ -83,7 +84,7 @@ class Head(Part):
         return objective
 
 
-class Decoder(nn.Module):
+class Decoder(CanonicalNames):
     """A decoder over a pattern of sub-blocks, written for one device.
 
     Its weights are drawn from PyTorch's own generator. Made on the meta device it has none, and

@@ -1,7 +1,7 @@
 """A module that declares its parameters with their initial distribution, and the `local` seam."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from colonnade.kernels.cut import WHOLE
+from colonnade.models.names import canonical
 from colonnade.models.seams import Seam
 
 # Fills a tensor with independent draws: any block of a parameter can be made alone, anywhere.
@@ -175,3 +176,25 @@ class Part(nn.Module):
         for transform in self.specs[name].transforms:
             weight = transform(weight)
         return weight
+
+
+class Declared(NamedTuple):
+    """A parameter with its canonical name and its record."""
+
+    name: str
+    parameter: nn.Parameter
+    spec: ParameterSpec
+
+
+def declared(model: nn.Module) -> Iterator[Declared]:
+    """Every parameter of a model.
+
+    Raises:
+        ValueError: a parameter that no `Part` declared.
+    """
+    for path, part in model.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            full = canonical(f"{path}.{name}" if path else name)
+            if not isinstance(part, Part):
+                raise ValueError(f"{full} was not declared by a Part")
+            yield Declared(full, parameter, part.specs[name])

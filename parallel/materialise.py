@@ -11,18 +11,19 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
+from colonnade.models.names import canonical
 from colonnade.models.part import Fill, Part
 
 BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
 
 
-def declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
+def to_fill(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
     """Every parameter and buffer with its full name and its initial distribution."""
     for prefix, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
-            yield f"{prefix}.{name}", tensor, module.specs[name].fill
+            yield canonical(f"{prefix}.{name}"), tensor, module.specs[name].fill
 
 
 def new_decoder(
@@ -75,7 +76,7 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     """Allocate a model that was built on meta and sharded, on `device`, and fill it."""
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, tensor, fill in declared(model):
+        for name, tensor, fill in to_fill(model):
             if isinstance(tensor, DTensor):
                 _, offset = compute_local_shape_and_global_offset(
                     tensor.shape, tensor.device_mesh, tensor.placements

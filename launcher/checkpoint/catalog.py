@@ -1,5 +1,6 @@
 """`tensors.json`: which tensors a checkpoint holds, and in which file each chunk of them lies."""
 
+import json
 import math
 from pathlib import Path
 from typing import Literal
@@ -61,10 +62,14 @@ class Entry(BaseModel, frozen=True, extra="forbid"):
         return dtype
 
 
+# 1: names with the code's structure in them (`model.wiring.blocks.3.first.q`); 2: canonical ones.
+FORMAT: Literal[2] = 2
+
+
 class Catalog(BaseModel, frozen=True, extra="forbid"):
     """The whole of `tensors.json`."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = FORMAT
     tensors: dict[str, Entry]
 
     def metadata(self) -> Metadata:
@@ -86,12 +91,28 @@ class Catalog(BaseModel, frozen=True, extra="forbid"):
 
 def read(folder: Path) -> Catalog:
     """The catalog of the checkpoint `folder`; UserError if it is absent or damaged."""
+    written = text(folder, TENSORS)
     try:
-        return Catalog.model_validate_json(text(folder, TENSORS))
+        return Catalog.model_validate_json(written)
     except ValidationError as error:
+        check_format(folder, written)
         first = error.errors(include_url=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
         raise damaged(folder / TENSORS, f"{where}{first['msg']}") from None
+
+
+def check_format(folder: Path, written: str) -> None:
+    """Say so where a catalog that cannot be read is one of another format."""
+    try:
+        version = json.loads(written)["version"]
+    except (ValueError, TypeError, KeyError):
+        return  # no catalog at all: damaged
+    if version != FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {version}, and this version of colonnade reads format "
+            f"{FORMAT}, whose tensors have other names: read it with the version that wrote it, or "
+            "train anew"
+        )
 
 
 def text(folder: Path, name: str) -> str:

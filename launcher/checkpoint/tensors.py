@@ -1,14 +1,14 @@
 """All tensors of a checkpoint, by name."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from colonnade.models.names import CanonicalNames, tensors_of
 from colonnade.parallel.optimizer import Optimizer
 
 
-def named_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """`model.NAME` of parameters and buffers, and `optimizer.NAME.STATE`."""
-    tensors: dict[str, Tensor] = {f"model.{name}": b for name, b in model.named_buffers()}
-    tensors |= {f"model.{name}": p.data for name, p in model.named_parameters()}
+def named_tensors(model: CanonicalNames, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Parameters and buffers by canonical name, and `optimizer.NAME.STATE`."""
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model)}
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.named_state().items()}
     return tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part, Role
+from colonnade.models.part import Role, declared
 from colonnade.models.reparam import centred
 
 Weights = Mapping[str, Tensor]
@@ -83,26 +83,20 @@ def roles_of(config: ModelConfig) -> dict[str, Role]:
     """The role of every parameter, by its full name."""
     with torch.device("meta"):
         model = Decoder(config)
-    return {
-        f"{path}.{name}": spec.role
-        for path, part in model.named_modules()
-        if isinstance(part, Part)
-        for name, spec in part.specs.items()
-        if name in dict(part.named_parameters(recurse=False))
-    }
+    return {name: spec.role for name, _, spec in declared(model)}
 
 
 def is_stream_norm(name: str) -> bool:
     """Whether a parameter belongs to a norm of the stream, not to one inside a sub-block."""
-    return name.startswith(("wiring.norms.", "wiring.final."))
+    return name.startswith(("norms.", "final."))
 
 
 def norm_before(name: str) -> str:
     """The norm whose output the weight `name` reads."""
     if name == "head.weight":
-        return "wiring.final.weight"
-    index = name.removeprefix("wiring.blocks.").split(".")[0]
-    return f"wiring.norms.{index}.weight"
+        return "final.weight"
+    index = name.removeprefix("blocks.").split(".")[0]
+    return f"norms.{index}.weight"
 
 
 def explicit(config: ModelConfig) -> ModelConfig:

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colonnade.kernels.conv import causal_conv
 from colonnade.models.context import Context
+from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 
-class SubBlock(nn.Module):
+class SubBlock(CanonicalNames):
     """A function of the normed stream, in two halves between which collectives can hide.
 
     `first` and `second` hold the matrices; `small`, where a sub-block has it, holds parameters that

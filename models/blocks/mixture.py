@@ -42,17 +42,17 @@ class Dispatched(NamedTuple):
 class Router(Coefficients):
     """Scores of every expert, `[S, B, E]`, in at least fp32, and the bias that steers choices."""
 
-    bias: Tensor  # [E], where configured
+    router_bias: Tensor  # [E], where configured
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.noise = config.router_noise
-        self.declare("weight", (config.experts, config.hidden), normal(config.init_std), "reads")
+        self.declare("router", (config.experts, config.hidden), normal(config.init_std), "reads")
         if config.router_bias:
-            self.declare_state("bias", (config.experts,), 0.0)
+            self.declare_state("router_bias", (config.experts,), 0.0)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        logits = wide(x) @ wide(self.weight_of("weight")).T
+        logits = wide(x) @ wide(self.weight_of("router")).T
         if self.noise and torch.is_grad_enabled():
             S, _, E = logits.shape
             place = torch.arange(S) if context.places is None else context.places
@@ -66,7 +66,7 @@ class Router(Coefficients):
     @torch.no_grad()
     def steer(self, counts: Tensor, rate: float) -> None:
         """Favour experts with less than the mean load, `[E]` of a batch (arXiv:2408.15664)."""
-        self.bias += rate * (counts.mean() - counts).sign().to(self.bias)
+        self.router_bias += rate * (counts.mean() - counts).sign().to(self.router_bias)
 
 
 class Dispatch(Part):
@@ -163,7 +163,7 @@ class Mixture(SubBlock):
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)
-        bias = self.small.bias if c.router_bias else None
+        bias = self.small.router_bias if c.router_bias else None
         probabilities, chosen, weight = route(logits, self.rule, bias)
         kept = None
         if c.capacity is not None and torch.is_grad_enabled():  # only training drops choices

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from colonnade.parallel.optimizer.base import Named, Optimizer, OptimizerSettings, named
+from colonnade.models.part import Declared, declared
+from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -19,10 +20,10 @@ class AdamW(Optimizer):
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerSettings, some: Iterable[Named] | None = None
+        self, model: nn.Module, settings: OptimizerSettings, some: Iterable[Declared] | None = None
     ) -> None:
         super().__init__()
-        self.named = list(named(model) if some is None else some)
+        self.named = list(declared(model) if some is None else some)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
         for _, parameter, spec in self.named:
             groups[spec.rate, spec.decay].append(parameter)

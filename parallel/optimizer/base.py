@@ -1,12 +1,10 @@
 """What training, checkpoints and resumption see of an optimizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from torch import Tensor, nn
-
-from colonnade.models.part import ParameterSpec, Part
+from torch import Tensor
 
 
 class OptimizerSettings(Protocol):
@@ -24,22 +22,6 @@ class OptimizerSettings(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def momentum(self) -> float: ...
-
-
-class Named(NamedTuple):
-    """A parameter with its full name and its record."""
-
-    name: str
-    parameter: nn.Parameter
-    spec: ParameterSpec
-
-
-def named(model: nn.Module) -> Iterator[Named]:
-    """Every parameter of a model."""
-    for prefix, part in model.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            assert isinstance(part, Part), f"{prefix}.{name} was not declared by a Part"
-            yield Named(f"{prefix}.{name}", parameter, part.specs[name])
 
 
 class Optimizer(ABC):

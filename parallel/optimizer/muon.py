@@ -6,9 +6,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from colonnade.kernels.orthogonal import orthogonalised
+from colonnade.models.part import Declared, declared
 from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.adamw import AdamW
-from colonnade.parallel.optimizer.base import Named, Optimizer, OptimizerSettings, named
+from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
 ENDS = ("embedding.", "head.")  # of the model: vectors of tokens, not maps between activations
 RMS = 0.2  # of an update's elements, about AdamW's (arXiv:2502.16982, eq. 4)
@@ -24,7 +25,7 @@ class Muon(Optimizer):
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, compute: torch.dtype) -> None:
         super().__init__()
-        every = list(named(model))
+        every = list(declared(model))
         self.matrices = [one for one in every if is_matrix(one)]
         rest = [one for one in every if not is_matrix(one)]
         self.adamw = AdamW(model, settings, rest)
@@ -65,7 +66,7 @@ class Muon(Optimizer):
         self.adamw.updates = count
 
 
-def is_matrix(one: Named) -> bool:
+def is_matrix(one: Declared) -> bool:
     """Whether Muon updates the parameter: a linear weight, or several, between the ends."""
     return one.spec.role in ("reads", "inner", "writes") and not one.name.startswith(ENDS)
 

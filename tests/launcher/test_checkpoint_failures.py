@@ -231,3 +231,14 @@ def test_absent_checkpoint(tmp_path: Path) -> None:
     for step, problem in ((2, "not a complete checkpoint"), (3, "does not exist")):
         with pytest.raises(UserError, match=f"{problem}.*step-00000001"):
             read_state(step_folder(tmp_path, step))
+
+
+def test_a_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
+    """Its tensors have other names: that is no damage, and no earlier checkpoint helps."""
+    folder = step_folder(tmp_path, 10)
+    checkpoint.save(folder, values(1), STATE)
+    path = folder / "tensors.json"
+    catalog = json.loads(path.read_text())
+    path.write_text(json.dumps(catalog | {"version": 1}))
+    with pytest.raises(UserError, match="has format 1, and this version of colonnade reads format"):
+        checkpoint.load(folder, values(2))

@@ -63,7 +63,7 @@ def forgets_router(rank: int, size: int) -> Trace:
 
     def all_but_one(model: Decoder, mesh: DeviceMesh) -> None:
         router = model.wiring.block(1).small
-        router.specs["weight"].partial = False
+        router.specs["router"].partial = False
         complete(model, mesh)
 
     recipe = on_layout(small_recipe(), size, parse_layout(LAYOUTS[0]), "fp64")
@@ -98,9 +98,9 @@ def test_a_missing_reduction_is_found(ranks1: Ranks, ranks2: Ranks, layout: str)
     """
     (exact,) = ranks1.run(reference)
     broken = ranks2.run(forgetful, layout)[0]
-    partial = {"router": "small.weight"}
+    partial = {"router": "router"}
     if "true" in layout:
-        partial |= {"norms": "wiring.norms.", "final": "wiring.final."}
+        partial |= {"norms": "norms.", "final": "final."}
     for precision, bounds in BOUNDS.items():
         (result,) = judge([beside(layout, precision, broken, exact)], {})
         assert not result["equal"]
@@ -128,7 +128,7 @@ def shown(*results: dict[str, Any]) -> list[str]:
 def test_a_single_tensor_is_named(ranks1: Ranks, ranks2: Ranks) -> None:
     (exact,) = ranks1.run(reference)
     broken = ranks2.run(forgets_router)[0]
-    name = "step 1: wiring.blocks.1.small.weight"
+    name = "step 1: blocks.1.router"
     assert [n for n in unequal(broken, exact, EXACT) if n.startswith("step 1: ")] == [name]
     text = shown(*judge([beside(LAYOUTS[0], "fp64", broken, exact)], {}))
     (line,) = [line for line in text if line.startswith("  NOT EQUAL: ")]

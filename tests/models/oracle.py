@@ -78,7 +78,7 @@ def randomise(model: nn.Module, seed: int) -> None:
         else:
             p.normal_(0.0, 1.5 * p.shape[-1] ** -0.5, generator=generator)
     for name, state in model.named_buffers():
-        if name.endswith(("e_score_correction_bias", "small.bias")):
+        if name.endswith(("e_score_correction_bias", "router_bias")):
             state.normal_(0.0, 0.1, generator=generator)
 
 

@@ -25,9 +25,9 @@ def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
     for b in range(x.shape[1]):
         rows = {}
         for name in "qkv":
-            y = x[:, b] @ weights[f"first.{name}"].T
+            y = x[:, b] @ weights[name].T
             if c.attention_conv:
-                taps = weights[f"first.conv_{name}"]
+                taps = weights[f"conv_{name}"]
                 y = torch.stack(
                     [
                         sum(
@@ -46,7 +46,7 @@ def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
             q, k, v = rows["q"][:, h], rows["k"][:, h // group], rows["v"][:, h // group]
             if c.position_temperature:
                 n = torch.arange(1, S + 1, dtype=x.dtype)
-                beta = weights["small.growth"][h]
+                beta = weights["growth"][h]
                 q = q * (1 + torch.exp(-torch.exp(beta)) * n.log())[:, None]
             out = []
             for i in range(S):
@@ -58,15 +58,13 @@ def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
             y = torch.stack(out)
             if c.attention_gate == "head":
                 part = slice(h * c.hidden // c.heads, (h + 1) * c.hidden // c.heads)
-                gate = F.linear(
-                    x[:, b, part], weights["first.gate_w"][h : h + 1], weights["first.gate_b"][h]
-                )
+                gate = F.linear(x[:, b, part], weights["gate_w"][h : h + 1], weights["gate_b"][h])
                 y = y * gate.sigmoid()
             if c.attention_gate == "channel":
-                gate = x[:, b] @ weights["first.gate_z"].view(c.heads, width, -1)[h].T
+                gate = x[:, b] @ weights["gate_z"].view(c.heads, width, -1)[h].T
                 y = y * gate.sigmoid()
             heads.append(y)
-        columns.append(torch.cat(heads, -1) @ weights["second.out"].T)
+        columns.append(torch.cat(heads, -1) @ weights["out"].T)
     return torch.stack(columns, 1)
 
 

@@ -54,8 +54,8 @@ def normal(seed: int, *shape: int) -> Tensor:
 def routed(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The first sub-block's input, its probabilities and its choices, each by sample."""
     weights = dict(model.named_parameters())
-    x = unit_rms(weights["embedding.weight"][tokens.T], weights["wiring.norms.0.weight"])
-    p = (x @ weights["wiring.blocks.0.small.weight"].T).softmax(-1)
+    x = unit_rms(weights["embedding.weight"][tokens.T], weights["norms.0.weight"])
+    p = (x @ weights["blocks.0.router"].T).softmax(-1)
     return x, p, p.topk(model.config.top_k).indices
 
 
@@ -73,7 +73,7 @@ def test_sequence_loss_is_of_each_sample(samples: int, bias: bool) -> None:
     tokens, labels = data(1)
     here = context(groups=B / samples)
     (model(tokens, here, labels) * 0).backward()
-    router = model.wiring.blocks[0].small.weight
+    router = model.wiring.blocks[0].small.router
     assert router.grad is not None
     gradient = router.grad.clone()
     model.zero_grad()
@@ -118,7 +118,7 @@ def test_router_noise_is_a_function_of_step_place_sample_and_token() -> None:
     def noise(samples: list[int], draw: int = 0, index: int = 0) -> Tensor:
         here = Context(x[..., 0].long(), samples=torch.tensor(samples), draw=draw).at(index)
         with torch.no_grad():
-            router.weight.zero_()
+            router.router.zero_()
         return router(x[:, : len(samples)], here).detach()
 
     drawn = noise([4, 7, 9])
@@ -137,9 +137,9 @@ def test_the_bias_is_steered_by_all_uses_of_a_sub_block() -> None:
     model = model_of(config_of("*E", router_bias=True, router_bias_rate=0.25, **shared), 3)
     block = model.wiring.blocks[1]
     model.end_step({1: torch.tensor([9, 1, 2]), 3: torch.tensor([0, 8, 4])})  # 9, 9, 6
-    assert block.small.bias.tolist() == [-0.25, -0.25, 0.25]
+    assert block.small.router_bias.tolist() == [-0.25, -0.25, 0.25]
     model.end_step({1: torch.tensor([4, 5, 3]), 3: torch.tensor([4, 0, 8])})  # 8, 5, 11
-    assert block.small.bias.tolist() == [-0.25, 0.0, 0.0]
+    assert block.small.router_bias.tolist() == [-0.25, 0.0, 0.0]
 
 
 def test_every_sub_block_has_a_place_of_its_own() -> None:
@@ -166,11 +166,11 @@ def test_sinks_and_soft_capping_reach_the_scores() -> None:
     model = model_of(config, 6)
     w = dict(model.wiring.blocks[0].named_parameters())
     x = normal(6, S, B, 6)
-    q, k, v = (x @ w[f"first.{name}"].T for name in "qkv")
+    q, k, v = (x @ w[name].T for name in "qkv")
     scores = 1.5 * torch.tanh(torch.einsum("sbd,tbd->bst", q, k) / 6**0.5 / 1.5)
     e = scores.exp().tril()
-    out = torch.einsum("bst,tbd->sbd", e / (e.sum(-1, keepdim=True) + w["small.sinks"].exp()), v)
-    expected = out @ w["second.out"].T
+    out = torch.einsum("bst,tbd->sbd", e / (e.sum(-1, keepdim=True) + w["sinks"].exp()), v)
+    expected = out @ w["out"].T
     assert_equal({"out": output(model, x).detach()}, {"out": expected.detach()})
 
 
@@ -182,13 +182,13 @@ def test_strength_of_the_delta_rule(negative: bool) -> None:
     x = normal(7, 1, B, 12)
 
     def first(name: str) -> Tensor:
-        y = F.silu(x[0] @ w[f"first.{name}"].T * w[f"first.conv_{name}"][:, -1])
+        y = F.silu(x[0] @ w[name].T * w[f"conv_{name}"][:, -1])
         return y.view(B, 4, -1)
 
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in map(first, "qk"))
-    beta = (x[0] @ w["first.beta"].T).sigmoid() * (2 if negative else 1)
+    beta = (x[0] @ w["beta"].T).sigmoid() * (2 if negative else 1)
     o = (beta * (q * k).sum(-1) * 3**-0.5)[..., None] * first("v")
-    expected = unit_rms(o, w["second.norm"]).flatten(1) @ w["second.out"].T
+    expected = unit_rms(o, w["norm"]).flatten(1) @ w["out"].T
     assert_equal({"out": output(model, x)[0].detach()}, {"out": expected.detach()})
 
 
@@ -255,7 +255,7 @@ def test_mup_scores_and_zero_start(kind: dict[str, Any]) -> None:
     rope = 4 if kind else 0
     assert score_scale(config) == pytest.approx((4 + rope) ** 0.5 / (16 + rope))
     zeros = {n for n, p in started(config).named_parameters() if not p.any()}
-    assert zeros == {"head.weight", f"wiring.blocks.0.first.{'q_b' if kind else 'q'}"}
+    assert zeros == {"head.weight", f"blocks.0.{'q_b' if kind else 'q'}"}
 
 
 class Steps:
@@ -331,7 +331,7 @@ def test_a_step_advances_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
                 p += 0.1 * torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view_as(p)
         after = dict(steps.model.named_buffers())
         assert all(not torch.equal(after[n], before[n]) for n in before), "a state stood still"
-        moved = after["wiring.blocks.0.small.bias"] - before["wiring.blocks.0.small.bias"]
+        moved = after["blocks.0.router_bias"] - before["blocks.0.router_bias"]
         assert ((moved.abs() * 1e3 - 1).abs() < 1e-6).sum() > 2
 
 
@@ -342,7 +342,7 @@ def test_decay_and_rates_of_the_groups() -> None:
     groups = optimizer.torch.param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
-        primer = "blocks.0.first.conv_" in name  # starts as the identity
+        primer = "blocks.0.conv_" in name  # starts as the identity
         plain = p.dim() < 2 or name.endswith("A_log") or primer
         assert decay.pop(id(p)) == (0.0 if plain else 0.3), name
     assert not decay
@@ -356,21 +356,21 @@ def test_decay_and_rates_of_the_groups() -> None:
 
 def test_first_weights_of_the_other_parameters() -> None:
     model = started(config_of("*mGE", sigma_reparam=True, **EVERY))
-    found = {n.removeprefix("wiring.blocks."): p.detach() for n, p in model.named_parameters()}
+    found = {n.removeprefix("blocks."): p.detach() for n, p in model.named_parameters()}
     tap = F.one_hot(torch.tensor(2), 3).double()
-    assert all((found[f"0.first.conv_{n}"] == tap).all() for n in "qkv")
-    assert (found["0.small.growth"] == 1.5).all()
-    assert not found["0.small.sinks"].any()
-    assert (found["1.small.A_log"] - torch.arange(1, 5).double().log()).abs().max() < 1e-6
-    bound = found["1.second.dt_b"].abs().max().item()
+    assert all((found[f"0.conv_{n}"] == tap).all() for n in "qkv")
+    assert (found["0.growth"] == 1.5).all()
+    assert not found["0.sinks"].any()
+    assert (found["1.A_log"] - torch.arange(1, 5).double().log()).abs().max() < 1e-6
+    bound = found["1.dt_b"].abs().max().item()
     assert 0.8 * 3**-0.5 < bound <= 3**-0.5 + 1e-6
-    for name in ("1.small.dt_bias", "2.small.dt_bias"):
+    for name in ("1.dt_bias", "2.dt_bias"):
         dt = F.softplus(found[name])
         assert dt.min() > 0.00099
         assert dt.max() < 0.1001
-    assert (found["2.small.A_log"].exp() - 8.005).abs().max() < 7.996
+    assert (found["2.A_log"].exp() - 8.005).abs().max() < 7.996
     poly = torch.tensor([0, 1 / 3, 1 / 3, 1 / 3], dtype=torch.float64)
-    assert (found["3.small.poly"] - poly).abs().max() < 1e-7
+    assert (found["3.poly"] - poly).abs().max() < 1e-7
     assert all((p == 0).all() for n, p in found.items() if n.endswith("_gain"))
 
 

@@ -217,8 +217,8 @@ def test_write_refuses(tmp_path: Path) -> None:
         write_hf(new, config, ours, family="LamaForCausalLM")
     with pytest.raises(UserError, match=r"(?s)none can.*LlamaForCausalLM: .*DeepseekV3ForCausalLM"):
         write_hf(new, config.model_copy(update={"residual": "ladder"}), ours)
-    short = {n: t for n, t in ours.items() if n != "wiring.final.weight"}
-    with pytest.raises(UserError, match=r"wiring\.final\.weight = 'missing'"):
+    short = {n: t for n, t in ours.items() if n != "final.weight"}
+    with pytest.raises(UserError, match=r"final\.weight = 'missing'"):
         write_hf(new, config, short)
     with pytest.raises(UserError, match=r"extra"):
         write_hf(new, config, ours | {"extra": torch.ones(1)})

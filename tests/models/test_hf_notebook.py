@@ -86,8 +86,8 @@ def test_a_model_made_by_itself_draws_its_weights() -> None:
 def test_weights_that_do_not_fit_are_named() -> None:
     config = ModelConfig(pattern="*-", vocab=11, hidden=8, heads=2, ffn=6)
     tensors = dict(new_decoder(config).state_dict())
-    tensors.pop("wiring.final.weight")
-    with pytest.raises(RuntimeError, match=r"wiring\.final\.weight"):
+    tensors.pop("final.weight")
+    with pytest.raises(RuntimeError, match=r"final\.weight"):
         load_decoder(config, tensors)
     half = load_decoder(config, new_decoder(config).state_dict(), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

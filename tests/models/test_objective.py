@@ -9,11 +9,12 @@ from equal import assert_equal
 from oracle import gradients
 from shown import Row
 from small import B, S, config_of, context, data, model_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.models.names import canonical
 
 TABLE = [
     Row("any row", "z-loss on logits; soft-capping", "their formulas"),
@@ -148,11 +149,13 @@ def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> 
         own = {n: p for n, p in weights.items() if "blocks.1" not in n and "blocks.3" not in n}
         for t in (1, 3):
             expert = int(drawn[t][column])
-            block = f"wiring.blocks.{t}"
-            for half, role in (("first", "gate"), ("first", "up"), ("second", "down")):
-                own[f"{block}.{half}.{role}"] = weights[f"{block}.second.{role}"][expert]
+            block = f"blocks.{t}"
+            for role in ("gate", "up", "down"):
+                own[f"{block}.{role}"] = weights[f"{block}.{role}"][expert]
         row = Context(torch.arange(S)[:, None])
-        logits = torch.func.functional_call(dense, own, (tokens[:, b : b + 1], row))
+        paths = {canonical(path): path for path, _ in nn.Module.named_parameters(dense)}
+        at_paths = {paths[name]: tensor for name, tensor in own.items()}
+        logits = torch.func.functional_call(dense, at_paths, (tokens[:, b : b + 1], row))
         logs.append(logits[:, 0])
     one, two = torch.stack(logs[:B], 1), torch.stack(logs[B:], 1)
     valid = labels != -100
@@ -230,10 +233,10 @@ def test_shared_depth_is_tied_weights(fields: dict[str, Any]) -> None:
     own = dict(shared.named_parameters())
 
     def source(name: str) -> str:
-        if not name.startswith("wiring.blocks."):
+        if not name.startswith("blocks."):
             return name
-        index, rest = name.removeprefix("wiring.blocks.").split(".", 1)
-        return f"wiring.blocks.{int(index) % 3}.{rest}"
+        index, rest = name.removeprefix("blocks.").split(".", 1)
+        return f"blocks.{int(index) % 3}.{rest}"
 
     tied.load_state_dict({n: own[source(n)].detach() for n, _ in tied.named_parameters()})
     tokens, labels = data(5)

@@ -16,7 +16,7 @@ from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
 from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part, normal
+from colonnade.models.part import Part, declared, normal
 from colonnade.models.reparam import spectral
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
@@ -241,22 +241,17 @@ def test_mup_rules() -> None:
     r = 4.0
     plain, model = started(sized(128, None)), started(sized(128, 32))
     assert model.head.scale == 1 / r
-    rates = {
-        f"{path}.{name}": spec.rate
-        for path, part in model.named_modules()
-        if isinstance(part, Part)
-        for name, spec in part.specs.items()
-    }
+    rates = {name: spec.rate for name, _, spec in declared(model)}
     before = dict(plain.named_parameters())
     for name, p in model.named_parameters():
         ratio = (p / before[name]).median().item() if before[name].any() else 1.0
         role = name.rpartition(".")[2]
-        hidden = name.startswith("wiring.blocks") and p.dim() > 1 and "conv" not in role
-        hidden = hidden and not name.endswith("small.weight") and role not in "BC"
+        hidden = name.startswith("blocks") and p.dim() > 1 and "conv" not in role
+        hidden = hidden and not name.endswith("router") and role not in "BC"
         assert rates[name] == (1 / r if hidden else 1.0), name
         assert ratio == pytest.approx(r**-0.5 if hidden else 1.0, rel=1e-5), name
     router, wide_router = (m.wiring.blocks[2].small for m in (plain, model))
-    used = wide_router.weight_of("weight"), router.weight_of("weight")
+    used = wide_router.weight_of("router"), router.weight_of("router")
     assert_equal({"router": used[0]}, {"router": used[1] / r})
     # B and C of Mamba-2 do not grow: their input alone does
     used = (m.wiring.blocks[3].first.weight_of("B") for m in (model, plain))

@@ -113,7 +113,7 @@ def written_out(model: Decoder, context: Context, tokens: Tensor, labels: Tensor
     wiring, config, weights = model.wiring, model.config, dict(model.named_parameters())
 
     def norm(name: str, x: Tensor) -> Tensor:
-        name = f"wiring.{name}.weight"
+        name = f"{name}.weight"
         return rms_norm_reference(x, weights[name], config.norm_eps) if name in weights else x
 
     def h(t: int, r: Tensor) -> Tensor:

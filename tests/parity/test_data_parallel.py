@@ -160,7 +160,7 @@ def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
     recipe = recipe_for("*-", {}, 8, precision="bf16")
     unclipped = OptimizerConfig(lr=1e-2, clip=0)
     trace = ranks2.run(trained, recipe.model_copy(update={"optimizer": unclipped}))[0]
-    gradient = trace.gradients["step 1: wiring.blocks.0.first.q"]
+    gradient = trace.gradients["step 1: blocks.0.q"]
     assert gradient.dtype == torch.float32
     assert (gradient.bfloat16().float() != gradient).float().mean() > 0.2
 

@@ -12,8 +12,8 @@ from torch.optim import Muon as TorchMuon
 from torch.optim import _muon
 
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe
+from colonnade.models.part import declared
 from colonnade.parallel.optimizer import Muon, build_optimizer
-from colonnade.parallel.optimizer.base import named
 
 MUON = OptimizerConfig(name="muon", momentum=0.9, weight_decay=0.2)
 
@@ -45,7 +45,7 @@ def test_muon_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", exact)
         g = torch.Generator().manual_seed(0)
         for step in range(4):
-            for one in named(model):
+            for one in declared(model):
                 grad = torch.randn(one.parameter.shape, generator=g, dtype=torch.float64)
                 one.parameter.grad = grad
                 if one.name in theirs:
@@ -65,7 +65,7 @@ def test_what_is_no_matrix_is_left_to_adamw() -> None:
     muon = build_optimizer(model, MUON)
     assert isinstance(muon, Muon)
     by_adamw = {one.name for one in muon.adamw.named}
-    assert {"embedding.weight", "head.weight", "wiring.final.weight"} < by_adamw
+    assert {"embedding.weight", "head.weight", "final.weight"} < by_adamw
     assert not any("conv" in one.name or "norm" in one.name for one in muon.matrices)
     both = by_adamw | {one.name for one in muon.matrices}
     assert both == {name for name, _ in model.named_parameters()}

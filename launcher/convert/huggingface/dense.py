@@ -85,27 +85,25 @@ def ends(config: ModelConfig) -> list[Entry]:
     """Embedding, last norm, head."""
     tensors = [
         entry("model.embed_tokens.weight", "embedding.weight"),
-        entry("model.norm.weight", "wiring.final.weight"),
+        entry("model.norm.weight", "final.weight"),
     ]
     return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
 
 
 def attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Grouped queries."""
-    tensors = [entry(f"{theirs}.self_attn.{n}_proj.weight", f"{ours}.first.{n}") for n in "qkv"]
+    tensors = [entry(f"{theirs}.self_attn.{n}_proj.weight", f"{ours}.{n}") for n in "qkv"]
     if config.qk_norm != "none":
-        tensors += [
-            entry(f"{theirs}.self_attn.{n}_norm.weight", f"{ours}.first.{n}_norm") for n in "qk"
-        ]
-    return [*tensors, entry(f"{theirs}.self_attn.o_proj.weight", f"{ours}.second.out")]
+        tensors += [entry(f"{theirs}.self_attn.{n}_norm.weight", f"{ours}.{n}_norm") for n in "qk"]
+    return [*tensors, entry(f"{theirs}.self_attn.o_proj.weight", f"{ours}.out")]
 
 
 def mlp(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Gated MLP."""
     return [
-        entry(f"{theirs}.mlp.gate_proj.weight", f"{ours}.first.gate"),
-        entry(f"{theirs}.mlp.up_proj.weight", f"{ours}.first.up"),
-        entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.second.down"),
+        entry(f"{theirs}.mlp.gate_proj.weight", f"{ours}.gate"),
+        entry(f"{theirs}.mlp.up_proj.weight", f"{ours}.up"),
+        entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.down"),
     ]
 
 
@@ -115,19 +113,20 @@ AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 def layer(
     theirs: str,
-    wiring: str,
+    prefix: str,
     first: int,
     symbols: str,
     config: ModelConfig,
     blocks: dict[str, Block],
     norms: tuple[str, str],
 ) -> list[Entry]:
-    """One of their layers: two of our sub-blocks, from number `first` of this wiring on."""
+    """One of their layers: two of our sub-blocks, number `first` and the next of those whose names
+    begin with `prefix`."""
     place = "after" if norms == AFTER else "norms"
     tensors = []
     for t, (symbol, norm) in enumerate(zip(symbols, norms, strict=True), start=first):
-        tensors.append(entry(f"{theirs}.{norm}.weight", f"{wiring}.{place}.{t}.weight"))
-        tensors += blocks[symbol](theirs, f"{wiring}.blocks.{t}", config)
+        tensors.append(entry(f"{theirs}.{norm}.weight", f"{prefix}{place}.{t}.weight"))
+        tensors += blocks[symbol](theirs, f"{prefix}blocks.{t}", config)
     return tensors
 
 
@@ -137,7 +136,7 @@ def layers(blocks: dict[str, Block], norms: tuple[str, str], config: ModelConfig
     for t in range(0, len(config.symbols), 2):
         pair = config.symbols[t : t + 2]
         theirs = f"model.layers.{t // 2}"
-        tensors += layer(theirs, "wiring", t, pair, config, blocks, norms)
+        tensors += layer(theirs, "", t, pair, config, blocks, norms)
     return tensors
 
 

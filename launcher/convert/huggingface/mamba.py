@@ -66,39 +66,39 @@ def backbone(
     """
     tensors = [
         entry(f"{root}.embeddings.weight", "embedding.weight"),
-        entry(f"{root}.norm_f.weight", "wiring.final.weight"),
+        entry(f"{root}.norm_f.weight", "final.weight"),
     ]
     for t, symbol in enumerate(config.symbols):
         theirs = f"{root}.layers.{t}."
-        tensors.append(entry(f"{theirs}norm.weight", f"wiring.norms.{t}.weight"))
-        tensors += mixer(symbol, f"{theirs}mixer.", f"wiring.blocks.{t}.")
+        tensors.append(entry(f"{theirs}norm.weight", f"norms.{t}.weight"))
+        tensors += mixer(symbol, f"{theirs}mixer.", f"blocks.{t}.")
     return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
 
 
 def mamba2_mixer(theirs: str, ours: str) -> list[Entry]:
     """One Mamba-2 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
     return [
-        entry(f"{theirs}in_proj.weight", *(f"{ours}first.{n}" for n in ("z", "x", "B", "C", "dt"))),
-        entry(f"{theirs}conv1d.weight", *(f"{ours}first.conv_{n}" for n in "xBC"), squeeze=1),
-        entry(f"{theirs}conv1d.bias", *(f"{ours}first.conv_{n}_bias" for n in "xBC")),
-        *(entry(f"{theirs}{n}", f"{ours}small.{n}") for n in ("A_log", "dt_bias", "D")),
-        entry(f"{theirs}norm.weight", f"{ours}second.norm"),
-        entry(f"{theirs}out_proj.weight", f"{ours}second.out"),
+        entry(f"{theirs}in_proj.weight", *(f"{ours}{n}" for n in ("z", "x", "B", "C", "dt"))),
+        entry(f"{theirs}conv1d.weight", *(f"{ours}conv_{n}" for n in "xBC"), squeeze=1),
+        entry(f"{theirs}conv1d.bias", *(f"{ours}conv_{n}_bias" for n in "xBC")),
+        *(entry(f"{theirs}{n}", f"{ours}{n}") for n in ("A_log", "dt_bias", "D")),
+        entry(f"{theirs}norm.weight", f"{ours}norm"),
+        entry(f"{theirs}out_proj.weight", f"{ours}out"),
     ]
 
 
 def mamba1_mixer(theirs: str, ours: str) -> list[Entry]:
     """One Mamba-1 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
     return [
-        entry(f"{theirs}in_proj.weight", f"{ours}first.x", f"{ours}first.z"),
-        entry(f"{theirs}conv1d.weight", f"{ours}first.conv_x", squeeze=1),
-        entry(f"{theirs}conv1d.bias", f"{ours}first.conv_x_bias"),
-        entry(f"{theirs}x_proj.weight", *(f"{ours}second.{n}" for n in ("dt_a", "B", "C"))),
-        entry(f"{theirs}dt_proj.weight", f"{ours}second.dt_b"),
-        entry(f"{theirs}dt_proj.bias", f"{ours}small.dt_bias"),
-        entry(f"{theirs}A_log", f"{ours}small.A_log"),
-        entry(f"{theirs}D", f"{ours}small.D"),
-        entry(f"{theirs}out_proj.weight", f"{ours}second.out"),
+        entry(f"{theirs}in_proj.weight", f"{ours}x", f"{ours}z"),
+        entry(f"{theirs}conv1d.weight", f"{ours}conv_x", squeeze=1),
+        entry(f"{theirs}conv1d.bias", f"{ours}conv_x_bias"),
+        entry(f"{theirs}x_proj.weight", *(f"{ours}{n}" for n in ("dt_a", "B", "C"))),
+        entry(f"{theirs}dt_proj.weight", f"{ours}dt_b"),
+        entry(f"{theirs}dt_proj.bias", f"{ours}dt_bias"),
+        entry(f"{theirs}A_log", f"{ours}A_log"),
+        entry(f"{theirs}D", f"{ours}D"),
+        entry(f"{theirs}out_proj.weight", f"{ours}out"),
     ]
 
 
@@ -310,9 +310,9 @@ def bamba_mlp(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Gated MLP."""
     theirs = f"{theirs}.feed_forward"
     return [
-        entry(f"{theirs}.gate_proj.weight", f"{ours}.first.gate"),
-        entry(f"{theirs}.up_proj.weight", f"{ours}.first.up"),
-        entry(f"{theirs}.down_proj.weight", f"{ours}.second.down"),
+        entry(f"{theirs}.gate_proj.weight", f"{ours}.gate"),
+        entry(f"{theirs}.up_proj.weight", f"{ours}.up"),
+        entry(f"{theirs}.down_proj.weight", f"{ours}.down"),
     ]
 
 
@@ -326,11 +326,11 @@ def bamba_entries(config: ModelConfig) -> list[Entry]:
     norms = ("input_layernorm", "pre_ff_layernorm")
     tensors = [
         entry("model.embed_tokens.weight", "embedding.weight"),
-        entry("model.final_layernorm.weight", "wiring.final.weight"),
+        entry("model.final_layernorm.weight", "final.weight"),
     ]
     for t in range(0, len(config.symbols), 2):
         theirs, pair = f"model.layers.{t // 2}", config.symbols[t : t + 2]
-        tensors += layer(theirs, "wiring", t, pair, config, blocks, norms)
+        tensors += layer(theirs, "", t, pair, config, blocks, norms)
     return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
 
 

@@ -34,7 +34,7 @@ LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
 def experts(theirs: str, ours: str, count: int, names: tuple[str, str, str]) -> list[Entry]:
     """As in a checkpoint: a tensor per expert."""
     return [
-        stacked(f"{theirs}.experts.{{}}.{name}.weight", f"{ours}.second.{n}", count)
+        stacked(f"{theirs}.experts.{{}}.{name}.weight", f"{ours}.{n}", count)
         for name, n in zip(names, ("gate", "up", "down"), strict=True)
     ]
 
@@ -42,15 +42,15 @@ def experts(theirs: str, ours: str, count: int, names: tuple[str, str, str]) -> 
 def packed_experts(theirs: str, ours: str) -> list[Entry]:
     """As in transformers 5's memory: all experts in one tensor, gate and up side by side."""
     return [
-        entry(f"{theirs}.experts.gate_up_proj", f"{ours}.second.gate", f"{ours}.second.up", dim=1),
-        entry(f"{theirs}.experts.down_proj", f"{ours}.second.down"),
+        entry(f"{theirs}.experts.gate_up_proj", f"{ours}.gate", f"{ours}.up", dim=1),
+        entry(f"{theirs}.experts.down_proj", f"{ours}.down"),
     ]
 
 
 def mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Qwen3-MoE's mixture."""
     theirs = f"{theirs}.mlp"
-    router = entry(f"{theirs}.gate.weight", f"{ours}.small.weight")
+    router = entry(f"{theirs}.gate.weight", f"{ours}.router")
     if packed:
         return [router, *packed_experts(theirs, ours)]
     return [router, *experts(theirs, ours, config.experts, LLAMA_NAMES)]
@@ -61,7 +61,7 @@ def mixtral_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -
     if packed:
         return mixture(True, theirs, ours, config)
     theirs = f"{theirs}.block_sparse_moe"
-    router = entry(f"{theirs}.gate.weight", f"{ours}.small.weight")
+    router = entry(f"{theirs}.gate.weight", f"{ours}.router")
     return [router, *experts(theirs, ours, config.experts, ("w1", "w3", "w2"))]
 
 
@@ -154,35 +154,35 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 def latent_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """DeepSeek's, whose rotary pairs are neighbours and whose keys and values stand per head."""
-    c, theirs, first = config, f"{theirs}.self_attn", f"{ours}.first"
+    c, theirs = config, f"{theirs}.self_attn"
     own = c.head_dim or c.hidden // c.heads
     query, latent = interleaved(own, c.rope_dim), interleaved(c.kv_rank, c.rope_dim)
     if c.q_rank:
         queries = [
-            entry(f"{theirs}.q_a_proj.weight", f"{first}.q_a"),
-            entry(f"{theirs}.q_a_layernorm.weight", f"{first}.q_norm"),
-            entry(f"{theirs}.q_b_proj.weight", f"{first}.q_b", groups=c.heads, order=query),
+            entry(f"{theirs}.q_a_proj.weight", f"{ours}.q_a"),
+            entry(f"{theirs}.q_a_layernorm.weight", f"{ours}.q_norm"),
+            entry(f"{theirs}.q_b_proj.weight", f"{ours}.q_b", groups=c.heads, order=query),
         ]
     else:
-        queries = [entry(f"{theirs}.q_proj.weight", f"{first}.q", groups=c.heads, order=query)]
-    keys_values = f"{first}.k_b", f"{first}.v_b"
+        queries = [entry(f"{theirs}.q_proj.weight", f"{ours}.q", groups=c.heads, order=query)]
+    keys_values = f"{ours}.k_b", f"{ours}.v_b"
     return [
         *queries,
         entry(
-            f"{theirs}.kv_a_proj_with_mqa.weight", f"{first}.kv_a", f"{first}.k_rope", order=latent
+            f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_a", f"{ours}.k_rope", order=latent
         ),
-        entry(f"{theirs}.kv_a_layernorm.weight", f"{first}.kv_norm"),
+        entry(f"{theirs}.kv_a_layernorm.weight", f"{ours}.kv_norm"),
         entry(f"{theirs}.kv_b_proj.weight", *keys_values, groups=c.heads),
-        entry(f"{theirs}.o_proj.weight", f"{ours}.second.out"),
+        entry(f"{theirs}.o_proj.weight", f"{ours}.out"),
     ]
 
 
 def shared_expert(theirs: str, ours: str) -> list[Entry]:
     """The MLP that every token meets beside a mixture."""
     return [
-        entry(f"{theirs}.gate_proj.weight", f"{ours}.first.shared_gate"),
-        entry(f"{theirs}.up_proj.weight", f"{ours}.first.shared_up"),
-        entry(f"{theirs}.down_proj.weight", f"{ours}.second.shared_down"),
+        entry(f"{theirs}.gate_proj.weight", f"{ours}.shared_gate"),
+        entry(f"{theirs}.up_proj.weight", f"{ours}.shared_up"),
+        entry(f"{theirs}.down_proj.weight", f"{ours}.shared_down"),
     ]
 
 
@@ -190,7 +190,7 @@ def deepseek_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) 
     """A mixture beside a shared expert, with the bias that steers its choices."""
     return [
         *mixture(packed, theirs, ours, config),
-        entry(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.small.bias"),
+        entry(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.router_bias"),
         *shared_expert(f"{theirs}.mlp.shared_experts", ours),
     ]
 
@@ -209,8 +209,8 @@ def deepseek(packed: bool, config: ModelConfig) -> list[Entry]:
             entry(f"{theirs}.enorm.weight", f"{ours}.norm_token.weight"),
             entry(f"{theirs}.hnorm.weight", f"{ours}.norm_stream.weight"),
             entry(f"{theirs}.eh_proj.weight", f"{ours}.join.token", f"{ours}.join.stream", dim=1),
-            entry(f"{theirs}.shared_head.norm.weight", f"{ours}.wiring.final.weight"),
-            *layer(theirs, f"{ours}.wiring", 0, config.mtp_pattern, config, blocks, BEFORE),
+            entry(f"{theirs}.shared_head.norm.weight", f"{ours}.final.weight"),
+            *layer(theirs, f"{ours}.", 0, config.mtp_pattern, config, blocks, BEFORE),
         ]
     return tensors
 

@@ -183,21 +183,21 @@ def nemotron_mixer(packed: bool, count: int, symbol: str, theirs: str, ours: str
     if symbol == "M":
         return mamba2_mixer(theirs, ours)
     if symbol == "*":
-        qkv = [entry(f"{theirs}{n}_proj.weight", f"{ours}first.{n}") for n in "qkv"]
-        return [*qkv, entry(f"{theirs}o_proj.weight", f"{ours}second.out")]
-    up_down = (("up_proj", "first", "up"), ("down_proj", "second", "down"))
+        qkv = [entry(f"{theirs}{n}_proj.weight", f"{ours}{n}") for n in "qkv"]
+        return [*qkv, entry(f"{theirs}o_proj.weight", f"{ours}out")]
+    up_down = (("up_proj", "up"), ("down_proj", "down"))
     if symbol == "-":
-        return [entry(f"{theirs}{n}.weight", f"{ours}{half}.{m}") for n, half, m in up_down]
+        return [entry(f"{theirs}{n}.weight", f"{ours}{m}") for n, m in up_down]
     tensors = [
-        entry(f"{theirs}gate.weight", f"{ours}small.weight"),
-        entry(f"{theirs}gate.e_score_correction_bias", f"{ours}small.bias"),
+        entry(f"{theirs}gate.weight", f"{ours}router"),
+        entry(f"{theirs}gate.e_score_correction_bias", f"{ours}router_bias"),
     ]
-    for n, half, m in up_down:
-        tensors.append(entry(f"{theirs}shared_experts.{n}.weight", f"{ours}{half}.shared_{m}"))
+    for n, m in up_down:
+        tensors.append(entry(f"{theirs}shared_experts.{n}.weight", f"{ours}shared_{m}"))
         if packed:
-            tensors.append(entry(f"{theirs}experts.{n}", f"{ours}second.{m}"))
+            tensors.append(entry(f"{theirs}experts.{n}", f"{ours}{m}"))
         else:
-            tensors.append(stacked(f"{theirs}experts.{{}}.{n}.weight", f"{ours}second.{m}", count))
+            tensors.append(stacked(f"{theirs}experts.{{}}.{n}.weight", f"{ours}{m}", count))
     return tensors
 
 

@@ -125,25 +125,25 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
 
 def gated_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Attention whose queries stand, head by head, beside the gates of their outputs."""
-    q, first = f"{theirs}.self_attn.q_proj.weight", f"{ours}.first"
+    q = f"{theirs}.self_attn.q_proj.weight"
     others = [e for e in attention(theirs, ours, config) if e.theirs != (q,)]
-    return [entry(q, f"{first}.q", f"{first}.gate_z", groups=config.heads), *others]
+    return [entry(q, f"{ours}.q", f"{ours}.gate_z", groups=config.heads), *others]
 
 
 def delta_net(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Gated DeltaNet, whose projections stand key head by key head, its filters role by role."""
-    theirs, first, second = f"{theirs}.linear_attn", f"{ours}.first", f"{ours}.second"
+    theirs = f"{theirs}.linear_attn"
     heads = config.delta_heads or config.hidden // config.delta_key_dim
     groups = config.delta_key_heads or heads
-    qkvz = (f"{first}.{n}" for n in ("q", "k", "v", "z"))
+    qkvz = (f"{ours}.{n}" for n in ("q", "k", "v", "z"))
     return [
         entry(f"{theirs}.in_proj_qkvz.weight", *qkvz, groups=groups),
-        entry(f"{theirs}.in_proj_ba.weight", f"{first}.beta", f"{first}.dt", groups=groups),
-        entry(f"{theirs}.conv1d.weight", *(f"{first}.conv_{n}" for n in "qkv"), squeeze=1),
-        entry(f"{theirs}.dt_bias", f"{ours}.small.dt_bias"),
-        entry(f"{theirs}.A_log", f"{ours}.small.A_log"),
-        entry(f"{theirs}.norm.weight", f"{second}.norm"),
-        entry(f"{theirs}.out_proj.weight", f"{second}.out"),
+        entry(f"{theirs}.in_proj_ba.weight", f"{ours}.beta", f"{ours}.dt", groups=groups),
+        entry(f"{theirs}.conv1d.weight", *(f"{ours}.conv_{n}" for n in "qkv"), squeeze=1),
+        entry(f"{theirs}.dt_bias", f"{ours}.dt_bias"),
+        entry(f"{theirs}.A_log", f"{ours}.A_log"),
+        entry(f"{theirs}.norm.weight", f"{ours}.norm"),
+        entry(f"{theirs}.out_proj.weight", f"{ours}.out"),
     ]
 
 
@@ -152,7 +152,7 @@ def qwen3_next_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig
     return [
         *mixture(packed, theirs, ours, config),
         *shared_expert(f"{theirs}.mlp.shared_expert", ours),
-        entry(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.first.shared_open"),
+        entry(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.shared_open"),
     ]
 
 
