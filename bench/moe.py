@@ -14,8 +14,8 @@ from torch import Tensor
 
 from colonnade.bench import need
 from colonnade.bench.timing import alternate, median_ratio
-from colonnade.models.blocks import BLOCKS, SubBlock
-from colonnade.models.config import ModelConfig
+from colonnade.models.blocks.base import SubBlock
+from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 
 EXPERTS, TOP_K = 8, 2
@@ -28,7 +28,7 @@ def our_block(D: int, F: int, capacity: float | None) -> SubBlock:
     config = ModelConfig(
         pattern="E", hidden=D, ffn=F, experts=EXPERTS, top_k=TOP_K, capacity=capacity, balance=0.0
     )
-    block = BLOCKS["E"](config, STD)
+    block = CARDS["E"].build(config, STD)
     generator = torch.Generator().manual_seed(0)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=STD, generator=generator)

@@ -18,7 +18,7 @@ from torch import Tensor
 from colonnade.bench import need
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import OptimizerConfig
-from colonnade.models.config import SYMBOLS, ModelConfig
+from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.materialise import materialise
@@ -91,7 +91,7 @@ def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     handles = []
     for t, symbol in enumerate(model.config.symbols):
         block = model.wiring.block(t)
-        handles.append(block.second.register_forward_hook(keep(f"{t} {SYMBOLS[symbol]}")))
+        handles.append(block.second.register_forward_hook(keep(f"{t} {CARDS[symbol].title}")))
     found["logits"] = model(tokens, context())
     for handle in handles:
         handle.remove()

@@ -1,13 +1,14 @@
 """Activations of MLPs and experts, alone or with the product that follows: only inputs are kept."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.activation_names import Activation, gated, polynomial
 from colonnade.kernels.cut import WHOLE, Cut, outside_graphs
 from colonnade.kernels.linear import product
 from colonnade.kernels.precision import wide
@@ -31,20 +32,9 @@ _IN_PLACE = {
     "swiglu": aten.silu_backward.grad_input,
     "geglu": aten.gelu_backward.grad_input,
 }
-_POLYNOMIALS = ("polyrelu", "polynorm")
 POLYNORM_EPS = 1e-6
 
-NAMES = (*_GATES, *_PLAIN, *_POLYNOMIALS)
-
-
-def gated(name: str) -> bool:
-    """Whether the activation has a gate projection beside `up`."""
-    return name in _GATES
-
-
-def polynomial(name: str) -> bool:
-    """Whether the activation has coefficients to learn, `poly`."""
-    return name in _POLYNOMIALS
+NAMES = get_args(Activation)
 
 
 def _sends(name: str, cut: Cut) -> bool:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from colonnade.kernels.linear import linear
 from colonnade.kernels.loss import linear_consistency, linear_objective
+from colonnade.models import records
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.mtp import Predictor, shifted
 from colonnade.models.names import CanonicalNames
-from colonnade.models.part import Part, Split, normal
+from colonnade.models.part import Part
 from colonnade.models.reparam import reparametrise
 from colonnade.models.seams import same
 from colonnade.models.wiring import Wiring
@@ -24,10 +25,8 @@ class Embedding(Part):
     """Token embeddings, `[V, D]`. `leave` is the seam of the same name of the wiring."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(records.embedding(config))
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
-        shape, split = (config.vocab, config.hidden), Split(0, config.vocab, "model.vocab")
-        self.declare("weight", shape, normal(config.init_std), "table", split=split)
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.weight_of("weight")
@@ -48,15 +47,11 @@ class Head(Part):
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
-        super().__init__()
+        super().__init__(records.head(config))
         self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
         self.alpha, self.scale = config.thor_alpha, 1.0
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.gather: Callable[[Tensor], Tensor] = lambda logits: logits
-        if not config.tied:
-            std = 0.0 if config.zero_init else config.init_std
-            shape, split = (config.vocab, config.hidden), Split(0, config.vocab, "model.vocab")
-            self.declare("weight", shape, normal(std), "reads", split=split)
 
     def forward(
         self, x: Tensor, labels: Tensor | None, tied: Tensor | None, context: Context

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from colonnade.kernels.linear import linear
 from colonnade.kernels.loss import IGNORED
+from colonnade.models import records
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.norms import Norm
-from colonnade.models.part import Part, normal
+from colonnade.models.part import Part
 from colonnade.models.wiring import Wiring
 
 
@@ -16,10 +17,7 @@ class Join(Part):
     """The two inputs of a module become one: `[S, B, D]` each to `[S, B, D]`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        for name in ("stream", "token"):
-            shape = config.hidden, config.hidden
-            self.declare(name, shape, normal(config.init_std), "writes")  # its output is a stream
+        super().__init__(records.join(config))
 
     def forward(self, stream: Tensor, token: Tensor) -> Tensor:
         return linear(stream, self.weight_of("stream")) + linear(token, self.weight_of("token"))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from colonnade.models.part import Fill, Part
+from colonnade.models.parameters import ParameterSpec, scaled
+from colonnade.models.part import declared
+from colonnade.models.records import records_of
 
 if TYPE_CHECKING:
     from colonnade.models.decoder import Decoder
@@ -20,30 +22,17 @@ def apply_mup(model: "Decoder") -> None:
     """Scale first weights, learning rates and outputs of `model` as its config's base asks."""
     base = model.config.base()
     assert base is not None
-    with torch.device("meta"):
-        small = type(model)(base)
     model.head.scale = base.hidden / model.config.hidden
-    parts = dict(small.named_modules())
-    for path, part in model.named_modules():
-        if isinstance(part, Part) and part is not model.head:
-            other = parts[path]
-            assert isinstance(other, Part)
-            scale_part(part, other)
+    smaller = records_of(base)
+    for name, _, spec in declared(model):
+        if spec.is_matrix and not name.startswith("head."):
+            scale(spec, smaller[name].shape)
 
 
-def scale_part(part: Part, base: Part) -> None:
-    """Apply the rules to one part's linear weights; vectors and embeddings stay as they are."""
-    for name, spec in part.specs.items():
-        if spec.role in ("table", "other"):
-            continue
-        shape, smaller = getattr(part, name).shape, getattr(base, name).shape
-        rows, columns = shape[-2] / smaller[-2], shape[-1] / smaller[-1]
-        if rows != 1 and columns != 1:
-            spec.fill, spec.rate = scaled(spec.fill, columns**-0.5), 1 / columns
-        elif columns != 1:
-            spec.transforms.append(partial(torch.mul, other=1 / columns))
-
-
-def scaled(fill: Fill, factor: float) -> Fill:
-    """`fill`, times a factor."""
-    return lambda t, g: (fill(t, g), t.mul_(factor))
+def scale(spec: ParameterSpec, base: tuple[int, ...]) -> None:
+    """Apply the rules to a linear weight; vectors and embeddings stay as they are."""
+    rows, columns = spec.shape[-2] / base[-2], spec.shape[-1] / base[-1]
+    if rows != 1 and columns != 1:
+        spec.fill, spec.rate = scaled(spec.fill, columns**-0.5), 1 / columns
+    elif columns != 1:
+        spec.transforms.append(partial(torch.mul, other=1 / columns))

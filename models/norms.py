@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from colonnade.kernels.norm import crms_norm, layer_norm, rms_norm
+from colonnade.models import records
 from colonnade.models.config import ModelConfig
-from colonnade.models.part import Part, constant
+from colonnade.models.part import Part
 
 
 class Norm(Part):
@@ -15,12 +16,9 @@ class Norm(Part):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(records.norm(config))
         self.kind, self.eps = config.norm, config.norm_eps
-        self.offset = 1.0 if config.norm == "rms_offset" else 0.0
-        self.declare("weight", (config.hidden,), constant(1.0 - self.offset))
-        if config.norm_bias and config.norm in ("layer", "pre_rms"):
-            self.declare("bias", (config.hidden,), constant(0.0))
+        self.offset = 1.0 - config.first_norm
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_of("weight")

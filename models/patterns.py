@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 
 
 def hybrid_pattern(
@@ -33,8 +33,8 @@ def hybrid_pattern(
             f"mlp = {mlp}: with attention = {attention} more than all layers; "
             f"give at most {1 - attention:g}"
         )
-    if len(set(symbols)) < 3 or not set(symbols) <= set(SYMBOLS):
-        known = " ".join(SYMBOLS)
+    if len(set(symbols)) < 3 or not set(symbols) <= set(CARDS):
+        known = " ".join(CARDS)
         raise ValueError(f"symbols = {symbols!r}: give three different ones of {known}")
     row = [symbols[0]] * layers
     count = round(layers * attention)

@@ -13,7 +13,7 @@ from torch import Tensor
 from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.precision import wide
 from colonnade.models.mup import apply_mup
-from colonnade.models.part import Part, constant
+from colonnade.models.part import Part
 
 if TYPE_CHECKING:
     from colonnade.models.decoder import Decoder
@@ -57,14 +57,9 @@ def spectral(part: Part) -> None:
     alone. The singular vectors are fp32 state, advanced by one power iteration per optimizer step,
     at the first use in training.
     """
-    for name, spec in list(part.specs.items()):
-        if spec.role not in ("reads", "inner", "writes"):
-            continue
-        *many, rows, columns = getattr(part, name).shape
-        part.declare(f"{name}_gain", tuple(many) or (1,), constant(0.0))
-        part.declare_state(f"{name}_left", (*many, rows), 0.0)
-        part.declare_state(f"{name}_right", (*many, columns), 0.0)
-        spec.transforms.append(partial(normalised, part, name))
+    for name, spec in part.specs.items():
+        if f"{name}_gain" in part.specs:  # declared beside it (`models.cards.base.gains`)
+            spec.transforms.append(partial(normalised, part, name))
 
 
 STARTING_ITERATIONS = 64  # of power iteration, the first time

@@ -1,16 +1,11 @@
 """Seams: where `parallel/` takes part in a sub-block, declared with their arguments."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# How an argument lies over the heads of a sub-block (of Mamba-1 the channels), which do not meet:
-# head      [S, B, H, ...]  of each head
-# group     [S, B, G, ...]  of each group of heads; where ranks outnumber groups, several share one
-# shared    [S, B, ...]     the same for all heads
-# constant  [H, ...]        of each head, for all tokens
-Kind = Literal["head", "group", "shared", "constant"]
+from colonnade.models.cards.base import Kind
 
 
 class Seam(NamedTuple):

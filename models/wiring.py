@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from colonnade.models.blocks import BLOCKS, SubBlock
-from colonnade.models.config import CHANNEL_MIXERS, ModelConfig
+from colonnade.models.blocks.base import SubBlock
+from colonnade.models.config import CARDS, ModelConfig, mixes_sequence
 from colonnade.models.context import Context
 from colonnade.models.norms import Norm
+from colonnade.models.records import writing_std
 
 
 def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
@@ -24,8 +25,8 @@ def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
         last = len(row) if config.ladder_last is None else config.ladder_last
         return [t > 0 and t >= len(row) - last for t in range(len(row))]
     if config.residual == "parallel":
-        channel = [symbol in CHANNEL_MIXERS for symbol in row]
-        return [t > 0 and channel[t] and not channel[t - 1] for t in range(len(row))]
+        mixers = [mixes_sequence(symbol) for symbol in row]
+        return [t > 0 and mixers[t - 1] and not mixers[t] for t in range(len(row))]
     return [False] * len(row)
 
 
@@ -45,8 +46,8 @@ class Wiring(nn.Module):
 
     def __init__(self, config: ModelConfig, row: str, distinct: int, start: int = 0) -> None:
         super().__init__()
-        out_std = config.init_std * len(row) ** -0.5  # one residual add per sub-block
-        self.blocks = nn.ModuleList(BLOCKS[s](config, out_std) for s in row[:distinct])
+        std = writing_std(config, row)
+        self.blocks = nn.ModuleList(CARDS[s].build(config, std) for s in row[:distinct])
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.norms = nn.ModuleList(Norm(config) for _ in row if before)
         self.after = nn.ModuleList(Norm(config) for _ in row if after)

@@ -12,7 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
-from colonnade.models.part import Fill, Part
+from colonnade.models.parameters import Fill
+from colonnade.models.part import Part
 
 BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
 

@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 
-from colonnade.models.blocks import SubBlock
-from colonnade.models.blocks.base import conv_here
+from colonnade.models.blocks.base import SubBlock, conv_here
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.part import Part

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from colonnade.models.blocks import SubBlock
+from colonnade.models.blocks.base import SubBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.seams import Seam
 
-# Seams at which tokens of a sequence meet; where ranks share sequences one of these is filled.
-ALONG_SEQUENCE = ("attend", "scan")
 FILLED_BY = {
     "attach": "tp",
     "attend": "cp", "scan": "cp", "conv": "cp", "whole": "cp", "mine": "cp",
@@ -67,15 +65,15 @@ def check_sequence_mixers(model: Decoder) -> None:
     """
     for path, block in sub_blocks(model):
         kind = type(block).__name__
-        mixes = getattr(block, "mixes", None)
-        if mixes not in ("sequence", "channels"):
+        if not hasattr(block.card, "mixing"):
             raise RefusedError(
-                f"{path}: {kind} does not say what it mixes, so cp could leave it local without "
-                "a word; declare `mixes`, 'sequence' or 'channels'"
+                f"{path}: the card of {kind} does not say what it mixes, so cp could leave it "
+                "local without a word; give it `mixing`, None if it works token by token"
             )
         declared = [seam.name for half in (block.first, block.second) for seam in half.seams or ()]
-        if mixes == "sequence" and not set(declared) & set(ALONG_SEQUENCE):
+        mixing = block.card.mixing
+        if mixing is not None and mixing.seam not in declared:
             raise RefusedError(
                 f"{path}: {kind} mixes along the sequence and has no seam where ranks could take "
-                f"part; declare one of {', '.join(ALONG_SEQUENCE)} on the half that mixes"
+                f"part; declare {mixing.seam} on the half that mixes"
             )

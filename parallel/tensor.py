@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from colonnade.kernels.cut import Cut, outside_graphs
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import ParameterSpec, Part, Split
+from colonnade.models.parameters import ParameterSpec, Split
+from colonnade.models.part import Part
 from colonnade.parallel.gradients import local_gradients
 from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
 

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from colonnade.launcher.recipe.hints import schema_of
 from colonnade.launcher.recipe.tables import Recipe, SourceConfig
-from colonnade.launcher.recipe.unused import EFFECTS
+from colonnade.launcher.recipe.unused import conditions
 from colonnade.models.config import ModelConfig, Options
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "recipe.md"
@@ -51,7 +51,7 @@ def default(info: Any) -> str:
 
 def unused(field: str) -> str:
     """When a field has no effect."""
-    return "; ".join(effect.otherwise for effect in EFFECTS if field in effect.fields.split())
+    return "; ".join(told for name, told in conditions() if name == field)
 
 
 def lines(table: type[BaseModel], name: str, fields: list[str], prefix: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import Layout, covering, write_layout
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 
 # Values of every field that changes the function trained or how a layout computes it.
 MODEL: dict[str, tuple[Any, ...]] = {
@@ -65,7 +65,7 @@ def random_recipe(seed: int, ranks: int, symbols: str = "") -> tuple[Recipe, Lay
 
 def drawn(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None:
     """A draw, or None where it is not valid whatever is taken back of it."""
-    pattern = "".join(rng.choices(list(SYMBOLS), k=rng.randint(1, 5)))
+    pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 5)))
     if symbols and not set(symbols) & set(pattern):
         return None
     layout: Layout = dict(rng.choice(list(covering(ranks))))
@@ -75,7 +75,7 @@ def drawn(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None
     given |= {f"optimizer.{name}": value for name, value in chosen(rng, OPTIMIZER, 0.3)}
     given |= {f"train.{name}": value for name, value in chosen(rng, TRAIN, 0.3)}
     given |= {f"parallel.{name}": value for name, value in chosen(rng, PARALLEL, 0.5)}
-    mtp_pattern = "".join(rng.choices(list(SYMBOLS), k=rng.randint(1, 2)))
+    mtp_pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 2)))
     given |= {"model.pattern": pattern, "model.mtp_pattern": mtp_pattern}
     given |= {"train.seed": rng.randrange(10_000), "train.seq_len": 64, "train.micro_batch": 4}
     return mended(given, layout, ranks)

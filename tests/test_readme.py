@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.launcher.cli import main
 from colonnade.launcher.recipe.load import load_recipe
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -27,7 +27,7 @@ def test_the_table_is_the_tests() -> None:
 
 def test_every_symbol_is_in_it() -> None:
     rows = [row for row in shown() if not any(c.islower() for c in row.symbols[1:])]
-    assert set(SYMBOLS) <= {symbol for row in rows for symbol in row.symbols}
+    assert set(CARDS) <= {symbol for row in rows for symbol in row.symbols}
 
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

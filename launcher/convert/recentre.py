@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from colonnade.models.config import ModelConfig
-from colonnade.models.decoder import Decoder
-from colonnade.models.part import Role, declared
+from colonnade.models.parameters import Role
+from colonnade.models.records import records_of
 from colonnade.models.reparam import centred
 
 Weights = Mapping[str, Tensor]
@@ -31,7 +31,7 @@ def to_pre_rms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict
     for name, role in roles.items():
         if role in ("writes", "table"):
             made[name] = centred(weights[name], -2 if role == "writes" else -1)
-    return config.model_copy(update={"norm": "pre_rms", "tied": False}), made
+    return config.changed(norm="pre_rms", tied=False), made
 
 
 def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -66,9 +66,7 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
             made[name] = weight[..., :-1]
         elif is_stream_norm(name):
             made[name] = torch.ones_like(weight[:-1])
-    return explicit(centred_config).model_copy(
-        update={"norm": "crms", "hidden": config.hidden - 1}
-    ), made
+    return centred_config.explicit().changed(norm="crms", hidden=config.hidden - 1), made
 
 
 def check(config: ModelConfig) -> None:
@@ -80,10 +78,8 @@ def check(config: ModelConfig) -> None:
 
 
 def roles_of(config: ModelConfig) -> dict[str, Role]:
-    """The role of every parameter, by its full name."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    return {name: spec.role for name, _, spec in declared(model)}
+    """The role of every parameter, by its name."""
+    return {name: record.role for name, record in records_of(config).items() if not record.state}
 
 
 def is_stream_norm(name: str) -> bool:
@@ -97,17 +93,3 @@ def norm_before(name: str) -> str:
         return "final.weight"
     index = name.removeprefix("blocks.").split(".")[0]
     return f"norms.{index}.weight"
-
-
-def explicit(config: ModelConfig) -> ModelConfig:
-    """The config with every width written out that else follows from `hidden`."""
-    c = config
-    return c.model_copy(
-        update={
-            "head_dim": c.head_dim or c.hidden // c.heads,
-            "mamba_heads": c.mamba_heads or 2 * c.hidden // c.mamba_head_dim,
-            "mamba1_inner": c.mamba1_inner or 2 * c.hidden,
-            "mamba1_rank": c.mamba1_rank or -(-c.hidden // 16),
-            "delta_heads": c.delta_heads or c.hidden // c.delta_key_dim,
-        }
-    )

@@ -22,6 +22,7 @@ from colonnade.launcher.recipe.hints import (
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import given, no_effect
 from colonnade.launcher.recipe.validate import findings
+from colonnade.models.options import Formula
 
 
 def load_recipe(
@@ -135,8 +136,8 @@ def _parse(document: dict[str, Any], mistakes: _Mistakes) -> Recipe:
         around = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
         for e in errors:
             location = e["loc"]
-            if location in around:  # only says that something inside was wrong
-                continue
+            if location in around or e["type"] == "default_factory_not_called":
+                continue  # only says that something inside, or in a formula, was wrong
             if e["type"] == "extra_forbidden":
                 mistakes.add(dotted(location), e["input"], *unknown(location))
             else:
@@ -281,7 +282,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _lines(recipe: Recipe, table: BaseModel, location: Location) -> Iterator[str]:
-    values = {name: getattr(table, name) for name in type(table).model_fields}
+    names = (name for name in type(table).model_fields if not _follows(table, name))
+    values = {name: getattr(table, name) for name in names}
     for name, value in values.items():
         field = dotted((*location, name))
         if value is None or _tables(value) or no_effect(recipe, field):
@@ -296,6 +298,12 @@ def _lines(recipe: Recipe, table: BaseModel, location: Location) -> Iterator[str
         elif _tables(value):
             for index, entry in enumerate(value):
                 yield from ("", f"[[{dotted(inner)}]]", *_lines(recipe, entry, (*inner, index)))
+
+
+def _follows(table: BaseModel, name: str) -> bool:
+    """Whether a field follows from others again when it is read, in a base of muP from its own."""
+    formula = isinstance(type(table).model_fields[name].default_factory, Formula)
+    return formula and name not in table.model_fields_set
 
 
 def _tables(value: object) -> bool:

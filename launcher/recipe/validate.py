@@ -14,9 +14,9 @@ from colonnade.launcher.recipe.rules import (
     context,
     experts,
     layout,
-    mixers,
     row,
     run,
+    sizes,
 )
 from colonnade.launcher.recipe.rules.base import Rule
 from colonnade.launcher.recipe.tables import Recipe
@@ -25,7 +25,7 @@ from colonnade.launcher.recipe.unused import given, involved, no_effect
 RULES: list[tuple[tuple[str, ...], Rule]] = [
     *row.RULES,
     *attention.RULES,
-    *mixers.RULES,
+    *sizes.RULES,
     *experts.RULES,
     *base_model.RULES,
     *layout.RULES,

@@ -2,26 +2,10 @@
 
 import math
 
-from colonnade.launcher.convert.recentre import explicit
-from colonnade.models.config import ModelConfig
+from colonnade.models.config import FACTS, ModelConfig
 
 REPEATS = 2  # of the pattern, at most
 STD = 0.2  # of first weights: narrow layers need large ones for outputs of about their inputs' size
-
-# Widths, with how narrow they may become. Those that ranks divide keep their common divisors.
-DIVIDED = {
-    "hidden": 24, "vocab": 40, "ffn": 24, "expert_ffn": 12, "shared_ffn": 12, "mamba1_inner": 16,
-}  # fmt: skip
-WHOLE = {
-    "head_dim": 4, "q_rank": 8, "kv_rank": 8, "rope_dim": 4, "value_dim": 6, "mamba_head_dim": 4,
-    "mamba1_rank": 2, "delta_key_dim": 4, "delta_value_dim": 6,
-}  # fmt: skip
-COUNTS = ("heads", "kv_heads", "mamba_heads", "mamba_groups", "delta_heads", "delta_key_heads")
-# Lengths and states, of which no base model of muP differs.
-SHORT = {
-    "mamba_state": 4, "mamba_chunk": 4, "mamba1_state": 4, "mamba1_chunk": 4, "delta_chunk": 4,
-    "window": 5, "rope_original": 8,
-}  # fmt: skip
 
 
 def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
@@ -30,7 +14,8 @@ def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
     basis = sizes if base is None else sizes_of(base)
     pairs = {n: narrow(m, n, size, basis.get(n, size), ranks) for n, size in sizes.items()}
     widths = {name: width for name, (width, _) in pairs.items()}
-    short = {n: min(getattr(m, n), least) for n, least in SHORT.items() if getattr(m, n)}
+    lengths = {n: known.least for n, known in FACTS.items() if known.kind == "length"}
+    short = {n: min(getattr(m, n), least) for n, least in lengths.items() if getattr(m, n)}
     update: dict[str, object] = {**widths, **short, **rows(m)}
     update |= {"repeat": min(m.repeat, REPEATS), "init_std": STD}
     if base is not None:
@@ -39,23 +24,21 @@ def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
         if m.attention_gate == "head":  # its slices of the stream are as wide as the model's
             smaller["hidden"] = widths["hidden"] // m.heads * base.heads
         update["mup_base"] = smaller
-    given = {name: getattr(m, name) for name in m.model_fields_set}
-    return type(m).model_validate(given | update)
+    return m.changed(**update)
 
 
 def sizes_of(m: ModelConfig) -> dict[str, int]:
     """All widths and numbers of heads that a model has, those that follow from others, too."""
-    full = explicit(m)
-    names = (*DIVIDED, *WHOLE, *COUNTS)
-    return {name: size for name in names if (size := getattr(full, name))}
+    names = (name for name, known in FACTS.items() if known.kind in ("width", "heads"))
+    return {name: size for name in names if (size := getattr(m, name))}
 
 
 def narrow(m: ModelConfig, name: str, size: int, base: int, ranks: int) -> tuple[int, int]:
     """A size, and that of muP's base model: counts stay, widths shrink and keep a factor of 2."""
-    if name in COUNTS:
+    if FACTS[name].kind == "heads":
         return size, base
     halved = base != size
-    least = (DIVIDED | WHOLE)[name] * (2 if halved else 1)
+    least = FACTS[name].least * (2 if halved else 1)
     widths = (w for w in range(least, size) if fits(m, name, w, size, ranks, halved))
     width = next(widths, None)
     if width is None:
@@ -65,7 +48,7 @@ def narrow(m: ModelConfig, name: str, size: int, base: int, ranks: int) -> tuple
 
 def fits(m: ModelConfig, name: str, width: int, size: int, ranks: int, halved: bool) -> bool:
     """Whether a model may have this width, and half of it, instead of `size`."""
-    if name in DIVIDED:
+    if FACTS[name].divided:
         slices = m.heads if name == "hidden" and m.attention_gate == "head" else 1
         return math.gcd(width, ranks) == math.gcd(size, ranks) and width % slices == 0
     if name == "head_dim" and m.attention == "gqa" and m.positions == "rope":

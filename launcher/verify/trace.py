@@ -18,7 +18,8 @@ from colonnade.launcher.train.job import build_model
 from colonnade.launcher.train.schedule import micro_batches
 from colonnade.launcher.train.step import train_step
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Fill, Part
+from colonnade.models.parameters import Fill
+from colonnade.models.part import Part
 from colonnade.parallel.engine import Engine
 from colonnade.parallel.gradients import clip_gradients
 from colonnade.parallel.mesh import data_rank

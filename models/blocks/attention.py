@@ -12,9 +12,12 @@ from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
 from colonnade.models.blocks.base import Convolving, SubBlock
+from colonnade.models.cards.attention import ATTEND
+from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, Split, constant, last_tap, normal
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 
@@ -73,35 +76,14 @@ def score_scale(config: ModelConfig) -> float:
 class QKV(Convolving):
     """Queries, keys, values and gate: `[S, B, D]` to `[S, B, heads, P]` each."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+    def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
+        super().__init__(records)
         c = config
-        self.width = c.head_dim or c.hidden // c.heads
+        self.width = c.head_dim
         self.rotated = round(self.width * c.rope_fraction) if c.positions == "rope" else 0
         self.theta, self.scaling = c.rope_theta, rope_scaling(c)
         self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
-        queries = Split(0, c.heads, "model.heads")
-        keys = Split(0, c.kv_heads, "model.kv_heads", shared=True) if c.kv_heads else queries
-        for name, split in {"q": queries, "k": keys, "v": keys}.items():
-            std = 0.0 if name == "q" and c.zero_init else c.init_std
-            shape = split.pieces * self.width, c.hidden
-            self.declare(name, shape, normal(std), "reads", split=split)
-            if self.taps:  # the identity at first
-                taps = shape[0], self.taps
-                self.declare(f"conv_{name}", taps, last_tap, decay=False, split=split)
-            if c.qk_norm != "none" and name != "v":
-                full = c.qk_norm == "full"
-                width = shape[0] if full else self.width
-                first = constant(1.0 - self.offset)
-                self.declare(f"{name}_norm", (width,), first, split=split if full else None)
-        if c.attention_gate == "channel":
-            shape = c.heads * self.width, c.hidden
-            self.declare("gate_z", shape, normal(c.init_std), "reads", split=queries)
-        elif c.attention_gate == "head":
-            shape = c.heads, c.hidden // c.heads
-            self.declare("gate_w", shape, normal(c.init_std), split=queries)
-            self.declare("gate_b", shape[:1], constant(0.0), split=queries)
 
     def project(self, x: Tensor, name: str, context: Context) -> Tensor:
         """One of q, k, v before positions: `[S, B, heads, P]`."""
@@ -141,13 +123,8 @@ class QKV(Convolving):
 class AttendOut(Part):
     """Attention, gate and output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("attend", attend_here, {"q": "head", "k": "group", "v": "group"}),)
+    seams = (Seam("attend", attend_here, ATTEND.kinds),)
     attend: Attend
-
-    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
-        super().__init__()
-        shape, split = (config.hidden, config.heads * width), Split(1, config.heads, "model.heads")
-        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(self, carried: tuple[Projected, Softmax], context: Context) -> Tensor:
         p, softmax = carried
@@ -159,14 +136,6 @@ class AttendOut(Part):
 
 class Temperature(Part):
     """Sinks and the growth of the temperature, `[H]` each, in fp32 whatever the precision."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        split = Split(0, config.heads, "model.heads")
-        if config.sinks:
-            self.declare("sinks", (config.heads,), constant(0.0), split=split)
-        if config.position_temperature:
-            self.declare("growth", (config.heads,), constant(1.5), split=split)
 
     def scale(self, q: Tensor, positions: Tensor) -> Tensor:
         """q times 1 + exp(−exp(β)) ln n, n the position from 1.
@@ -185,17 +154,20 @@ class Temperature(Part):
 class Attention(SubBlock):
     """Halves: `q, k, v, positions | attend, gate, out`."""
 
-    mixes = "sequence"
-
     small: Temperature
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
         self.config, self.scale = config, score_scale(config)
-        width = config.head_dim or config.hidden // config.heads
-        self.first = QKV(config)
-        self.small = Temperature(config)
-        self.second = AttendOut(config, width, out_std)
+        records = card.records(config, out_std)
+        self.first = self.projections(of_half(records, "first"), config)
+        self.small = Temperature(of_half(records, "small"))
+        self.second = AttendOut(of_half(records, "second"))
+
+    @staticmethod
+    def projections(records: list[ParameterSpec], config: ModelConfig) -> Part:
+        """The first half."""
+        return QKV(records, config)
 
     def begin(self, x: Tensor, context: Context) -> Projected:
         p: Projected = self.first(x, context)
@@ -215,11 +187,3 @@ class Attention(SubBlock):
             None if clip == (0.0, 1.0) else clip,
         )
         return self.second((carried, softmax), context)
-
-    def mixing_flops(self, seq_len: int, index: int) -> int:
-        # scores and values, 2 FLOPs each per visible key; causal, so half of them without a window
-        c, width = self.config, self.config.score_width
-        values = c.value_dim or c.head_dim or c.hidden // c.heads
-        window = min(c.window_of(index) or seq_len, seq_len)
-        seen = window - window * window / (2 * seq_len)
-        return round(2 * seen * c.heads * (width + values))

@@ -1,12 +1,13 @@
 """What the residual wiring sees of a sub-block: two halves, called one after the other."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from colonnade.kernels.conv import causal_conv
+from colonnade.models.cards.base import Card
 from colonnade.models.context import Context
 from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part
@@ -20,11 +21,11 @@ class SubBlock(CanonicalNames):
     stay in fp32 whatever the precision (routers, decay rates), and is used by `begin` or `finish`.
     A sub-block may stand at several places of the row; `context.index` says at which it is called.
 
-    Every class declares what it `mixes`, and its halves, and where it needs any it itself, declare
+    Its `card` says all that is known of it. Its halves, and where it needs any it itself, declare
     their `seams`: parallelism refuses what does not say so.
     """
 
-    mixes: ClassVar[Literal["sequence", "channels"]]
+    card: Card
     seams: ClassVar[tuple[Seam, ...]] = ()
 
     first: Part
@@ -32,8 +33,9 @@ class SubBlock(CanonicalNames):
     small: Part
     share = 1.0  # of a sequence that this rank has
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card) -> None:
         super().__init__()
+        self.card = card
         for seam in self.seams:
             setattr(self, seam.name, seam.local)
 
@@ -44,14 +46,6 @@ class SubBlock(CanonicalNames):
     def finish(self, carried: Any, context: Context) -> Tensor:
         """Second half. Returns `[S, B, D]`, to be added to the stream."""
         return self.second(carried, context)
-
-    def mixing_flops(self, seq_len: int, index: int) -> int:
-        """Forward FLOPs per token at this place beside those of the weights (2 per weight used)."""
-        return 0
-
-    def idle_weights(self) -> int:
-        """Weights that one token does not use (experts not chosen)."""
-        return 0
 
 
 # x, weight, bias, whether SiLU follows, the name under which it keeps its last inputs, context

@@ -12,20 +12,14 @@ from colonnade.kernels.norm import l2_norm, rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
 from colonnade.models.blocks.base import Convolving, SubBlock
+from colonnade.models.cards.base import Card
+from colonnade.models.cards.delta import rule
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import (
-    Part,
-    Split,
-    constant,
-    inverse_softplus_dt,
-    log_uniform_a,
-    normal,
-    uniform,
-)
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
-HEADS = "model.delta_heads"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, Context], Tensor]
 
 
@@ -63,24 +57,9 @@ def scan_here(
 class InConv(Convolving):
     """Projections, and the causal convolutions of q, k, v."""
 
-    def __init__(self, config: ModelConfig, key_heads: int, heads: int, gated: bool) -> None:
-        super().__init__()
-        self.key, self.gated = config.delta_key_dim, gated
-        self.value = config.delta_value_dim or self.key
-        keys, values = key_heads * self.key, heads * self.value
-        widths = {"q": keys, "k": keys, "v": values, "beta": heads}
-        if gated:
-            widths |= {"dt": heads, "z": values}
-        own = Split(0, heads, HEADS)
-        shared = Split(0, key_heads, "model.delta_key_heads", shared=True)
-        bound = config.delta_conv**-0.5  # a depthwise filter's fan-in is its width
-        for name, width in widths.items():
-            split = shared if name in "qk" and config.delta_key_heads else own
-            shape = width, config.hidden
-            self.declare(name, shape, normal(config.init_std), "reads", split=split)
-            if name in ("q", "k", "v"):
-                taps = width, config.delta_conv
-                self.declare(f"conv_{name}", taps, uniform(-bound, bound), split=split)
+    def __init__(self, records: list[ParameterSpec], key: int, value: int) -> None:
+        super().__init__(records)
+        self.key, self.value = key, value
 
     def forward(self, x: Tensor, context: Context) -> Projected:
         def convolved(name: str, width: int) -> Tensor:
@@ -88,25 +67,21 @@ class InConv(Convolving):
             y = self.conv(y, weight, None, True, f"conv_{name}", context)
             return y.unflatten(-1, (-1, width))
 
+        gate = None
+        if "z" in self.specs:
+            gate = linear(x, self.weight_of("z")).unflatten(-1, (-1, self.value))
         return Projected(
             convolved("q", self.key),
             convolved("k", self.key),
             convolved("v", self.value),
             linear(x, self.weight_of("beta")),
-            linear(x, self.weight_of("dt")) if self.gated else None,
-            linear(x, self.weight_of("z")).unflatten(-1, (-1, self.value)) if self.gated else None,
+            linear(x, self.weight_of("dt")) if "dt" in self.specs else None,
+            gate,
         )
 
 
 class Decay(Part):
     """log A and dt bias, `[H]` each (gated), in fp32 whatever the precision."""
-
-    def __init__(self, heads: int, gated: bool) -> None:
-        super().__init__()
-        if gated:
-            split = Split(0, heads, HEADS)
-            self.declare("A_log", (heads,), log_uniform_a(0.01, 16.0), split=split)
-            self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
 
     def log_decay(self, dt: Tensor | None) -> Tensor | None:
         """−exp(A_log) softplus(dt + bias), `[S, B, H]`."""
@@ -118,22 +93,13 @@ class Decay(Part):
 class DeltaOut(Part):
     """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
 
-    seams = (
-        Seam(
-            "scan", scan_here,
-            {"q": "group", "k": "group", "v": "head", "beta": "head", "decay": "head"},
-        ),
-    )  # fmt: skip
+    seams = (Seam("scan", scan_here, rule(gated=True).kinds),)
     scan: Scan
 
-    def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
-        super().__init__()
+    def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
+        super().__init__(records)
         self.chunk, self.eps = config.delta_chunk, config.norm_eps
         self.strength = 2.0 if config.delta_negative else 1.0
-        value = config.delta_value_dim or config.delta_key_dim
-        self.declare("norm", (value,), constant(1.0))
-        shape, split = (config.hidden, heads * value), Split(1, heads, HEADS)
-        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(self, carried: tuple[Projected, Tensor | None], context: Context) -> Tensor:
         p, decay = carried
@@ -149,26 +115,14 @@ class DeltaOut(Part):
 class DeltaNet(SubBlock):
     """Halves: `projections, convolution | delta rule, norm, gate, out`."""
 
-    mixes = "sequence"
-
     small: Decay
 
-    def __init__(self, config: ModelConfig, out_std: float, gated: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.heads = config.delta_heads or config.hidden // config.delta_key_dim
-        self.first = InConv(config, config.delta_key_heads or self.heads, self.heads, gated)
-        self.small = Decay(self.heads, gated)
-        self.second = DeltaOut(config, self.heads, out_std)
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        records = card.records(config, out_std)
+        self.first = InConv(of_half(records, "first"), config.delta_key_dim, config.delta_value_dim)
+        self.small = Decay(of_half(records, "small"))
+        self.second = DeltaOut(of_half(records, "second"), config)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         return self.second((carried, self.small.log_decay(carried.dt)), context)
-
-    def mixing_flops(self, seq_len: int, index: int) -> int:
-        # per token and head: K Kᵀ, Q Kᵀ and the solve over half a chunk, its products with K and
-        # V, and reading, correcting and writing the state
-        c = self.config
-        key, value = c.delta_key_dim, c.delta_value_dim or c.delta_key_dim
-        half = min(c.delta_chunk, seq_len) // 2
-        inside = 2 * half * (3 * key + 2 * value)
-        return self.heads * (inside + 6 * key * value)

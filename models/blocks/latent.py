@@ -6,23 +6,11 @@ from torch import Tensor
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.rope import rotate
-from colonnade.models.blocks.attention import (
-    AttendOut,
-    Attention,
-    Projected,
-    Temperature,
-    rope_scaling,
-    score_scale,
-)
-from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.attention import Attention, Projected, rope_scaling
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, Split, constant, normal
-
-
-def latent_eps(config: ModelConfig) -> float:
-    """The epsilon of the norms of latents."""
-    return config.norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
+from colonnade.models.parameters import ParameterSpec
+from colonnade.models.part import Part
 
 
 class Latents(Part):
@@ -33,32 +21,17 @@ class Latents(Part):
 
     seams = ()
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+    def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
+        super().__init__(records)
         c = config
-        self.own = c.head_dim or c.hidden // c.heads
-        self.value = c.value_dim or self.own
+        self.own, self.value = c.head_dim, c.value_dim
         self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
-        self.scaling, self.eps, self.q_rank = rope_scaling(c), latent_eps(c), c.q_rank
+        self.scaling, self.eps = rope_scaling(c), c.latent_norm_eps
         self.window_of = c.window_of
-        queries = c.heads * (self.own + self.rotated)
-        q_std, split = 0.0 if c.zero_init else c.init_std, Split(0, c.heads, "model.heads")
-        if c.q_rank:
-            self.declare("q_a", (c.q_rank, c.hidden), normal(c.init_std), "reads")
-            self.declare("q_norm", (c.q_rank,), constant(1.0))
-            self.declare("q_b", (queries, c.q_rank), normal(q_std), "inner", split=split)
-        else:
-            self.declare("q", (queries, c.hidden), normal(q_std), "reads", split=split)
-        self.declare("kv_a", (c.kv_rank, c.hidden), normal(c.init_std), "reads")
-        self.declare("kv_norm", (c.kv_rank,), constant(1.0))
-        self.declare("k_rope", (self.rotated, c.hidden), normal(c.init_std), "reads")
-        for name, width in (("k_b", self.own), ("v_b", self.value)):
-            shape = c.heads * width, c.kv_rank
-            self.declare(name, shape, normal(c.init_std), "inner", split=split)
 
     def queries(self, x: Tensor) -> Tensor:
         """`[S, B, H * P]`."""
-        if not self.q_rank:
+        if "q" in self.specs:
             return linear(x, self.weight_of("q"))
         latent = rms_norm(linear(x, self.weight_of("q_a")), self.weight_of("q_norm"), self.eps)
         return linear(latent, self.weight_of("q_b"))
@@ -83,12 +56,10 @@ class Latents(Part):
 class LatentAttention(Attention):
     """Halves: `queries, latent, keys, values | attend, out`."""
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        SubBlock.__init__(self)
-        self.config, self.scale = config, score_scale(config)
-        self.first = Latents(config)
-        self.small = Temperature(config)
-        self.second = AttendOut(config, self.first.value, out_std)
+    @staticmethod
+    def projections(records: list[ParameterSpec], config: ModelConfig) -> Part:
+        """The first half."""
+        return Latents(records, config)
 
     def begin(self, x: Tensor, context: Context) -> Projected:
         p: Projected = self.first(x, context)

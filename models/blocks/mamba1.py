@@ -12,20 +12,14 @@ from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
 from colonnade.kernels.selective_scan import selective_scan
 from colonnade.models.blocks.base import Convolving, SubBlock
+from colonnade.models.cards.base import Card
+from colonnade.models.cards.mamba1 import SCAN
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import (
-    Part,
-    Split,
-    constant,
-    inverse_softplus_dt,
-    log_counting,
-    normal,
-    uniform,
-)
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
-CHANNELS = "model.mamba1_inner"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
@@ -53,17 +47,6 @@ def scan_here(
 class InConv(Convolving):
     """Projections to z and x, and the causal convolution of x."""
 
-    def __init__(self, config: ModelConfig, inner: int) -> None:
-        super().__init__()
-        split = Split(0, inner, CHANNELS)
-        for name in "zx":
-            self.declare(
-                name, (inner, config.hidden), normal(config.init_std), "reads", split=split
-            )
-        bound = config.mamba1_conv**-0.5  # a depthwise filter's fan-in is its width
-        self.declare("conv_x", (inner, config.mamba1_conv), uniform(-bound, bound), split=split)
-        self.declare("conv_x_bias", (inner,), uniform(-bound, bound), split=split)
-
     def forward(self, u: Tensor, context: Context) -> Projected:
         weight, bias = self.weight_of("conv_x"), self.weight_of("conv_x_bias")
         x = self.conv(linear(u, self.weight_of("x")), weight, bias, True, "conv_x", context)
@@ -73,42 +56,16 @@ class InConv(Convolving):
 class Decay(Part):
     """log A `[C, N]`, dt bias and the skip D `[C]`, in fp32 whatever the precision."""
 
-    def __init__(self, inner: int, state: int) -> None:
-        super().__init__()
-        split = Split(0, inner, CHANNELS)
-        self.declare("A_log", (inner, state), log_counting, decay=False, split=split)
-        self.declare("dt_bias", (inner,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
-        self.declare("D", (inner,), constant(1.0), split=split)
-
-
-def rank_of(config: ModelConfig) -> int:
-    """The rank of dt."""
-    return config.mamba1_rank or -(-config.hidden // 16)
-
 
 class ScanOut(Part):
     """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
 
-    seams = (
-        Seam(
-            "scan", scan_here,
-            {"x": "head", "dt": "head", "A": "constant", "B": "shared", "C": "shared",
-             "D": "constant"},
-        ),
-    )  # fmt: skip
+    seams = (Seam("scan", scan_here, SCAN.kinds),)
     scan: Scan
 
-    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
-        super().__init__()
-        self.chunk, rank = config.mamba1_chunk, rank_of(config)
-        bound = rank_of(config.base() or config) ** -0.5  # muP scales the base's bound by itself
-        for name, width in (("dt_a", rank), ("B", config.mamba1_state), ("C", config.mamba1_state)):
-            shape, split = (width, inner), Split(1, inner, CHANNELS)
-            self.declare(name, shape, normal(config.init_std), "inner", split=split)
-        split = Split(0, inner, CHANNELS)
-        self.declare("dt_b", (inner, rank), uniform(-bound, bound), "inner", split=split)
-        shape, split = (config.hidden, inner), Split(1, inner, CHANNELS)
-        self.declare("out", shape, normal(out_std), "writes", split=split)
+    def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
+        super().__init__(records)
+        self.chunk = chunk
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt within its rank, B and C of every token, from all channels: `[S, B, R or N]`."""
@@ -132,20 +89,14 @@ class ScanOut(Part):
 class Mamba1(SubBlock):
     """Halves: `projections, convolution | selection, scan, gate, out`."""
 
-    mixes = "sequence"
-
     small: Decay
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        self.inner = config.mamba1_inner or 2 * config.hidden
-        self.state = config.mamba1_state
-        self.first = InConv(config, self.inner)
-        self.small = Decay(self.inner, self.state)
-        self.second = ScanOut(config, self.inner, out_std)
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        records = card.records(config, out_std)
+        self.first = InConv(of_half(records, "first"))
+        self.small = Decay(of_half(records, "small"))
+        self.second = ScanOut(of_half(records, "second"), config.mamba1_chunk)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         return self.second((carried, self.small), context)
-
-    def mixing_flops(self, seq_len: int, index: int) -> int:
-        return 6 * self.inner * self.state  # decay, write and read of every state, 2 each

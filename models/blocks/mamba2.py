@@ -12,17 +12,12 @@ from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import Passing
 from colonnade.kernels.ssd import ssd
 from colonnade.models.blocks.base import Convolving, SubBlock
+from colonnade.models.cards.base import Card
+from colonnade.models.cards.mamba2 import SCAN
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import (
-    Part,
-    Split,
-    constant,
-    inverse_softplus_dt,
-    log_uniform_a,
-    normal,
-    uniform,
-)
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 
@@ -36,7 +31,6 @@ class Projected(NamedTuple):
     dt: Tensor  # [S, B, H] before bias and softplus
 
 
-HEADS = "model.mamba_heads"
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
@@ -57,24 +51,6 @@ def scan_here(
 class InConv(Convolving):
     """Projections to z, x, B, C, dt, and the causal convolution of x, B, C."""
 
-    def __init__(self, config: ModelConfig, heads: int) -> None:
-        super().__init__()
-        inner = heads * config.mamba_head_dim
-        state = config.mamba_groups * config.mamba_state
-        own, groups = (
-            Split(0, heads, HEADS),
-            Split(0, config.mamba_groups, "model.mamba_groups", shared=True),
-        )
-        widths = {"z": inner, "x": inner, "B": state, "C": state, "dt": heads}
-        bound = config.mamba_conv**-0.5  # a depthwise filter's fan-in is its width
-        for name, width in widths.items():
-            split, filled = groups if name in "BC" else own, normal(config.init_std)
-            self.declare(name, (width, config.hidden), filled, "reads", split=split)
-            if name in "xBC":
-                taps, filled = (width, config.mamba_conv), uniform(-bound, bound)
-                self.declare(f"conv_{name}", taps, filled, split=split)
-                self.declare(f"conv_{name}_bias", taps[:1], filled, split=split)
-
     def forward(self, u: Tensor, context: Context) -> Projected:
         parts = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
         for name in "xBC":
@@ -86,34 +62,17 @@ class InConv(Convolving):
 class Decay(Part):
     """log A, dt bias and the skip D, `[H]` each, in fp32 whatever the precision."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        split = Split(0, heads, HEADS)
-        self.declare("A_log", (heads,), log_uniform_a(1.0, 16.0), split=split)
-        self.declare("dt_bias", (heads,), inverse_softplus_dt(1e-3, 0.1, 1e-4), split=split)
-        self.declare("D", (heads,), constant(1.0), split=split)
-
 
 class ScanOut(Part):
     """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
 
-    seams = (
-        Seam(
-            "scan", scan_here,
-            {"x": "head", "dt": "head", "A": "constant", "B": "group", "C": "group",
-             "D": "constant"},
-        ),
-    )  # fmt: skip
+    seams = (Seam("scan", scan_here, SCAN.kinds),)
     scan: Scan
 
-    def __init__(self, config: ModelConfig, heads: int, out_std: float) -> None:
-        super().__init__()
+    def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
+        super().__init__(records)
         self.width, self.state = config.mamba_head_dim, config.mamba_state
         self.groups, self.chunk, self.eps = config.mamba_groups, config.mamba_chunk, config.norm_eps
-        inner = heads * self.width
-        self.declare("norm", (inner,), constant(1.0), split=Split(0, heads, HEADS))
-        shape, split = (config.hidden, inner), Split(1, heads, HEADS)
-        self.declare("out", shape, normal(out_std), "writes", split=split)
 
     def forward(
         self, carried: tuple[Projected, Tensor, Tensor, Tensor], context: Context
@@ -131,27 +90,17 @@ class ScanOut(Part):
 class Mamba2(SubBlock):
     """Halves: `projections, convolution | scan, gated norm, out`."""
 
-    mixes = "sequence"
-
     small: Decay
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        self.config = config
-        self.heads = config.mamba_heads or 2 * config.hidden // config.mamba_head_dim
-        self.first = InConv(config, self.heads)
-        self.small = Decay(self.heads)
-        self.second = ScanOut(config, self.heads, out_std)
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        records = card.records(config, out_std)
+        self.first = InConv(of_half(records, "first"))
+        self.small = Decay(of_half(records, "small"))
+        self.second = ScanOut(of_half(records, "second"), config)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         small = self.small
         dt = F.softplus(wide(carried.dt) + small.weight_of("dt_bias"))
         A = -small.weight_of("A_log").exp()
         return self.second((carried, dt, A, small.weight_of("D")), context)
-
-    def mixing_flops(self, seq_len: int, index: int) -> int:
-        # per token: C Bᵀ per group and its product with x over half a chunk, state in and state out
-        c = self.config
-        half = min(c.mamba_chunk, seq_len) // 2
-        inside = 2 * half * (c.mamba_groups * c.mamba_state + self.heads * c.mamba_head_dim)
-        return inside + 4 * self.heads * c.mamba_head_dim * c.mamba_state

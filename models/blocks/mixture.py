@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.kernels.activation import activated_linear, gated
+from colonnade.kernels.activation import activated_linear
 from colonnade.kernels.draws import draw_normal
 from colonnade.kernels.experts import Order, combine, dispatch, expert_mlp
 from colonnade.kernels.linear import linear
@@ -22,9 +22,11 @@ from colonnade.kernels.routing import (
 )
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.mlp import Coefficients
+from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
-from colonnade.models.part import Part, Split, normal
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam, same
 
 
@@ -44,12 +46,9 @@ class Router(Coefficients):
 
     router_bias: Tensor  # [E], where configured
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.noise = config.router_noise
-        self.declare("router", (config.experts, config.hidden), normal(config.init_std), "reads")
-        if config.router_bias:
-            self.declare_state("router_bias", (config.experts,), 0.0)
+    def __init__(self, records: list[ParameterSpec], noise: float) -> None:
+        super().__init__(records)
+        self.noise = noise
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         logits = wide(x) @ wide(self.weight_of("router")).T
@@ -74,16 +73,9 @@ class Dispatch(Part):
 
     seams = ()
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.experts, self.gated = config.experts, gated(config.activation)
-        self.width = config.shared_ffn
-        if self.width:
-            for name in ("shared_gate", "shared_up") if self.gated else ("shared_up",):
-                shape, split = (self.width, config.hidden), Split(0, self.width, "model.shared_ffn")
-                self.declare(name, shape, normal(config.init_std), "reads", split=split)
-        if config.shared_gate and self.width:
-            self.declare("shared_open", (1, config.hidden), normal(config.init_std), "reads")
+    def __init__(self, records: list[ParameterSpec], experts: int) -> None:
+        super().__init__(records)
+        self.experts = experts
 
     def forward(self, routed: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Dispatched:
         x, chosen, kept, weight = routed
@@ -94,8 +86,9 @@ class Dispatch(Part):
             None if kept is None else kept.flatten(0, 1),
         )
         shared, opening = None, None
-        if self.width:
-            gate = linear(x, self.weight_of("shared_gate")) if self.gated else None
+        if "shared_up" in self.specs:
+            gated = "shared_gate" in self.specs
+            gate = linear(x, self.weight_of("shared_gate")) if gated else None
             shared = linear(x, self.weight_of("shared_up")), gate
         if "shared_open" in self.specs:
             opening = linear(x, self.weight_of("shared_open"))
@@ -107,23 +100,13 @@ class Experts(Part):
 
     seams = ()
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        self.activation = config.activation
-        E, F, D = config.experts, config.expert_ffn or config.ffn, config.hidden
-        field = "model.expert_ffn" if config.expert_ffn else "model.ffn"
-        for name in ("gate", "up") if gated(config.activation) else ("up",):
-            split = Split(1, F, field)
-            self.declare(name, (E, F, D), normal(config.init_std), "reads", split=split)
-        self.declare("down", (E, D, F), normal(out_std), "writes", split=Split(2, F, field))
-        if config.shared_ffn:
-            shape = D, config.shared_ffn
-            split = Split(1, config.shared_ffn, "model.shared_ffn")
-            self.declare("shared_down", shape, normal(out_std), "writes", split=split)
+    def __init__(self, records: list[ParameterSpec], activation: str) -> None:
+        super().__init__(records)
+        self.activation = activation
 
     def forward(self, carried: tuple[Dispatched, Tensor | None], context: Context) -> Tensor:
         sent, poly = carried
-        gate = self.weight_of("gate") if gated(self.activation) else None
+        gate = self.weight_of("gate") if "gate" in self.specs else None
         up, down = self.weight_of("up"), self.weight_of("down")
         counts, kind = sent.order.counts, self.activation
         rows = expert_mlp(sent.rows, counts, gate, up, down, kind, poly, self.cut)
@@ -143,7 +126,6 @@ class Mixture(SubBlock):
     and `mine` takes this rank's.
     """
 
-    mixes = "channels"
     seams = Seam("attach", attach), Seam("whole", same), Seam("mine", same)
     attach: Callable[[Tensor, Tensor], Tensor]
     whole: Callable[[Tensor], Tensor]
@@ -151,15 +133,17 @@ class Mixture(SubBlock):
 
     small: Router
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
         c = self.config = config
+        records = card.records(config, out_std)
         self.rule = Rule(
             c.top_k, c.router_score, c.router_normalise, c.router_scale, c.router_groups,
             c.router_top_groups,
         )  # fmt: skip
-        self.small = Router(config)
-        self.first, self.second = Dispatch(config), Experts(config, out_std)
+        self.small = Router(of_half(records, "small"), c.router_noise)
+        self.first = Dispatch(of_half(records, "first"), c.experts)
+        self.second = Experts(of_half(records, "second"), c.activation)
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)
@@ -197,8 +181,3 @@ class Mixture(SubBlock):
 
     def finish(self, carried: Dispatched, context: Context) -> Tensor:
         return self.second((carried, self.small.values()), context)
-
-    def idle_weights(self) -> int:
-        c = self.config
-        matrices = 3 if gated(c.activation) else 2
-        return (c.experts - c.top_k) * matrices * c.hidden * (c.expert_ffn or c.ffn)

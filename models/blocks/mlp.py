@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from colonnade.kernels.activation import activated_linear, gated, polynomial
+from colonnade.kernels.activation import activated_linear
 from colonnade.kernels.linear import linear
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.part import Part, Split, coefficients, normal
+from colonnade.models.parameters import ParameterSpec, of_half
+from colonnade.models.part import Part
 
 
 class Up(Part):
@@ -15,15 +17,8 @@ class Up(Part):
 
     seams = ()
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
-        super().__init__()
-        self.gated = gated(config.activation)
-        for name in ("gate", "up") if self.gated else ("up",):
-            shape, split = (width, config.hidden), Split(0, width, "model.ffn")
-            self.declare(name, shape, normal(config.init_std), "reads", split=split)
-
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        gate = linear(x, self.weight_of("gate")) if self.gated else None
+        gate = linear(x, self.weight_of("gate")) if "gate" in self.specs else None
         return linear(x, self.weight_of("up")), gate
 
 
@@ -32,11 +27,9 @@ class Down(Part):
 
     seams = ()
 
-    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
-        super().__init__()
-        self.activation = config.activation
-        shape, split = (config.hidden, width), Split(1, width, "model.ffn")
-        self.declare("down", shape, normal(out_std), "writes", split=split)
+    def __init__(self, records: list[ParameterSpec], activation: str) -> None:
+        super().__init__(records)
+        self.activation = activation
 
     def forward(
         self, carried: tuple[tuple[Tensor, Tensor | None], Tensor | None], context: Context
@@ -48,11 +41,6 @@ class Down(Part):
 class Coefficients(Part):
     """a_0 to a_3 of a polynomial activation (arXiv:2411.03884), in fp32 whatever the precision."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        if polynomial(config.activation):
-            self.declare("poly", (4,), coefficients)
-
     def values(self) -> Tensor | None:
         """`[4]`, or None where the activation is no polynomial."""
         return self.weight_of("poly") if "poly" in self.specs else None
@@ -61,14 +49,14 @@ class Coefficients(Part):
 class MLP(SubBlock):
     """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
 
-    mixes = "channels"
-
     small: Coefficients
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        self.first, self.small = Up(config, config.ffn), Coefficients(config)
-        self.second = Down(config, config.ffn, out_std)
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        records = card.records(config, out_std)
+        self.first = Up(of_half(records, "first"))
+        self.small = Coefficients(of_half(records, "small"))
+        self.second = Down(of_half(records, "second"), config.activation)
 
     def finish(self, carried: tuple[Tensor, Tensor | None], context: Context) -> Tensor:
         return self.second((carried, self.small.values()), context)

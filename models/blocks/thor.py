@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
-from colonnade.kernels.activation import gated
 from colonnade.kernels.draws import draw_integers
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.mixture import Dispatch, Dispatched, Experts
 from colonnade.models.blocks.mlp import Coefficients
+from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameters import of_half
 
 
 class Thor(SubBlock):
@@ -18,15 +19,15 @@ class Thor(SubBlock):
     it is the same on every layout, and again in recomputation.
     """
 
-    mixes = "channels"
-
     small: Coefficients
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        self.config = config.model_copy(update={"shared_ffn": 0, "shared_gate": False})
-        self.small = Coefficients(config)
-        self.first, self.second = Dispatch(self.config), Experts(self.config, out_std)
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        self.config = config
+        records = card.records(config, out_std)
+        self.small = Coefficients(of_half(records, "small"))
+        self.first = Dispatch(of_half(records, "first"), config.experts)
+        self.second = Experts(of_half(records, "second"), config.activation)
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         S = len(x)
@@ -37,8 +38,3 @@ class Thor(SubBlock):
 
     def finish(self, carried: Dispatched, context: Context) -> Tensor:
         return self.second((carried, self.small.values()), context)
-
-    def idle_weights(self) -> int:
-        c = self.config
-        matrices = 3 if gated(c.activation) else 2
-        return (c.experts - 1) * matrices * c.hidden * (c.expert_ffn or c.ffn)

@@ -26,7 +26,7 @@ class AdamW(Optimizer):
         self.named = list(declared(model) if some is None else some)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
         for _, parameter, spec in self.named:
-            groups[spec.rate, spec.decay].append(parameter)
+            groups[spec.rate, spec.decayed].append(parameter)
         self.torch = torch.optim.AdamW(
             [
                 {

@@ -45,7 +45,7 @@ class Muon(Optimizer):
             local(nesterov).copy_(grad.lerp(mean, self.momentum))
             direction = orthogonalised(whole(nesterov))
             size = RMS * max(p.shape[-2:]) ** 0.5
-            weight.mul_(1 - lr * (self.decay if spec.decay else 0.0))
+            weight.mul_(1 - lr * (self.decay if spec.decayed else 0.0))
             weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * size)
 
     def zero_grad(self) -> None:

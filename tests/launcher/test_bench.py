@@ -24,7 +24,7 @@ from colonnade.bench.timing import alternate, median_ratio
 from colonnade.launcher.cli import build_parser
 from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_mup_draws_a_coordinate_check(tmp_path: Path) -> None:
         widths=(32, 64, 128), steps=2, swept=(32, 64), rates=rates, sweep_steps=2, plot=plot
     )
     assert plot.read_bytes().startswith(b"\x89PNG")
-    names = ["logits", *(f"{t} {SYMBOLS[s]}" for t, s in enumerate(mup.PATTERN))]
+    names = ["logits", *(f"{t} {CARDS[s].title}" for t, s in enumerate(mup.PATTERN))]
     slope = {
         kind: [report[f"{kind}, {name}: slope of change over width"] for name in names]
         for kind in mup.KINDS

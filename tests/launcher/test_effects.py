@@ -13,7 +13,7 @@ from torch import Tensor
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import EFFECTS
+from colonnade.launcher.recipe.unused import conditions
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -217,7 +217,7 @@ def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
         (fault,) = faults(*rest.split(), setting)
         why = fault.remedy.removeprefix("has no effect ").partition("; leave it out")[0]
         met.add((re.sub(r"^data\.sources\.0", "source", fault.field), why))
-    assert met == {(field, e.otherwise) for e in EFFECTS for field in e.fields.split()}
+    assert met == set(conditions())
 
 
 def test_every_field_of_a_model_has_an_effect_or_a_condition() -> None:
@@ -225,7 +225,7 @@ def test_every_field_of_a_model_has_an_effect_or_a_condition() -> None:
         "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
         "init_std", "sigma_reparam", "logit_cap", "logit_z", "mtp", "mup_base",
     }  # fmt: skip
-    named = {field for effect in EFFECTS for field in effect.fields.split()}
+    named = {field for field, _ in conditions()}
     conditional = {f.removeprefix("model.") for f in named if f.startswith("model.")}
     assert always | conditional == set(ModelConfig.model_fields)
     assert not always & conditional
@@ -244,7 +244,7 @@ def trained(config: ModelConfig) -> dict[str, Any]:
     seen: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
     for path, part in model.named_modules():
         if isinstance(part, Part):
-            seen[f"{path}: rates, decay"] = {n: (s.rate, s.decay) for n, s in part.specs.items()}
+            seen[f"{path}: rates, decay"] = {n: (s.rate, s.decayed) for n, s in part.specs.items()}
     for step in range(2):
         context = Context(positions, None, 4 / config.balance_samples, torch.arange(4), step)
         model.begin_step()

@@ -8,11 +8,11 @@ from equal import assert_equal
 from shown import Row
 from small import S, config_of, context, data, model_of
 
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 from colonnade.models.context import Context, Memory
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{symbol: (symbol * 2, {}) for symbol in SYMBOLS},
+    **{symbol: (symbol * 2, {}) for symbol in CARDS},
     "hybrid, ladder": ("MmD*GE-T", {"residual": "ladder"}),
     "shared": ("*M-", {"repeat": 2, "share": True}),
     "grouped queries, window": ("***", {"kv_heads": 2, "window": 4, "full_attention": (1,)}),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 TABLE = [
     Row("every symbol, cached", name, "logits of the whole row")
     for name in CASES
-    if name not in SYMBOLS
+    if name not in CARDS
 ]
 
 

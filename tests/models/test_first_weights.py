@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import constant, normal
+from colonnade.models.parameters import constant, normal
 from colonnade.parallel import materialise as materialise_module
 from colonnade.parallel.materialise import fill_shard, materialise
 

@@ -1,10 +1,9 @@
-"""The pattern's symbols, and that a router learns from the loss with any top k."""
+"""That a router learns from the loss with any top k."""
 
 import torch
 from oracle import empty, randomise
 
-from colonnade.models.blocks import BLOCKS
-from colonnade.models.config import SYMBOLS, ModelConfig
+from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 
 
@@ -12,10 +11,6 @@ def config(top_k: int) -> ModelConfig:
     return ModelConfig(
         pattern="E", hidden=12, ffn=16, vocab=19, experts=4, top_k=top_k, balance=0.0
     )
-
-
-def test_every_symbol_has_a_sub_block() -> None:
-    assert BLOCKS.keys() == SYMBOLS.keys()
 
 
 def test_router_learns_from_the_loss_whatever_top_k() -> None:

@@ -12,6 +12,7 @@ from small import B, S, config_of, context, data, model_of
 from torch import Tensor, nn
 
 from colonnade.models.blocks import thor
+from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
@@ -198,7 +199,7 @@ def test_thor_with_one_expert_is_twice_the_dense_loss() -> None:
 
 def test_thor_draws_by_step_place_group_and_pass() -> None:
     """Every expert has its turn, independently; groups of samples draw alike wherever they are."""
-    block = thor.Thor(config_of("T", experts=4, balance_samples=2), 0.1)
+    block = CARDS["T"].build(config_of("T", experts=4, balance_samples=2), 0.1)
 
     def experts(draw: int, index: int, samples: list[int], passes: int) -> list[int]:
         n = len(samples)

@@ -14,9 +14,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
 from colonnade.launcher.recipe.tables import OptimizerConfig
+from colonnade.models.cards.base import gains
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part, declared, normal
+from colonnade.models.parameters import ParameterSpec, normal
+from colonnade.models.part import Part, declared
 from colonnade.models.reparam import spectral
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
@@ -35,8 +37,8 @@ class Reparametrised(Part):
     """One linear weight, as `reparametrise` changes it."""
 
     def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.declare("w", shape, normal(1.0), "reads")
+        weight = ParameterSpec("w", shape, normal(1.0), "reads")
+        super().__init__([weight, *gains(weight)])
         spectral(self)
         self.double()
 

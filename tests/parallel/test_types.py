@@ -23,7 +23,7 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part
+from colonnade.models.part import declared
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import on_stream, tensor_parallel
 
@@ -145,16 +145,13 @@ def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
     mesh = meshes[4]
     model = model_of(mesh, sequence, **SUMMED[row])
     check(model, mesh)
-    types, parts = parameter_types(model), dict(model.named_modules())
-    for full in types:
-        prefix, name = full.rsplit(".", 1)
-        part = parts[prefix]
-        assert isinstance(part, Part)
-        assert (types[full].backward_type() is P) == part.specs[name].partial
-        part.specs[name].partial ^= True
+    types = parameter_types(model)
+    for name, _, spec in declared(model):
+        assert (types[name].backward_type() is P) == spec.partial
+        spec.partial ^= True
         with pytest.raises(SpmdTypeError):
             check(model, mesh)
-        part.specs[name].partial ^= True
+        spec.partial ^= True
     assert (I in types.values()) != sequence
     check(model, mesh)
 

@@ -17,7 +17,7 @@ from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.train.run import train
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.parallelize import compile_halves
@@ -98,7 +98,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_every_symbol_is_compiled() -> None:
-    assert set(SYMBOLS) <= set("".join(pattern for pattern, _ in MODELS.values()))
+    assert set(CARDS) <= set("".join(pattern for pattern, _ in MODELS.values()))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from ranks import Ranks
 
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import laid_out
-from colonnade.models.config import SYMBOLS
+from colonnade.models.config import CARDS
 
 SEEDS = {28: "-", 32: "m", 46: "D"}  # of recipes that take little time
 
@@ -21,7 +21,7 @@ def test_recipes_are_valid_and_follow_from_their_seed() -> None:
         assert not validate(laid_out(recipe, layout), 4)
         symbols |= set(recipe.model.pattern)
         axes |= {name for name, degree in layout.items() if str(degree) not in ("1", "False")}
-    assert symbols == set(SYMBOLS)
+    assert symbols == set(CARDS)
     assert {"tp", "sequence", "cp", "context", "recurrence", "dp_shard", "dp_replicate"} <= axes
 
 

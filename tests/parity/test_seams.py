@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
-from colonnade.models import blocks
-from colonnade.models.blocks import mamba1, mlp
+from colonnade.models.blocks import mamba1
 from colonnade.models.blocks.base import SubBlock
-from colonnade.models.config import CHANNEL_MIXERS, ModelConfig
-from colonnade.models.part import Part, Split
+from colonnade.models.cards.base import Card
+from colonnade.models.cards.mamba1 import Mamba1Card
+from colonnade.models.cards.mlp import MLPCard
+from colonnade.models.config import CARDS, ModelConfig
+from colonnade.models.parameters import ParameterSpec, Split, of_half
+from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 from colonnade.parallel.seams import RefusedError
 from colonnade.parallel.world import World
@@ -36,13 +40,9 @@ class OtherScan(Part):
     seams = mamba1.ScanOut.seams
     select, forward = mamba1.ScanOut.select, mamba1.ScanOut.forward
 
-    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
-        super().__init__()
-        like = mamba1.ScanOut(config, inner, out_std)
-        self.chunk = like.chunk
-        for name, p in like.named_parameters():
-            spec = like.specs[name]
-            self.declare(name, tuple(p.shape), spec.fill, spec.role, split=spec.split)
+    def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
+        super().__init__(records)
+        self.chunk = chunk
 
 
 class Undeclared(OtherScan):
@@ -50,8 +50,8 @@ class Undeclared(OtherScan):
 
     seams = None
 
-    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
-        super().__init__(config, inner, out_std)
+    def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
+        super().__init__(records, chunk)
         self.scan = mamba1.scan_here
 
 
@@ -67,29 +67,14 @@ class Unknown(OtherScan):
     seams = (Seam("shuffle", mamba1.scan_here),)
 
 
-class Other(SubBlock):
-    """Mamba-1 put together from the halves above."""
-
-    mixes = "sequence"
-    half: type[OtherScan] = OtherScan
-
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__()
-        inner = 2 * config.hidden
-        self.first, self.small = mamba1.InConv(config, inner), mamba1.Decay(inner, 4)
-        self.second = self.half(config, inner, out_std)
-
-    finish = mamba1.Mamba1.finish
-
-
 class Nested(OtherScan):
     """The same, whose seam lies deeper than the half."""
 
-    seams = ()
+    seams = mamba1.ScanOut.seams
 
-    def __init__(self, config: ModelConfig, inner: int, out_std: float) -> None:
-        super().__init__(config, inner, out_std)
-        self.deeper = Unknown(config, inner, out_std)
+    def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
+        super().__init__(records, chunk)
+        self.deeper = Unknown([], chunk)
 
 
 class Silent(OtherScan):
@@ -98,96 +83,102 @@ class Silent(OtherScan):
     seams = (Seam("scan", mamba1.scan_here),)
 
 
-class Unsaid(Other):
-    """The same, which does not say that it mixes."""
+class Other(SubBlock):
+    """Mamba-1 put together from the halves above."""
 
-    mixes = None  # type: ignore[assignment]
+    half: type[OtherScan] = OtherScan
 
+    def __init__(self, card: Card, config: ModelConfig, out_std: float) -> None:
+        super().__init__(card)
+        records = card.records(config, out_std)
+        self.first = mamba1.InConv(of_half(records, "first"))
+        self.small = mamba1.Decay(of_half(records, "small"))
+        self.second = self.half(of_half(records, "second"), config.mamba1_chunk)
 
-class WholeDown(mlp.Down):
-    """An MLP's second half whose weight no split is declared for."""
-
-    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
-        super().__init__(config, width, out_std)
-        self.specs["down"].split = None
-
-
-class SharedDown(mlp.Down):
-    """The same, whose pieces several ranks may share."""
-
-    def __init__(self, config: ModelConfig, width: int, out_std: float) -> None:
-        super().__init__(config, width, out_std)
-        self.specs["down"].split = Split(1, 1, "model.ffn", shared=True)
+    finish = mamba1.Mamba1.finish
 
 
-class Halfway(mlp.MLP):
-    """An MLP with such a half."""
+class OtherCard(Mamba1Card):
+    """Its card, with one of those halves."""
 
-    half: type[mlp.Down] = WholeDown
+    def __init__(self, half: type[OtherScan] = OtherScan) -> None:
+        self.half = half
 
-    def __init__(self, config: ModelConfig, out_std: float) -> None:
-        super().__init__(config, out_std)
-        self.second = self.half(config, config.ffn, out_std)
-
-
-class Sharing(Halfway):
-    """An MLP with the other one."""
-
-    half = SharedDown
+    def build(self, config: ModelConfig, out_std: float) -> SubBlock:
+        kind: type[Other] = type("Other", (Other,), {"half": self.half})
+        return kind(self, config, out_std)
 
 
-def with_half(half: type[OtherScan]) -> type[Other]:
-    """That sub-block with another second half."""
-    return type("Other", (Other,), {"half": half})
+class Unsaid(Card):
+    """A card that does not say what it mixes."""
+
+    symbol, title = "m", "Mamba-1"
+    parameters = Mamba1Card.parameters
+
+    def build(self, config: ModelConfig, out_std: float) -> SubBlock:
+        return Other(self, config, out_std)
 
 
-def trained_as(rank: int, size: int, recipe: Recipe, symbol: str, name: str) -> Trace:
-    """`trained`, where a symbol stands for another sub-block."""
-    before = blocks.BLOCKS[symbol]
-    blocks.BLOCKS[symbol] = globals()[name]
-    try:
+class Down(MLPCard):
+    """An MLP whose second half's weight has another split, or none."""
+
+    def __init__(self, split: Split | None) -> None:
+        self.split = split
+
+    def parameters(self, config: ModelConfig, out_std: float) -> list[ParameterSpec]:
+        records = super().parameters(config, out_std)
+        for record in of_half(records, "second"):
+            record.split = self.split
+        return records
+
+
+CASES: list[tuple[Card, dict[str, Any], str]] = [
+    (OtherCard(Undeclared), {"cp": 2},
+     r"blocks\.0\.second: Undeclared does not declare its seams"),
+    (OtherCard(WithoutSeam), {"cp": 2}, r"blocks\.0: Other mixes along the sequence"),
+    (OtherCard(Unknown), {"cp": 2}, r"declares the seam 'shuffle', which no parallelism fills"),
+    (OtherCard(Nested), {"cp": 2}, r"second\.deeper: Unknown declares the seam 'shuffle'"),
+    (OtherCard(Silent), {"cp": 2, "recurrence": "heads"},
+     r"the seam 'scan' of .* does not say how its arguments lie over heads"),
+    (Unsaid(), {"cp": 2}, r"blocks\.0: the card of Other does not say what it mixes"),
+    (Down(None), {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
+    (Down(Split(1, 1, "model.ffn", shared=True)), {"tp": 2},
+     r"blocks\.0\.second\.down: writes onto the stream"),
+]  # fmt: skip
+
+
+def trained_with(rank: int, size: int, recipe: Recipe, card: Card) -> Trace:
+    """`trained`, where a card stands for the symbol."""
+    with patch.dict(CARDS, {card.symbol: card}):
         return trained(rank, size, recipe)
-    finally:
-        blocks.BLOCKS[symbol] = before
 
 
 @pytest.mark.parametrize("options", [{}, {"recurrence": "heads"}], ids=str)
 def test_another_class_is_plugged(ranks1: Ranks, ranks2: Ranks, options: dict[str, Any]) -> None:
     """A copy of Mamba-1 once trained another function at cp=2, without a word."""
-    expected = ranks1.run(trained_as, recipe_for("m-", {}, 8), "m", "Other")[0]
+    expected = ranks1.run(trained_with, recipe_for("m-", {}, 8), OtherCard())[0]
     laid = recipe_for("m-", {"cp": 2, **options}, 8)
-    compare(ranks2.run(trained_as, laid, "m", "Other")[0], expected)
+    compare(ranks2.run(trained_with, laid, OtherCard())[0], expected)
 
 
-@pytest.mark.parametrize(("kind", "layout", "message"), [
-    (with_half(Undeclared), {"cp": 2}, r"blocks\.0\.second: Undeclared does not declare its seams"),
-    (with_half(WithoutSeam), {"cp": 2}, r"blocks\.0: Other mixes along the sequence"),
-    (with_half(Unknown), {"cp": 2}, r"declares the seam 'shuffle', which no parallelism fills"),
-    (with_half(Nested), {"cp": 2}, r"second\.deeper: Unknown declares the seam 'shuffle'"),
-    (with_half(Silent), {"cp": 2, "recurrence": "heads"},
-     r"the seam 'scan' of .*mamba1 does not say how its arguments lie over heads"),
-    (Sharing, {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
-    (Unsaid, {"cp": 2}, r"blocks\.0: Unsaid does not say what it mixes"),
-    (Halfway, {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
-])  # fmt: skip
+@pytest.mark.parametrize(("card", "layout", "message"), CASES)
 def test_refused_by_name(
-    fake_group: None,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: type[SubBlock],
-    layout: dict[str, Any],
-    message: str,
+    fake_group: None, card: Card, layout: dict[str, Any], message: str
 ) -> None:
-    symbol = "-" if issubclass(kind, Halfway) else "m"
-    monkeypatch.setitem(blocks.BLOCKS, symbol, kind)
-    pattern = symbol if symbol == "m" else "-*"
-    with pytest.raises(RefusedError, match=message):
+    pattern = "-*" if card.symbol == "-" else "m"
+    with (
+        patch.dict(CARDS, {card.symbol: card}),
+        pytest.raises(RefusedError, match=message),
+    ):
         build_model(recipe_for(pattern, layout, 8), World(0, 2, torch.device("cpu")))
 
 
-def test_declared_as_the_table_says() -> None:
-    """What a sub-block says that it mixes is what its symbol is taken for without building it."""
-    for symbol, kind in blocks.BLOCKS.items():
+def test_halves_declare_their_seams() -> None:
+    """And a mixer the seam that its card names."""
+    for symbol, card in CARDS.items():
         with torch.device("meta"):
-            block = kind(ModelConfig(pattern=symbol), 1.0)
-        assert (block.mixes == "channels") == (symbol in CHANNEL_MIXERS)
-        assert all(half.seams is not None for half in (block.first, block.second))
+            block = card.build(ModelConfig(pattern=symbol), 1.0)
+        declared = [half.seams for half in (block.first, block.second)]
+        assert None not in declared
+        names = {seam.name for seams in declared for seam in seams or ()}
+        assert card.mixing is None or card.mixing.seam in names

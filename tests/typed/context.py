@@ -33,6 +33,7 @@ from typed.contracts import (
     Function,
     held,
     in_models,
+    over_tokens,
     sharded,
 )
 from typed.model import checked
@@ -54,15 +55,12 @@ TOKENS: dict[Function, Contract] = {
 }  # fmt: skip
 # With `passing`, which completes states between segments.
 PASSED: dict[Function, Contract] = {
-    ssd.ssd: Contract(sharded(0, "x", "dt", "B", "C", "documents"), (S(0), V)),
-    selective_scan.selective_scan: Contract(
-        sharded(0, "x", "dt", "B", "C", "documents"), (S(0), V)
-    ),
-    delta.delta_rule: Contract(
-        sharded(0, "q", "k", "v", "beta", "decay", "documents"), (S(0), V)
-    ),
+    scan: Contract(over_tokens(symbol) | sharded(0, "documents"), (S(0), V))
+    for symbol, scan in (
+        ("M", ssd.ssd), ("m", selective_scan.selective_scan), ("G", delta.delta_rule)
+    )
 }  # fmt: skip
-ATTENTION = Contract(sharded(0, "q", "k", "v"), (S(0),))
+ATTENTION = Contract(over_tokens("*"), (S(0),))
 CONTEXT_CONTRACTS = TOKENS | PASSED
 
 # Seams by name, along the axis whose ranks share sequences, and along others.

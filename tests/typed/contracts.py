@@ -14,6 +14,8 @@ from torch import Tensor
 
 from colonnade.kernels import attention, conv, delta, experts, selective_scan, ssd
 from colonnade.models import blocks, decoder
+from colonnade.models.cards.base import Argument, Kind
+from colonnade.models.config import CARDS
 from typed.types import Type, expect, stamp
 
 Function = Callable[..., Any]
@@ -36,16 +38,35 @@ def sharded(dim: int, *names: str) -> dict[str, Type]:
     return dict.fromkeys(names, S(dim))
 
 
+def arguments(symbol: str) -> Mapping[str, Argument]:
+    """Of the operator along the sequence of a sub-block, as its card declares them."""
+    mixing = CARDS[symbol].mixing
+    assert mixing is not None
+    return mixing.arguments
+
+
+def over_heads(symbol: str) -> dict[str, Type]:
+    """Their types where ranks have heads of their own."""
+    kinds: dict[Kind, Type] = {"head": S(2), "group": S(2), "shared": R, "constant": S(0)}
+    return {name: kinds[argument.kind] for name, argument in arguments(symbol).items()}
+
+
+def over_tokens(symbol: str) -> dict[str, Type]:
+    """Their types where ranks have parts of a sequence."""
+    return {
+        name: R if argument.kind == "constant" else S(0)
+        for name, argument in arguments(symbol).items()
+    }
+
+
 # Each rank has heads, channels or experts of its own, whichever and how many they are. This holds
 # for all axes: of the context, too, ranks may exchange their parts of a sequence for heads.
 CONTRACTS: dict[Function, Contract] = {
-    attention.attention: Contract(sharded(2, "q", "k", "v") | sharded(0, "sinks"), (S(2),)),
+    attention.attention: Contract(over_heads("*") | sharded(0, "sinks"), (S(2),)),
     conv.causal_conv: Contract(sharded(2, "x") | sharded(0, "weight", "bias"), (S(2),)),
-    ssd.ssd: Contract(sharded(2, "x", "dt", "B", "C") | sharded(0, "A", "D"), (S(2), S(1))),
-    selective_scan.selective_scan: Contract(
-        sharded(2, "x", "dt") | sharded(0, "A", "D"), (S(2), S(1))
-    ),
-    delta.delta_rule: Contract(sharded(2, "q", "k", "v", "beta", "decay"), (S(2), S(1))),
+    ssd.ssd: Contract(over_heads("M"), (S(2), S(1))),
+    selective_scan.selective_scan: Contract(over_heads("m"), (S(2), S(1))),
+    delta.delta_rule: Contract(over_heads("G"), (S(2), S(1))),
     # over the inner width of every expert, which the last product sums
     experts.expert_mlp: Contract(
         sharded(1, "gate", "up") | sharded(2, "down"), (P,), cut=True

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from colonnade.kernels.cut import Cut
 from colonnade.models.blocks import mamba2
 from colonnade.models.decoder import Decoder, Embedding
-from colonnade.models.part import Part
+from colonnade.models.part import declared
 from colonnade.parallel.tensor import on_stream
 from typed.context import exchanges
 from typed.contracts import CONTRACTS, held, in_models
@@ -59,15 +59,13 @@ def parameter_types(model: Decoder) -> dict[str, Type]:
         SpmdTypeError: a shard whose gradient is said to be partial.
     """
     types: dict[str, Type] = {}
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            assert isinstance(module, Part)
-            assert isinstance(p, DTensor)
-            (where,), summed = p.placements, module.specs[name].partial
-            if isinstance(where, Shard) and summed:
-                raise SpmdTypeError(f"{prefix}.{name} is a shard: so is its gradient, and no sum")
-            whole = R if summed else I
-            types[f"{prefix}.{name}"] = S(where.dim) if isinstance(where, Shard) else whole
+    for name, p, spec in declared(model):
+        assert isinstance(p, DTensor)
+        (where,) = p.placements
+        if isinstance(where, Shard) and spec.partial:
+            raise SpmdTypeError(f"{name} is a shard: so is its gradient, and no sum")
+        whole = R if spec.partial else I
+        types[name] = S(where.dim) if isinstance(where, Shard) else whole
     return types
 
 

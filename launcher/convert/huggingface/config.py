@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from colonnade.launcher.convert.huggingface.fields import REQUIRED, Fields, Unsupported
-from colonnade.models.config import ModelConfig
+from colonnade.models.config import FACTS, ModelConfig
 
 # Our spelling of rotary scalings beside theirs: (our field, their field, their default).
 SCALINGS: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -129,115 +129,27 @@ def leave_out_further(f: Fields) -> None:
         f.tell(f"num_nextn_predict_layers = {count} is left out: {FURTHER[1]} are not read")
 
 
-# Fields of training alone, which no config of theirs carries: they are the recipe's to choose.
-TRAINING = frozenset(
-    [
-        "init_std",
-        "logit_z",
-        "mtp_weight",
-        "mup_zero_init",
-        "router_bias_rate",
-        "router_noise",
-        "balance",
-        "balance_sequence",
-        "balance_samples",
-        "router_z",
-        "thor_alpha",
-        "mamba_chunk",
-        "mamba1_chunk",
-        "delta_chunk",
-    ]
-)
-# Which fields matter, by symbols of which one must stand in the model.
-ATTENTION = (
-    "attention heads kv_heads head_dim q_rank kv_rank rope_dim value_dim latent_norm_eps positions "
-    "rope_theta rope_fraction rope_scaling rope_factor rope_original rope_low rope_high rope_fast "
-    "rope_slow rope_mscale rope_mscale_all rope_attention_factor rope_truncate qk_norm window "
-    "full_attention sinks attention_gate attention_cap clip_low clip_high "
-    "position_temperature attention_conv"
-)
-OF_SYMBOLS = {
-    "*": ATTENTION,
-    "-": "ffn",
-    "-ET": "activation",
-    "M": "mamba_heads mamba_head_dim mamba_state mamba_groups mamba_conv",
-    "m": "mamba1_inner mamba1_state mamba1_rank mamba1_conv",
-    "DG": "delta_heads delta_key_heads delta_key_dim delta_value_dim delta_conv delta_negative",
-    "ET": "experts expert_ffn",
-    "E": "top_k shared_ffn shared_gate router_score router_normalise router_scale router_groups "
-    "router_top_groups router_bias capacity",
-}
-# The fields each scaling of rotary positions reads.
-ROPE = {
-    "none": "",
-    "linear": "rope_factor",
-    "ntk": "rope_factor",
-    "yarn": "rope_factor rope_original rope_fast rope_slow rope_mscale rope_mscale_all "
-    "rope_attention_factor rope_truncate",
-    "llama3": "rope_factor rope_original rope_low rope_high",
-}
-ROPE_FIELDS = {name for names in ROPE.values() for name in names.split()}
-
-
 def function_of(config: ModelConfig) -> dict[str, Any]:
     """What decides the function, in one spelling: two configs with equal ones are the same model.
 
-    Fields that only matter in training are left out, and those that no sub-block reads.
+    Fields that only matter in training are left out, and those that have no effect.
     """
     c = config
-    fields = c.model_dump(exclude={"pattern", "repeat", *TRAINING})
-    for symbols, names in OF_SYMBOLS.items():
-        if not c.has(*symbols):
-            _drop(fields, names)
-    if not c.mtp:
-        _drop(fields, "mtp_pattern")
-    if c.residual != "ladder":
-        _drop(fields, "ladder_last")
+    fields: dict[str, Any] = {
+        name: getattr(c, name)
+        for name, known in FACTS.items()
+        if not known.training and c.unused(name) is None
+    }
+    _drop(fields, "pattern repeat window full_attention")
     fields["symbols"] = c.symbols
+    fields["windows"] = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if c.router_top_groups == c.router_groups:
+        _drop(fields, "router_groups router_top_groups")
     if not c.share:
         _drop(fields, "share")
-    if c.has("*"):
-        _attention(fields, c)
-    if c.has("M"):
-        fields["mamba_heads"] = c.mamba_heads or 2 * c.hidden // c.mamba_head_dim
-    if c.has("m"):
-        fields["mamba1_inner"] = c.mamba1_inner or 2 * c.hidden
-        fields["mamba1_rank"] = c.mamba1_rank or -(-c.hidden // 16)
-    if c.has("D", "G"):
-        heads = fields["delta_heads"] = c.delta_heads or c.hidden // c.delta_key_dim
-        fields["delta_key_heads"] = c.delta_key_heads or heads
-        fields["delta_value_dim"] = c.delta_value_dim or c.delta_key_dim
-    if c.has("E", "T"):
-        _experts(fields, c)
+    if not c.has("-"):  # experts have a width of their own, which may follow from it
+        _drop(fields, "ffn")
     return fields
-
-
-def _experts(fields: dict[str, Any], c: ModelConfig) -> None:
-    """The fields of experts in one spelling."""
-    fields["expert_ffn"] = c.expert_ffn or c.ffn
-    if c.top_k == 1:
-        _drop(fields, "router_normalise")
-    if c.router_top_groups in (None, c.router_groups):
-        _drop(fields, "router_groups router_top_groups")
-
-
-def _attention(fields: dict[str, Any], c: ModelConfig) -> None:
-    """The fields of attention in one spelling."""
-    fields["head_dim"] = c.head_dim or c.hidden // c.heads
-    if c.attention == "mla":
-        fields["value_dim"] = c.value_dim or fields["head_dim"]
-        fields["latent_norm_eps"] = c.latent_norm_eps or c.norm_eps
-        _drop(fields, "kv_heads rope_fraction qk_norm attention_gate attention_conv")
-    else:
-        fields["kv_heads"] = c.kv_heads or c.heads
-        _drop(fields, "q_rank kv_rank rope_dim value_dim latent_norm_eps")
-    rotary = c.rope_scaling if c.positions == "rope" else "none"
-    _drop(fields, " ".join(ROPE_FIELDS - {*ROPE[rotary].split()}))
-    if c.positions == "none":
-        _drop(fields, "rope_theta rope_fraction rope_scaling")
-    windows = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
-    _drop(fields, "window full_attention")
-    fields["windows"] = windows
 
 
 def _drop(fields: dict[str, Any], names: str) -> None:

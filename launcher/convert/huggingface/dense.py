@@ -77,8 +77,8 @@ def read_heads(
 def write_heads(config: ModelConfig) -> dict[str, Any]:
     """Theirs, of `read_heads`."""
     c = config
-    width = c.head_dim or c.hidden // c.heads
-    return {"num_key_value_heads": c.kv_heads or c.heads, "head_dim": width}
+    width = c.head_dim
+    return {"num_key_value_heads": c.kv_heads, "head_dim": width}
 
 
 def ends(config: ModelConfig) -> list[Entry]:

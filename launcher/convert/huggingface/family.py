@@ -24,7 +24,7 @@ from colonnade.launcher.convert.huggingface.fields import (
     silent,
 )
 from colonnade.models.config import ModelConfig
-from colonnade.models.decoder import Decoder
+from colonnade.models.records import records_of
 
 __all__ = [
     "Entry",
@@ -228,10 +228,8 @@ def without_absent(
 
 def shapes_of(config: ModelConfig, state: bool = True) -> Shapes:
     """Our tensors' shapes, by name; without `state` those of parameters alone."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    ours = model.state_dict() if state else dict(model.named_parameters())
-    return {name: tensor.shape for name, tensor in ours.items()}
+    records = records_of(config).items()
+    return {name: torch.Size(r.shape) for name, r in records if state or not r.state}
 
 
 def entries_of(family: Family, config: ModelConfig, shapes: Shapes, packed: bool) -> list[Entry]:

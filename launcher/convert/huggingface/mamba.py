@@ -151,12 +151,12 @@ def read_mamba1(fields: Fields) -> ModelConfig:
 def write_mamba1(config: ModelConfig) -> dict[str, Any]:
     """Mamba's fields."""
     only_symbols(config, "m")
-    inner = config.mamba1_inner or 2 * config.hidden
+    inner = config.mamba1_inner
     return shared_fields(config) | {
         "expand": expansion(config, "mamba1_inner", inner),
         "intermediate_size": inner,
         "state_size": config.mamba1_state,
-        "time_step_rank": config.mamba1_rank or -(-config.hidden // 16),
+        "time_step_rank": config.mamba1_rank,
         "conv_kernel": config.mamba1_conv,
     }
 
@@ -196,7 +196,7 @@ def read_mamba2(fields: Fields) -> ModelConfig:
 def write_mamba2(config: ModelConfig) -> dict[str, Any]:
     """Mamba2's fields."""
     only_symbols(config, "M")
-    heads = config.mamba_heads or 2 * config.hidden // config.mamba_head_dim
+    heads = config.mamba_heads
     return shared_fields(config) | {
         "expand": expansion(config, "mamba_heads", heads * config.mamba_head_dim),
         "num_heads": heads,
@@ -286,7 +286,7 @@ def write_bamba(config: ModelConfig) -> dict[str, Any]:
     """Theirs, of `read_bamba`."""
     c = config
     only_symbols(c, "M*", "-")
-    heads = c.mamba_heads or 2 * c.hidden // c.mamba_head_dim
+    heads = c.mamba_heads
     return {
         **write_common(c),
         **write_heads(c),

@@ -98,7 +98,7 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_common(c),
         **write_heads(c),
-        "intermediate_size": c.expert_ffn or c.ffn,
+        "intermediate_size": c.expert_ffn,
         "num_local_experts": c.experts,
         "num_experts_per_tok": c.top_k,
         "sliding_window": c.window,
@@ -141,7 +141,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         **write_common(c),
         **write_heads(c),
         "intermediate_size": c.ffn,
-        "moe_intermediate_size": c.expert_ffn or c.ffn,
+        "moe_intermediate_size": c.expert_ffn,
         "num_experts": c.experts,
         "num_experts_per_tok": c.top_k,
         "norm_topk_prob": c.router_normalise and c.top_k > 1,
@@ -155,7 +155,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 def latent_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """DeepSeek's, whose rotary pairs are neighbours and whose keys and values stand per head."""
     c, theirs = config, f"{theirs}.self_attn"
-    own = c.head_dim or c.hidden // c.heads
+    own = c.head_dim
     query, latent = interleaved(own, c.rope_dim), interleaved(c.kv_rank, c.rope_dim)
     if c.q_rank:
         queries = [
@@ -269,18 +269,18 @@ def read_deepseek(f: Fields) -> ModelConfig:
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
     """Theirs, of `read_deepseek`."""
-    c, width = config, config.expert_ffn or config.ffn
+    c, width = config, config.expert_ffn
     shared, left = divmod(c.shared_ffn, width)
     if left or not shared:
         remedy = f"only a multiple of an expert's width {width} can be represented"
         raise Unsupported("shared_ffn", c.shared_ffn, remedy)
-    own = c.head_dim or c.hidden // c.heads
+    own = c.head_dim
     return {
         **write_common(c),
         "num_key_value_heads": c.heads,
         "qk_nope_head_dim": own,
         "qk_rope_head_dim": c.rope_dim,
-        "v_head_dim": c.value_dim or own,
+        "v_head_dim": c.value_dim,
         "q_lora_rank": c.q_rank,
         "kv_lora_rank": c.kv_rank,
         "rope_interleave": True,

@@ -142,7 +142,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
     experts = {
         "n_routed_experts": c.experts,
         "num_experts_per_tok": c.top_k,
-        "moe_intermediate_size": c.expert_ffn or c.ffn,
+        "moe_intermediate_size": c.expert_ffn,
         "moe_shared_expert_intermediate_size": c.shared_ffn,
         "n_shared_experts": 1,
         "norm_topk_prob": c.router_normalise and c.top_k > 1,
@@ -163,7 +163,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": c.ffn,
         "mlp_hidden_act": acts.get(c.activation, "relu2"),
         "mlp_bias": False,
-        "mamba_num_heads": c.mamba_heads or 2 * c.hidden // c.mamba_head_dim,
+        "mamba_num_heads": c.mamba_heads,
         "mamba_head_dim": c.mamba_head_dim,
         "ssm_state_size": c.mamba_state,
         "n_groups": c.mamba_groups,

@@ -96,12 +96,12 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     c = config
     only_symbols(c, "G*", "-E")
     if c.has("*"):
-        check_rotated(c.rope_fraction, c.head_dim or c.hidden // c.heads, "rope_fraction")
+        check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
     kinds = {ours: theirs for theirs, ours in QWEN3_NEXT.items()}
-    heads = c.delta_heads or c.hidden // c.delta_key_dim
+    heads = c.delta_heads
     experts = {
         "num_experts_per_tok": c.top_k,
-        "moe_intermediate_size": c.expert_ffn or c.ffn,
+        "moe_intermediate_size": c.expert_ffn,
         "shared_expert_intermediate_size": c.shared_ffn,
         "norm_topk_prob": c.router_normalise and c.top_k > 1,
     }
@@ -111,9 +111,9 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": c.rope_fraction,
         "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
         "linear_num_value_heads": heads,
-        "linear_num_key_heads": c.delta_key_heads or heads,
+        "linear_num_key_heads": c.delta_key_heads,
         "linear_key_head_dim": c.delta_key_dim,
-        "linear_value_head_dim": c.delta_value_dim or c.delta_key_dim,
+        "linear_value_head_dim": c.delta_value_dim,
         "linear_conv_kernel_dim": c.delta_conv,
         "intermediate_size": c.ffn,
         "num_experts": c.experts if c.has("E") else 0,
@@ -133,8 +133,7 @@ def gated_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
 def delta_net(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
     """Gated DeltaNet, whose projections stand key head by key head, its filters role by role."""
     theirs = f"{theirs}.linear_attn"
-    heads = config.delta_heads or config.hidden // config.delta_key_dim
-    groups = config.delta_key_heads or heads
+    groups = config.delta_key_heads
     qkvz = (f"{ours}.{n}" for n in ("q", "k", "v", "z"))
     return [
         entry(f"{theirs}.in_proj_qkvz.weight", *qkvz, groups=groups),

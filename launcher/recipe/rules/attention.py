@@ -10,40 +10,12 @@ from colonnade.models.config import ModelConfig
 RULES = Rules()
 
 
-@RULES.add(*ROW, "model.attention", "model.heads")
-def grouped_queries(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Every key-value head serves the same number of query heads."""
-    m = r.model
-    if m.has("*") and m.attention == "gqa" and m.kv_heads and m.heads % m.kv_heads:
-        options = choice(divisors(m.heads), m.kv_heads)
-        remedy = f"model.heads = {m.heads} is no multiple of it; set model.kv_heads to {options}"
-        yield Fault("model.kv_heads", m.kv_heads, remedy)
-
-
-@RULES.add(*ROW, "model.attention", "model.hidden", "model.head_dim", "model.positions")
-def head_width(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Heads divide the hidden width unless their width is given."""
-    m = r.model
-    if m.has("*") and m.head_dim is None and m.hidden % m.heads:
-        remedy = f"model.hidden = {m.hidden} is no multiple of it; set model.head_dim"
-        turned = m.positions == "rope" and m.attention == "gqa"
-        if fit := head_counts(m, even=turned):
-            remedy += f", or model.heads to {choice(fit, m.heads)}"
-        yield Fault("model.heads", m.heads, remedy)
-
-
-def head_counts(m: ModelConfig, even: bool = False) -> list[int]:
-    """Numbers of heads that divide the hidden width, into even widths if they must be."""
-    fit = [h for h in divisors(m.hidden) if not even or m.hidden // h % 2 == 0]
-    return [h for h in fit if h % (m.kv_heads or 1) == 0] or fit
-
-
 @RULES.add(*ROW, "model.attention", "model.hidden", "model.heads", "model.head_dim")
 def gate_slices(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A gate per head reads that head's slice of the stream."""
     m = r.model
     gated = m.has("*") and m.attention == "gqa" and m.attention_gate == "head"
-    if gated and m.head_dim is not None and m.hidden % m.heads:
+    if gated and m.given("head_dim") and m.hidden % m.heads:
         remedy = f"model.attention_gate = head slices model.hidden = {m.hidden} among them; set "
         remedy += f"model.heads to {choice(head_counts(m), m.heads)}, or model.attention_gate to "
         yield Fault("model.heads", m.heads, f"{remedy}channel")
@@ -73,18 +45,24 @@ def full_attention(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("model.full_attention", value, remedy)
 
 
+def head_counts(m: ModelConfig) -> list[int]:
+    """Numbers of heads that divide the hidden width, and are multiples of a given kv_heads."""
+    fit = divisors(m.hidden)
+    return [h for h in fit if not m.given("kv_heads") or h % m.kv_heads == 0] or fit
+
+
 def rotated_width(m: ModelConfig) -> int | None:
     """Channels of a head that rotary positions turn; None without them, or where heads do not fit.
 
-    As `models.blocks.attention` and `models.blocks.latent` take it.
+    As the two attentions take it.
     """
     if not m.has("*") or m.positions == "none":
         return None
     if m.attention == "mla":
         return m.rope_dim
-    if m.head_dim is None and m.hidden % m.heads:
+    if not m.given("head_dim") and m.hidden % m.heads:
         return None
-    return round((m.head_dim or m.hidden // m.heads) * m.rope_fraction)
+    return round(m.head_dim * m.rope_fraction)
 
 
 @RULES.add(*ROW, "model.attention", "model.hidden", "model.heads", "model.head_dim",
@@ -99,11 +77,16 @@ def rotated_pairs(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         remedy = f"rope turns pairs of channels: set model.rope_dim to {multiples(2, turned)}, "
         yield Fault("model.rope_dim", turned, remedy + otherwise)
         return
-    width = m.head_dim or m.hidden // m.heads
+    width = m.head_dim
     if turned == width:
-        taken = "" if m.head_dim else f"hidden / heads = {width} is taken; "
+        given = m.given("head_dim")
+        taken = "" if given else f"hidden / heads = {width} is taken; "
         remedy = f"{taken}rope turns pairs of channels: set model.head_dim to "
-        yield Fault("model.head_dim", m.head_dim, f"{remedy}{multiples(2, width)}, {otherwise}")
+        yield Fault(
+            "model.head_dim",
+            width if given else None,
+            f"{remedy}{multiples(2, width)}, {otherwise}",
+        )
         return
     pairs = [n for n in (turned // 2 * 2, turned // 2 * 2 + 2) if 2 <= n <= width]
     shares = " or ".join(f"{n / width:g}" for n in pairs)

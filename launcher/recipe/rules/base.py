@@ -2,14 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from colonnade.models.part import Split
 
 Rule = Callable[[Recipe, int | None], Iterator[Fault]]
 
@@ -28,13 +23,6 @@ class Rules(list[tuple[tuple[str, ...], Rule]]):
             return check
 
         return register
-
-
-def splits(model: ModelConfig) -> "set[Split]":
-    """As `models.shapes.splits`; torch is imported once a rule asks, which few recipes need."""
-    from colonnade.models import shapes
-
-    return shapes.splits(model)
 
 
 def divisors(n: int) -> list[int]:

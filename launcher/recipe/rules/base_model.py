@@ -2,22 +2,20 @@
 
 from collections.abc import Iterator
 
+from pydantic import ValidationError
+
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules import attention, experts, mixers, row
+from colonnade.launcher.recipe.rules import attention, experts, row, sizes
 from colonnade.launcher.recipe.rules.base import Rules
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import no_effect
+from colonnade.models.config import FACTS
 
 RULES = Rules()
 
 # Widths and numbers of heads. Not those of keys and states, of which neither Mamba nor DeltaNet has
 # a rule for growth, nor numbers of experts, which are no width.
-SIZES = (
-    "hidden", "heads", "kv_heads", "head_dim", "q_rank", "kv_rank", "rope_dim", "value_dim",
-    "ffn", "expert_ffn", "shared_ffn", "mamba_heads", "mamba_head_dim", "mamba_groups",
-    "mamba1_inner", "mamba1_rank", "delta_heads", "delta_key_heads", "delta_value_dim",
-)  # fmt: skip
-OPTIONAL = ("q_rank", "shared_ffn")  # sizes of something that a model may lack
+SIZES = [name for name, known in FACTS.items() if known.grows]
 
 
 @RULES.add("model")
@@ -34,7 +32,7 @@ def base_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             yield Fault(field, value, remedy)
         elif value < 1:
             yield Fault(field, value, "give a whole number of at least 1")
-        elif name in OPTIONAL and not getattr(m, name) and not no_effect(r, field):
+        elif FACTS[name].optional and not getattr(m, name) and not no_effect(r, field):
             yield Fault(
                 field, value, f"the model itself has none; set model.{name}, or take it out"
             )
@@ -43,9 +41,18 @@ def base_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 @RULES.add("model")
 def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The base is a valid model itself."""
-    m, base = r.model, r.model.base()
-    if base is None or next(base_sizes(r, None), None):
+    m = r.model
+    if m.mup_base is None or next(base_sizes(r, None), None):
         return
+    try:
+        base = m.base()
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]  # others may only be those that follow from it
+        name, told = found["loc"][0], f"{found['input']!r}: {found['msg']}"
+        remedy = f"the base must be a valid model, too; change model.mup_base.{name}, because in "
+        yield Fault("model.mup_base", dict(m.mup_base), f"{remedy}the base model.{name} = {told}")
+        return
+    assert base is not None
     own = {fault.field for fault in model_faults(r)}
     for fault in model_faults(r.model_copy(update={"model": base})):
         if fault.field not in own:
@@ -58,8 +65,8 @@ def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 @RULES.add("model")
 def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Nothing stands between muP's scales and the weights they are for."""
-    m, base = r.model, r.model.base()
-    if base is None:
+    m = r.model
+    if m.mup_base is None:
         return
     if m.sigma_reparam:
         remedy = "holds the norm of every weight fixed, which model.mup_base scales; set "
@@ -71,6 +78,10 @@ def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if m.mup_zero_init and m.qk_norm != "none":
         remedy = f"model.qk_norm = {m.qk_norm} blows up the gradient of queries that are zero; set "
         yield Fault("model.mup_zero_init", True, f"{remedy}one of them to false or none")
+    if next(base_model(r, None), None) or next(base_sizes(r, None), None):
+        return
+    base = m.base()
+    assert base is not None
     slices = m.hidden // m.heads, base.hidden // base.heads
     if m.attention_gate == "head" and slices[0] != slices[1]:
         remedy = (
@@ -82,5 +93,5 @@ def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 def model_faults(r: Recipe) -> Iterator[Fault]:
     """What the rules on the model find."""
-    for _, check in (*row.RULES, *attention.RULES, *mixers.RULES, *experts.RULES):
+    for _, check in (*row.RULES, *attention.RULES, *sizes.RULES, *experts.RULES):
         yield from check(r, None)

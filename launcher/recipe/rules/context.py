@@ -2,25 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import Rules, choice, divisors, multiples, splits
+from colonnade.launcher.recipe.rules.base import Rules, choice, divisors, multiples
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import no_effect, unclear
+from colonnade.models.config import FACTS
+from colonnade.models.parameters import Split
+from colonnade.models.records import splits_of_mixers
 from colonnade.parallel.config import ParallelConfig
 
-if TYPE_CHECKING:
-    from colonnade.models.part import Split
-
 RULES = Rules()
-
-TAPS = ("model.mamba_conv", "model.mamba1_conv", "model.delta_conv", "model.attention_conv")
-HEADS = ("model.heads", "model.kv_heads")
-RECURRENT = (
-    "model.mamba_heads", "model.mamba_groups", "model.mamba1_inner", "model.delta_heads",
-    "model.delta_key_heads",
-)  # fmt: skip
 
 
 def unit(p: ParallelConfig) -> int:
@@ -48,15 +39,16 @@ def sequence_parts(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 def reaches(r: Recipe) -> dict[str, int]:
     """How many earlier tokens each kind of causal convolution reads, by the field of its taps."""
-    there = [field for field in TAPS if no_effect(r, field) is None]
-    return {field: getattr(r.model, field.removeprefix("model.")) - 1 for field in there}
+    fields = (name for name, known in FACTS.items() if known.kind == "taps")
+    used = [name for name in fields if r.model.unused(name) is None]
+    return {f"model.{name}": getattr(r.model, name) - 1 for name in used}
 
 
 @RULES.add("model", "parallel", "train.seq_len")
 def convolutions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A causal convolution reads no further than into the segment before."""
     p, length = r.parallel, r.train.seq_len
-    reach = {} if unclear(r.model) else reaches(r)
+    reach = {} if r.model.unclear else reaches(r)
     if p.cp == 1 or not reach:
         return
     field = max(reach, key=lambda name: reach[name])
@@ -77,25 +69,26 @@ def convolutions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     yield Fault("train.seq_len", length, remedy)
 
 
-def of_one_rank(r: Recipe, *fields: str) -> "list[Split]":
-    """Which of these heads, groups and channels one tensor-parallel rank has, and how many.
+def of_one_rank(r: Recipe, seam: str) -> list[Split]:
+    """Which heads, groups and channels of mixers one tensor-parallel rank has, and how many.
 
-    None where the ranks of tp cannot share them, which is for another rule to say.
+    Those of the sub-blocks that mix along the sequence through `seam`. None where the ranks of tp
+    cannot share them, which is for another rule to say.
     """
     tp = r.parallel.tp
-    there = [] if unclear(r.model) else [s for s in splits(r.model) if s.field in fields]
+    there = [] if r.model.unclear else list(splits_of_mixers(r.model, seam))
     if not suit(there, tp):
         return []
     by_field = {split.field: split for split in there}
     return [by_field[f]._replace(pieces=max(1, by_field[f].pieces // tp)) for f in sorted(by_field)]
 
 
-def suit(there: "list[Split]", ranks: int) -> bool:
+def suit(there: list[Split], ranks: int) -> bool:
     """Whether so many ranks can exchange all of these."""
     return all(split.suits(ranks) for split in there)
 
 
-def unsuited(r: Recipe, there: "list[Split]", ranks: int) -> str:
+def unsuited(r: Recipe, there: list[Split], ranks: int) -> str:
     """Why so many ranks cannot exchange these."""
     tp, reasons = r.parallel.tp, []
     for split in there:
@@ -106,7 +99,7 @@ def unsuited(r: Recipe, there: "list[Split]", ranks: int) -> str:
     return " and ".join(reasons)
 
 
-def cannot_exchange(r: Recipe, there: "list[Split]", world_size: int | None, setting: str) -> str:
+def cannot_exchange(r: Recipe, there: list[Split], world_size: int | None, setting: str) -> str:
     """Remedy up to the other settings: why all of cp cannot exchange these, and which could."""
     p = r.parallel
     pieces = math.gcd(*(split.pieces for split in there if not split.shared))
@@ -117,7 +110,7 @@ def cannot_exchange(r: Recipe, there: "list[Split]", world_size: int | None, set
     return remedy + (f"parallel.cp to {choice(degrees, p.cp)}, or " if degrees else "")
 
 
-def variants(r: Recipe, there: "list[Split]") -> str:
+def variants(r: Recipe, there: list[Split]) -> str:
     """The other values of `parallel.context` that these heads leave, and what goes with them."""
     p, possible = r.parallel, ["ring", "allgather"]
     for context in ("ulysses", "ring+ulysses"):
@@ -136,7 +129,7 @@ def ulysses(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """All ranks that share a sequence get equal numbers of attention's heads."""
     p = r.parallel
     if p.cp > 1 and p.context == "ulysses":
-        there = of_one_rank(r, *HEADS)
+        there = of_one_rank(r, "attend")
         if not suit(there, p.cp):
             remedy = cannot_exchange(r, there, world_size, "parallel.context = ulysses")
             remedy += f"parallel.context to {variants(r, there)}"
@@ -147,7 +140,7 @@ def ulysses(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def ulysses_in_ring(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Some of the ranks that share a sequence exchange heads; those are in a ring with others."""
     p = r.parallel
-    there = of_one_rank(r, *HEADS) if p.cp > 1 and p.context == "ring+ulysses" else []
+    there = of_one_rank(r, "attend") if p.cp > 1 and p.context == "ring+ulysses" else []
     if not there:
         return
     between = divisors(p.cp)[1:-1] or [p.cp]
@@ -174,7 +167,7 @@ def recurrent_heads(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """All ranks that share a sequence get equal numbers of Mamba's and DeltaNet's heads."""
     p = r.parallel
     if p.cp > 1 and p.recurrence == "heads":
-        there = of_one_rank(r, *RECURRENT)
+        there = of_one_rank(r, "scan")
         if not suit(there, p.cp):
             remedy = cannot_exchange(r, there, world_size, "parallel.recurrence = heads")
             yield Fault("parallel.cp", p.cp, f"{remedy}parallel.recurrence to states")
@@ -187,6 +180,6 @@ def equal_work(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if p.cp == 1 or p.zigzag or p.context == "ulysses" or not r.model.has("*"):
         return
     remedy = "ranks with later segments would have more work in attention; set it to true"
-    if suit(of_one_rank(r, *HEADS), p.cp):
+    if suit(of_one_rank(r, "attend"), p.cp):
         remedy += ", or parallel.context to ulysses"
     yield Fault("parallel.zigzag", False, remedy)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules.base import ROW, Rules, choice, divisors
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import in_balance_groups
+from colonnade.models.cards.mixture import in_balance_groups
 
 RULES = Rules()
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Iterator
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import ROW, Rules, choice, divisors, multiples, splits
+from colonnade.launcher.recipe.rules.base import ROW, Rules, choice, divisors, multiples
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import unclear
+from colonnade.models.records import splits
 
 RULES = Rules()
 
@@ -66,7 +66,7 @@ def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Ranks share heads, groups, widths and vocabulary evenly."""
     tp = r.parallel.tp
-    if tp == 1 or unclear(r.model):
+    if tp == 1 or r.model.unclear:
         return
     there = sorted(splits(r.model), key=lambda split: split.field)
     degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in there)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules.base import Rules
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.models.config import LONGEST_ROW, SYMBOLS
+from colonnade.models.config import CARDS, LONGEST_ROW
 
 RULES = Rules()
 
@@ -17,9 +17,9 @@ def symbols(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if r.model.mtp:
         patterns["model.mtp_pattern"] = r.model.mtp_pattern
     for field, pattern in patterns.items():
-        unknown = [f"`{s}` at position {i}" for i, s in enumerate(pattern, 1) if s not in SYMBOLS]
+        unknown = [f"`{s}` at position {i}" for i, s in enumerate(pattern, 1) if s not in CARDS]
         if unknown:
-            known = ", ".join(f"`{s}` {what}" for s, what in SYMBOLS.items())
+            known = ", ".join(f"`{s}` {card.title}" for s, card in CARDS.items())
             remedy = f"unknown symbol {', '.join(unknown)}; the symbols are {known}"
             yield Fault(field, pattern, remedy)
 

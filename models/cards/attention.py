@@ -1,0 +1,281 @@
+"""`*`: softmax attention over grouped queries, or latent (arXiv:2405.04434, section 2.1)."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from colonnade.models.cards.base import Argument, Card, Mixing
+from colonnade.models.options import (
+    Count,
+    Formula,
+    Length,
+    Need,
+    Options,
+    choice,
+    formula,
+    head_count,
+    length,
+    taps,
+    width,
+)
+from colonnade.models.parameters import ParameterSpec, Split, constant, last_tap, normal
+
+if TYPE_CHECKING:
+    from colonnade.models.blocks.base import SubBlock
+    from colonnade.models.config import ModelConfig
+
+HEADS = "model.heads"
+
+
+def latent(c: "ModelConfig") -> bool:
+    """Whether keys and values come from a latent."""
+    return c.attention == "mla"
+
+
+def key_heads(c: "ModelConfig") -> int:
+    """Heads of keys and values: of latent attention as many as queries have."""
+    return c.heads if latent(c) else c.kv_heads
+
+
+ATTEND = Mixing(
+    "attend",
+    {
+        "q": Argument("head", lambda c: c.heads, lambda c: c.score_width),
+        "k": Argument("group", key_heads, lambda c: c.score_width),
+        "v": Argument("group", key_heads, lambda c: c.values_width),
+    },
+    result=Argument("head", lambda c: c.heads, lambda c: c.values_width),
+)
+
+
+class AttentionCard(Card):
+    """Halves: `q, k, v, positions | attend, gate, out`."""
+
+    symbol, title, mixing = "*", "attention", ATTEND
+
+    def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
+        """Projections of queries, keys and values, sinks and temperature, the output."""
+        c, split = config, Split(0, config.heads, HEADS)
+        records = latents(c, split) if latent(c) else grouped(c, split)
+        for name, asked, first in (
+            ("sinks", c.sinks, 0.0),
+            ("growth", c.position_temperature, 1.5),
+        ):
+            if asked:
+                spec = ParameterSpec(name, (c.heads,), constant(first), split=split, half="small")
+                records.append(spec)
+        inner = c.heads * c.values_width
+        out = ParameterSpec(
+            "out", (c.hidden, inner), normal(out_std), "writes",
+            split=Split(1, c.heads, HEADS), half="second",
+        )  # fmt: skip
+        return [*records, out]
+
+    def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
+        """Scores and values, 2 FLOPs each per visible key: causal, so half of them, but for a
+        window."""
+        c = config
+        window = min(c.window_of(index) or seq_len, seq_len)
+        seen = window - window * window / (2 * seq_len)
+        return round(2 * seen * c.heads * (c.score_width + c.values_width))
+
+    def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
+        """Grouped queries or latent attention, as configured."""
+        from colonnade.models.blocks.attention import Attention
+        from colonnade.models.blocks.latent import LatentAttention
+
+        return (LatentAttention if latent(config) else Attention)(self, config, out_std)
+
+
+def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
+    """Queries, keys and values with their filters and norms, and the gate of the output."""
+    keys = Split(0, c.kv_heads, "model.kv_heads", shared=True) if c.given("kv_heads") else queries
+    records = []
+    for name, split in {"q": queries, "k": keys, "v": keys}.items():
+        size = split.pieces * c.head_dim
+        fill = normal(0.0 if name == "q" and c.zero_init else c.init_std)
+        records.append(ParameterSpec(name, (size, c.hidden), fill, "reads", split=split))
+        if c.attention_conv:  # the identity at first
+            shape = size, c.attention_conv
+            records.append(ParameterSpec(f"conv_{name}", shape, last_tap, decay=False, split=split))
+        if c.qk_norm != "none" and name != "v":
+            full = c.qk_norm == "full"
+            first, at = constant(c.first_norm), split if full else None
+            width = size if full else c.head_dim
+            records.append(ParameterSpec(f"{name}_norm", (width,), first, split=at))
+    if c.attention_gate == "channel":
+        shape = c.heads * c.head_dim, c.hidden
+        records.append(
+            ParameterSpec("gate_z", shape, normal(c.init_std), "reads", split=queries)
+        )  # fmt: skip
+    elif c.attention_gate == "head":
+        shape = c.heads, c.hidden // c.heads
+        records.append(ParameterSpec("gate_w", shape, normal(c.init_std), split=queries))
+        records.append(ParameterSpec("gate_b", shape[:1], constant(0.0), split=queries))
+    return records
+
+
+def latents(c: "ModelConfig", split: Split) -> list[ParameterSpec]:
+    """Queries, through a latent where it has a rank; keys and values through theirs."""
+    queries, normally = c.heads * c.score_width, normal(c.init_std)
+    fill = normal(0.0 if c.zero_init else c.init_std)
+    if c.q_rank:
+        records = [
+            ParameterSpec("q_a", (c.q_rank, c.hidden), normally, "reads"),
+            ParameterSpec("q_norm", (c.q_rank,), constant(1.0)),
+            ParameterSpec("q_b", (queries, c.q_rank), fill, "inner", split=split),
+        ]
+    else:
+        records = [ParameterSpec("q", (queries, c.hidden), fill, "reads", split=split)]
+    own, values = (c.heads * width for width in (c.head_dim, c.value_dim))
+    return [
+        *records,
+        ParameterSpec("kv_a", (c.kv_rank, c.hidden), normally, "reads"),
+        ParameterSpec("kv_norm", (c.kv_rank,), constant(1.0)),
+        ParameterSpec("k_rope", (c.rope_dim, c.hidden), normally, "reads"),
+        ParameterSpec("k_b", (own, c.kv_rank), normally, "inner", split=split),
+        ParameterSpec("v_b", (values, c.kv_rank), normally, "inner", split=split),
+    ]
+
+
+def scales_scores(m: "ModelConfig") -> bool:
+    """Whether `rope_mscale_all` changes anything: it scales latent attention's scores, and is part
+    of the factor of cosine and sine."""
+    computed = m.rope_attention_factor is None and m.rope_mscale > 0
+    return latent(m) or computed
+
+
+MLA = Need(latent, "unless model.attention = mla", ("attention",))
+GQA = Need(lambda m: not latent(m), "with model.attention = mla", ("attention",))
+ROPE = Need(
+    lambda m: m.positions == "rope", "with model.positions = none", ("positions",)
+)  # fmt: skip
+STRETCHED = Need(
+    lambda m: m.rope_scaling != "none", "with model.rope_scaling = none", ("rope_scaling",)
+)
+ORIGINAL = Need(
+    lambda m: m.rope_scaling in ("yarn", "llama3"),
+    "unless model.rope_scaling is yarn or llama3",
+    ("rope_scaling",),
+)
+LLAMA3 = Need(
+    lambda m: m.rope_scaling == "llama3", "unless model.rope_scaling = llama3", ("rope_scaling",)
+)
+YARN = Need(
+    lambda m: m.rope_scaling == "yarn", "unless model.rope_scaling = yarn", ("rope_scaling",)
+)
+COMPUTED = Need(
+    lambda m: m.rope_attention_factor is None,
+    "with model.rope_attention_factor given",
+    ("rope_attention_factor",),
+)
+MSCALE_ALL = Need(
+    lambda m: m.rope_mscale_all > 0, "with model.rope_mscale_all = 0", ("rope_mscale_all",)
+)
+MSCALE = Need(
+    scales_scores,
+    "unless model.attention = mla, or model.rope_mscale is above 0 and "
+    "model.rope_attention_factor not given",
+    ("attention", "rope_mscale", "rope_attention_factor"),
+)
+WINDOW = Need(lambda m: m.window is not None, "without model.window", ("window",))
+
+
+class AttentionOptions(Options):
+    """`*`."""
+
+    cards: ClassVar[tuple[Card, ...]] = (AttentionCard(),)
+
+    attention: Annotated[Literal["gqa", "mla"], choice()] = Field(
+        "gqa", description="grouped queries, or latent"
+    )
+    heads: Annotated[Count, head_count()] = Field(4, ge=1, description="query heads")
+    kv_heads: Annotated[Count, head_count(GQA, divides="heads")] = formula(
+        Formula("heads"), "gqa", ge=1
+    )  # fmt: skip
+    head_dim: Annotated[Count, width(4)] = formula(Formula("hidden", by="heads"), ge=1)
+    q_rank: Annotated[Count | None, width(8, MLA, optional=True)] = Field(
+        None, ge=1, description="mla: latent of the queries; default: none"
+    )
+    kv_rank: Annotated[Count, width(8, MLA)] = Field(
+        128, ge=1, description="mla: latent of keys and values"
+    )
+    rope_dim: Annotated[Count, width(4, MLA)] = Field(
+        32, ge=2, description="mla: channels with positions, beside head_dim"
+    )
+    value_dim: Annotated[Count, width(6, MLA)] = formula(
+        Formula("head_dim"), "mla: width of values", ge=1
+    )
+    latent_norm_eps: Annotated[float, choice(MLA)] = formula(
+        Formula("norm_eps"), "mla: norm_eps of the latents' norms", gt=0
+    )
+    positions: Annotated[Literal["rope", "none"], choice()] = Field(
+        "rope", description="rotary positions, or none"
+    )
+    rope_theta: Annotated[float, choice(ROPE)] = Field(
+        10000.0, gt=0, description="base of the rotary frequencies"
+    )
+    rope_fraction: Annotated[float, choice(GQA, ROPE)] = Field(
+        1.0, gt=0, le=1, description="gqa: share of channels rotated"
+    )
+    rope_scaling: Annotated[Literal["none", "linear", "ntk", "yarn", "llama3"], choice(ROPE)] = (
+        Field("none", description="how positions are stretched beyond the trained length")
+    )
+    rope_factor: Annotated[float, choice(ROPE, STRETCHED)] = Field(
+        1.0, ge=1, description="how much longer than trained"
+    )
+    rope_original: Annotated[Length, length(8, ROPE, ORIGINAL)] = Field(
+        4096, ge=1, description="yarn, llama3: positions trained on"
+    )
+    rope_low: Annotated[float, choice(ROPE, LLAMA3)] = Field(
+        1.0, gt=0, description="llama3: low_freq_factor"
+    )
+    rope_high: Annotated[float, choice(ROPE, LLAMA3)] = Field(
+        4.0, gt=0, description="llama3: high_freq_factor"
+    )
+    rope_fast: Annotated[float, choice(ROPE, YARN)] = Field(
+        32.0, gt=0, description="yarn: beta_fast"
+    )
+    rope_slow: Annotated[float, choice(ROPE, YARN)] = Field(
+        1.0, gt=0, description="yarn: beta_slow"
+    )
+    rope_mscale: Annotated[float, choice(ROPE, YARN, COMPUTED, MSCALE_ALL)] = Field(
+        0.0, ge=0, description="yarn: mscale; 0: none"
+    )
+    rope_mscale_all: Annotated[float, choice(ROPE, YARN, MSCALE)] = Field(
+        0.0, ge=0, description="yarn: mscale_all_dim; 0: none"
+    )
+    rope_attention_factor: Annotated[float | None, choice(ROPE, YARN)] = Field(
+        None, gt=0, description="yarn: factor of cos and sin; default: 0.1 ln(factor) + 1"
+    )
+    rope_truncate: Annotated[bool, choice(ROPE, YARN)] = Field(
+        True, description="yarn: whole channels in the ramp's ends"
+    )
+    qk_norm: Annotated[Literal["none", "head", "full"], choice(GQA)] = Field(
+        "none", description="norm queries and keys in each head, or over all of them"
+    )
+    window: Annotated[Length | None, length(5)] = Field(
+        None, ge=1, description="keys a query sees, its own included"
+    )
+    full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = Field(
+        (), description="which attentions of the row, counted from 0, have no window"
+    )
+    sinks: Annotated[bool, choice()] = Field(
+        False, description="a learned logit per head that takes weight, no value"
+    )
+    attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = Field(
+        "none", description="sigmoid gate per head on its input slice, or per channel"
+    )
+    attention_cap: Annotated[float | None, choice()] = Field(
+        None, gt=0, description="scores as cap · tanh(score / cap)"
+    )
+    clip_low: Annotated[float, choice()] = Field(
+        0.0, le=0, description="clipped softmax: γ, for instance −α / length"
+    )
+    clip_high: Annotated[float, choice()] = Field(1.0, ge=1, description="clipped softmax: ζ")
+    position_temperature: Annotated[bool, choice()] = Field(
+        False, description="scores grow with the query's position, at a rate learned per head"
+    )
+    attention_conv: Annotated[Count, taps(GQA)] = Field(
+        0, ge=0, description="taps of convolutions on q, k, v; 0: none"
+    )

@@ -1,0 +1,119 @@
+"""`m`: Mamba-1, a state-space mixer with a decay per channel and state (arXiv:2312.00752)."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from colonnade.models.cards.base import Argument, Card, Mixing
+from colonnade.models.options import Count, Formula, Length, Options, formula, length, taps, width
+from colonnade.models.parameters import (
+    Fill,
+    ParameterSpec,
+    Split,
+    constant,
+    inverse_softplus_dt,
+    log_counting,
+    normal,
+    uniform,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from colonnade.models.blocks.base import SubBlock
+    from colonnade.models.config import ModelConfig
+
+CHANNELS = "model.mamba1_inner"
+
+OF_CHANNELS = Argument("head", lambda c: c.mamba1_inner)
+OF_STATES = Argument("shared", width=lambda c: c.mamba1_state)
+SCAN = Mixing(
+    "scan",
+    {
+        "x": OF_CHANNELS,
+        "dt": Argument("head", lambda c: c.mamba1_inner, wide=True),
+        "A": Argument("constant"),
+        "B": OF_STATES,
+        "C": OF_STATES,
+        "D": Argument("constant"),
+    },
+    result=OF_CHANNELS,
+    # of each channel N states, and the product of the decays of each
+    state=lambda c: 2 * c.mamba1_inner * c.mamba1_state,
+)
+
+
+def steps_of(c: "ModelConfig") -> Fill:
+    """U(± rank^-½) of the base's rank, which muP scales by itself."""
+
+    def fill(t: "Tensor", g: "Generator") -> None:
+        bound = (c.base() or c).mamba1_rank ** -0.5
+        t.uniform_(-bound, bound, generator=g)
+
+    return fill
+
+
+class Mamba1Card(Card):
+    """Halves: `projections, convolution | selection, scan, gate, out`."""
+
+    symbol, title, mixing = "m", "Mamba-1", SCAN
+
+    def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
+        """Projections to z and x, x's filter, selection of dt, B and C, decay and output."""
+        c, C, rank = config, config.mamba1_inner, config.mamba1_rank
+        own, inputs = Split(0, C, CHANNELS), Split(1, C, CHANNELS)
+        filters = uniform(-(c.mamba1_conv**-0.5), c.mamba1_conv**-0.5)  # the fan-in is the width
+        steps = inverse_softplus_dt(1e-3, 0.1, 1e-4)
+        normally = normal(c.init_std)
+        selected = {"dt_a": rank, "B": c.mamba1_state, "C": c.mamba1_state}
+        return [
+            ParameterSpec("z", (C, c.hidden), normally, "reads", split=own),
+            ParameterSpec("x", (C, c.hidden), normally, "reads", split=own),
+            ParameterSpec("conv_x", (C, c.mamba1_conv), filters, split=own),
+            ParameterSpec("conv_x_bias", (C,), filters, split=own),
+            ParameterSpec(
+                "A_log", (C, c.mamba1_state), log_counting, decay=False, split=own, half="small"
+            ),
+            ParameterSpec("dt_bias", (C,), steps, split=own, half="small"),
+            ParameterSpec("D", (C,), constant(1.0), split=own, half="small"),
+            *(
+                ParameterSpec(name, (size, C), normally, "inner", split=inputs, half="second")
+                for name, size in selected.items()
+            ),
+            ParameterSpec("dt_b", (C, rank), steps_of(c), "inner", split=own, half="second"),
+            ParameterSpec(
+                "out", (c.hidden, C), normal(out_std), "writes", split=inputs, half="second"
+            ),
+        ]
+
+    def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
+        """Decay, write and read of every state, 2 FLOPs each."""
+        return 6 * config.mamba1_inner * config.mamba1_state
+
+    def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
+        """The module."""
+        from colonnade.models.blocks.mamba1 import Mamba1
+
+        return Mamba1(self, config, out_std)
+
+
+class Mamba1Options(Options):
+    """`m` Mamba-1."""
+
+    cards: ClassVar[tuple[Card, ...]] = (Mamba1Card(),)
+
+    mamba1_inner: Annotated[Count, width(16, divided=True)] = formula(
+        Formula("hidden", times=2), "channels", ge=1
+    )
+    mamba1_state: Annotated[Count, width(4, grows=False)] = Field(
+        16, ge=1, description="state width N"
+    )
+    mamba1_rank: Annotated[Count, width(2)] = formula(
+        Formula("hidden", by=16, up=True), "rank of dt", ge=1
+    )
+    mamba1_conv: Annotated[Count, taps()] = Field(
+        4, ge=1, description="width of the causal convolution"
+    )
+    mamba1_chunk: Annotated[Length, length(4, training=True)] = Field(
+        64, ge=1, description="tokens per chunk of the scan"
+    )

@@ -1,0 +1,130 @@
+"""`E`: a mixture of experts behind a router."""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from colonnade.models.cards.base import Card
+from colonnade.models.cards.mlp import activation, experts, mlp
+from colonnade.models.cards.thor import ThorCard
+from colonnade.models.options import ROW, Count, Formula, Need, Options, choice, formula, width
+from colonnade.models.parameters import ParameterSpec, constant, normal
+
+if TYPE_CHECKING:
+    from colonnade.models.blocks.base import SubBlock
+    from colonnade.models.config import ModelConfig
+
+
+class MixtureCard(Card):
+    """Halves: `route, dispatch | experts, combine`."""
+
+    symbol, title, mixing = "E", "a mixture of experts", None
+
+    def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
+        """Router, experts, and an expert that every token meets."""
+        c, normally = config, normal(config.init_std)
+        router = [ParameterSpec("router", (c.experts, c.hidden), normally, "reads", half="small")]
+        if c.router_bias:
+            bias = ParameterSpec("router_bias", (c.experts,), constant(0.0), half="small")
+            bias.state = True
+            router.append(bias)
+        shared = mlp(c, c.shared_ffn, "model.shared_ffn", out_std, "shared_")
+        if c.shared_gate:
+            shared.append(ParameterSpec("shared_open", (1, c.hidden), normally, "reads"))
+        chosen = experts(c, out_std, Fraction(c.top_k, c.experts))
+        return [*activation(c), *router, *(shared if c.shared_ffn else []), *chosen]
+
+    def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
+        """The module."""
+        from colonnade.models.blocks.mixture import Mixture
+
+        return Mixture(self, config, out_std)
+
+
+def in_balance_groups(m: "ModelConfig") -> bool:
+    """Whether anything is computed by balance groups (a mean over all groups is not)."""
+    grouped = m.balance > 0 or m.capacity is not None
+    return m.has("T") or (m.has("E") and grouped)
+
+
+SHARED = Need(lambda m: m.shared_ffn > 0, "with model.shared_ffn = 0", ("shared_ffn",))
+SEVERAL = Need(
+    lambda m: m.top_k > 1,
+    "with model.top_k = 1: the weight of a single expert is never normalised",
+    ("top_k",),
+)
+LIMITED = Need(
+    lambda m: m.router_top_groups is not None,
+    "without model.router_top_groups",
+    ("router_top_groups",),
+)
+GROUPED = Need(
+    lambda m: m.router_groups > 1, "with model.router_groups = 1", ("router_groups",)
+)  # fmt: skip
+STEERED = Need(lambda m: m.router_bias, "without model.router_bias", ("router_bias",))
+IN_GROUPS = Need(
+    in_balance_groups,
+    "without THOR (`T` in model.pattern), with model.balance = 0 and no model.capacity",
+    (*ROW, "balance", "capacity"),
+)
+
+
+class ExpertOptions(Options):
+    """`E` mixture of experts and `T` THOR."""
+
+    cards: ClassVar[tuple[Card, ...]] = (MixtureCard(), ThorCard())
+
+    experts: Annotated[Count, choice()] = Field(8, ge=1, description="experts of each sub-block")
+    top_k: Annotated[Count, choice(symbols="E")] = Field(2, ge=1, description="experts per token")
+    expert_ffn: Annotated[Count, width(12, divided=True)] = formula(
+        Formula("ffn"), "inner width of an expert", ge=1
+    )
+    shared_ffn: Annotated[Count, width(12, divided=True, optional=True, symbols="E")] = Field(
+        0, ge=0, description="width of an expert every token meets; 0: none"
+    )
+    shared_gate: Annotated[bool, choice(SHARED, symbols="E")] = Field(
+        False, description="a sigmoid gate on the shared expert"
+    )
+    router_score: Annotated[Literal["softmax", "sigmoid"], choice(symbols="E")] = Field(
+        "softmax", description="of a token over all experts, or of each expert by itself"
+    )
+    router_normalise: Annotated[bool, choice(SEVERAL, symbols="E")] = Field(
+        True, description="a token's weights sum to 1"
+    )
+    router_scale: Annotated[float, choice(symbols="E")] = Field(
+        1.0, gt=0, description="factor of the weights"
+    )
+    router_groups: Annotated[Count, choice(LIMITED, symbols="E")] = Field(
+        1, ge=1, description="groups of experts"
+    )
+    router_top_groups: Annotated[Count | None, choice(GROUPED, symbols="E")] = Field(
+        None, ge=1, description="groups a token may choose from"
+    )
+    router_bias: Annotated[bool, choice(symbols="E")] = Field(
+        False, description="a bias steers choices; set balance to 0 to do without the loss"
+    )
+    router_bias_rate: Annotated[float, choice(STEERED, symbols="E", training=True)] = Field(
+        1e-3, ge=0, description="its change per step"
+    )
+    router_noise: Annotated[float, choice(symbols="E", training=True)] = Field(
+        0.0, ge=0, description="standard deviation of noise in training"
+    )
+    capacity: Annotated[float | None, choice(symbols="E")] = Field(
+        None, gt=0, description="rows of an expert over its fair share; default: no limit"
+    )
+    balance: Annotated[float, choice(symbols="E", training=True)] = Field(
+        0.01, ge=0, description="weight of the load-balancing loss"
+    )
+    balance_sequence: Annotated[float, choice(symbols="E", training=True)] = Field(
+        0.0, ge=0, description="the same, for each sample alone"
+    )
+    balance_samples: Annotated[Count, choice(IN_GROUPS, training=True)] = Field(
+        1, ge=1, description="consecutive samples per balance group"
+    )
+    router_z: Annotated[float, choice(symbols="E", training=True)] = Field(
+        0.0, ge=0, description="weight of the router's z-loss"
+    )
+    thor_alpha: Annotated[float, choice(symbols="T", training=True)] = Field(
+        1.0, ge=0, description="weight of the consistency loss"
+    )

@@ -1,0 +1,94 @@
+"""`-`: the MLP, gated or not; and the weights of experts, which are MLPs."""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from colonnade.kernels.activation_names import Activation, gated, polynomial
+from colonnade.models.cards.base import Card
+from colonnade.models.options import ROW, Count, Need, Options, choice, width
+from colonnade.models.parameters import Half, ParameterSpec, Split, coefficients, normal
+
+if TYPE_CHECKING:
+    from colonnade.models.blocks.base import SubBlock
+    from colonnade.models.config import ModelConfig
+
+
+class MLPCard(Card):
+    """Halves: `up, gate | activation, down`."""
+
+    symbol, title, mixing = "-", "an MLP", None
+
+    def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
+        """Projections of the MLP, and the coefficients of its activation."""
+        return [*mlp(config, config.ffn, "model.ffn", out_std), *activation(config)]
+
+    def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
+        """The module."""
+        from colonnade.models.blocks.mlp import MLP
+
+        return MLP(self, config, out_std)
+
+
+def mlp(
+    c: "ModelConfig", inner: int, field: str, out_std: float, prefix: str = ""
+) -> list[ParameterSpec]:
+    """The weights of an MLP whose width the field `field` sets."""
+    shape, split = (inner, c.hidden), Split(0, inner, field)
+    up = ParameterSpec(f"{prefix}up", shape, normal(c.init_std), "reads", split=split)
+    gate = ParameterSpec(f"{prefix}gate", shape, normal(c.init_std), "reads", split=split)
+    down = ParameterSpec(
+        f"{prefix}down", shape[::-1], normal(out_std), "writes",
+        split=Split(1, inner, field), half="second",
+    )  # fmt: skip
+    return [*([gate] if gated(c.activation) else []), up, down]
+
+
+def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterSpec]:
+    """Every expert's MLP, stacked along dimension 0; a token meets the share `used` of them."""
+    E, F, D, field = c.experts, c.expert_ffn, c.hidden, c.source_of("expert_ffn")
+    inner = [
+        ParameterSpec(
+            name, (E, F, D), normal(c.init_std), "reads",
+            split=Split(1, F, field), half="second", used=used,
+        )
+        for name in (("gate", "up") if gated(c.activation) else ("up",))
+    ]  # fmt: skip
+    down = ParameterSpec(
+        "down", (E, D, F), normal(out_std), "writes",
+        split=Split(2, F, field), half="second", used=used,
+    )  # fmt: skip
+    return [*inner, down]
+
+
+def activation(c: "ModelConfig", half: Half = "small") -> list[ParameterSpec]:
+    """a_0 to a_3 of a polynomial activation, in fp32 whatever the precision."""
+    if not polynomial(c.activation):
+        return []
+    return [ParameterSpec("poly", (4,), coefficients, half=half)]
+
+
+def takes_width(m: "ModelConfig") -> bool:
+    """Whether an MLP, or experts without a width of their own, have the width `ffn`."""
+    return m.has("-") or (m.has("E", "T") and not m.given("expert_ffn"))
+
+
+WIDTH = Need(
+    takes_width,
+    "without an MLP (`-` in model.pattern) or experts (`E`, `T`) that take their width from it",
+    (*ROW, "expert_ffn"),
+)
+
+
+class MLPOptions(Options):
+    """`-`, and the inside of experts."""
+
+    cards: ClassVar[tuple[Card, ...]] = (MLPCard(),)
+
+    ffn: Annotated[Count, width(24, WIDTH, divided=True, symbols="-ET")] = Field(
+        704, ge=1, description="inner width of an MLP"
+    )
+    activation: Annotated[Activation, choice(symbols="-ET")] = Field(
+        "swiglu", description="swiglu and geglu have a gate; polyrelu, polynorm: PolyCom"
+    )
