@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.cluster.environment import USER_MISTAKE, Place, report_failure
+from colonnade.launcher.cluster.environment import USER_MISTAKE, RankEnvironment, report_failure
 from colonnade.launcher.console import forgiving_streams
 from colonnade.launcher.errors import UserError
 
@@ -52,7 +52,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     else:
         folder = a.runs or "runs"
         run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     if a.json and (place is None or place.rank == 0):
         a.report(run.summary())
     return run.status
@@ -106,7 +106,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     a = arguments
     report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     if place is None or place.rank == 0:
         print(table(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
@@ -357,7 +357,7 @@ def run(chosen: argparse.Namespace) -> int:
 def among_ranks() -> bool:
     """Whether this process is one of several ranks."""
     try:
-        place = Place.from_environment()
+        place = RankEnvironment.from_environment()
     except UserError:  # which was told
         return False
     return place is not None and place.size > 1

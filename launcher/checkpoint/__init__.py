@@ -26,7 +26,7 @@ from colonnade.launcher.checkpoint import catalog, folders
 from colonnade.launcher.checkpoint.check import fits, savable
 from colonnade.launcher.checkpoint.folders import is_complete, newest, prune, step_folder
 from colonnade.launcher.checkpoint.storage import SafetensorsReader, SafetensorsWriter
-from colonnade.launcher.cluster.together import on_all, on_first
+from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.errors import UserError
 
 __all__ = ["is_complete", "load", "newest", "prune", "read_state", "save", "step_folder"]
@@ -48,10 +48,10 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) 
     Raises UserError, the same on every rank, where the disk refuses: `folder.partial` is removed
     and the complete checkpoints are as they were.
     """
-    on_all(lambda: savable(tensors))
+    on_all_ranks(lambda: savable(tensors))
     writer = SafetensorsWriter(folders.partial(folder))
     try:
-        text = on_first(lambda: _prepare(folder, state))
+        text = on_rank_zero(lambda: _prepare(folder, state))
         with _quiet(), torch.no_grad():
             planner = dcp.DefaultSavePlanner(
                 flatten_state_dict=False,
@@ -59,11 +59,11 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) 
                 dedup_save_to_lowest_rank=True,
             )
             dcp.save(dict(tensors), storage_writer=writer, planner=planner)
-        on_first(lambda: _commit(folder, text))
+        on_rank_zero(lambda: _commit(folder, text))
     except (OSError, CheckpointException) as error:
         failure = _os_error(error)
-        raise UserError(on_first(lambda: _failed(folder, failure, writer.needed))) from None
-    on_first(lambda: folders.restore(folder))
+        raise UserError(on_rank_zero(lambda: _failed(folder, failure, writer.needed))) from None
+    on_rank_zero(lambda: folders.restore(folder))
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor], partial: bool = False) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], partial: bool = False) 
     they are not (nothing is changed then), or where a file is missing or damaged (some tensors
     may be filled then).
     """
-    listed, state = on_first(lambda: (catalog.read(folder), read_state(folder)))
-    on_all(lambda: savable(tensors))
+    listed, state = on_rank_zero(lambda: (catalog.read(folder), read_state(folder)))
+    on_all_ranks(lambda: savable(tensors))
     fits(folder, listed, tensors, partial)
     reader = SafetensorsReader(folder, listed)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

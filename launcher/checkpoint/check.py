@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from colonnade.launcher.checkpoint.catalog import Catalog
-from colonnade.launcher.cluster.together import on_all
+from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.errors import UserError
 
 
@@ -63,7 +63,7 @@ def fits(folder: Path, catalog: Catalog, tensors: dict[str, torch.Tensor], parti
         if name in saved and saved[name].torch_dtype != tensor.dtype
     ]
     unused = [] if partial else [name for name in saved if name not in tensors]
-    by_rank = on_all(lambda: (absent, shapes, dtypes, unused))
+    by_rank = on_all_ranks(lambda: (absent, shapes, dtypes, unused))
     faults = {
         "not in the checkpoint": set().union(*(faults[0] for faults in by_rank)),
         "only in the checkpoint": set.intersection(*(set(faults[3]) for faults in by_rank)),

@@ -27,7 +27,7 @@ from torch.futures import Future
 
 from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry, damaged
 from colonnade.launcher.checkpoint.folders import TENSORS, sync, write
-from colonnade.launcher.cluster.together import rank
+from colonnade.launcher.cluster.collective import rank
 
 
 class SafetensorsWriter(StorageWriter):

@@ -20,7 +20,7 @@ SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers the steps of batch scripts and shell
 
 
 @dataclass(frozen=True)
-class Place:
+class RankEnvironment:
     """One process among those that torchrun or srun started."""
 
     rank: int
@@ -30,7 +30,7 @@ class Place:
     from_srun: bool = False
 
     @classmethod
-    def from_environment(cls) -> "Place | None":
+    def from_environment(cls) -> "RankEnvironment | None":
         """This process's place, or None if no launcher started it.
 
         Raises:
@@ -47,7 +47,7 @@ class Place:
         return cls._from_srun()
 
     @classmethod
-    def _from_srun(cls) -> "Place | None":
+    def _from_srun(cls) -> "RankEnvironment | None":
         """The place of a task among several of one step; None outside of such a step."""
         environment = os.environ
         size = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)

@@ -21,8 +21,8 @@ from colonnade.kernels.linear import (
     onednn_product,
     prefer,
 )
+from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.cluster.environment import cache_folder, instruction_limits
-from colonnade.launcher.cluster.together import on_first
 
 # M, N, K of a product of each size.
 SHAPES = dict(zip(SIZES, ((256, 128, 128), (1024, 256, 256), (2048, 1408, 512)), strict=True))
@@ -37,7 +37,7 @@ def settle_products(device: torch.device) -> None:
     Ranks must agree: a router that every rank of a group computes has to choose alike.
     """
     if device.type == "cpu" and has_onednn(torch.empty(0)):
-        prefer(on_first(lambda: known_choice() or measured_choice()))
+        prefer(on_rank_zero(lambda: known_choice() or measured_choice()))
 
 
 def known_choice() -> dict[str, bool] | None:

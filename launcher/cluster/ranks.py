@@ -13,16 +13,21 @@ from types import FrameType
 
 import torch
 
-from colonnade.launcher.cluster.environment import USER_MISTAKE, Place, chosen_threads, cores
+from colonnade.launcher.cluster.environment import (
+    USER_MISTAKE,
+    RankEnvironment,
+    chosen_threads,
+    cores,
+)
 from colonnade.launcher.cluster.signals import handled
 from colonnade.launcher.errors import UserError
 
 SAVING = 3600  # seconds that stopping ranks are given to save
 
-ALONE = Place(0, 1, 0, 1)
+ALONE = RankEnvironment(0, 1, 0, 1)
 
 
-def choose_device(wanted: str, place: Place) -> torch.device:
+def choose_device(wanted: str, place: RankEnvironment) -> torch.device:
     """The device of this rank: `auto` is a GPU each where there are enough, else the CPU."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= place.local_size
     if wanted == "cuda" and not enough:
@@ -37,7 +42,7 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     )
 
 
-def settle_threads(place: Place) -> None:
+def settle_threads(place: RankEnvironment) -> None:
     """Share this host's cores among its ranks, unless OMP_NUM_THREADS says how many each takes."""
     torch.set_num_threads(chosen_threads() or share_of_cores(place.local_size))
 

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
 from colonnade.launcher.checkpoint.tensors import named_tensors
+from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.ranks import settle_determinism
 from colonnade.launcher.cluster.signals import StopSignal, stop_signal
-from colonnade.launcher.cluster.together import on_all, on_first
 from colonnade.launcher.data import Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
@@ -73,11 +73,11 @@ class Job:
         tensors = named_tensors(self.model, self.optimizer)
         save(step_folder(self.checkpoints, self.step), tensors, state)
         keep = self.recipe.checkpoint.keep
-        on_first(lambda: writing(self.checkpoints, lambda: prune(self.checkpoints, keep)))
+        on_rank_zero(lambda: writing(self.checkpoints, lambda: prune(self.checkpoints, keep)))
 
     def restore(self) -> None:
         """Continue from the newest checkpoint. Collective."""
-        folder = on_first(lambda: newest(self.checkpoints))
+        folder = on_rank_zero(lambda: newest(self.checkpoints))
         if folder is None:
             raise UserError(f"{self.run}: no complete checkpoint to resume from; train it anew")
         state = load(folder, named_tensors(self.model, self.optimizer))
@@ -133,7 +133,7 @@ def run_job(
     job = build(recipe, run, here)
     if resume:
         job.restore()
-        on_first(lambda: adopt(run))
+        on_rank_zero(lambda: adopt(run))
     monitor = open_monitor(job)
     with stop_signal(here.size, answers) as stop:
         end = min(until or recipe.train.steps, recipe.train.steps)
@@ -154,7 +154,7 @@ def open_monitor(job: Job) -> Monitor | None:
         box.append(Monitor(job.run, job.recipe, job.step))
         box[0].say(introduction(job))
 
-    on_first(lambda: writing(job.run, make))
+    on_rank_zero(lambda: writing(job.run, make))
     return box[0] if box else None
 
 
@@ -220,10 +220,10 @@ def agree(
     noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
     number, failed, stuck = all_reduced(noted, job.here.device, dist.ReduceOp.MAX)
     if failed:
-        raise UserError(on_first(lambda: str(trouble)))
+        raise UserError(on_rank_zero(lambda: str(trouble)))
     stop.agreed = number > 0
     if stuck:
-        why = next(why for why in on_all(lambda: unreadable) if why)
+        why = next(why for why in on_all_ranks(lambda: unreadable) if why)
         unreadable = UserError(f"{why} (the run is saved after step {job.step})")
     return int(number), unreadable
 
@@ -252,7 +252,7 @@ def writing(path: Path, action: Callable[[], object]) -> None:
 
 def give_up(job: Job, result: Result) -> None:
     """End a run of bad steps: say why on all ranks, and what to try."""
-    last, recipe = on_first(lambda: newest(job.checkpoints)), job.recipe
+    last, recipe = on_rank_zero(lambda: newest(job.checkpoints)), job.recipe
     found = result.report
     kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
     raise UserError(
@@ -306,7 +306,7 @@ def check(job: Job, monitor: Monitor | None) -> None:
         monitor.record(metrics)
         monitor.say(f"{text} at step {job.step}")
 
-    on_first(lambda: writing(job.run, tell))
+    on_rank_zero(lambda: writing(job.run, tell))
 
 
 def finish(job: Job, monitor: Monitor | None) -> None:
@@ -319,7 +319,7 @@ def finish(job: Job, monitor: Monitor | None) -> None:
     made = extend(job.model, start, count, job.recipe.train.seq_len, None, job.here.device)
     text = "def " + tokenizer.decode(made)
     path = job.run / "sample.txt"
-    on_first(lambda: writing(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
+    on_rank_zero(lambda: writing(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
     if monitor:
         monitor.say(f"sample\n{text}\n")
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.cluster.environment import Place
+from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
@@ -81,7 +81,7 @@ def train(
         >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
         True
     """
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     settled = settle(recipe, overrides, place, nproc)
     from colonnade.launcher.train.start import start
 
@@ -102,7 +102,7 @@ def resume(
     """
     folder = Path(run)
     saved = saved_recipe(folder)
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     recipe = settle(folder / RECIPE, overrides, place, nproc)
     check_resumable(saved, recipe)
     from colonnade.launcher.train.start import start
@@ -111,7 +111,7 @@ def resume(
 
 
 def settle(
-    recipe: Recipe | str | Path, overrides: Sequence[str], place: Place | None, nproc: int
+    recipe: Recipe | str | Path, overrides: Sequence[str], place: RankEnvironment | None, nproc: int
 ) -> Recipe:
     """A valid recipe for these ranks; the first one tells what overrides leave unused."""
     size = place.size if place else nproc
@@ -133,7 +133,7 @@ def describe(
     Raises:
         UserError: a mistake in the recipe or its data.
     """
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     size = place.size if place else nproc
     recipe = settle(recipe, overrides, place, nproc)
     from colonnade.launcher.data import check_data

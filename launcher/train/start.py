@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 from colonnade.launcher.checkpoint import newest
+from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.doctor import check_compiling
-from colonnade.launcher.cluster.environment import Place
+from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import (
     ALONE,
@@ -16,7 +17,6 @@ from colonnade.launcher.cluster.ranks import (
     settle_threads,
     start_ranks,
 )
-from colonnade.launcher.cluster.together import on_all, on_first
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
@@ -29,7 +29,7 @@ from colonnade.parallel.world import world
 
 def start(
     recipe: Recipe,
-    place: Place | None,
+    place: RankEnvironment | None,
     nproc: int,
     open_folder: Callable[[], AbstractContextManager[Path]],
     again: bool,
@@ -43,7 +43,7 @@ def start(
         )
     if place is not None or nproc == 1:
         return be_rank(recipe, place or ALONE, open_folder, again, until)
-    device = choose_device(recipe.train.device, Place(0, nproc, 0, nproc))
+    device = choose_device(recipe.train.device, RankEnvironment(0, nproc, 0, nproc))
     check_compiling(recipe.train.compile, device)
     prepare_data(recipe)
     with open_folder() as path:
@@ -58,7 +58,7 @@ def start(
 
 def be_rank(
     recipe: Recipe,
-    place: Place,
+    place: RankEnvironment,
     open_folder: Callable[[], AbstractContextManager[Path]],
     again: bool,
     until: int | None,
@@ -80,8 +80,8 @@ def be_rank(
         settle_products(device)
         if not started:
             first = place.local_rank == 0
-            on_all(lambda: prepare_data(recipe) if first else None, here.meet)
-        path = on_first(lambda: folders.enter_context(open_folder()))
+            on_all_ranks(lambda: prepare_data(recipe) if first else None, here.meet)
+        path = on_rank_zero(lambda: folders.enter_context(open_folder()))
         answers = place.rank == 0 and not started
         number = run_job(recipe, path, here, again, until, answers)
     return Run(path, 128 + number if number else 0)
@@ -89,6 +89,6 @@ def be_rank(
 
 def be_started_rank(path: Path, again: bool, until: int | None) -> None:
     """A rank that `start` launched: the folder and the data are there."""
-    place = Place.from_environment() or ALONE
+    place = RankEnvironment.from_environment() or ALONE
     recipe = load_recipe(path / (COMING if again else RECIPE), world_size=place.size)
     be_rank(recipe, place, lambda: nullcontext(path), again, until, started=True)

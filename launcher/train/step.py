@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.draws import hashed
 from colonnade.kernels.loss import IGNORED
-from colonnade.launcher.cluster.together import on_all
+from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
@@ -51,7 +51,7 @@ def agreed(action: Callable[[], T], device: torch.device) -> T:
     except UserError as error:
         fault = error
     if all_reduced([float(fault is not None)], device, dist.ReduceOp.MAX)[0]:
-        on_all(lambda: raise_if(fault))
+        on_all_ranks(lambda: raise_if(fault))
     assert outcome is not None  # else all ranks have raised
     return outcome[0]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.cluster.doctor import check_compiling
-from colonnade.launcher.cluster.environment import Place
+from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import (
     choose_device,
     settle_determinism,
@@ -20,7 +21,6 @@ from colonnade.launcher.cluster.ranks import (
     settle_threads,
     start_ranks,
 )
-from colonnade.launcher.cluster.together import on_first
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
@@ -111,12 +111,12 @@ def verify(
         >>> verify("quickstart", nproc=4, layouts=["tp=4"])["equal"]  # doctest: +SKIP
         True
     """
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     size = place.size if place else nproc
     job = planned(recipe, overrides, size, layouts)
     if place is not None:
         return reported(be_rank(job, place))
-    device = choose_device(job.recipe.train.device, Place(0, nproc, 0, nproc))
+    device = choose_device(job.recipe.train.device, RankEnvironment(0, nproc, 0, nproc))
     check_compiling(job.recipe.train.compile, device)
     with tempfile.TemporaryDirectory(prefix="colonnade-verify-") as folder:
         Path(folder, JOB).write_text(job.write(), encoding="utf-8")
@@ -127,7 +127,7 @@ def verify(
 
 def be_started_rank(folder: Path) -> None:
     """A rank that `verify` started: the job lies in the folder, and the report goes there."""
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     assert place is not None
     found = be_rank(Job.read((folder / JOB).read_text(encoding="utf-8")), place)
     if place.rank == 0:
@@ -152,7 +152,7 @@ def planned(
         )
     overrides, shared = separated(overrides)
     if not isinstance(recipe, Recipe):
-        place = Place.from_environment()
+        place = RankEnvironment.from_environment()
         tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
         recipe = load_recipe(recipe, overrides, None, tell)
     elif overrides:
@@ -206,7 +206,7 @@ def reasons(skipped: Sequence[tuple[Layout, str]]) -> list[str]:
 # What every rank does
 
 
-def be_rank(job: Job, place: Place) -> Findings:
+def be_rank(job: Job, place: RankEnvironment) -> Findings:
     """Take part as one rank; rank 0 first trains alone, and compares. Returns what it found."""
     settle_threads(place)
     settle_determinism(job.recipe.train.deterministic)
@@ -242,12 +242,12 @@ def compared(job: Job, small: Recipe, exact: Trace, here: World) -> Iterator[Pas
 
     Every step starts from the reference's weights.
     """
-    starts = on_first(lambda: exact.parameters)
+    starts = on_rank_zero(lambda: exact.parameters)
     precisions = ("fp32",) if here.device.type == "cuda" else ("fp64", "fp32")
     for layout in job.layouts:
         for precision in precisions:
             trace = traced(on_layout(small, here.size, layout, precision), here, starts)
-            yield on_first(partial(beside, write_layout(layout), precision, trace, exact))
+            yield on_rank_zero(partial(beside, write_layout(layout), precision, trace, exact))
 
 
 def measured(found: Findings) -> dict[str, Noise]:

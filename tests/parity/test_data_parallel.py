@@ -8,7 +8,7 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colonnade.launcher.cluster.together import on_first
+from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.train.job import build_model
 from colonnade.launcher.verify.equal import Bounds
@@ -74,7 +74,7 @@ def whole(t: Tensor) -> Tensor:
 def trained(rank: int, size: int, recipe: Recipe) -> Trace:
     """A few steps of a recipe as one rank; every rank returns the whole trace."""
     own = traced(recipe, World(rank, size, torch.device("cpu")))
-    trace = on_first(lambda: own)
+    trace = on_rank_zero(lambda: own)
     assert own.losses == trace.losses
     assert own.norms == trace.norms
     return trace

@@ -16,7 +16,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_all(action: Callable[[], T], meet: Callable[[], None] | None = None) -> list[T]:
+def on_all_ranks(action: Callable[[], T], meet: Callable[[], None] | None = None) -> list[T]:
     """Run `action` on every rank and return the results by rank; collective.
 
     If it fails anywhere, every rank raises the failure of the lowest rank that failed. Where
@@ -31,7 +31,7 @@ def on_all(action: Callable[[], T], meet: Callable[[], None] | None = None) -> l
     return [_result(outcome) for outcome in outcomes]
 
 
-def on_first(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank, or raise its failure there."""
     outcomes = [_attempt(action) if rank() == 0 else None]
     if dist.is_initialized():

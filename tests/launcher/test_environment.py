@@ -2,7 +2,7 @@
 
 import pytest
 
-from colonnade.launcher.cluster.environment import Place, chosen_threads
+from colonnade.launcher.cluster.environment import RankEnvironment, chosen_threads
 from colonnade.launcher.errors import UserError
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
@@ -25,13 +25,13 @@ def given(environment: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 def test_alone(environment: pytest.MonkeyPatch) -> None:
-    assert Place.from_environment() is None
+    assert RankEnvironment.from_environment() is None
 
 
 def test_torchrun_comes_before_srun(environment: pytest.MonkeyPatch) -> None:
     """As when srun starts one torchrun per host."""
     given(environment, SRUN | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})
-    assert Place.from_environment() == Place(2, 4, 0, 1)
+    assert RankEnvironment.from_environment() == RankEnvironment(2, 4, 0, 1)
 
 
 @pytest.mark.parametrize(("node", "local"), [("0", 2), ("1", 2), ("2", 1)])
@@ -39,7 +39,7 @@ def test_a_task_of_srun_is_a_rank(environment: pytest.MonkeyPatch, node: str, lo
     import os
 
     given(environment, SRUN | {"SLURM_NODEID": node})
-    assert Place.from_environment() == Place(3, 5, 1, local, from_srun=True)
+    assert RankEnvironment.from_environment() == RankEnvironment(3, 5, 1, local, from_srun=True)
     assert os.environ["MASTER_ADDR"] == "n1"
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
 
@@ -55,13 +55,13 @@ def test_a_task_of_srun_is_a_rank(environment: pytest.MonkeyPatch, node: str, lo
 )
 def test_one_task_is_no_rank(environment: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     given(environment, SRUN | values)
-    assert Place.from_environment() is None
+    assert RankEnvironment.from_environment() is None
 
 
 def test_hosts_that_nobody_names(environment: pytest.MonkeyPatch) -> None:
     given(environment, SRUN | {"SLURM_STEP_NODELIST": "n[1-3]", "PATH": ""})
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        Place.from_environment()
+        RankEnvironment.from_environment()
 
 
 @pytest.mark.parametrize(
