@@ -206,13 +206,13 @@ def test_mistakes_of_a_user(
 FAILING = """
 import sys
 from colonnade.launcher import cli
-    from colonnade.launcher.cluster import ranks
-    from colonnade.launcher.train import job
+from colonnade.launcher.cluster import ranks
+from colonnade.launcher.train import job
 
 def fail(*_):
     raise ArithmeticError("of our own making")
 
-if ranks.Place.from_environment().rank == 1:
+if ranks.RankEnvironment.from_environment().rank == 1:
     job.train_step = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
