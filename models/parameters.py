@@ -20,7 +20,7 @@ Half = Literal["first", "second", "small"]
 
 
 class Split(NamedTuple):
-    """How tensor-parallel ranks may share a parameter: equal parts along `dim`, of whole pieces.
+    """How the ranks of an axis may shard a parameter: equal shards along `dim`, of whole pieces.
 
     `pieces` are heads, groups or channels; `field` is what sets their number. `shared` says that
     where ranks outnumber the pieces, several may use the same one.
@@ -32,7 +32,7 @@ class Split(NamedTuple):
     shared: bool = False
 
     def suits(self, ranks: int) -> bool:
-        """Whether so many ranks can take equal parts, or groups of them share pieces."""
+        """Whether so many ranks can take equal shards, or groups of them share pieces."""
         return self.pieces % ranks == 0 or (self.shared and ranks % self.pieces == 0)
 
 
@@ -46,7 +46,9 @@ class ParameterSpec:
         fill: its initial distribution.
         role: what a linear weight does with the stream.
         decay: whether weight decay acts on it; None: if it has two dimensions or more.
-        split: how tensor-parallel ranks may share it; None: each needs it whole.
+        tp: how tensor-parallel ranks may shard it; None: each needs it whole.
+        ep: how ranks that hold experts of their own may shard it; None: it is none of theirs.
+        etp: how the ranks that share an expert may shard it.
         half: of the sub-block, that holds it.
         used: the share of its elements that one token meets (of experts those it is sent to).
         state: whether it is no parameter but a buffer: fp32, whole on every rank, saved.
@@ -60,7 +62,9 @@ class ParameterSpec:
     fill: Fill
     role: Role = "other"
     decay: bool | None = None
-    split: Split | None = None
+    tp: Split | None = None
+    ep: Split | None = None
+    etp: Split | None = None
     half: Half = "first"
     used: Fraction = Fraction(1)
     state: bool = False
@@ -72,6 +76,11 @@ class ParameterSpec:
     def decayed(self) -> bool:
         """Whether weight decay acts on it."""
         return len(self.shape) > 1 if self.decay is None else self.decay
+
+    @property
+    def split(self) -> Split | None:
+        """How the ranks of the tensor axis shard it, over which an expert is sharded as well."""
+        return self.tp or self.etp
 
     @property
     def elements(self) -> int:

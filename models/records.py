@@ -14,7 +14,7 @@ def embedding(c: "ModelConfig") -> list[ParameterSpec]:
     """Token embeddings, `[V, D]`."""
     split = Split(0, c.vocab, "model.vocab")
     shape = c.vocab, c.hidden
-    return [ParameterSpec("weight", shape, normal(c.init_std), "table", split=split)]
+    return [ParameterSpec("weight", shape, normal(c.init_std), "table", tp=split)]
 
 
 def head(c: "ModelConfig") -> list[ParameterSpec]:

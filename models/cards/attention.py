@@ -62,12 +62,12 @@ class AttentionCard(Card):
             ("growth", c.position_temperature, 1.5),
         ):
             if asked:
-                spec = ParameterSpec(name, (c.heads,), constant(first), split=split, half="small")
+                spec = ParameterSpec(name, (c.heads,), constant(first), tp=split, half="small")
                 records.append(spec)
         inner = c.heads * c.values_width
         out = ParameterSpec(
             "out", (c.hidden, inner), normal(out_std), "writes",
-            split=Split(1, c.heads, HEADS), half="second",
+            tp=Split(1, c.heads, HEADS), half="second",
         )  # fmt: skip
         return [*records, out]
 
@@ -94,24 +94,24 @@ def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
     for name, split in {"q": queries, "k": keys, "v": keys}.items():
         size = split.pieces * c.head_dim
         fill = normal(0.0 if name == "q" and c.zero_init else c.init_std)
-        records.append(ParameterSpec(name, (size, c.hidden), fill, "reads", split=split))
+        records.append(ParameterSpec(name, (size, c.hidden), fill, "reads", tp=split))
         if c.attention_conv:  # the identity at first
             shape = size, c.attention_conv
-            records.append(ParameterSpec(f"conv_{name}", shape, last_tap, decay=False, split=split))
+            records.append(ParameterSpec(f"conv_{name}", shape, last_tap, decay=False, tp=split))
         if c.qk_norm != "none" and name != "v":
             full = c.qk_norm == "full"
             first, at = constant(c.first_norm), split if full else None
             width = size if full else c.head_dim
-            records.append(ParameterSpec(f"{name}_norm", (width,), first, split=at))
+            records.append(ParameterSpec(f"{name}_norm", (width,), first, tp=at))
     if c.attention_gate == "channel":
         shape = c.heads * c.head_dim, c.hidden
         records.append(
-            ParameterSpec("gate_z", shape, normal(c.init_std), "reads", split=queries)
+            ParameterSpec("gate_z", shape, normal(c.init_std), "reads", tp=queries)
         )  # fmt: skip
     elif c.attention_gate == "head":
         shape = c.heads, c.hidden // c.heads
-        records.append(ParameterSpec("gate_w", shape, normal(c.init_std), split=queries))
-        records.append(ParameterSpec("gate_b", shape[:1], constant(0.0), split=queries))
+        records.append(ParameterSpec("gate_w", shape, normal(c.init_std), tp=queries))
+        records.append(ParameterSpec("gate_b", shape[:1], constant(0.0), tp=queries))
     return records
 
 
@@ -123,18 +123,18 @@ def latents(c: "ModelConfig", split: Split) -> list[ParameterSpec]:
         records = [
             ParameterSpec("q_a", (c.q_rank, c.hidden), normally, "reads"),
             ParameterSpec("q_norm", (c.q_rank,), constant(1.0)),
-            ParameterSpec("q_b", (queries, c.q_rank), fill, "inner", split=split),
+            ParameterSpec("q_b", (queries, c.q_rank), fill, "inner", tp=split),
         ]
     else:
-        records = [ParameterSpec("q", (queries, c.hidden), fill, "reads", split=split)]
+        records = [ParameterSpec("q", (queries, c.hidden), fill, "reads", tp=split)]
     own, values = (c.heads * width for width in (c.head_dim, c.value_dim))
     return [
         *records,
         ParameterSpec("kv_a", (c.kv_rank, c.hidden), normally, "reads"),
         ParameterSpec("kv_norm", (c.kv_rank,), constant(1.0)),
         ParameterSpec("k_rope", (c.rope_dim, c.hidden), normally, "reads"),
-        ParameterSpec("k_b", (own, c.kv_rank), normally, "inner", split=split),
-        ParameterSpec("v_b", (values, c.kv_rank), normally, "inner", split=split),
+        ParameterSpec("k_b", (own, c.kv_rank), normally, "inner", tp=split),
+        ParameterSpec("v_b", (values, c.kv_rank), normally, "inner", tp=split),
     ]
 
 

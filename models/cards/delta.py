@@ -72,10 +72,10 @@ class DeltaCard(Card):
         for name, size in widths.items():
             split = groups if name in ("q", "k") else own
             shape = size, c.hidden
-            records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", split=split))
+            records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", tp=split))
             if name in ("q", "k", "v"):
                 shape = size, c.delta_conv
-                records.append(ParameterSpec(f"conv_{name}", shape, filters, split=split))
+                records.append(ParameterSpec(f"conv_{name}", shape, filters, tp=split))
         decay = {
             "A_log": log_uniform_a(0.01, 16.0),
             "dt_bias": inverse_softplus_dt(1e-3, 0.1, 1e-4),
@@ -83,14 +83,14 @@ class DeltaCard(Card):
         return [
             *records,
             *(
-                ParameterSpec(name, (H,), fill, split=own, half="small")
+                ParameterSpec(name, (H,), fill, tp=own, half="small")
                 for name, fill in decay.items()
                 if self.gated
             ),
             ParameterSpec("norm", (c.delta_value_dim,), constant(1.0), half="second"),
             ParameterSpec(
                 "out", (c.hidden, values), normal(out_std), "writes",
-                split=Split(1, H, HEADS), half="second",
+                tp=Split(1, H, HEADS), half="second",
             ),
         ]  # fmt: skip
 

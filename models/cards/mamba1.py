@@ -67,22 +67,22 @@ class Mamba1Card(Card):
         normally = normal(c.init_std)
         selected = {"dt_a": rank, "B": c.mamba1_state, "C": c.mamba1_state}
         return [
-            ParameterSpec("z", (C, c.hidden), normally, "reads", split=own),
-            ParameterSpec("x", (C, c.hidden), normally, "reads", split=own),
-            ParameterSpec("conv_x", (C, c.mamba1_conv), filters, split=own),
-            ParameterSpec("conv_x_bias", (C,), filters, split=own),
+            ParameterSpec("z", (C, c.hidden), normally, "reads", tp=own),
+            ParameterSpec("x", (C, c.hidden), normally, "reads", tp=own),
+            ParameterSpec("conv_x", (C, c.mamba1_conv), filters, tp=own),
+            ParameterSpec("conv_x_bias", (C,), filters, tp=own),
             ParameterSpec(
-                "A_log", (C, c.mamba1_state), log_counting, decay=False, split=own, half="small"
+                "A_log", (C, c.mamba1_state), log_counting, decay=False, tp=own, half="small"
             ),
-            ParameterSpec("dt_bias", (C,), steps, split=own, half="small"),
-            ParameterSpec("D", (C,), constant(1.0), split=own, half="small"),
+            ParameterSpec("dt_bias", (C,), steps, tp=own, half="small"),
+            ParameterSpec("D", (C,), constant(1.0), tp=own, half="small"),
             *(
-                ParameterSpec(name, (size, C), normally, "inner", split=inputs, half="second")
+                ParameterSpec(name, (size, C), normally, "inner", tp=inputs, half="second")
                 for name, size in selected.items()
             ),
-            ParameterSpec("dt_b", (C, rank), steps_of(c), "inner", split=own, half="second"),
+            ParameterSpec("dt_b", (C, rank), steps_of(c), "inner", tp=own, half="second"),
             ParameterSpec(
-                "out", (c.hidden, C), normal(out_std), "writes", split=inputs, half="second"
+                "out", (c.hidden, C), normal(out_std), "writes", tp=inputs, half="second"
             ),
         ]
 

@@ -65,11 +65,11 @@ class Mamba2Card(Card):
         for name, size in {"z": inner, "x": inner, "B": state, "C": state, "dt": H}.items():
             split = groups if name in ("B", "C") else own
             shape = size, c.hidden
-            records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", split=split))
+            records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", tp=split))
             if name in ("x", "B", "C"):
                 taps, bias = f"conv_{name}", f"conv_{name}_bias"
-                records.append(ParameterSpec(taps, (size, c.mamba_conv), filters, split=split))
-                records.append(ParameterSpec(bias, (size,), filters, split=split))
+                records.append(ParameterSpec(taps, (size, c.mamba_conv), filters, tp=split))
+                records.append(ParameterSpec(bias, (size,), filters, tp=split))
         decay = {
             "A_log": log_uniform_a(1.0, 16.0),
             "dt_bias": inverse_softplus_dt(1e-3, 0.1, 1e-4),
@@ -77,11 +77,11 @@ class Mamba2Card(Card):
         }
         return [
             *records,
-            *(ParameterSpec(n, (H,), fill, split=own, half="small") for n, fill in decay.items()),
-            ParameterSpec("norm", (inner,), constant(1.0), split=own, half="second"),
+            *(ParameterSpec(n, (H,), fill, tp=own, half="small") for n, fill in decay.items()),
+            ParameterSpec("norm", (inner,), constant(1.0), tp=own, half="second"),
             ParameterSpec(
                 "out", (c.hidden, inner), normal(out_std), "writes",
-                split=Split(1, H, HEADS), half="second",
+                tp=Split(1, H, HEADS), half="second",
             ),
         ]  # fmt: skip
 

@@ -36,11 +36,11 @@ def mlp(
 ) -> list[ParameterSpec]:
     """The weights of an MLP whose width the field `field` sets."""
     shape, split = (inner, c.hidden), Split(0, inner, field)
-    up = ParameterSpec(f"{prefix}up", shape, normal(c.init_std), "reads", split=split)
-    gate = ParameterSpec(f"{prefix}gate", shape, normal(c.init_std), "reads", split=split)
+    up = ParameterSpec(f"{prefix}up", shape, normal(c.init_std), "reads", tp=split)
+    gate = ParameterSpec(f"{prefix}gate", shape, normal(c.init_std), "reads", tp=split)
     down = ParameterSpec(
         f"{prefix}down", shape[::-1], normal(out_std), "writes",
-        split=Split(1, inner, field), half="second",
+        tp=Split(1, inner, field), half="second",
     )  # fmt: skip
     return [*([gate] if gated(c.activation) else []), up, down]
 
@@ -48,16 +48,17 @@ def mlp(
 def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterSpec]:
     """Every expert's MLP, stacked along dimension 0; a token meets the share `used` of them."""
     E, F, D, field = c.experts, c.expert_ffn, c.hidden, c.source_of("expert_ffn")
+    over_experts = Split(0, E, "model.experts")
     inner = [
         ParameterSpec(
             name, (E, F, D), normal(c.init_std), "reads",
-            split=Split(1, F, field), half="second", used=used,
+            ep=over_experts, etp=Split(1, F, field), half="second", used=used,
         )
         for name in (("gate", "up") if gated(c.activation) else ("up",))
     ]  # fmt: skip
     down = ParameterSpec(
         "down", (E, D, F), normal(out_std), "writes",
-        split=Split(2, F, field), half="second", used=used,
+        ep=over_experts, etp=Split(2, F, field), half="second", used=used,
     )  # fmt: skip
     return [*inner, down]
 

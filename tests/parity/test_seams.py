@@ -128,7 +128,7 @@ class Down(MLPCard):
     def parameters(self, config: ModelConfig, out_std: float) -> list[ParameterSpec]:
         records = super().parameters(config, out_std)
         for record in of_half(records, "second"):
-            record.split = self.split
+            record.tp = self.split
         return records
 
 
