@@ -21,11 +21,12 @@ def apply_mup(model: "Decoder") -> None:
     base = model.config.base()
     assert base is not None
     with torch.device("meta"):
-        small = type(model)(base)
-    model.head.scale = base.hidden / model.config.hidden
+        small = type(model)(base, stage=model.stage)
+    if model.is_last:
+        model.head.scale = base.hidden / model.config.hidden
     parts = dict(small.named_modules())
     for path, part in model.named_modules():
-        if isinstance(part, Part) and part is not model.head:
+        if isinstance(part, Part) and path != "head":
             other = parts[path]
             assert isinstance(other, Part)
             scale_part(part, other)

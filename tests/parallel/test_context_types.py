@@ -37,6 +37,7 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context import plug
 from colonnade.parallel.context.heads import Heads
 from colonnade.parallel.context.plug import context_parallel
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import tensor_parallel
 
@@ -111,7 +112,8 @@ def check(model: Decoder, mesh: DeviceMesh) -> None:
         for t in given:
             stamp(t, R)
         model.begin_step()
-        model(given.tokens, Context(given.positions, given.documents), given.labels).backward()
+        context = Context(given.positions, given.documents)
+        model(given.tokens, context, given.labels)[0].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -163,7 +165,7 @@ def test_beside_tensor_parallel(meshes: Meshes, row: str, variant: str, sequence
 def test_logits(meshes: Meshes, variant: str) -> None:
     model = model_of(meshes["four"], VARIANTS[variant], {"pattern": "*M"})
     given = inputs()
-    with typechecked_context(model, meshes["four"]), torch.no_grad():
+    with typechecked_context(model, meshes["four"]), evaluating(model):
         logits = model(stamp(given.tokens, R), Context(stamp(given.positions, R)))
         assert type_of(logits) == S(0)
         assert logits.shape == (TOKENS // 4, SAMPLES, VOCAB)
@@ -209,13 +211,13 @@ def only_one_part(model: Decoder) -> None:
 
 
 def choices_of_a_part(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.whole = lambda t: t
 
 
 def places_of_all(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.mine = lambda t: t
 
