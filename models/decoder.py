@@ -182,7 +182,7 @@ class Decoder(CanonicalNames):
         report = report._replace(extras=extras)
         if self.training and len(self.mtp):
             assert isinstance(tokens, Tensor)
-            further = torch.zeros_like(objective)
+            further = objective.new_zeros(())
             for depth, predictor in enumerate(self.mtp, start=1):
                 ahead, wanted = shifted(tokens, labels, context.whole_documents, depth)
                 x, found = predictor(x, self.embedding(mine(ahead)), context)

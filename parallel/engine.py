@@ -83,6 +83,7 @@ class Engine:
         valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
         tokens = int(all_reduced([valid], self.device)[0]) // data_sharers(self.mesh)
         losses, loads, sharers = Sums(), Sums(), token_sharers(self.mesh)
+        self.model.train()
         self.model.begin_step()
         for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
             last_micro_batch(self.model, number == len(batches))

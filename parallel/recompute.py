@@ -1,7 +1,7 @@
 """Activation recomputation: backward runs a sub-block's halves again instead of keeping tensors.
 
-`torch.utils.checkpoint` wraps one call. A sub-block is two, between which others' halves may run:
-both calls are of one frame here, and backward runs both again at the first tensor that it needs.
+`torch.utils.checkpoint` wraps one call. A sub-block is two calls, between which other sub-blocks'
+halves may run. Both have one frame, and backward runs both again at the first tensor it asks for.
 """
 
 import weakref
@@ -69,8 +69,13 @@ def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
 
     selecting: Callable[[], Modes] = partial(create_selective_checkpoint_contexts, policy)
     modes = selecting if operators else lambda: (nullcontext(), nullcontext())
+
+    def halves(block: SubBlock, context: Context) -> Halves:
+        kept = torch.is_grad_enabled()
+        return Recomputed(block, context, modes()) if kept else Halves(block, context)
+
     for wiring in model.wirings():
-        wiring.halves = lambda block, context: Recomputed(block, context, modes())
+        wiring.halves = halves
 
 
 class Recomputed(Halves):
@@ -93,7 +98,7 @@ class Recomputed(Halves):
 
 
 class Slot:
-    """What a graph holds in place of a saved tensor; `value` is there from being made to use."""
+    """What a graph holds in place of a saved tensor; `value` is there between making and use."""
 
     def __init__(self, frame: "Frame", saved: Tensor) -> None:
         self.frame, self.kind = frame, kind(saved)
@@ -109,16 +114,16 @@ class Slot:
 
 
 class _FilledError(Exception):
-    """All slots are: the rest of the pass is of no use."""
+    """All slots are filled, so the rest of the halves need not run."""
 
 
 class Frame:
     """The slots of all tensors that a sub-block saves for backward, in the order of saving.
 
-    Slots hold the frame, and the frame no slot: what a graph lets go is gone. A second backward
-    pass over a graph that was retained makes everything once more, or where a mode keeps results,
-    which it gives once, is refused by it. Nothing is done for PyTorch's generators and autocast:
-    sub-blocks use neither.
+    Slots hold the frame and the frame no slot, so that what a graph lets go is freed. A second
+    backward pass over a retained graph runs the halves once more; a mode that keeps results gives
+    them once, and refuses it. PyTorch's generators and autocast are not restored: sub-blocks use
+    neither.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class Frame:
         return saved_tensors_hooks(self.pack, Slot.take)
 
     def pack(self, saved: Tensor) -> Slot:
+        """A new slot for a tensor."""
         slot = Slot(self, saved)
         self.slots.append(weakref.ref(slot))
         return slot
