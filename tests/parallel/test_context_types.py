@@ -1,5 +1,6 @@
 """Types along the context axis: every layout that shares sequences passes, and no faulty one."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -226,8 +227,9 @@ def summed_to(kind: Any) -> Fault:
     def spoil(model: Decoder) -> None:
         forward = model.forward
 
-        def total(*args: Any) -> Tensor:
-            return spmd.all_reduce(forward(*args), dist.group.WORLD, src=P, dst=kind)
+        def total(*args: Any) -> Any:
+            objective, report = forward(*args)
+            return spmd.all_reduce(objective, dist.group.WORLD, src=P, dst=kind), report
 
         model.forward = total
 
@@ -243,9 +245,8 @@ def documents_of_a_part(model: Decoder) -> None:
 
 def part_told(scan: mamba2.Scan) -> mamba2.Scan:
     def told(*args: Any) -> Tensor:
-        context: Context = args[-1]
-        context.whole_documents = context.documents
-        return scan(*args)
+        *tensors, context = args
+        return scan(*tensors, dataclasses.replace(context, whole_documents=context.documents))
 
     return told
 
@@ -273,8 +274,8 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
         choices_of_a_part, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
     "places of all": (
         places_of_all, dict(pattern="E", capacity=1.0), RING, "dispatch: kept is R"),
-    "loss summed": (summed_to(I), dict(pattern="-"), RING, "what comes out is I, not P"),
-    "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "what comes out is R, not P"),
+    "loss summed": (summed_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
+    "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
     "documents of a part": (
         documents_of_a_part, dict(pattern="M"), HEADS, r"ssd: documents is S\(0\), not R"),
 }  # fmt: skip
