@@ -21,6 +21,7 @@ from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
 
@@ -68,7 +69,7 @@ def text(batches: int) -> Tensor:
 
 def step(model: Decoder, optimizer: Optimizer, lr: float, rows: Tensor) -> float:
     """One step; the loss before it, in nats per byte."""
-    loss = model(rows[:-1], context(), rows[1:]) / rows[1:].numel()
+    loss = model(rows[:-1], context(), rows[1:])[0] / rows[1:].numel()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step(lr)
@@ -80,7 +81,6 @@ def context() -> Context:
     return Context(torch.arange(S)[:, None].expand(S, B))
 
 
-@torch.no_grad()
 def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """What every sub-block adds to the stream, and the logits."""
     found: dict[str, Tensor] = {}
@@ -92,7 +92,8 @@ def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     for t, symbol in enumerate(model.config.symbols):
         block = model.wiring.block(t)
         handles.append(block.second.register_forward_hook(keep(f"{t} {CARDS[symbol].title}")))
-    found["logits"] = model(tokens, context())
+    with evaluating(model):
+        found["logits"] = model(tokens, context())
     for handle in handles:
         handle.remove()
     return found

@@ -112,7 +112,7 @@ class Row:
 
     def forward(self) -> Tensor:
         """The end of the stream."""
-        return self.wiring(self.stream.clone().requires_grad_(), self.context)
+        return self.wiring(self.stream.clone().requires_grad_(), self.context)[0]
 
     def backward(self, end: Tensor) -> None:
         """Gradients of all parameters and of the stream."""

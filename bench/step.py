@@ -50,7 +50,7 @@ def our_step(tokens: Tensor) -> Step:
     positions = torch.arange(SEQ)[:, None].expand(SEQ, BATCH)
 
     def step() -> None:
-        loss = model(inputs, Context(positions), labels) / (BATCH * (SEQ - 1))
+        loss = model(inputs, Context(positions), labels)[0] / (BATCH * (SEQ - 1))
         loss.backward()
         optimizer.step(1e-3)
         optimizer.zero_grad()

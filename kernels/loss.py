@@ -18,13 +18,13 @@ IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross
 class _Gradients:
     """Gradients of inputs and weight, collected chunk by chunk while the logits exist anyway."""
 
-    def __init__(self, inputs: tuple[Tensor, ...], weight: Tensor, training: bool) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], weight: Tensor, with_gradients: bool) -> None:
         self.inputs, self.weight = inputs, weight
         self.d_inputs = [
-            torch.empty_like(x) if training and x.requires_grad else None for x in inputs
+            torch.empty_like(x) if with_gradients and x.requires_grad else None for x in inputs
         ]
         dtype = wide_dtype(weight.dtype)
-        wanted = training and weight.requires_grad
+        wanted = with_gradients and weight.requires_grad
         self.d_weight = torch.zeros_like(weight, dtype=dtype) if wanted else None
 
     def wanted(self) -> bool:
@@ -53,14 +53,14 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _logits(
-    x: Tensor, weight: Tensor, cap: float | None, training: bool
+    x: Tensor, weight: Tensor, cap: float | None, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Logits in at least fp32, and the derivative of capping them."""
     logits = wide(product(x, weight))
     if not cap:
         return logits, None
     logits = logits.div_(cap).tanh_()
-    slope = logits.square().neg_().add_(1) if training else None
+    slope = logits.square().neg_().add_(1) if with_gradients else None
     return logits.mul_(cap), slope
 
 
@@ -120,10 +120,10 @@ class _Objective(torch.autograd.Function):
         chunk: int,
         cap: float | None,
         z: float,
-        training: bool,
+        with_gradients: bool,
         cut: Cut,
     ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients((x,), weight, training)
+        gradients = _Gradients((x,), weight, with_gradients)
         nlls = x.new_zeros((), dtype=wide_dtype(x.dtype))
         zs = torch.zeros_like(nlls)
         for start in range(0, x.shape[0], chunk):
@@ -164,10 +164,10 @@ class _Consistency(torch.autograd.Function):
         alpha: float,
         cap: float | None,
         z: float,
-        training: bool,
+        with_gradients: bool,
         cut: Cut,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = _Gradients((x1, x2), weight, training)
+        gradients = _Gradients((x1, x2), weight, with_gradients)
         nlls = x1.new_zeros((), dtype=wide_dtype(x1.dtype))
         zs, divergences = torch.zeros_like(nlls), torch.zeros_like(nlls)
         for start in range(0, x1.shape[0], chunk):
@@ -210,19 +210,25 @@ class _Consistency(torch.autograd.Function):
 
 
 def _divergence(
-    delta: Tensor, p: Tensor, q: Tensor, weight: float, factors: Tensor, training: bool, cut: Cut
+    delta: Tensor,
+    p: Tensor,
+    q: Tensor,
+    weight: float,
+    factors: Tensor,
+    with_gradients: bool,
+    cut: Cut,
 ) -> tuple[Tensor, list[Tensor]]:
     """weight · Σ_v (p − q) δ, `[T, 1]`, of two softmaxes and δ = log p − log q, `[T, V]`: consumed.
 
-    In training also its gradients in the logits of p and of q, plus `factors[0]` p and `factors[1]`
+    With gradients also those in the logits of p and of q, plus `factors[0]` p and `factors[1]`
     q (of terms in logsumexp; `[T, 1]` each). That in the logits of p is
     weight · (p (δ − Σ p δ) + p − q), and that in q's the same with p and q exchanged.
     """
     sums = [(p - q).mul_(delta).sum(-1, keepdim=True)]
-    if training:  # KL(p‖q); KL(q‖p) is the rest of the total
+    if with_gradients:  # KL(p‖q); KL(q‖p) is the rest of the total
         sums.append((p * delta).sum(-1, keepdim=True))
     total, *p_to_q = cut.total(torch.stack(sums))
-    if not training:
+    if not with_gradients:
         return weight * total, []
     in_p = weight * (1 - p_to_q[0]) + factors[0]
     in_q = weight * (1 - (total - p_to_q[0])) + factors[1]
@@ -260,8 +266,8 @@ def linear_objective(
         With a cut both are of the whole vocabulary, equal on all ranks; the gradient of `x` is what
         this block gives, and the ranks' sum is the whole one.
     """
-    training = torch.is_grad_enabled()  # inside `forward` it never is
-    return _Objective.apply(x, weight, labels, chunk, cap, z, training, cut)
+    with_gradients = torch.is_grad_enabled()  # inside `forward` it never is
+    return _Objective.apply(x, weight, labels, chunk, cap, z, with_gradients, cut)
 
 
 def linear_consistency(
@@ -291,8 +297,8 @@ def linear_consistency(
         cross entropies and the term in alpha, all summed over tokens; with a cut as in
         `linear_objective`.
     """
-    training = torch.is_grad_enabled()
-    return _Consistency.apply(x1, x2, weight, labels, chunk, alpha, cap, z, training, cut)
+    with_gradients = torch.is_grad_enabled()
+    return _Consistency.apply(x1, x2, weight, labels, chunk, alpha, cap, z, with_gradients, cut)
 
 
 def _logits_reference(x: Tensor, weight: Tensor, cap: float | None) -> Tensor:

@@ -14,8 +14,10 @@ from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.models.context import Context, Memory
+from colonnade.models.cache import Cache
+from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.parallelize import storage_dtype
 
 
@@ -32,7 +34,6 @@ def choose(
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
-@torch.no_grad()
 def extend(
     model: nn.Module,
     tokens: list[int],
@@ -50,21 +51,22 @@ def extend(
     their later half. `seed` is that of the tokens, and of random experts (THOR), which are drawn
     once for a text. Every rank of a sharded model must call this alike.
     """
-    generator, draw = torch.Generator().manual_seed(seed), int(hashed(seed))
+    generator, rng_key = torch.Generator().manual_seed(seed), int(hashed(seed))
     made: list[int] = []
-    coming, memory, seen = tokens[-seq_len:], Memory(), 0
-    while len(made) < count:
-        if seen + len(coming) > seq_len:
-            coming, memory, seen = (tokens + made)[-max(1, seq_len // 2) :], Memory(), 0
-        positions = torch.arange(seen, seen + len(coming), device=device)[:, None]
-        inputs = torch.tensor(coming, device=device)[:, None]
-        logits = model(inputs, Context(positions, draw=draw, memory=memory))[-1, 0]
-        seen += len(coming)
-        token = choose(logits, temperature, top_k, generator)
-        if token == stop:
-            break
-        made.append(token)
-        coming = [token]
+    coming, cache, seen = tokens[-seq_len:], Cache(), 0
+    with evaluating(model):
+        while len(made) < count:
+            if seen + len(coming) > seq_len:
+                coming, cache, seen = (tokens + made)[-max(1, seq_len // 2) :], Cache(), 0
+            positions = torch.arange(seen, seen + len(coming), device=device)[:, None]
+            inputs = torch.tensor(coming, device=device)[:, None]
+            logits = model(inputs, Context(positions, rng_key=rng_key, cache=cache))[-1, 0]
+            seen += len(coming)
+            token = choose(logits, temperature, top_k, generator)
+            if token == stop:
+                break
+            made.append(token)
+            coming = [token]
     return made
 
 

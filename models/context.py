@@ -1,4 +1,4 @@
-"""What a forward pass carries beside the activations: positions, documents, losses, caches."""
+"""What a forward pass is given beside the tokens: positions, documents, keys of draws, a cache."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,46 +10,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.rope import RopeScaling, rope_table
+from colonnade.models.cache import Cache
 
-Memory = dict[tuple[int, str], Tensor]
 
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Context:
-    """Shared by all sub-blocks of one forward pass; `at` makes the one that a sub-block sees.
+    """The inputs of one forward pass that all sub-blocks share; `at` makes the one that each sees.
 
     Attributes:
         positions: `[S, B]` integers, from 0 at each document's start.
         documents: `[S, B]` integers, non-decreasing along S; None: every row is one document.
         groups: balance groups in the global batch; a group's balancing loss weighs 1/groups.
         samples: `[B]` numbers of the samples, which key random draws; None: 0, 1, ...
-        draw: key of this step's random draws.
+        rng_key: of this step's random draws.
         passes: how often each sample stands in the batch, one pass beside the other (THOR).
         index: place of the sub-block in the row.
-        whole_documents: `documents` of the whole sequence where `positions` and `documents` are a
-            part of it.
-        places: `[S]`, which tokens of the whole sequence those of the part are; None: all.
-        terms: balancing losses of this pass, by sub-block, detached, for reports.
-        loads: rows that each expert was chosen for, `[E]`, by sub-block.
-        extras: parts of the objective beside the mean cross entropy, summed over tokens, detached.
-        memory: what earlier tokens left behind (keys and values, convolution inputs, states), by
-            sub-block and role; None: nothing is kept.
+        whole_documents: `documents` of the whole sequence where `positions` and `documents` are of
+            a segment.
+        token_index: `[S]`, which tokens of the whole sequence those of a segment are; None: all.
+        cache: what earlier tokens left behind, in generation; None: nothing is kept.
+        tables: rotary tables of these positions, each made at its first use.
     """
 
     positions: Tensor
     documents: Tensor | None = None
     groups: float = 1.0
     samples: Tensor | None = None
-    draw: int = 0
+    rng_key: int = 0
     passes: int = 1
     index: int = 0
     whole_documents: Tensor | None = None
-    places: Tensor | None = None
-    terms: dict[int, Tensor] = field(default_factory=dict)
-    loads: dict[int, Tensor] = field(default_factory=dict)
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    memory: Memory | None = None
-    _cache: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    token_index: Tensor | None = None
+    cache: Cache | None = None
+    tables: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_rows(cls, tokens: Tensor) -> "Context":
@@ -60,15 +53,15 @@ class Context:
         """The same context, seen by the sub-block at `index`."""
         return dataclasses.replace(self, index=index)
 
-    def part(self, mine: Callable[[Tensor], Tensor]) -> "Context":
-        """The same for a part of the sequence, which `mine` takes of whole tensors `[S, ...]`."""
+    def segment(self, take: Callable[[Tensor], Tensor]) -> "Context":
+        """The same for a segment of the sequence: `take` gives it of a whole tensor `[S, ...]`."""
         return dataclasses.replace(
             self,
-            positions=mine(self.positions),
-            documents=None if self.documents is None else mine(self.documents),
+            positions=take(self.positions),
+            documents=None if self.documents is None else take(self.documents),
             whole_documents=self.documents,
-            places=mine(torch.arange(len(self.positions), device=self.positions.device)),
-            _cache={},
+            token_index=take(torch.arange(len(self.positions), device=self.positions.device)),
+            tables={},
         )
 
     def whole(self) -> "Context":
@@ -80,28 +73,23 @@ class Context:
         self, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None
     ) -> tuple[Tensor, Tensor]:
         """Rotary table for this head width, made once per pass."""
-        key = ("rope", width, theta, dtype, scaling)
-        if key not in self._cache:
-            self._cache[key] = rope_table(self.positions, width, theta, dtype, scaling)
-        return self._cache[key]
+        key = (width, theta, dtype, scaling)
+        if key not in self.tables:
+            self.tables[key] = rope_table(self.positions, width, theta, dtype, scaling)
+        return self.tables[key]
 
-    def recall(self, role: str) -> Tensor | None:
-        """What this sub-block kept under `role` before these tokens."""
-        return None if self.memory is None else self.memory.get((self.index, role))
+    def cached(self, role: str) -> Tensor | None:
+        """What this sub-block put under `role` at earlier tokens; None without a cache."""
+        return None if self.cache is None else self.cache.get(self.index, role)
 
-    def keep(self, role: str, value: Tensor) -> None:
-        """Keep `value` for the tokens to come, if this pass has a memory."""
-        if self.memory is not None:
-            self.memory[self.index, role] = value
+    def put(self, role: str, value: Tensor) -> None:
+        """Keep `value` for the tokens to come, if there is a cache."""
+        if self.cache is not None:
+            self.cache.put(self.index, role, value)
 
     def extended(self, role: str, rows: Tensor, last: int | None = None) -> Tensor:
-        """`rows` behind those kept before, all kept (or the `last`) for the tokens to come."""
-        if self.memory is None:
-            return rows
-        before = self.recall(role)
-        rows = rows if before is None else torch.cat([before, rows])
-        self.keep(role, rows if last is None else rows[max(0, len(rows) - last) :])
-        return rows
+        """`rows` behind the cached ones, see `Cache.extend`; without a cache `rows` themselves."""
+        return rows if self.cache is None else self.cache.extend(self.index, role, rows, last)
 
     def sample_numbers(self) -> Tensor:
         """`[B]`: which sample each column is."""
@@ -109,7 +97,7 @@ class Context:
             return self.samples
         return torch.arange(self.positions.shape[1], device=self.positions.device)
 
-    def turns(self) -> Tensor:
+    def pass_index(self) -> Tensor:
         """`[B]`: in which of the passes each column is."""
         columns = torch.arange(len(self.sample_numbers()), device=self.positions.device)
         return columns // (len(columns) // self.passes)

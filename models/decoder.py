@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from colonnade.kernels.linear import linear
 from colonnade.kernels.loss import linear_consistency, linear_objective
@@ -18,7 +20,7 @@ from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part
 from colonnade.models.reparam import reparametrise
 from colonnade.models.seams import same
-from colonnade.models.wiring import Wiring
+from colonnade.models.wiring import Stage, State, Wiring
 
 
 class Embedding(Part):
@@ -54,53 +56,68 @@ class Head(Part):
         self.gather: Callable[[Tensor], Tensor] = lambda logits: logits
 
     def forward(
-        self, x: Tensor, labels: Tensor | None, tied: Tensor | None, context: Context
-    ) -> Tensor:
+        self, x: Tensor, labels: Tensor | None, tied: Tensor | None, passes: int
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Logits; with labels the objective, and its parts beside the cross entropy, detached."""
         weight = self.weight_of("weight") if tied is None else tied
         x = self.enter(x if self.scale == 1.0 else x * self.scale)
         if labels is None:
             logits = self.gather(linear(x, weight))
             return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-        flat, z = labels.flatten(), self.z if torch.is_grad_enabled() else 0.0
-        if context.passes == 2:
+        flat, z = labels.flatten(), self.z if self.training else 0.0
+        if passes == 2:
             one, two = (half.flatten(0, 1) for half in x.chunk(2, dim=1))
             objective, mean, consistency = linear_consistency(
                 one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z, cut=self.cut
             )
-            context.extras["consistency"] = consistency
-            context.extras["second_pass"] = objective.detach() - mean - consistency  # and z
-            return objective
+            second = objective.detach() - mean - consistency  # and z
+            return objective, {"consistency": consistency, "second_pass": second}
         rows = x.flatten(0, 1)
         objective, extra = linear_objective(
             rows, weight, flat, self.chunk, cap=self.cap, z=z, cut=self.cut
         )
-        if z:
-            context.extras["logit_z"] = extra
-        return objective
+        return objective, {"logit_z": extra} if z else {}
 
 
 class Decoder(CanonicalNames):
-    """A decoder over a pattern of sub-blocks, written for one device.
+    """A decoder over a pattern of sub-blocks, or a stage of one, written for one device.
 
     Its weights are drawn from PyTorch's own generator. Made on the meta device it has none, and
     refuses to compute: `parallel.materialise` has `new_decoder`, of the weights that a run of a
     seed begins with, and `load_decoder`, of given ones.
 
+    In training mode, as every module begins, it computes the training function, with gradients or
+    without: noise and capacity of routers, and with labels all parts of the objective. In
+    evaluation mode (`eval()`) no choice is dropped, and the objective is the negative log
+    likelihood alone.
+
     `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
-    a memory, as in generation, sequences are not shared.
+    a cache, as in generation, sequences are not shared.
     """
 
-    def __init__(self, config: ModelConfig, loss_chunk: int = 1024) -> None:
+    def __init__(
+        self, config: ModelConfig, loss_chunk: int = 1024, stage: Stage | None = None
+    ) -> None:
+        """Build the model, or of it the sub-blocks of `stage` and what stands at their ends.
+
+        Raises:
+            ValueError: no stage of this model, or stages would share weights.
+        """
         super().__init__()
-        self.config = config
+        row = config.symbols
+        self.config, self.stage = config, stage or Stage(0, len(row))
+        check_stage(config, self.stage)
+        self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == len(row)
         self.mine: Callable[[Tensor], Tensor] = same
-        distinct = len(config.pattern) if config.share else len(config.symbols)
-        self.embedding = Embedding(config)
-        self.wiring = Wiring(config, config.symbols, distinct)
-        self.head = Head(config, loss_chunk)
+        distinct = len(config.pattern) if config.share else len(row)
+        if self.is_first:
+            self.embedding = Embedding(config)
+        self.wiring = Wiring(config, row, distinct, stage=self.stage)
+        if self.is_last:
+            self.head = Head(config, loss_chunk)
         self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
         reparametrise(self)
-        if not self.embedding.weight.is_meta:  # nobody computes with what memory held
+        if not next(self.parameters()).is_meta:  # nobody computes with what memory held
             for module in self.modules():
                 if isinstance(module, Part):
                     module.fill()
@@ -112,49 +129,64 @@ class Decoder(CanonicalNames):
             assert isinstance(predictor, Predictor)
             yield predictor.wiring
 
-    def forward(self, tokens: Tensor, context: Context, labels: Tensor | None = None) -> Tensor:
-        """Objective or logits.
+    def ends(self) -> list[nn.Module]:
+        """Embedding and head, where this stage has them."""
+        return [end for name, end in self.named_children() if name in ("embedding", "head")]
+
+    def forward(
+        self, tokens: Tensor | State, context: Context, labels: Tensor | None = None
+    ) -> Any:
+        """Objective and report, or logits.
 
         Args:
-            tokens: `[S, B]` integers.
+            tokens: `[S, B]` integers; for a stage that is not the first, the `State` that the one
+                before it returned.
             context: positions and documents of these tokens, and balance groups.
-            labels: `[S, B]` integers, −100 where there is no loss; None for logits.
+            labels: `[S, B]` integers, −100 where there is no loss; None for logits. Every stage
+                takes them, for they say what is computed.
 
         Returns:
-            the objective, summed over valid tokens, a scalar in at least fp32: the negative log
-            likelihood and what `context.extras` then names; without labels the logits `[S, B, V]`.
-            Where ranks share a sequence, both are those of this rank's part.
+            without labels the logits `[S, B, V]`. With labels a pair: the objective, summed over
+            valid tokens, a scalar in at least fp32, which is the negative log likelihood and what
+            `extras` of the report then names; and the `PassReport`. A stage that is not the last
+            has its `State` in place of logits or objective. Where ranks share a sequence, all are
+            those of this rank's part.
 
         Raises:
             RuntimeError: the model has no weights.
         """
-        if self.embedding.weight.is_meta and not tokens.is_meta:
+        if next(self.parameters()).is_meta and not tree_leaves(tokens)[0].is_meta:
             raise RuntimeError(
                 "the model has no weights yet: build it by new_decoder(config, seed) or "
                 "load_decoder(config, tensors) of colonnade.parallel.materialise"
             )
-        training = labels is not None and torch.is_grad_enabled()
-        if training and self.config.has("T"):
+        if self.training and labels is not None and self.config.has("T"):
             tokens, context = doubled(tokens, context)
-        whole, mine = context, self.mine
-        if context.memory is not None:
-            mine = same
-        context = context.part(mine)
-        x = self.wiring(self.embedding(mine(tokens)), context)
+        mine = self.mine if context.cache is None else same
+        context = context.segment(mine)
+        state = tokens if isinstance(tokens, State) else State(self.embedding(mine(tokens)))
+        state, report = self.wiring.run(state, context)
+        if not self.is_last:
+            return state if labels is None else (state, report)
+        x = self.wiring.final(state.stream)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
-        objective = self.head(x, None if labels is None else mine(labels), tied, context)
-        if not training or not len(self.mtp):
-            return objective
-        assert labels is not None
-        further = objective.new_zeros(())
-        for depth, predictor in enumerate(self.mtp, start=1):
-            ahead, wanted = shifted(tokens, labels, whole, depth)
-            x = predictor(x, self.embedding(mine(ahead)), context)
-            apart = dataclasses.replace(context, extras={})
-            further = further + self.head(x, mine(wanted), tied, apart)
-        further = further * (self.config.mtp_weight / len(self.mtp))
-        context.extras["mtp"] = further.detach()
-        return objective + further
+        found = self.head(x, None if labels is None else mine(labels), tied, context.passes)
+        if labels is None:
+            return found
+        objective, extras = found
+        report = report._replace(extras=extras)
+        if self.training and len(self.mtp):
+            assert isinstance(tokens, Tensor)
+            further = objective.new_zeros(())
+            for depth, predictor in enumerate(self.mtp, start=1):
+                ahead, wanted = shifted(tokens, labels, context.whole_documents, depth)
+                x, found = predictor(x, self.embedding(mine(ahead)), context)
+                further = further + self.head(x, mine(wanted), tied, context.passes)[0]
+                report = report.joined(found)
+            further = further * (self.config.mtp_weight / len(self.mtp))
+            report.extras["mtp"] = further.detach()
+            objective = objective + further
+        return objective, report
 
     def begin_step(self) -> None:
         """An optimizer step begins: what changes once a step may do so at its next use."""
@@ -163,29 +195,49 @@ class Decoder(CanonicalNames):
                 module.due = module.transformed
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
-        """An optimizer step is done; `loads` are `Context.loads` over the whole global batch."""
+        """An optimizer step is done; `loads` are the reports' over the whole global batch."""
         steered: dict[Mixture, Tensor] = {}
         for wiring in self.wirings():
-            for t in range(len(wiring.late)):
-                block, place = wiring.block(t), wiring.start + t
+            for t in wiring.places:
+                block, index = wiring.block(t), wiring.start + t
                 if isinstance(block, Mixture) and self.config.router_bias:
-                    steered[block] = steered.get(block, 0) + loads[place].double()
+                    steered[block] = steered.get(block, 0) + loads[index].double()
         for block, counts in steered.items():
             block.small.steer(counts, self.config.router_bias_rate)
 
 
-def doubled(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
-    """Every sample twice, for two passes with draws of their own; each weighs half in balancing."""
+def doubled(tokens: Tensor | State, context: Context) -> tuple[Tensor | State, Context]:
+    """Every sample twice, for two passes with draws of their own; each weighs half in balancing.
+
+    A state, which comes of such samples, stays as it is.
+    """
 
     def twice(t: Tensor) -> Tensor:
         return torch.cat([t, t], dim=-1)
 
-    return twice(tokens), dataclasses.replace(
+    return tokens if isinstance(tokens, State) else twice(tokens), dataclasses.replace(
         context,
         positions=twice(context.positions),
         documents=None if context.documents is None else twice(context.documents),
         samples=twice(context.sample_numbers()),
         groups=2 * context.groups,
         passes=2,
-        _cache={},
+        tables={},
     )
+
+
+def check_stage(config: ModelConfig, stage: Stage) -> None:
+    """Refuse what is no stage of a model, or would need weights of another one.
+
+    Raises:
+        ValueError: with the fields that are at fault.
+    """
+    count = len(config.symbols)
+    if stage == (0, count):
+        return
+    if not 0 <= stage.start < stage.stop <= count:
+        raise ValueError(f"stage {stage.start} to {stage.stop}: the row has {count} sub-blocks")
+    shared = [name for name in ("tied", "share", "mtp") if getattr(config, name)]
+    if shared:
+        fields = ", ".join(f"model.{name} = {getattr(config, name)}" for name in shared)
+        raise ValueError(f"{fields}: stages would share weights, which is not built yet")

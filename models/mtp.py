@@ -10,6 +10,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.norms import Norm
 from colonnade.models.part import Part
+from colonnade.models.report import PassReport
 from colonnade.models.wiring import Wiring
 
 
@@ -37,22 +38,24 @@ class Predictor(nn.Module):
         self.join = Join(config)
         self.wiring = Wiring(config, row, len(row), len(config.symbols) + depth * len(row))
 
-    def forward(self, stream: Tensor, token: Tensor, context: Context) -> Tensor:
+    def forward(self, stream: Tensor, token: Tensor, context: Context) -> tuple[Tensor, PassReport]:
         """`[S, B, D]` each: the normed stream before, and the further tokens' embeddings."""
         x = self.join(self.norm_stream(stream), self.norm_token(token))
         return self.wiring(x, context)
 
 
-def shifted(tokens: Tensor, labels: Tensor, context: Context, depth: int) -> tuple[Tensor, Tensor]:
-    """Tokens `[S, B']` and labels `[S, B]`, `depth` places on.
+def shifted(
+    tokens: Tensor, labels: Tensor, documents: Tensor | None, depth: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens `[S, B']` and labels `[S, B]`, `depth` places on; documents `[S, B']`.
 
     A place whose token would come from behind the row's end or from another document has no loss.
     """
     ahead = torch.cat([tokens[depth:], tokens[-1:].expand(min(depth, len(tokens)), -1)])
     wanted = torch.full_like(labels, IGNORED)
     wanted[:-depth] = labels[depth:]
-    if context.documents is not None:
-        d = context.documents[:, : labels.shape[1]]
+    if documents is not None:
+        d = documents[:, : labels.shape[1]]
         crossed = d[depth:] != d[:-depth]
         wanted[:-depth].masked_fill_(crossed, IGNORED)
     return ahead, wanted

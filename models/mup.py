@@ -22,7 +22,8 @@ def apply_mup(model: "Decoder") -> None:
     """Scale first weights, learning rates and outputs of `model` as its config's base asks."""
     base = model.config.base()
     assert base is not None
-    model.head.scale = base.hidden / model.config.hidden
+    if model.is_last:
+        model.head.scale = base.hidden / model.config.hidden
     smaller = records_of(base)
     for name, _, spec in declared(model):
         if spec.is_matrix and not name.startswith("head."):

@@ -75,7 +75,7 @@ def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
             right.fill_(right.shape[-1] ** -0.5)
             iterate(w, left, right, rows, columns, STARTING_ITERATIONS)
             part.due.discard(name)
-    if name in part.due and torch.is_grad_enabled():
+    if name in part.due and part.training:
         iterate(w, left, right, rows, columns, 1)
         part.due.discard(name)
     ends = rows.mine(left, -1).clone(), columns.mine(right, -1).clone()

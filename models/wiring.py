@@ -1,18 +1,53 @@
 """The residual wiring: norms, adds and seams over a row of sub-blocks it knows nothing about."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import CARDS, ModelConfig, mixes_sequence
 from colonnade.models.context import Context
 from colonnade.models.norms import Norm
 from colonnade.models.records import writing_std
+from colonnade.models.report import BlockReport, PassReport
+
+
+class Stage(NamedTuple):
+    """Sub-blocks `start` to `stop` (not included) of a row, which a pipeline's rank holds.
+
+    The first stage of a model has the embedding, the last one the final norm and the head.
+    """
+
+    start: int
+    stop: int
+
+
+class State(NamedTuple):
+    """What goes from one sub-block to the next, and so from stage to stage, `[S, B, D]` each.
+
+    Attributes:
+        stream: the residual stream, without `pending`.
+        pending: the newest sub-block's output, perhaps still being reduced; None: it is added.
+    """
+
+    stream: Tensor
+    pending: Tensor | None = None
+
+
+class Halves:
+    """One sub-block in one pass: `first`, then `second`; other sub-blocks' may run between."""
+
+    def __init__(self, block: SubBlock, context: Context) -> None:
+        self.block, self.context = block, context
+
+    def first(self, x: Tensor) -> Any:
+        """The first half of the input `[S, B, D]`; returns what `second` takes."""
+        return self.block.begin(x, self.context)
+
+    def second(self, carried: Any) -> Tensor:
+        """The second half: `[S, B, D]`, to leave for the stream."""
+        return self.block.finish(carried, self.context)
 
 
 def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
@@ -31,7 +66,7 @@ def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
 
 
 class Wiring(nn.Module):
-    """The stream through all sub-blocks of a row.
+    """The stream through the sub-blocks of a row, or through a stage of it.
 
     With H_t the stream after t sub-blocks and h_t what sub-block t adds, sub-block t is fed
     norm(H_t), or, where `late`, norm(H_{t-1}), which lacks the newest output: that output may still
@@ -40,92 +75,105 @@ class Wiring(nn.Module):
     `enter` and `leave` are seams, the identity on one device: what gathers a sub-block's input and
     what reduces its output. `gathers` says that `enter` sends something, which then hides behind a
     second half; otherwise it comes after it, and the reduction before it may take a whole
-    sub-block. `recompute` says which activations are computed again in backward. `start` is the
-    number of the row's first sub-block in the whole model.
+    sub-block. `halves` runs a sub-block's halves, and may have backward compute them again.
+    `start` is the number of the row's first sub-block in the whole model.
+
+    Sub-blocks and norms are keyed by their place in the whole row. A norm behind a sub-block stands
+    in the stage where the output is added, which for a late successor is the successor's.
     """
 
-    def __init__(self, config: ModelConfig, row: str, distinct: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        row: str,
+        distinct: int,
+        start: int = 0,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
+        self.late, self.start, self.distinct = lacks_newest(config, row), start, distinct
+        self.places = range(*(stage or Stage(0, len(row))))
         std = writing_std(config, row)
-        self.blocks = nn.ModuleList(CARDS[s].build(config, std) for s in row[:distinct])
         before, after = config.norm_position != "after", config.norm_position != "before"
-        self.norms = nn.ModuleList(Norm(config) for _ in row if before)
-        self.after = nn.ModuleList(Norm(config) for _ in row if after)
-        self.final = Norm(config)
-        self.late, self.start = lacks_newest(config, row), start
+        added = [t for t in range(len(row)) if after and t + self.waits(t) in self.places]
+        self.blocks = nn.ModuleDict(
+            {str(t): CARDS[row[t]].build(config, std) for t in self.places if t < distinct}
+        )
+        self.norms = nn.ModuleDict({str(t): Norm(config) for t in self.places if before})
+        self.after = nn.ModuleDict({str(t): Norm(config) for t in added})
+        if self.places.stop == len(row):
+            self.final = Norm(config)
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
         self.gathers = False
-        self.recompute: Callable[[], tuple[Any, Any]] | None = None
+        self.halves: Callable[[SubBlock, Context], Halves] = Halves
 
     def block(self, t: int) -> SubBlock:
         """Sub-block t of the row; shared ones stand in it several times."""
-        block = self.blocks[t % len(self.blocks)]
+        block = self.blocks[str(t % self.distinct)]
         assert isinstance(block, SubBlock)
         return block
 
-    def prepare(self, t: int, stream: Tensor) -> Tensor:
-        """Sub-block t's input."""
-        return self.enter(self.norms[t](stream) if len(self.norms) else stream)
+    def waits(self, t: int) -> bool:
+        """Whether sub-block t's output is added no sooner than while the next one runs."""
+        return t + 1 < len(self.late) and self.late[t + 1]
 
-    def add(self, t: int, stream: Tensor, left: Tensor) -> Tensor:
-        """The stream with sub-block t's output, which has left it."""
-        return stream + (self.after[t](left) if len(self.after) else left)
+    def prepare(self, t: int, stream: Tensor) -> Tensor | None:
+        """Sub-block t's input; None where the next stage makes it, or the row has ended."""
+        if t not in self.places:
+            return None
+        return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
 
-    def forward(self, stream: Tensor, context: Context) -> Tensor:
+    def add(self, t: int, stream: Tensor, left: Tensor | None) -> Tensor:
+        """The stream with sub-block t's output, which has left it; as it is without one."""
+        if left is None:
+            return stream
+        return stream + (self.after[str(t)](left) if len(self.after) else left)
+
+    def forward(self, stream: Tensor, context: Context) -> tuple[Tensor, PassReport]:
         """`[S, B, D]`, the embeddings, to `[S, B, D]`, the normed end of the stream."""
-        return self.final(self.run(stream, context))
+        state, report = self.run(State(stream), context)
+        return self.final(state.stream), report
 
-    def run(self, stream: Tensor, context: Context) -> Tensor:
-        """All sub-blocks; one's input is made as soon as it can be while another one runs."""
-        x, pending = self.prepare(0, stream), None
+    def run(self, state: State, context: Context) -> tuple[State, PassReport]:
+        """All sub-blocks; an input is made as soon as it can be, an output added as late.
 
-        def advance() -> None:
-            """The newest output but one is added, and the next input made if that is all of it."""
-            nonlocal stream, x
-            if pending is not None:
-                stream = self.add(t - 1, stream, pending)
-            if late:
-                x = self.prepare(t + 1, stream)
+        Order of calls around sub-block t, of which 1 and 2 are the halves (`norm` and `after` are
+        left out); "launched" is what may be under way while the next lines run:
 
-        for t, late in enumerate([*self.late[1:], False]):  # late: the next sub-block
-            between = self.gathers or not late
-            h = self.halves(t, x, context.at(self.start + t), advance if between else nothing)
-            newest = self.leave(h)
-            if not between:
-                advance()
-            pending = newest
-            if not late:
-                stream, pending = self.add(t, stream, pending), None
-                if t + 1 < len(self.late):
-                    x = self.prepare(t + 1, stream)
-        return stream
-
-    def halves(self, t: int, x: Tensor, context: Context, between: Callable[[], None]) -> Tensor:
-        """Both halves of sub-block t, and `between` them what belongs to its neighbours.
-
-        Under `recompute` the halves alone run again; what stood between them stays as it was.
+            standard             ladder, `enter` gathers         ladder, it does not
+            x_t = enter(H_t)
+            1(x_t)               1(x_t)                          1(x_t)
+            2                    H_t = H_{t-1} + h_{t-1}         2
+            h_t = leave          x_{t+1} = enter(H_t), launched  h_t = leave, launched
+            H_{t+1} = H_t + h_t  2                               H_t = H_{t-1} + h_{t-1}
+                                 h_t = leave, launched           x_{t+1} = enter(H_t)
         """
-        block, again = self.block(t), False
+        stream, pending = state
+        x = self.prepare(self.places.start, stream)
+        found: dict[int, BlockReport] = {}
+        for t in self.places:
+            block, index, waits = self.block(t), self.start + t, self.waits(t)
+            halves, last = self.halves(block, context.at(index)), waits and not self.gathers
+            assert x is not None
+            carried = halves.first(x)
+            if (report := block.report(carried)) is not None:
+                found[index] = report
+            if not last:
+                stream, x = self.advance(t, stream, pending)
+            newest = self.leave(halves.second(carried))
+            del carried  # or it would lie beside the next sub-block's
+            if last:
+                stream, x = self.advance(t, stream, pending)
+            pending = newest
+            if not waits:
+                stream, pending = self.add(t, stream, pending), None
+                x = self.prepare(t + 1, stream)
+        return State(stream, pending), PassReport.of(found)
 
-        def run(x: Tensor) -> Tensor:
-            nonlocal again
-            carried = block.begin(x, context)
-            if not again:
-                again = True
-                with unseen():
-                    between()
-            return block.finish(carried, context)
-
-        if self.recompute is None:
-            return run(x)
-        return checkpoint(run, x, use_reentrant=False, context_fn=self.recompute)
-
-
-def nothing() -> None:
-    """Between halves, where there is nothing to do."""
-
-
-def unseen() -> AbstractContextManager[None]:
-    """A checkpoint around this does not see what is saved for backward within."""
-    return saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
+    def advance(
+        self, t: int, stream: Tensor, pending: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream with the output before t's; and where t's own waits, the next input."""
+        stream = self.add(t - 1, stream, pending)
+        return stream, self.prepare(t + 1, stream) if self.waits(t) else None

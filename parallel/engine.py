@@ -1,18 +1,20 @@
 """A step of training: micro-batches forward and backward, whole gradients, and the update."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.loss import IGNORED
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import data_sharers, token_sharers
 from colonnade.parallel.optimizer import Optimizer
@@ -81,17 +83,18 @@ class Engine:
         valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
         tokens = int(all_reduced([valid], self.device)[0]) // data_sharers(self.mesh)
         losses, loads, sharers = Sums(), Sums(), token_sharers(self.mesh)
+        self.model.train()
         self.model.begin_step()
         for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
             last_micro_batch(self.model, number == len(batches))
-            objective, context = forward(self.model, batch, numbers, self.device, groups, rng_key)
+            objective, found = forward(self.model, batch, numbers, self.device, groups, rng_key)
             objective = objective / max(tokens, 1)
             objective.backward()
-            extras = {name: v.double() / max(tokens, 1) for name, v in context.extras.items()}
+            extras = {name: v.double() / max(tokens, 1) for name, v in found.extras.items()}
             loss = objective.detach().double() - sum(extras.values())
-            balance = sum(t.double() for t in context.terms.values()) + torch.zeros_like(loss)
+            balance = sum(t.double() for t in found.terms.values()) + torch.zeros_like(loss)
             losses.add({"loss": loss, "balance": balance, **extras})
-            loads.add(context.loads)
+            loads.add(found.loads)
         totals = {name: value.item() for name, value in losses.over_ranks(sharers).items()}
         complete_gradients(self.model, self.mesh)
         norm = gradient_norm(list(self.model.parameters())).item()
@@ -130,13 +133,24 @@ def forward(
     samples: Sequence[int],
     device: torch.device,
     groups: float = 1.0,
-    draw: int = 0,
-) -> tuple[Tensor, Context]:
-    """Summed objective of one micro-batch, and the context with what else the pass found."""
+    rng_key: int = 0,
+) -> tuple[Tensor, PassReport]:
+    """Summed objective of one micro-batch, and what else the pass found."""
     tokens, labels, positions, documents = on_device(batch, device)
     numbers = torch.tensor(samples, device=device)
-    context = Context(positions, documents, groups, numbers, draw)
-    return model(tokens, context, labels), context
+    return model(tokens, Context(positions, documents, groups, numbers, rng_key), labels)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode, and no gradients are kept; then as it was before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def on_device(

@@ -19,7 +19,7 @@ from colonnade.models.part import Part
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.mesh import weights_mesh
-from colonnade.parallel.recompute import recompute_policy
+from colonnade.parallel.recompute import recompute
 from colonnade.parallel.tensor import tensor_parallel
 
 Forward = Callable[..., Any]
@@ -59,9 +59,7 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
-    sharers, between = mesh["tp"].size() * mesh["cp"].size(), mesh.get_group("tp").group_name
-    for wiring in model.wirings():
-        wiring.recompute = recompute_policy(recipe.train.recompute, sharers, between)
+    recompute(model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size())
     if mesh["tp"].size() > 1:
         tensor_parallel(model, mesh["tp"], recipe.parallel.sequence)
     if mesh["cp"].size() > 1:
@@ -77,7 +75,7 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
 def groups(model: Decoder) -> Iterator[list[nn.Module]]:
     """The modules whose weights are gathered together: both halves of a sub-block, and so on."""
     for wiring in model.wirings():
-        for block in wiring.blocks:
+        for block in wiring.blocks.values():
             assert isinstance(block, SubBlock)
             yield [block.first, block.second]
     for predictor in model.mtp:
@@ -101,7 +99,7 @@ def compile_halves(model: Decoder) -> None:
 
 
 def compiled(half: Part) -> Forward:
-    """The half's `forward`, compiled where gradients are wanted.
+    """The half's `forward`, compiled in training.
 
     Elsewhere it runs as it is: validation would need one more graph, and generation, whose caches
     grow with every token, one after the other.
@@ -109,7 +107,7 @@ def compiled(half: Part) -> Forward:
     plain, fast = half.forward, torch.compile(half.forward)
 
     def forward(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not half.training:
             return plain(*inputs)
         advance(half)
         made = fast(*tree_map_only(AsyncCollectiveTensor, _Arrived.apply, inputs))
@@ -157,7 +155,7 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
         )
 
     compute = policy(COMPUTE[precision])
-    ends: list[nn.Module] = [model.embedding, model.head]
+    ends = model.ends()
     for group in [ends] if model.config.tied else [[end] for end in ends]:
         fully_shard(
             group, mesh=data, mp_policy=compute, reshard_after_forward=not model.config.tied

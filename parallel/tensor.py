@@ -45,21 +45,21 @@ def both(x: Tensor) -> dict[str, Any]:
 class Seams:
     """`enter` and `leave` between the stream and sub-blocks, launched and not waited for.
 
-    Without gradients nothing is kept that a sequence need be cut for: there the stream is whole, so
-    that text of any length can be generated.
+    Sequences are sharded in training alone: in evaluation the stream is whole, so that text of any
+    length can be generated.
 
     Backward runs by sequence numbers. A node that launches a collective goes first. Where `enter`
     gathers nothing, what waits for its reduced gradient goes after the whole sub-block in front of
     which it entered, so that the reduction may take as long (architecture, "ladder overlap").
     """
 
-    def __init__(self, group: dist.ProcessGroup, sequence: bool) -> None:
-        self.group, self.sequence = group, sequence
+    def __init__(self, model: Decoder, group: dist.ProcessGroup, sequence: bool) -> None:
+        self.model, self.group, self.sequence = model, group, sequence
         self.entered = 0  # number of the last node that entered
 
     def enter(self, x: Tensor) -> Tensor:
         """`[S or S/n, B, D]` of the stream to `[S, B, D]`, replicated."""
-        if self.sequence and torch.is_grad_enabled():
+        if self.sequence and self.model.training:
             return launched(spmd.all_gather(x, self.group, src=S(0), dst=R, **both(x)))
         ordered(x, self.entered)
         x = spmd.convert(x, self.group, src=I, dst=R, backward_options=later(x))
@@ -69,7 +69,7 @@ class Seams:
 
     def leave(self, h: Tensor) -> Tensor:
         """`[S, B, D]`, a partial sum, to `[S or S/n, B, D]` of the stream."""
-        if self.sequence and torch.is_grad_enabled():
+        if self.sequence and self.model.training:
             return launched(spmd.reduce_scatter(h, self.group, src=P, dst=S(0), **both(h)))
         return launched(spmd.all_reduce(h, self.group, src=P, dst=I, **later(h)))
 
@@ -113,8 +113,8 @@ def on_stream(model: Decoder) -> Iterator[Part]:
 
 def in_blocks(model: Decoder) -> Iterator[Part]:
     """The parts that work on replicated inputs: of sub-blocks, embedding and head."""
-    roots: list[nn.Module] = [model.embedding, model.head]
-    for root in [*roots, *(block for wiring in model.wirings() for block in wiring.blocks)]:
+    blocks = (block for wiring in model.wirings() for block in wiring.blocks.values())
+    for root in [*model.ends(), *blocks]:
         yield from (m for m in root.modules() if isinstance(m, Part))
 
 
@@ -130,7 +130,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
     """
     check_writers(model)
     group = mesh.get_group()
-    cut, seams = cut_of(group), Seams(group, sequence)
+    cut, seams = cut_of(group), Seams(model, group, sequence)
     for part in in_blocks(model):
         part.cut = cut
         for name, _ in list(part.named_parameters(recurse=False)):
@@ -147,8 +147,11 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
     for wiring in model.wirings():
         wiring.enter, wiring.leave, wiring.gathers = seams.enter, seams.leave, sequence
     fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
-    model.embedding.leave, model.head.enter = seams.leave, seams.enter
-    model.head.gather = lambda logits: spmd.all_gather(logits, group, src=S(2), dst=R)
+    if model.is_first:
+        model.embedding.leave = seams.leave
+    if model.is_last:
+        model.head.enter = seams.enter
+        model.head.gather = lambda logits: spmd.all_gather(logits, group, src=S(2), dst=R)
 
 
 def check_writers(model: Decoder) -> None:

@@ -18,7 +18,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import Engine, Report, all_reduced, forward
+from colonnade.parallel.engine import Engine, Report, all_reduced, evaluating, forward
 from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
 from colonnade.parallel.parallelize import put_away
 
@@ -84,7 +84,6 @@ def train_step(
     return Result(report, lr)
 
 
-@torch.no_grad()
 def validate_loss(
     model: Decoder,
     rows: Rows,
@@ -103,14 +102,16 @@ def validate_loss(
     size, there = recipe.train.micro_batch, rows.rows or 0
     count = min(recipe.train.validate_rows, there)
     chosen = [number * there // count for number in range(count)]
-    draw = int(hashed(recipe.train.seed, VALIDATION))
+    rng_key = int(hashed(recipe.train.seed, VALIDATION))
     nats = tokens = units = 0.0
     for start in range(0, count, size * ranks):
         first = start + rank * size
         mine = chosen[first : first + size]
         batch = agreed(partial(rows.batch, mine or [0]), device)
         labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
-        loss, _ = forward(model, batch._replace(labels=labels), mine or [0], device, draw=draw)
+        batch = batch._replace(labels=labels)
+        with evaluating(model):
+            loss, _ = forward(model, batch, mine or [0], device, rng_key=rng_key)
         nats += loss.item()
         label = labels[labels != IGNORED].long()
         tokens += label.numel()

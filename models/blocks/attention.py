@@ -36,7 +36,7 @@ class Projected(NamedTuple):
     """What the first half hands to the second."""
 
     q: Tensor  # [S, B, H, P]
-    k: Tensor  # [S, B, K, P], earlier tokens' in front where the context has a memory
+    k: Tensor  # [S, B, K, P], earlier tokens' in front where the context has a cache
     v: Tensor  # [S, B, K, V]
     gate: Tensor | None  # [S, B, H, 1] or [S, B, H, V], before the sigmoid
 

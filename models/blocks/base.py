@@ -11,6 +11,7 @@ from colonnade.models.cards.base import Card
 from colonnade.models.context import Context
 from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part
+from colonnade.models.report import BlockReport
 from colonnade.models.seams import Seam
 
 
@@ -43,6 +44,10 @@ class SubBlock(CanonicalNames):
         """First half. x: `[S, B, D]`. Returns what `finish` takes."""
         return self.first(x, context)
 
+    def report(self, carried: Any) -> BlockReport | None:
+        """What the first half found besides, of what it returned."""
+        return None
+
     def finish(self, carried: Any, context: Context) -> Tensor:
         """Second half. Returns `[S, B, D]`, to be added to the stream."""
         return self.second(carried, context)
@@ -56,11 +61,11 @@ def conv_here(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, role: str, context: Context
 ) -> Tensor:
     """The `conv` seam's default: the whole sequence is on this device."""
-    before = context.recall(role)
-    if context.memory is not None:
+    before = context.cached(role)
+    if context.cache is not None:
         if before is None:
             before = x.new_zeros(weight.shape[1] - 1, *x.shape[1:])
-        context.keep(role, torch.cat([before, x])[len(x) :])
+        context.put(role, torch.cat([before, x])[len(x) :])
     return causal_conv(
         x, weight, bias, activation=activation, documents=context.documents, before=before
     )

@@ -45,12 +45,12 @@ def scan_here(
     passing: Passing | None = None,
 ) -> Tensor:
     """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
-    state = context.recall("state")
+    state = context.cached("state")
     o, state = delta_rule(
         q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state,
         passing=passing,
     )  # fmt: skip
-    context.keep("state", state)
+    context.put("state", state)
     return o
 
 

@@ -39,12 +39,12 @@ def scan_here(
     passing: Passing | None = None,
 ) -> Tensor:  # fmt: skip
     """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
-    state = context.recall("state")
+    state = context.cached("state")
     y, state = ssd(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
         passing=passing,
     )  # fmt: skip
-    context.keep("state", state)
+    context.put("state", state)
     return y
 
 

@@ -27,6 +27,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
 from colonnade.models.parameters import ParameterSpec, of_half
 from colonnade.models.part import Part
+from colonnade.models.report import BlockReport
 from colonnade.models.seams import Seam, same
 
 
@@ -39,6 +40,7 @@ class Dispatched(NamedTuple):
     shape: torch.Size  # [S, B, D]
     shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate
     opening: Tensor | None  # [S, B, 1] gate on the shared expert, before the sigmoid
+    report: BlockReport | None = None  # of a router in training
 
 
 class Router(Coefficients):
@@ -52,13 +54,13 @@ class Router(Coefficients):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         logits = wide(x) @ wide(self.weight_of("router")).T
-        if self.noise and torch.is_grad_enabled():
+        if self.noise and self.training:
             S, _, E = logits.shape
-            place = torch.arange(S) if context.places is None else context.places
+            place = torch.arange(S) if context.token_index is None else context.token_index
             place = place.to(x.device)[:, None, None]
-            columns = context.sample_numbers()[:, None], context.turns()[:, None]
+            columns = context.sample_numbers()[:, None], context.pass_index()[:, None]
             keys = *columns, place, torch.arange(E, device=x.device)
-            drawn = draw_normal(context.draw, context.index, *keys, dtype=logits.dtype)
+            drawn = draw_normal(context.rng_key, context.index, *keys, dtype=logits.dtype)
             logits = logits + self.noise * drawn
         return logits
 
@@ -150,16 +152,20 @@ class Mixture(SubBlock):
         bias = self.small.router_bias if c.router_bias else None
         probabilities, chosen, weight = route(logits, self.rule, bias)
         kept = None
-        if c.capacity is not None and torch.is_grad_enabled():  # only training drops choices
+        if c.capacity is not None and self.training:  # only training drops choices
             everyone = self.whole(chosen)
             kept = self.mine(within_capacity(everyone, c.experts, c.capacity, c.balance_samples))
-        if torch.is_grad_enabled():
-            context.loads[context.index] = loads(chosen, None, c.experts)
-            if c.balance or c.balance_sequence or c.router_z:
-                term = self.losses(logits, probabilities, chosen) / context.groups
-                context.terms[context.index] = term.detach()
-                weight = self.attach(weight, term)
-        return self.first((x, chosen, kept, weight))
+        if not self.training:
+            return self.first((x, chosen, kept, weight))
+        term = None
+        if c.balance or c.balance_sequence or c.router_z:
+            term = self.losses(logits, probabilities, chosen) / context.groups
+            weight = self.attach(weight, term)
+        found = BlockReport(loads(chosen, None, c.experts), None if term is None else term.detach())
+        return self.first((x, chosen, kept, weight))._replace(report=found)
+
+    def report(self, carried: Dispatched) -> BlockReport | None:
+        return carried.report
 
     def losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """Balancing terms, summed over balance groups; a sample's own weigh 1/samples each.

@@ -32,7 +32,7 @@ class Thor(SubBlock):
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         S = len(x)
         group = context.sample_numbers() // self.config.balance_samples
-        keys = context.draw, context.index, group, context.turns()
+        keys = context.rng_key, context.index, group, context.pass_index()
         chosen = draw_integers(self.config.experts, *keys).expand(S, -1)[..., None]
         return self.first((x, chosen, None, x.new_ones(chosen.shape)))
 

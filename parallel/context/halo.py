@@ -55,7 +55,7 @@ def context_conv(cut: SequenceCut, group: dist.ProcessGroup) -> Conv:
         context: Context,
     ) -> Tensor:
         reach = weight.shape[1] - 1
-        if context.memory is not None or not reach:
+        if context.cache is not None or not reach:
             return conv_here(x, weight, bias, activation, role, context)
         parts, documents = x.chunk(cut.parts), context.documents
         before = _HandedOn.apply(torch.stack([part[-reach:] for part in parts]), group, cut.zigzag)

@@ -40,7 +40,8 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
     group = mesh.get_group()
     cut = SequenceCut(group.size(), group.rank(), config.zigzag)
     model.mine = cut.mine
-    heads = model.config.heads // model.head.cut.count
+    _, block = next(sub_blocks(model))
+    heads = model.config.heads // block.first.cut.count
     conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
     scans, whole = Scans(cut, group, config.recurrence), partial(gathered, cut, group)
     fills: dict[str, Fill] = {
@@ -69,10 +70,10 @@ class Scans:
         self.heads = Heads(cut, group)
 
     def filled(self, seam: Seam) -> Callable[..., Tensor]:
-        """A sub-block's scan between ranks; with a memory, as in generation, the local one."""
+        """A sub-block's scan between ranks; with a cache, as in generation, the local one."""
         scan = seam.local
         across = self.heads.around(seam) if self.recurrence == "heads" else self.handed(scan)
-        return lambda *args: (scan if args[-1].memory is not None else across)(*args)
+        return lambda *args: (scan if args[-1].cache is not None else across)(*args)
 
     def handed(self, scan: Any) -> Any:
         """Around a scan that takes `Passing` behind the context."""
@@ -89,7 +90,7 @@ def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Atte
     across = partial(attend_across, group=outer, variant=variant, zigzag=config.zigzag)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
-        if context.memory is not None:
+        if context.cache is not None:
             return attend_here(q, k, v, softmax, context)
         if inner is not None:
             q, k, v = inner.take(q, k, v)

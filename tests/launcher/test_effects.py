@@ -248,12 +248,12 @@ def trained(config: ModelConfig) -> dict[str, Any]:
     for step in range(2):
         context = Context(positions, None, 4 / config.balance_samples, torch.arange(4), step)
         model.begin_step()
-        objective = model(tokens, context, labels).detach()
-        seen[f"step {step}"] = torch.stack([objective, *context.terms.values()])
+        objective, report = model(tokens, context, labels)
+        seen[f"step {step}"] = torch.stack([objective.detach(), *report.terms.values()])
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.1 * torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view_as(p)
-        model.end_step(context.loads)
+        model.end_step(report.loads)
     return seen
 
 

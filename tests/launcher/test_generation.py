@@ -9,6 +9,7 @@ from colonnade.launcher.generate import choose, extend
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.parallel.engine import evaluating
 
 
 def draws(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:
@@ -41,9 +42,9 @@ def by_whole_context(model: Decoder, tokens: list[int], count: int, seq_len: int
         if len(seen) > seq_len:
             seen = (tokens + made)[-(seq_len // 2) :]
         row = torch.tensor(seen)[:, None]
-        with torch.no_grad():
+        with evaluating(model):
             positions = torch.arange(len(seen))[:, None]
-            logits = model(row, Context(positions, draw=int(hashed(0))))
+            logits = model(row, Context(positions, rng_key=int(hashed(0))))
         made.append(int(logits[-1, 0].argmax()))
         seen = [*seen, made[-1]]
     return made

@@ -12,13 +12,14 @@ from shown import Row
 from small import S, config_of, context, data, model_of
 from torch import Tensor
 
+from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.wiring import Wiring
 
 
 def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
     """Sub-block t's output for its normed input `[S, B, D]`, written out per sample and head."""
-    c, weights = model.config, dict(model.wiring.blocks[t].named_parameters())
+    c, weights = model.config, dict(model.wiring.block(t).named_parameters())
     width, window = c.head_dim, c.window_of(t)
     group = c.heads // (c.kv_heads or c.heads)
     columns = []
@@ -91,14 +92,14 @@ def test_option_is_its_formula(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     target = torch.randn(S, tokens.shape[1], config.hidden, generator=g, dtype=torch.float64)
 
-    ours = wiring(model.embedding(tokens), context())
+    ours, _ = wiring(model.embedding(tokens), context())
     (ours * target).sum().backward()
     mine = {n: g for n, g in gradients(model.wiring).items()}
     model.zero_grad()
 
     stream = model.embedding(tokens)
     for t in range(3):
-        stream = stream + attended(model, t, wiring.norms[t](stream))
+        stream = stream + attended(model, t, wiring.norms[str(t)](stream))
     expected = wiring.final(stream)
     (expected * target).sum().backward()
     assert_equal({"out": ours.detach()}, {"out": expected.detach()})
@@ -113,10 +114,7 @@ def test_the_temperature_counts_from_each_document() -> None:
     )
     place = torch.arange(S)[:, None].expand(S, 2)
     documents = (place >= 9).long()
-    packed = context()
-    packed.positions, packed.documents = place - 9 * documents, documents
+    packed = Context(place - 9 * documents, documents)
     with torch.no_grad():
-        second = context()
-        second.positions = place[: S - 9]
-        alone = model(tokens[9:], second)
+        alone = model(tokens[9:], Context(place[: S - 9]))
         assert_equal({"logits": model(tokens, packed)[9:]}, {"logits": alone})

@@ -8,8 +8,10 @@ from equal import assert_equal
 from shown import Row
 from small import S, config_of, context, data, model_of
 
+from colonnade.models.cache import Cache
 from colonnade.models.config import CARDS
-from colonnade.models.context import Context, Memory
+from colonnade.models.context import Context
+from colonnade.parallel.engine import evaluating
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{symbol: (symbol * 2, {}) for symbol in CARDS},
@@ -47,31 +49,31 @@ def test_cached_logits(name: str, pieces: tuple[int, ...]) -> None:
     pattern, fields = CASES[name]
     model = model_of(config_of(pattern, **fields), seed=1)
     tokens, _ = data(1)
-    memory, parts, start = Memory(), [], 0
-    with torch.no_grad():
+    cache, parts, start = Cache(), [], 0
+    with evaluating(model):
         whole = model(tokens, context())
         for piece in pieces:
             here = slice(start, start + piece)
-            parts.append(model(tokens[here], Context(context().positions[here], memory=memory)))
+            parts.append(model(tokens[here], Context(context().positions[here], cache=cache)))
             start += piece
     assert_equal({"logits": torch.cat(parts)}, {"logits": whole})
 
 
 def test_a_window_bounds_its_cache() -> None:
     model = model_of(config_of("**", window=4, full_attention=(1,)), seed=2)
-    memory = Memory()
-    with torch.no_grad():
-        model(data(2)[0], context(memory=memory))
-    assert [len(memory[t, "k"]) for t in (0, 1)] == [3, S]
+    cache = Cache()
+    with evaluating(model):
+        model(data(2)[0], context(cache=cache))
+    assert [len(cache.tensors[t, "k"]) for t in (0, 1)] == [3, S]
 
 
 def test_a_latent_cache_holds_latents_alone() -> None:
     fields = {"attention": "mla", "kv_rank": 7, "rope_dim": 4}
     model = model_of(config_of("*", **fields), seed=3)
-    memory = Memory()
-    with torch.no_grad():
-        model(data(3)[0], context(memory=memory))
-    assert {role: t.shape[2:] for (_, role), t in memory.items()} == {
+    cache = Cache()
+    with evaluating(model):
+        model(data(3)[0], context(cache=cache))
+    assert {role: t.shape[2:] for (_, role), t in cache.tensors.items()} == {
         "latent": (7,),
         "k_rope": (1, 4),
     }

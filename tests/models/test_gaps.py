@@ -73,8 +73,9 @@ def test_sequence_loss_is_of_each_sample(samples: int, bias: bool) -> None:
         assert name.endswith("bias")
     tokens, labels = data(1)
     here = context(groups=B / samples)
-    (model(tokens, here, labels) * 0).backward()
-    router = model.wiring.blocks[0].small.router
+    objective, report = model(tokens, here, labels)
+    (objective * 0).backward()
+    router = model.wiring.block(0).small.router
     assert router.grad is not None
     gradient = router.grad.clone()
     model.zero_grad()
@@ -85,7 +86,7 @@ def test_sequence_loss_is_of_each_sample(samples: int, bias: bool) -> None:
             loss = loss + 0.3 / B * 5 * (chosen[b] == e).double().mean() * p[b, :, e].mean()
     loss.backward()
     assert_equal(
-        {"loss": here.terms[0], "grad": gradient}, {"loss": loss.detach(), "grad": router.grad}
+        {"loss": report.terms[0], "grad": gradient}, {"loss": loss.detach(), "grad": router.grad}
     )
 
 
@@ -97,7 +98,7 @@ def test_capacity_is_of_a_balance_group(samples: int) -> None:
     with torch.no_grad():
         x, p, chosen = routed(model, tokens)
         expected = torch.zeros_like(x)
-        w = dict(model.wiring.blocks[0].second.named_parameters())
+        w = dict(model.wiring.block(0).second.named_parameters())
         places = -(-S * samples * 2 // (2 * 5))  # half of an even share, rounded up
         for b, s, k in itertools.product(range(B), range(S), range(2)):
             if (s, k) == (0, 0) and b % samples == 0:
@@ -117,8 +118,8 @@ def test_router_noise_is_a_function_of_step_place_sample_and_token() -> None:
     router = Router(of_half(records, "small"), 0.3).double()
     x = torch.zeros(200, 3, 12, dtype=torch.float64)
 
-    def noise(samples: list[int], draw: int = 0, index: int = 0) -> Tensor:
-        here = Context(x[..., 0].long(), samples=torch.tensor(samples), draw=draw).at(index)
+    def noise(samples: list[int], key: int = 0, index: int = 0) -> Tensor:
+        here = Context(x[..., 0].long(), samples=torch.tensor(samples), rng_key=key).at(index)
         with torch.no_grad():
             router.router.zero_()
         return router(x[:, : len(samples)], here).detach()
@@ -127,17 +128,16 @@ def test_router_noise_is_a_function_of_step_place_sample_and_token() -> None:
     assert drawn.unique().numel() > 0.99 * drawn.numel()
     assert drawn.std().item() == pytest.approx(0.3, rel=0.05)
     assert torch.equal(noise([7]), drawn[:, 1:2])  # in whatever company
-    for other in (noise([4, 7, 9], draw=1), noise([4, 7, 9], index=1)):
+    for other in (noise([4, 7, 9], key=1), noise([4, 7, 9], index=1)):
         assert (other == drawn).double().mean() < 0.01
-    with torch.no_grad():
-        assert not router(x, context()).any()
+    assert not router.eval()(x, context()).any()
 
 
 def test_the_bias_is_steered_by_all_uses_of_a_sub_block() -> None:
     """Up by the rate where the load, summed over all uses, is below the mean over experts."""
     shared = dict(repeat=2, share=True, experts=3)
     model = model_of(config_of("*E", router_bias=True, router_bias_rate=0.25, **shared), 3)
-    block = model.wiring.blocks[1]
+    block = model.wiring.block(1)
     model.end_step({1: torch.tensor([9, 1, 2]), 3: torch.tensor([0, 8, 4])})  # 9, 9, 6
     assert block.small.router_bias.tolist() == [-0.25, -0.25, 0.25]
     model.end_step({1: torch.tensor([4, 5, 3]), 3: torch.tensor([4, 0, 8])})  # 8, 5, 11
@@ -148,25 +148,23 @@ def test_every_sub_block_has_a_place_of_its_own() -> None:
     """Draws, losses and loads are by place, those of further tokens' modules included."""
     model = model_of(config_of("*E", mtp=2, mtp_pattern="E-E", balance=0.1), 4)
     tokens, labels = data(4)
-    here = context()
-    model(tokens, here, labels)
-    assert sorted(here.loads) == sorted(here.terms) == [1, 2, 4, 5, 7]
+    _, report = model(tokens, context(), labels)
+    assert sorted(report.loads) == sorted(report.terms) == [1, 2, 4, 5, 7]
 
 
 def test_two_passes_balance_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same experts drawn in both passes, every balancing term is that of a single one."""
     monkeypatch.setattr(thor, "draw_integers", lambda n, *keys: torch.zeros_like(keys[-1]))
     model, (tokens, labels) = model_of(config_of("TE", balance=0.2, router_z=0.1), 5), data(5)
-    twice, once = context(groups=2.0), context(groups=2.0)
-    model(tokens, twice, labels)
-    model.wiring(model.embedding(tokens), once)
+    _, twice = model(tokens, context(groups=2.0), labels)
+    _, once = model.wiring(model.embedding(tokens), context(groups=2.0))
     assert_equal({"term": twice.terms[1]}, {"term": once.terms[1]})
 
 
 def test_sinks_and_soft_capping_reach_the_scores() -> None:
     config = config_of("*", positions="none", sinks=True, attention_cap=1.5, heads=1, hidden=6)
     model = model_of(config, 6)
-    w = dict(model.wiring.blocks[0].named_parameters())
+    w = dict(model.wiring.block(0).named_parameters())
     x = normal(6, S, B, 6)
     q, k, v = (x @ w[name].T for name in "qkv")
     scores = 1.5 * torch.tanh(torch.einsum("sbd,tbd->bst", q, k) / 6**0.5 / 1.5)
@@ -180,7 +178,7 @@ def test_sinks_and_soft_capping_reach_the_scores() -> None:
 def test_strength_of_the_delta_rule(negative: bool) -> None:
     """The first token's output, S = β v kᵀ, with β up to 1 or 2."""
     model = model_of(config_of("D", delta_negative=negative, delta_key_heads=4), 7)
-    w = dict(model.wiring.blocks[0].named_parameters())
+    w = dict(model.wiring.block(0).named_parameters())
     x = normal(7, 1, B, 12)
 
     def first(name: str) -> Tensor:
@@ -227,8 +225,8 @@ def test_sigma_reparam_is_of_every_linear_weight(fields: dict[str, Any]) -> None
 
 def test_singular_vectors_advance_once_a_step_and_in_training_alone() -> None:
     model, (tokens, labels) = model_of(config_of("-", sigma_reparam=True), 9), data(9)
-    part = model.wiring.blocks[0].first
-    model(tokens, context(), labels).backward()  # the first use starts them
+    part = model.wiring.block(0).first
+    model(tokens, context(), labels)[0].backward()  # the first use starts them
 
     def state() -> tuple[Tensor, Tensor]:
         return part.up_left.clone(), part.up_right.clone()
@@ -236,13 +234,13 @@ def test_singular_vectors_advance_once_a_step_and_in_training_alone() -> None:
     with torch.no_grad():
         part.up.copy_(normal(9, 11, 12))
     before = state()
-    model(tokens, context(), labels).backward()  # no step began
+    model(tokens, context(), labels)[0].backward()  # no step began
     model.begin_step()
-    with torch.no_grad():
-        model(tokens, context(), labels)
+    model.eval()(tokens, context(), labels)
+    model.train()
     assert all(map(torch.equal, state(), before))
     for _ in range(2):
-        model(tokens, context(), labels).backward()
+        model(tokens, context(), labels)[0].backward()
     left = F.normalize(part.up.detach() @ before[1], dim=0)
     right = F.normalize(part.up.detach().T @ left, dim=0)
     assert_equal(dict(zip("lr", state(), strict=True)), {"l": left, "r": right})
@@ -304,9 +302,8 @@ def test_figures_of_a_step(monkeypatch: pytest.MonkeyPatch, samples: int) -> Non
         flat = logits.flatten(0, 1), labels.flatten()
         nll += F.cross_entropy(*flat, reduction="sum").item()
         valid += int((labels != -100).sum())
-        here = context(groups=1.0)
-        steps.model(tokens, here, labels)
-        term += float(here.terms[1]) / (4 / samples)
+        _, report = steps.model(tokens, context(groups=1.0), labels)
+        term += float(report.terms[1]) / (4 / samples)
     result = steps(0)
     assert result.tokens == valid
     assert result.loss == pytest.approx(nll / valid, rel=1e-9)
@@ -391,7 +388,7 @@ def test_flops_are_those_of_the_products(pattern: str, fields: dict[str, Any]) -
     """Products are counted as they run, forward and backward; vectors cost 2 an element."""
     model, (tokens, labels) = model_of(config_of(pattern, **fields), 11), data(11)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, context(), labels).backward()
+        model(tokens, context(), labels)[0].backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     passes = 2 if model.config.has("T") else 1
     products = measure(model.config, S).flops_per_token - 6 * passes * vectors

@@ -157,8 +157,8 @@ def test_balance_equals_transformers(samples: int) -> None:
     objective = oracle.mean_loss(output.logits, labels) + sum(terms.values())
     objective.backward()
 
-    passed = oracle.whole_rows(groups)
-    (ours(tokens, passed, labels) / (labels != -100).sum()).backward()
+    my_objective, passed = ours(tokens, oracle.whole_rows(groups), labels)
+    (my_objective / (labels != -100).sum()).backward()
     assert_equal(
         {str(t): term for t, term in passed.terms.items()},
         {t: term.detach() for t, term in terms.items()},
@@ -225,7 +225,7 @@ def test_further_tokens_equal_transformers(depths: int) -> None:
         more = theirs_further(theirs, modules, hidden, tokens, labels)
         objective = sum_of_losses + config.mtp_weight * more
     objective.backward()
-    my_objective = ours(tokens, oracle.whole_rows(), labels)
+    my_objective, _ = ours(tokens, oracle.whole_rows(), labels)
     my_objective.backward()
     assert_equal({"objective": my_objective.detach()}, {"objective": objective.detach()})
 

@@ -28,6 +28,7 @@ def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
 
     tokens = torch.randint(config.vocab, (13, 2), generator=torch.Generator().manual_seed(0))
     inputs, labels = tokens[:-1], tokens[1:]
+    model.eval()
     with torch.no_grad():
         logits = model(inputs, Context.of_rows(inputs))
         expected = oracle.run_theirs(theirs, inputs).logits.transpose(0, 1)
@@ -35,14 +36,15 @@ def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
+    model.train()
     for _ in range(5):
         model.begin_step()
-        context = Context.of_rows(inputs)
-        loss = model(inputs, context, labels) / labels.numel()
+        objective, report = model(inputs, Context.of_rows(inputs), labels)
+        loss = objective / labels.numel()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.end_step(context.loads)
+        model.end_step(report.loads)
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(tensors[name], before[name]) for name in before)  # they were copied

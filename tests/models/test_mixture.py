@@ -20,6 +20,7 @@ def test_router_learns_from_the_loss_whatever_top_k() -> None:
         with torch.no_grad():
             randomise(model, 1)
         context = Context(torch.arange(7)[:, None].expand(7, 2))
-        model(tokens, context, tokens.roll(-1, 0)).backward()
-        assert model.wiring.blocks[0].small.router.grad.norm() > 1e-3, top_k
-        assert not context.terms
+        objective, report = model(tokens, context, tokens.roll(-1, 0))
+        objective.backward()
+        assert model.wiring.block(0).small.router.grad.norm() > 1e-3, top_k
+        assert not report.terms

@@ -16,6 +16,7 @@ from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
+from colonnade.parallel.engine import evaluating
 
 TABLE = [
     Row("any row", "z-loss on logits; soft-capping", "their formulas"),
@@ -45,8 +46,7 @@ def test_z_loss_and_soft_capping(cap: float | None, z: float) -> None:
     model = model_of(config_of("*-", logit_cap=cap, logit_z=z), 1)
     plain = model_of(config_of("*-"), 1)
     tokens, labels = data(1)
-    seen = context()
-    objective = model(tokens, seen, labels)
+    objective, report = model(tokens, context(), labels)
     logits = plain(tokens, context())
     if cap:
         logits = cap * torch.tanh(logits / cap)
@@ -55,10 +55,10 @@ def test_z_loss_and_soft_capping(cap: float | None, z: float) -> None:
     objective.backward()
     (nll(logits, labels) + term).backward()
     assert_equal(gradients(model), gradients(plain))
-    assert_equal({"z": seen.extras.get("logit_z", torch.zeros(()))}, {"z": term.detach()})
-    with torch.no_grad():
+    assert_equal({"z": report.extras.get("logit_z", torch.zeros(()))}, {"z": term.detach()})
+    with evaluating(model):
         assert_equal({"logits": model(tokens, context())}, {"logits": logits})
-        alone = model(tokens, context(), labels)  # evaluation has no z-loss
+        alone, _ = model(tokens, context(), labels)  # evaluation has no z-loss
     assert_equal({"nll": alone}, {"nll": nll(logits, labels).detach()})
 
 
@@ -73,7 +73,7 @@ def further(model: Decoder, tokens: Tensor, labels: Tensor, here: Context) -> Te
     def norm(name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weights[name], config.norm_eps)
 
-    stream = model.wiring(table[tokens], here)
+    stream, _ = model.wiring(table[tokens], here)
     total = nll(stream @ weights["head.weight"].T, labels)
     for k in range(1, config.mtp + 1):
         name = f"mtp.{k - 1}"
@@ -88,7 +88,7 @@ def further(model: Decoder, tokens: Tensor, labels: Tensor, here: Context) -> Te
             )
             rows.append(joined.T)
         predictor = model.mtp[k - 1]
-        stream = predictor.wiring(torch.stack(rows), here)
+        stream, _ = predictor.wiring(torch.stack(rows), here)
         wanted = torch.full_like(labels, -100)
         for i in range(S - k):
             same = True if here.documents is None else here.documents[i] == here.documents[i + k]
@@ -108,10 +108,10 @@ def test_further_tokens(depth: int, packed: bool) -> None:
     documents = (place >= cut).long() if packed else None
     positions = place - cut * (place >= cut) if packed else place
     here = Context(positions, documents)
-    compare(model, model(tokens, here, labels), further(model, tokens, labels, here))
-    with torch.no_grad():  # evaluation is of the next token alone
+    compare(model, model(tokens, here, labels)[0], further(model, tokens, labels, here))
+    with evaluating(model):  # of the next token alone
         logits = model(tokens, Context(positions, documents))
-        loss = model(tokens, Context(positions, documents), labels)
+        loss, _ = model(tokens, Context(positions, documents), labels)
     assert_equal({"loss": loss}, {"loss": nll(logits, labels)})
 
 
@@ -119,8 +119,9 @@ def test_rows_shorter_than_the_depth() -> None:
     model = model_of(config_of("*-", mtp=3), 2)
     tokens, labels = (t[:2] for t in data(2))
     here = Context(torch.arange(2)[:, None].expand(2, B))
-    model(tokens, here, labels).backward()
-    assert here.extras["mtp"].isfinite()
+    objective, report = model(tokens, here, labels)
+    objective.backward()
+    assert report.extras["mtp"].isfinite()
 
 
 # THOR
@@ -139,8 +140,7 @@ def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> 
         return drawn[int(keys[1])]
 
     monkeypatch.setattr(thor, "draw_integers", known)
-    seen = context()
-    objective = model(tokens, seen, labels)
+    objective, report = model(tokens, context(), labels)
 
     weights = dict(model.named_parameters())
     logs = []
@@ -169,8 +169,8 @@ def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> 
     mean = (nll(one, labels) + nll(two, labels)) / 2
     assert_equal(
         {
-            "consistency": seen.extras["consistency"],
-            "mean": objective.detach() - sum(seen.extras.values()),
+            "consistency": report.extras["consistency"],
+            "mean": objective.detach() - sum(report.extras.values()),
         },
         {"consistency": consistency.detach(), "mean": mean.detach()},
     )
@@ -181,7 +181,7 @@ def test_a_context_serves_after_a_training_pass() -> None:
     """Tables of the doubled batch stay with it."""
     model, (tokens, labels) = model_of(config_of("*T"), 3), data(3)
     here, fresh = context(), context()
-    model(tokens, here, labels).backward()
+    model(tokens, here, labels)[0].backward()
     with torch.no_grad():
         assert torch.equal(model(tokens, here), model(tokens, fresh))
 
@@ -189,11 +189,10 @@ def test_a_context_serves_after_a_training_pass() -> None:
 def test_thor_with_one_expert_is_twice_the_dense_loss() -> None:
     model = model_of(config_of("*T", experts=1), 4)
     tokens, labels = data(4)
-    seen = context()
-    objective = model(tokens, seen, labels)
-    with torch.no_grad():
-        single = model(tokens, context(), labels)
-    assert seen.extras["consistency"].abs() < 1e-12
+    objective, report = model(tokens, context(), labels)
+    with evaluating(model):
+        single, _ = model(tokens, context(), labels)
+    assert report.extras["consistency"].abs() < 1e-12
     assert_equal({"loss": objective.detach()}, {"loss": 2 * single})
 
 
@@ -201,9 +200,9 @@ def test_thor_draws_by_step_place_group_and_pass() -> None:
     """Every expert has its turn, independently; groups of samples draw alike wherever they are."""
     block = CARDS["T"].build(config_of("T", experts=4, balance_samples=2), 0.1)
 
-    def experts(draw: int, index: int, samples: list[int], passes: int) -> list[int]:
+    def experts(key: int, index: int, samples: list[int], passes: int) -> list[int]:
         n = len(samples)
-        here = Context(torch.zeros(1, n), samples=torch.tensor(samples), draw=draw, passes=passes)
+        here = Context(torch.zeros(1, n), samples=torch.tensor(samples), rng_key=key, passes=passes)
         x = torch.zeros(1, n, 12)
         order = block.begin(x, here.at(index)).order
         owner = torch.repeat_interleave(torch.arange(4), order.counts)
@@ -241,8 +240,8 @@ def test_shared_depth_is_tied_weights(fields: dict[str, Any]) -> None:
 
     tied.load_state_dict({n: own[source(n)].detach() for n, _ in tied.named_parameters()})
     tokens, labels = data(5)
-    ours, theirs = context(), context()
-    loss, expected = shared(tokens, ours, labels), tied(tokens, theirs, labels)
+    loss, ours = shared(tokens, context(), labels)
+    expected, theirs = tied(tokens, context(), labels)
     loss.backward()
     expected.backward()
     sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in own.items()}

@@ -20,9 +20,10 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.parameters import ParameterSpec, normal
 from colonnade.models.part import Part, declared
 from colonnade.models.reparam import spectral
+from colonnade.models.wiring import State
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
-from colonnade.parallel.recompute import recompute_policy
+from colonnade.parallel.recompute import recompute as recompute_model
 
 TABLE = [
     Row("any row", "σReparam", "torch's spectral_norm, step by step"),
@@ -95,13 +96,13 @@ def test_sigma_reparam_under_recomputation(recompute: str) -> None:
     """The iteration advances once a step, and backward meets the same weights."""
     tokens, labels = data(1)
     models = [model_of(config_of("*-ME", sigma_reparam=True), 2) for _ in range(2)]
-    models[1].wiring.recompute = recompute_policy(recompute)
+    recompute_model(models[1], recompute)
     for _ in range(2):
         for model in models:
             model.zero_grad()
             model.begin_step()
             for _ in range(2):  # micro-batches
-                model(tokens, context(), labels).backward()
+                model(tokens, context(), labels)[0].backward()
         assert_equal(gradients(models[1]), gradients(models[0]))
     states = [dict(model.named_buffers()) for model in models]
     assert states[0]
@@ -144,7 +145,7 @@ def test_layer_norm_becomes_pre_rms(pattern: str, fields: dict[str, Any], bias: 
     with torch.no_grad():
         tokens, _ = data(3)
         assert_equal({"logits": after(tokens, context())}, {"logits": before(tokens, context())})
-        written = after.wiring.run(after.embedding(tokens), context())
+        (written, _), _ = after.wiring.run(State(after.embedding(tokens)), context())
     assert written.mean(-1).abs().max() < 1e-12 * written.abs().max()
 
 
@@ -166,10 +167,10 @@ def test_a_centred_stream_stays_centred_in_training() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        model(tokens, context(), labels).backward()
+        model(tokens, context(), labels)[0].backward()
         optimizer.step()
     with torch.no_grad():
-        stream = model.wiring.run(model.embedding(tokens), context())
+        (stream, _), _ = model.wiring.run(State(model.embedding(tokens)), context())
     assert stream.mean(-1).abs().max() < 1e-12 * stream.abs().max()
 
 
@@ -200,7 +201,7 @@ def test_mup_scales_the_bound_of_dt_once() -> None:
     fields = {"mamba1_inner": 64, "init_std": 0.1}
     base = config_of("m", mamba1_rank=4, **fields)
     wide = config_of("m", mamba1_rank=64, mup_base={"mamba1_rank": 4, "mamba1_inner": 16}, **fields)
-    bounds = [started(c).wiring.blocks[0].second.dt_b.abs().max().item() for c in (base, wide)]
+    bounds = [started(c).wiring.block(0).second.dt_b.abs().max().item() for c in (base, wide)]
     assert bounds == pytest.approx([4**-0.5, 64**-0.5], rel=0.02)
 
 
@@ -231,7 +232,7 @@ def test_mup_at_its_base_is_the_plain_model() -> None:
     found = []
     for base in (None, 32):
         model = started(sized(32, base))
-        model(tokens, context(), labels).backward()
+        model(tokens, context(), labels)[0].backward()
         groups = AdamW(model, OptimizerConfig()).torch.param_groups
         found.append((gradients(model), [(g["rate"], g["weight_decay"]) for g in groups]))
     assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0])
@@ -252,11 +253,11 @@ def test_mup_rules() -> None:
         hidden = hidden and not name.endswith("router") and role not in "BC"
         assert rates[name] == (1 / r if hidden else 1.0), name
         assert ratio == pytest.approx(r**-0.5 if hidden else 1.0, rel=1e-5), name
-    router, wide_router = (m.wiring.blocks[2].small for m in (plain, model))
+    router, wide_router = (m.wiring.block(2).small for m in (plain, model))
     used = wide_router.weight_of("router"), router.weight_of("router")
     assert_equal({"router": used[0]}, {"router": used[1] / r})
     # B and C of Mamba-2 do not grow: their input alone does
-    used = (m.wiring.blocks[3].first.weight_of("B") for m in (model, plain))
+    used = (m.wiring.block(3).first.weight_of("B") for m in (model, plain))
     assert_equal({"B": next(used)}, {"B": next(used) / r})
     decay = {
         g["rate"]: g["weight_decay"]
@@ -273,7 +274,7 @@ def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     def keep(name: str) -> Any:
         return lambda module, given, output: kept.update({name: output.detach()})
 
-    halves = [block.second for block in model.wiring.blocks]
+    halves = [block.second for block in model.wiring.blocks.values()]
     handles = [half.register_forward_hook(keep(str(t))) for t, half in enumerate(halves)]
     with torch.no_grad():
         kept["logits"] = model(tokens, context())
@@ -293,7 +294,7 @@ def growth(base: int | None) -> dict[str, float]:
         before = outputs(model, tokens)
         for _ in range(5):
             optimizer.zero_grad()
-            (model(tokens, context(), labels) / (labels != -100).sum()).backward()
+            (model(tokens, context(), labels)[0] / (labels != -100).sum()).backward()
             optimizer.step(0.02)
         for name, after in outputs(model, tokens).items():
             sizes.setdefault(name, []).append((after - before[name]).abs().mean().log().item())

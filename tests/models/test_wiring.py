@@ -17,7 +17,7 @@ from colonnade.kernels.norm import rms_norm_reference
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.recompute import recompute_policy
+from colonnade.parallel.recompute import recompute as recompute_model
 
 S, B, V = 23, 2, 31
 WIRINGS = ["standard", "ladder"]
@@ -108,9 +108,15 @@ def final_stream(config: ModelConfig, r0: Tensor, h: Output) -> Tensor:
     return by_layer(r0, h, n, config.ladder_last // 2)
 
 
-def written_out(model: Decoder, context: Context, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Summed loss of the model with its own sub-blocks, all between them written out here."""
+def written_out(
+    model: Decoder, context: Context, tokens: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Summed loss of the model with its own sub-blocks, all between them written out here.
+
+    Also their balancing losses.
+    """
     wiring, config, weights = model.wiring, model.config, dict(model.named_parameters())
+    terms: dict[int, Tensor] = {}
 
     def norm(name: str, x: Tensor) -> Tensor:
         name = f"{name}.weight"
@@ -119,11 +125,14 @@ def written_out(model: Decoder, context: Context, tokens: Tensor, labels: Tensor
     def h(t: int, r: Tensor) -> Tensor:
         block, here = wiring.block(t), context.at(t)
         x = wiring.enter(norm(f"norms.{t}", r))
-        return norm(f"after.{t}", wiring.leave(block.finish(block.begin(x, here), here)))
+        carried = block.begin(x, here)
+        if (report := block.report(carried)) is not None:
+            terms[t] = report.term
+        return norm(f"after.{t}", wiring.leave(block.finish(carried, here)))
 
     x = final_stream(config, weights["embedding.weight"][tokens], h)
     logits = norm("final", x) @ weights["head.weight"].T
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), terms
 
 
 RESIDUALS: dict[str, dict[str, Any]] = {
@@ -144,17 +153,17 @@ def check_wiring(pattern: str, recompute: str, **fields: Any) -> None:
     model = model_of(config_of(pattern, **fields), seed=len(pattern))
     model.wiring.enter, model.wiring.leave = lambda x: 1.5 * x, lambda h: 0.7 * h
     reference = copy.deepcopy(model)
-    model.wiring.recompute = recompute_policy(recompute)
+    recompute_model(model, recompute)
     tokens, labels = data(4)
 
-    ours, theirs = context(), context()
-    loss, expected = model(tokens, ours, labels), written_out(reference, theirs, tokens, labels)
+    loss, ours = model(tokens, context(), labels)
+    expected, theirs = written_out(reference, context(), tokens, labels)
     loss.backward()
     expected.backward()
     assert list(ours.terms) == [t for t, s in enumerate(model.config.symbols) if s == "E"]
     assert_equal(
         {"loss": loss.detach()} | {str(t): term for t, term in ours.terms.items()},
-        {"loss": expected.detach()} | {str(t): term for t, term in theirs.terms.items()},
+        {"loss": expected.detach()} | {str(t): term for t, term in theirs.items()},
     )
     assert_equal(gradients(model), gradients(reference))
 
@@ -187,7 +196,7 @@ def test_ladder_of_no_sub_block_has_the_bits_of_standard() -> None:
     found = []
     for fields in ({}, {"residual": "ladder", "ladder_last": 0}):
         model = model_of(config_of("M-*E", **fields), 5)
-        loss = model(tokens, context(), labels)
+        loss, _ = model(tokens, context(), labels)
         loss.backward()
         found.append([loss.detach(), *gradients(model).values()])
     assert all(map(torch.equal, *found))
@@ -224,24 +233,21 @@ def test_recomputed_bits_are_the_same(residual: str, dtype: torch.dtype) -> None
     found: dict[str, tuple[int, list[Tensor]]] = {}
     for name in ("none", "block", "selective"):
         model = model_of(config_of("M-*E", residual), seed=6).to(dtype)
-        model.wiring.recompute = recompute_policy(name)
-        passed = context()
-        loss = model(tokens, passed, labels)
+        recompute_model(model, name)
+        loss, report = model(tokens, context(), labels)
         with _Products() as products:
             loss.backward()
-        tensors = [loss.detach(), *passed.terms.values(), *(p.grad for p in model.parameters())]
+        tensors = [loss.detach(), *report.terms.values(), *(p.grad for p in model.parameters())]
         found[name] = products.count, tensors
     for name in ("block", "selective"):
         assert all(map(torch.equal, found[name][1], found["none"][1])), name
     assert found["selective"][0] == found["none"][0] < found["block"][0]
 
 
-def test_no_balancing_terms_without_gradients() -> None:
+def test_no_balancing_terms_in_evaluation() -> None:
     tokens, labels = data(7)
-    passed = context()
-    with torch.no_grad():
-        model_of(config_of("*E", "standard"), 7)(tokens, passed, labels)
-    assert not passed.terms
+    model = model_of(config_of("*E", "standard"), 7).eval()
+    assert model(tokens, context(), labels)[1] == ({}, {}, {})
 
 
 # Packed documents
@@ -264,7 +270,7 @@ def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
     documents = torch.stack(
         [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS], 1
     )
-    model(tokens, Context(positions, documents), labels).backward()
+    model(tokens, Context(positions, documents), labels)[0].backward()
     with torch.no_grad():
         packed = model(tokens, Context(positions, documents))
         merged = model(tokens, Context(positions))
@@ -276,7 +282,7 @@ def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
             part = slice(start, start + length), slice(b, b + 1)
             start += length
             here = Context(torch.arange(length)[:, None])
-            alone(tokens[part], here, labels[part]).backward()
+            alone(tokens[part], here, labels[part])[0].backward()
             with torch.no_grad():
                 assert_equal({"logits": packed[part]}, {"logits": alone(tokens[part], here)})
     assert_equal(gradients(model), gradients(alone))

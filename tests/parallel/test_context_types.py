@@ -1,5 +1,6 @@
 """Types along the context axis: every layout that shares sequences passes, and no faulty one."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context import plug
 from colonnade.parallel.context.heads import Heads
 from colonnade.parallel.context.plug import context_parallel
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import tensor_parallel
 
@@ -111,7 +113,8 @@ def check(model: Decoder, mesh: DeviceMesh) -> None:
         for t in given:
             stamp(t, R)
         model.begin_step()
-        model(given.tokens, Context(given.positions, given.documents), given.labels).backward()
+        context = Context(given.positions, given.documents)
+        model(given.tokens, context, given.labels)[0].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -163,7 +166,7 @@ def test_beside_tensor_parallel(meshes: Meshes, row: str, variant: str, sequence
 def test_logits(meshes: Meshes, variant: str) -> None:
     model = model_of(meshes["four"], VARIANTS[variant], {"pattern": "*M"})
     given = inputs()
-    with typechecked_context(model, meshes["four"]), torch.no_grad():
+    with typechecked_context(model, meshes["four"]), evaluating(model):
         logits = model(stamp(given.tokens, R), Context(stamp(given.positions, R)))
         assert type_of(logits) == S(0)
         assert logits.shape == (TOKENS // 4, SAMPLES, VOCAB)
@@ -209,13 +212,13 @@ def only_one_part(model: Decoder) -> None:
 
 
 def choices_of_a_part(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.whole = lambda t: t
 
 
 def places_of_all(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.mine = lambda t: t
 
@@ -224,8 +227,9 @@ def summed_to(kind: Any) -> Fault:
     def spoil(model: Decoder) -> None:
         forward = model.forward
 
-        def total(*args: Any) -> Tensor:
-            return spmd.all_reduce(forward(*args), dist.group.WORLD, src=P, dst=kind)
+        def total(*args: Any) -> Any:
+            objective, report = forward(*args)
+            return spmd.all_reduce(objective, dist.group.WORLD, src=P, dst=kind), report
 
         model.forward = total
 
@@ -241,9 +245,8 @@ def documents_of_a_part(model: Decoder) -> None:
 
 def part_told(scan: mamba2.Scan) -> mamba2.Scan:
     def told(*args: Any) -> Tensor:
-        context: Context = args[-1]
-        context.whole_documents = context.documents
-        return scan(*args)
+        *tensors, context = args
+        return scan(*tensors, dataclasses.replace(context, whole_documents=context.documents))
 
     return told
 
@@ -271,8 +274,8 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
         choices_of_a_part, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
     "places of all": (
         places_of_all, dict(pattern="E", capacity=1.0), RING, "dispatch: kept is R"),
-    "loss summed": (summed_to(I), dict(pattern="-"), RING, "what comes out is I, not P"),
-    "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "what comes out is R, not P"),
+    "loss summed": (summed_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
+    "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
     "documents of a part": (
         documents_of_a_part, dict(pattern="M"), HEADS, r"ssd: documents is S\(0\), not R"),
 }  # fmt: skip

@@ -24,6 +24,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.part import declared
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import on_stream, tensor_parallel
 
@@ -101,7 +102,7 @@ def check(model: Decoder, mesh: DeviceMesh) -> None:
         for t in (tokens, labels, positions, documents):
             stamp(t, R)
         model.begin_step()
-        model(tokens, Context(positions, documents), labels).backward()
+        model(tokens, Context(positions, documents), labels)[0].backward()
 
 
 EVERYWHERE = list(ROWS)[:3]  # every symbol; the other rows are options
@@ -122,7 +123,7 @@ def test_layout(meshes: Meshes, row: str, tp: int, sequence: bool, residual: str
 def test_logits(meshes: Meshes, sequence: bool) -> None:
     model = model_of(meshes[2], sequence, pattern="*E")
     tokens, positions = torch.zeros(2, TOKENS, SAMPLES, dtype=torch.long)
-    with typechecked(model, meshes[2]), torch.no_grad():
+    with typechecked(model, meshes[2]), evaluating(model):
         logits = model(stamp(tokens, R), Context(stamp(positions, R)))
         assert type_of(logits) == R
         assert logits.shape == (TOKENS, SAMPLES, VOCAB)
@@ -196,7 +197,7 @@ def without_first_leave(model: Decoder) -> None:
 
 def of_second(model: Decoder, total: Callable[[Tensor], Tensor], mean: bool = True) -> None:
     """The sums that the second halves of sub-blocks complete."""
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         assert isinstance(block, SubBlock)
         for half in (block.first, block.second):
             cut = half.cut
@@ -210,7 +211,7 @@ def without_totals(model: Decoder) -> None:
 
 
 def twice_totalled(model: Decoder) -> None:
-    total = model.wiring.blocks[0].second.cut.total
+    total = model.wiring.block(0).second.cut.total
     of_second(model, lambda t: total(total(t)))
 
 
@@ -219,12 +220,12 @@ def without_means(model: Decoder) -> None:
 
 
 def on_every_rank(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         block.attach = context.attach
 
 
 def uncut(model: Decoder) -> None:
-    for block in model.wiring.blocks:
+    for block in model.wiring.blocks.values():
         block.second.cut = WHOLE
 
 

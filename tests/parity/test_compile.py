@@ -17,11 +17,13 @@ from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.train.run import train
+from colonnade.models.cache import Cache
 from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.parallel.engine import evaluating
 from colonnade.parallel.parallelize import compile_halves
-from colonnade.parallel.recompute import recompute_policy
+from colonnade.parallel.recompute import recompute
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +48,15 @@ def results(
     later = (place >= cut).int()
     samples = torch.arange(B) + 10 * seed
     context = Context(
-        place - later * cut, later if packed else None, groups=2.0, draw=seed, samples=samples
+        place - later * cut, later if packed else None, groups=2.0, rng_key=seed, samples=samples
     )
     model.begin_step()
     model.zero_grad()
-    loss = model(tokens, context, labels)
+    loss, report = model(tokens, context, labels)
     loss.backward()
-    extras = {f"extra {name}": value for name, value in context.extras.items()}
+    extras = {f"extra {name}": value for name, value in report.extras.items()}
     found = {"loss": loss.detach(), **extras}
-    found |= {f"loads {place}": load for place, load in context.loads.items()}
+    found |= {f"loads {place}": load for place, load in report.loads.items()}
     for name, p in model.named_parameters():
         assert p.grad is not None, f"{name} has no gradient"
         found[name] = p.grad.clone()
@@ -139,20 +141,19 @@ def test_single_precision_within_rounding() -> None:
 def test_recomputation(policy: str) -> None:
     """The graph that runs again in backward is the forward pass's, or checkpoints would not fit."""
     compiled, eager = pair(torch.float64, "*-*", sigma_reparam=True)
-    for wiring in compiled.wirings():
-        wiring.recompute = recompute_policy(policy)
+    recompute(compiled, policy)
     for seed in range(2):
         checked(compiled, eager, seed)
 
 
-def test_without_gradients_nothing_is_compiled() -> None:
+def test_in_evaluation_nothing_is_compiled() -> None:
     """Validation and generation run as they are: same bits, no graph for each cached length."""
     compiled, eager = pair(torch.float64, "*-MG")
     tokens = torch.randint(V, (4, 2))
     positions = torch.arange(4)[:, None].expand(4, 2)
-    with torch.no_grad():
+    with evaluating(compiled), evaluating(eager):
         for keeps in (False, True):
-            contexts = [Context(positions, memory={} if keeps else None) for _ in range(2)]
+            contexts = [Context(positions, cache=Cache() if keeps else None) for _ in range(2)]
             assert torch.equal(compiled(tokens, contexts[0]), eager(tokens, contexts[1]))
     assert graphs() == 0
 

@@ -103,16 +103,46 @@ class Sent(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def rows() -> Batch:
+    """A micro-batch of two rows."""
+    g = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(64, (2, 2, 16), generator=g)
+    place = torch.arange(16).expand(2, 16)
+    return Batch(tokens, labels, place, torch.zeros_like(place))
+
+
+def objectives(rank: int, size: int, layout: dict[str, int]) -> dict[tuple[bool, bool], float]:
+    """By mode, training or not, with gradients or without."""
+    here, found = World(rank, size, torch.device("cpu")), {}
+    routing = {"router_noise": 0.3, "capacity": 1.0}
+    recipe = recipe_for("M*m-E", layout, 2, **SMALL, **LADDER, **routing)
+    _, model, _ = build_model(recipe, here)
+    for training in (True, False):
+        model.train(training)
+        for kept in (True, False):
+            with torch.set_grad_enabled(kept):
+                objective, _ = forward(model, rows(), [0, 1], here.device, rng_key=3)
+            found[training, kept] = objective.item()
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_mode_says_what_is_computed(ranks1: Ranks, ranks2: Ranks, layout: str) -> None:
+    """Sequences are sharded in training, with gradients or without; nothing else depends on it."""
+    (alone,) = ranks1.run(objectives, {})
+    for found in ranks2.run(objectives, LAYOUTS[layout]):
+        assert found == pytest.approx(alone, rel=1e-9)
+        for training in (True, False):
+            assert found[training, False] == found[training, True]
+        assert found[True, True] != found[False, True]
+
+
 def sent(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
     """What the forward and the backward pass of a micro-batch send."""
     here = World(rank, size, torch.device("cpu"))
     _, model, _ = build_model(recipe, here)
-    g = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(64, (2, 2, 16), generator=g)
-    place = torch.arange(16).expand(2, 16)
-    batch = Batch(tokens, labels, place, torch.zeros_like(place))
     with Sent() as noted:
-        loss, _ = forward(model, batch, [0, 1], here.device)
+        loss, _ = forward(model, rows(), [0, 1], here.device)
         noted.calls.append("backward")
         noted.fsdp.append(("backward", 0))
         loss.backward()

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import spmd_types as spmd
-import torch
 from spmd_types import I, P, R, S, SpmdTypeError
 from spmd_types.checker import typecheck
 from torch import Tensor
@@ -51,7 +50,7 @@ _mine, _looked_up = Cut.mine, Embedding.forward
 
 
 def parameter_types(model: Decoder) -> dict[str, Type]:
-    """By name; of whole parameters, those in `partial` are R, and others I.
+    """By path in the module tree; of whole parameters, those in `partial` are R, and others I.
 
     A gradient has the type's `backward_type`: P for R, else the same.
 
@@ -85,11 +84,11 @@ def typechecked(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
     its `backward` demands.
     """
     types = parameter_types(model)
-    known = {id(p): types[name] for name, p in model.named_parameters()}
+    known = {id(p): types[path] for path, p in model.named_parameters()}
     stream = {id(p) for part in on_stream(model) for p in part.parameters(recurse=False)}
 
     def parameter(p: Tensor) -> Type:
-        whole = id(p) in stream and not torch.is_grad_enabled()  # so is the stream then
+        whole = id(p) in stream and not model.training  # so is the stream then
         return I if whole else known[id(p)]
 
     patches = [

@@ -1,0 +1,125 @@
+"""Stages of a model, one after the other in this process, against the whole model."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from equal import assert_equal
+from oracle import gradients
+from small import config_of, context, data, model_of
+from torch import Tensor
+
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
+from colonnade.models.report import PassReport
+from colonnade.models.wiring import Stage
+from colonnade.parallel.materialise import materialise
+from colonnade.parallel.recompute import recompute as recompute_model
+
+CASES: dict[str, dict[str, Any]] = {
+    f"{residual}, {position}": {"residual": residual, "norm_position": position}
+    for residual in ("standard", "ladder", "parallel")
+    for position in ("before", "after", "both")
+}
+CASES |= {
+    "ladder at the end": {"residual": "ladder", "ladder_last": 2, "norm_position": "both"},
+    "muP, sigma-reparam": {"mup_base": {"hidden": 6, "ffn": 5}, "sigma_reparam": True},
+}
+
+
+def cuts(count: int) -> list[list[Stage]]:
+    """Every cut of so many sub-blocks into two or three stages."""
+    inner = [c for n in (1, 2) for c in itertools.combinations(range(1, count), n)]
+    return [[Stage(*s) for s in itertools.pairwise((0, *places, count))] for places in inner]
+
+
+def stages_of(config: ModelConfig, stages: Sequence[Stage]) -> list[Decoder]:
+    """Unfilled, on meta."""
+    with torch.device("meta"):
+        return [Decoder(config, 7, stage).double() for stage in stages]
+
+
+def run(models: Sequence[Decoder], tokens: Tensor, labels: Tensor | None) -> tuple[Any, PassReport]:
+    """What the last stage returns, and the reports of all."""
+    given, report = tokens, PassReport({}, {}, {})
+    for model in models:
+        found = model(given, context(groups=3.0, rng_key=1), labels)
+        given, part = (found, report) if labels is None else found
+        report = report.joined(part)
+    return given, report
+
+
+def flat(report: PassReport) -> dict[str, Tensor]:
+    """Everything in it."""
+    parts = report._asdict().items()
+    return {f"{kind} {key}": t.double() for kind, part in parts for key, t in part.items()}
+
+
+def check(pattern: str, recompute: str, **fields: Any) -> None:
+    """All cuts: objective, report and gradients, and the logits."""
+    config = config_of(pattern, balance=0.1, router_z=0.1, **fields)
+    whole = model_of(config, seed=1)
+    tokens, labels = data(1)
+    expected, theirs = run([whole], tokens, labels)
+    expected.backward()
+    weights = whole.state_dict()
+    for cut in cuts(len(pattern)):
+        models = stages_of(config, cut)
+        for model in models:
+            model.to_empty(device="cpu").load_state_dict(
+                {n: weights[n] for n in model.state_dict()}
+            )
+            recompute_model(model, recompute)
+        names = [name for model in models for name in model.state_dict()]
+        assert sorted(names) == sorted(weights)  # each weight in one stage
+        objective, ours = run(models, tokens, labels)
+        objective.backward()
+        found = {n: g for model in models for n, g in gradients(model).items()}
+        assert_equal({"objective": objective.detach()}, {"objective": expected.detach()}, 1e-12)
+        assert_equal(flat(ours), flat(theirs), 1e-12)
+        assert_equal(found, gradients(whole), 1e-12)
+        with torch.no_grad():
+            assert_equal({"x": run(models, tokens, None)[0]}, {"x": run([whole], tokens, None)[0]})
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("name", CASES)
+def test_stages_are_the_model(name: str, recompute: str) -> None:
+    check("*-E-M", recompute, **CASES[name])
+
+
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_every_stage_has_both_passes_of_thor(residual: str) -> None:
+    check("*T*T", "none", residual=residual, thor_alpha=0.5, logit_z=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_weights_are_those_of_the_model(name: str) -> None:
+    config, cpu = config_of("*-E-M", **CASES[name]), torch.device("cpu")
+    (whole,) = stages_of(config, [Stage(0, 5)])
+    materialise(whole, cpu, seed=3)
+    for model in stages_of(config, [Stage(0, 2), Stage(2, 3), Stage(3, 5)]):
+        materialise(model, cpu, seed=3)
+        for tensor_name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, whole.state_dict()[tensor_name]), tensor_name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tied": True}, r"model\.tied = True: stages would share weights"),
+        ({"mtp": 2}, r"model\.mtp = 2: stages"),
+        ({"share": True, "tied": True}, r"model\.tied = True, model\.share = True: stages"),
+    ],
+)
+def test_shared_weights_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoder(config_of("*-", **fields), stage=Stage(0, 1))
+
+
+@pytest.mark.parametrize("stage", [(0, 3), (1, 1), (-1, 1)])
+def test_what_is_no_stage_is_refused(stage: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="the row has 2 sub-blocks"):
+        Decoder(config_of("*-"), stage=Stage(*stage))
