@@ -157,9 +157,9 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
     compute = policy(COMPUTE[precision])
     ends = model.ends()
     for group in [ends] if model.config.tied else [[end] for end in ends]:
-        fully_shard(
-            group, mesh=data, mp_policy=compute, reshard_after_forward=not model.config.tied
-        )
+        # Backward begins with the head: its weight, which may be the embedding's, stays gathered.
+        has_head = model.is_last and model.head in group
+        fully_shard(group, mesh=data, mp_policy=compute, reshard_after_forward=not has_head)
     for group in groups(model):
         fully_shard(group, mesh=data, mp_policy=compute)
     fully_shard(model, mesh=data, mp_policy=policy(storage))
