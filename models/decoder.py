@@ -19,6 +19,7 @@ from colonnade.models.mtp import Predictor, shifted
 from colonnade.models.names import CanonicalNames
 from colonnade.models.part import Part
 from colonnade.models.reparam import reparametrise
+from colonnade.models.report import PassReport
 from colonnade.models.seams import same
 from colonnade.models.wiring import Stage, State, Wiring
 
@@ -177,16 +178,30 @@ class Decoder(CanonicalNames):
         report = report._replace(extras=extras)
         if self.training and len(self.mtp):
             assert isinstance(tokens, Tensor)
-            further = objective.new_zeros(())
-            for depth, predictor in enumerate(self.mtp, start=1):
-                ahead, wanted = shifted(tokens, labels, context.whole_documents, depth)
-                x, found = predictor(x, self.embedding(mine(ahead)), context)
-                further = further + self.head(x, mine(wanted), tied, context.passes)[0]
-                report = report.joined(found)
-            further = further * (self.config.mtp_weight / len(self.mtp))
-            report.extras["mtp"] = further.detach()
-            objective = objective + further
+            further, found = self.further(x, tokens, labels, context)
+            objective, report = objective + further, report.joined(found)
         return objective, report
+
+    def further(
+        self, x: Tensor, tokens: Tensor, labels: Tensor, context: Context
+    ) -> tuple[Tensor, PassReport]:
+        """The objective of further tokens, as it is added, and the report of their modules.
+
+        Args:
+            x: `[S, B, D]`, the normed end of the stream.
+            tokens, labels: of whole sequences.
+            context: of this rank's part of them.
+        """
+        objectives, report = [], PassReport({}, {}, {})
+        tied = self.embedding.weight_of("weight") if self.config.tied else None
+        for depth, predictor in enumerate(self.mtp, start=1):
+            ahead, wanted = shifted(tokens, labels, context.whole_documents, depth)
+            x, found = predictor(x, self.embedding(self.mine(ahead)), context)
+            objectives.append(self.head(x, self.mine(wanted), tied, context.passes)[0])
+            report = report.joined(found)
+        first, *others = objectives
+        total = sum(others, first) * (self.config.mtp_weight / len(self.mtp))
+        return total, report._replace(extras={"mtp": total.detach()})
 
     def begin_step(self) -> None:
         """An optimizer step begins: what changes once a step may do so at its next use."""

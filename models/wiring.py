@@ -138,16 +138,18 @@ class Wiring(nn.Module):
     def run(self, state: State, context: Context) -> tuple[State, PassReport]:
         """All sub-blocks; an input is made as soon as it can be, an output added as late.
 
-        Order of calls around sub-block t, of which 1 and 2 are the halves (`norm` and `after` are
-        left out); "launched" is what may be under way while the next lines run:
+        The order of calls at sub-block t, norms left out; `>` marks what is launched, and may be
+        under way until it is used:
 
-            standard             ladder, `enter` gathers         ladder, it does not
-            x_t = enter(H_t)
-            1(x_t)               1(x_t)                          1(x_t)
-            2                    H_t = H_{t-1} + h_{t-1}         2
-            h_t = leave          x_{t+1} = enter(H_t), launched  h_t = leave, launched
-            H_{t+1} = H_t + h_t  2                               H_t = H_{t-1} + h_{t-1}
-                                 h_t = leave, launched           x_{t+1} = enter(H_t)
+            standard               ladder, `enter` gathers    ladder, `enter` sends nothing
+            x_t = enter(H_t) >
+            first(x_t)             first(x_t)                 first(x_t)
+                                   H_t = H_{t-1} + h_{t-1}
+                                   x_{t+1} = enter(H_t) >
+            second                 second                     second
+            h_t = leave >          h_t = leave >              h_t = leave >
+            H_{t+1} = H_t + h_t                               H_t = H_{t-1} + h_{t-1}
+                                                              x_{t+1} = enter(H_t)
         """
         stream, pending = state
         x = self.prepare(self.places.start, stream)

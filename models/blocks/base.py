@@ -45,7 +45,7 @@ class SubBlock(CanonicalNames):
         return self.first(x, context)
 
     def report(self, carried: Any) -> BlockReport | None:
-        """What the first half found besides, of what it returned."""
+        """Loads and balancing losses, read off what the first half returned."""
         return None
 
     def finish(self, carried: Any, context: Context) -> Tensor:
