@@ -16,7 +16,7 @@ from colonnade.models.cards.mamba1 import Mamba1Options
 from colonnade.models.cards.mamba2 import Mamba2Options
 from colonnade.models.cards.mixture import ExpertOptions
 from colonnade.models.cards.mlp import MLPOptions
-from colonnade.models.options import ROW, Count, Fact, Formula, Need, Options, choice, width
+from colonnade.models.options import ROW, Count, Fact, Formula, Need, Options, choice, option, width
 
 LONGEST_ROW = 16384  # sub-blocks
 
@@ -52,70 +52,60 @@ Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 class StreamOptions(Options):
     """What stands on the residual stream and at its ends, whatever the sub-blocks."""
 
-    pattern: Annotated[Pattern, choice()] = Field(
-        "*-", description="one symbol per residual sub-block"
+    pattern: Annotated[Pattern, choice()] = option("*-", "one symbol per residual sub-block")
+    repeat: Annotated[int, choice()] = option(
+        1, "how many times the pattern stands in a row", ge=1, le=4096
     )
-    repeat: Annotated[int, choice()] = Field(
-        1, ge=1, le=4096, description="how many times the pattern stands in a row"
+    share: Annotated[bool, choice(REPEATED)] = option(
+        False, "every repeat uses the same sub-blocks, with norms of its own (WideNet)"
     )
-    share: Annotated[bool, choice(REPEATED)] = Field(
-        False, description="every repeat uses the same sub-blocks, with norms of its own (WideNet)"
-    )
-    residual: Annotated[Literal["standard", "ladder", "parallel"], choice(PARALLEL)] = Field(
+    residual: Annotated[Literal["standard", "ladder", "parallel"], choice(PARALLEL)] = option(
         "standard",
-        description="ladder: each sub-block reads the stream without the newest output "
+        "ladder: each sub-block reads the stream without the newest output "
         "(arXiv:2501.06589); parallel: a channel mixer reads what the mixer before it reads",
     )
-    ladder_last: Annotated[Count | None, choice(LADDER)] = Field(
-        None, ge=0, description="ladder over the last n sub-blocks of a row only; default: all"
+    ladder_last: Annotated[Count | None, choice(LADDER)] = option(
+        None, "ladder over the last n sub-blocks of a row only; default: all", ge=0
     )
-    hidden: Annotated[Count, width(24, divided=True)] = Field(
-        256, ge=1, description="width D of the residual stream"
+    hidden: Annotated[Count, width(24, divided=True)] = option(
+        256, "width D of the residual stream", ge=1
     )
-    vocab: Annotated[int, width(40, divided=True, grows=False)] = Field(
-        257, ge=2, le=2**26, description="rows of the embedding and of the head"
+    vocab: Annotated[int, width(40, divided=True, grows=False)] = option(
+        257, "rows of the embedding and of the head", ge=2, le=2**26
     )
-    tied: Annotated[bool, choice()] = Field(
-        False, description="the head uses the embedding's weights"
+    tied: Annotated[bool, choice()] = option(False, "the head uses the embedding's weights")
+    norm: Annotated[Literal["rms", "rms_offset", "layer", "pre_rms", "crms"], choice()] = option(
+        "rms", "rms_offset: weights stored minus 1; pre_rms, crms: a centred stream"
     )
-    norm: Annotated[Literal["rms", "rms_offset", "layer", "pre_rms", "crms"], choice()] = Field(
-        "rms", description="rms_offset: weights stored minus 1; pre_rms, crms: a centred stream"
+    norm_bias: Annotated[bool, choice(BIASED)] = option(
+        False, "layer and pre_rms: the norms add a bias"
     )
-    norm_bias: Annotated[bool, choice(BIASED)] = Field(
-        False, description="layer and pre_rms: the norms add a bias"
+    norm_position: Annotated[Literal["before", "after", "both"], choice()] = option(
+        "before", "of each sub-block: at its input, at its output, or at both"
     )
-    norm_position: Annotated[Literal["before", "after", "both"], choice()] = Field(
-        "before", description="of each sub-block: at its input, at its output, or at both"
+    norm_eps: Annotated[float, choice()] = option(1e-5, "added to the mean square in norms", gt=0)
+    init_std: Annotated[float, choice(training=True)] = option(
+        0.02, "standard deviation of initial weights", gt=0
     )
-    norm_eps: Annotated[float, choice()] = Field(
-        1e-5, gt=0, description="added to the mean square in norms"
+    sigma_reparam: Annotated[bool, choice()] = option(False, "linear weights as γ W / σ(W)")
+    logit_cap: Annotated[float | None, choice()] = option(
+        None, "logits as cap · tanh(logits / cap)", gt=0
     )
-    init_std: Annotated[float, choice(training=True)] = Field(
-        0.02, gt=0, description="standard deviation of initial weights"
+    logit_z: Annotated[float, choice(training=True)] = option(
+        0.0, "weight of the z-loss on logits", ge=0
     )
-    sigma_reparam: Annotated[bool, choice()] = Field(
-        False, description="linear weights as γ W / σ(W)"
+    mtp: Annotated[Count, choice()] = option(
+        0, "further tokens predicted, each by a module of its own", ge=0
     )
-    logit_cap: Annotated[float | None, choice()] = Field(
-        None, gt=0, description="logits as cap · tanh(logits / cap)"
+    mtp_pattern: Annotated[Pattern, choice(FURTHER)] = option("*-", "sub-blocks of such a module")
+    mtp_weight: Annotated[float, choice(FURTHER, training=True)] = option(
+        0.3, "weight of the mean of their losses", ge=0
     )
-    logit_z: Annotated[float, choice(training=True)] = Field(
-        0.0, ge=0, description="weight of the z-loss on logits"
+    mup_base: Annotated[dict[str, Count] | None, choice()] = option(
+        None, "fields of the base model whose hyper-parameters are transferred (muP)"
     )
-    mtp: Annotated[Count, choice()] = Field(
-        0, ge=0, description="further tokens predicted, each by a module of its own"
-    )
-    mtp_pattern: Annotated[Pattern, choice(FURTHER)] = Field(
-        "*-", description="sub-blocks of such a module"
-    )
-    mtp_weight: Annotated[float, choice(FURTHER, training=True)] = Field(
-        0.3, ge=0, description="weight of the mean of their losses"
-    )
-    mup_base: Annotated[dict[str, Count] | None, choice()] = Field(
-        None, description="fields of the base model whose hyper-parameters are transferred (muP)"
-    )
-    mup_zero_init: Annotated[bool, choice(BASE, ZERO, training=True)] = Field(
-        False, description="muP: queries and an untied head start at 0"
+    mup_zero_init: Annotated[bool, choice(BASE, ZERO, training=True)] = option(
+        False, "muP: queries and an untied head start at 0"
     )
 
 

@@ -140,6 +140,11 @@ def choice(
     return Fact("choice", symbols, needs, training=training, divides=divides)
 
 
+def option(default: Any, description: str, **bounds: Any) -> Any:
+    """A field with its default."""
+    return Field(default, description=description, **bounds)
+
+
 def formula(default: Formula, description: str = "", **bounds: Any) -> Any:
     """A field whose default is a formula of earlier ones."""
     told = f"{description}; default: {default}" if description else f"default: {default}"

@@ -15,6 +15,7 @@ from colonnade.models.options import (
     formula,
     head_count,
     length,
+    option,
     taps,
     width,
 )
@@ -186,22 +187,20 @@ class AttentionOptions(Options):
 
     cards: ClassVar[tuple[Card, ...]] = (AttentionCard(),)
 
-    attention: Annotated[Literal["gqa", "mla"], choice()] = Field(
-        "gqa", description="grouped queries, or latent"
+    attention: Annotated[Literal["gqa", "mla"], choice()] = option(
+        "gqa", "grouped queries, or latent"
     )
-    heads: Annotated[Count, head_count()] = Field(4, ge=1, description="query heads")
+    heads: Annotated[Count, head_count()] = option(4, "query heads", ge=1)
     kv_heads: Annotated[Count, head_count(GQA, divides="heads")] = formula(
         Formula("heads"), "gqa", ge=1
     )  # fmt: skip
     head_dim: Annotated[Count, width(4)] = formula(Formula("hidden", by="heads"), ge=1)
-    q_rank: Annotated[Count | None, width(8, MLA, optional=True)] = Field(
-        None, ge=1, description="mla: latent of the queries; default: none"
+    q_rank: Annotated[Count | None, width(8, MLA, optional=True)] = option(
+        None, "mla: latent of the queries; default: none", ge=1
     )
-    kv_rank: Annotated[Count, width(8, MLA)] = Field(
-        128, ge=1, description="mla: latent of keys and values"
-    )
-    rope_dim: Annotated[Count, width(4, MLA)] = Field(
-        32, ge=2, description="mla: channels with positions, beside head_dim"
+    kv_rank: Annotated[Count, width(8, MLA)] = option(128, "mla: latent of keys and values", ge=1)
+    rope_dim: Annotated[Count, width(4, MLA)] = option(
+        32, "mla: channels with positions, beside head_dim", ge=2
     )
     value_dim: Annotated[Count, width(6, MLA)] = formula(
         Formula("head_dim"), "mla: width of values", ge=1
@@ -209,73 +208,67 @@ class AttentionOptions(Options):
     latent_norm_eps: Annotated[float, choice(MLA)] = formula(
         Formula("norm_eps"), "mla: norm_eps of the latents' norms", gt=0
     )
-    positions: Annotated[Literal["rope", "none"], choice()] = Field(
-        "rope", description="rotary positions, or none"
+    positions: Annotated[Literal["rope", "none"], choice()] = option(
+        "rope", "rotary positions, or none"
     )
-    rope_theta: Annotated[float, choice(ROPE)] = Field(
-        10000.0, gt=0, description="base of the rotary frequencies"
+    rope_theta: Annotated[float, choice(ROPE)] = option(
+        10000.0, "base of the rotary frequencies", gt=0
     )
-    rope_fraction: Annotated[float, choice(GQA, ROPE)] = Field(
-        1.0, gt=0, le=1, description="gqa: share of channels rotated"
+    rope_fraction: Annotated[float, choice(GQA, ROPE)] = option(
+        1.0, "gqa: share of channels rotated", gt=0, le=1
     )
     rope_scaling: Annotated[Literal["none", "linear", "ntk", "yarn", "llama3"], choice(ROPE)] = (
         Field("none", description="how positions are stretched beyond the trained length")
     )
-    rope_factor: Annotated[float, choice(ROPE, STRETCHED)] = Field(
-        1.0, ge=1, description="how much longer than trained"
+    rope_factor: Annotated[float, choice(ROPE, STRETCHED)] = option(
+        1.0, "how much longer than trained", ge=1
     )
-    rope_original: Annotated[Length, length(8, ROPE, ORIGINAL)] = Field(
-        4096, ge=1, description="yarn, llama3: positions trained on"
+    rope_original: Annotated[Length, length(8, ROPE, ORIGINAL)] = option(
+        4096, "yarn, llama3: positions trained on", ge=1
     )
-    rope_low: Annotated[float, choice(ROPE, LLAMA3)] = Field(
-        1.0, gt=0, description="llama3: low_freq_factor"
+    rope_low: Annotated[float, choice(ROPE, LLAMA3)] = option(1.0, "llama3: low_freq_factor", gt=0)
+    rope_high: Annotated[float, choice(ROPE, LLAMA3)] = option(
+        4.0, "llama3: high_freq_factor", gt=0
     )
-    rope_high: Annotated[float, choice(ROPE, LLAMA3)] = Field(
-        4.0, gt=0, description="llama3: high_freq_factor"
+    rope_fast: Annotated[float, choice(ROPE, YARN)] = option(32.0, "yarn: beta_fast", gt=0)
+    rope_slow: Annotated[float, choice(ROPE, YARN)] = option(1.0, "yarn: beta_slow", gt=0)
+    rope_mscale: Annotated[float, choice(ROPE, YARN, COMPUTED, MSCALE_ALL)] = option(
+        0.0, "yarn: mscale; 0: none", ge=0
     )
-    rope_fast: Annotated[float, choice(ROPE, YARN)] = Field(
-        32.0, gt=0, description="yarn: beta_fast"
+    rope_mscale_all: Annotated[float, choice(ROPE, YARN, MSCALE)] = option(
+        0.0, "yarn: mscale_all_dim; 0: none", ge=0
     )
-    rope_slow: Annotated[float, choice(ROPE, YARN)] = Field(
-        1.0, gt=0, description="yarn: beta_slow"
+    rope_attention_factor: Annotated[float | None, choice(ROPE, YARN)] = option(
+        None, "yarn: factor of cos and sin; default: 0.1 ln(factor) + 1", gt=0
     )
-    rope_mscale: Annotated[float, choice(ROPE, YARN, COMPUTED, MSCALE_ALL)] = Field(
-        0.0, ge=0, description="yarn: mscale; 0: none"
+    rope_truncate: Annotated[bool, choice(ROPE, YARN)] = option(
+        True, "yarn: whole channels in the ramp's ends"
     )
-    rope_mscale_all: Annotated[float, choice(ROPE, YARN, MSCALE)] = Field(
-        0.0, ge=0, description="yarn: mscale_all_dim; 0: none"
+    qk_norm: Annotated[Literal["none", "head", "full"], choice(GQA)] = option(
+        "none", "norm queries and keys in each head, or over all of them"
     )
-    rope_attention_factor: Annotated[float | None, choice(ROPE, YARN)] = Field(
-        None, gt=0, description="yarn: factor of cos and sin; default: 0.1 ln(factor) + 1"
+    window: Annotated[Length | None, length(5)] = option(
+        None, "keys a query sees, its own included", ge=1
     )
-    rope_truncate: Annotated[bool, choice(ROPE, YARN)] = Field(
-        True, description="yarn: whole channels in the ramp's ends"
+    full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = option(
+        (), "which attentions of the row, counted from 0, have no window"
     )
-    qk_norm: Annotated[Literal["none", "head", "full"], choice(GQA)] = Field(
-        "none", description="norm queries and keys in each head, or over all of them"
+    sinks: Annotated[bool, choice()] = option(
+        False, "a learned logit per head that takes weight, no value"
     )
-    window: Annotated[Length | None, length(5)] = Field(
-        None, ge=1, description="keys a query sees, its own included"
+    attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = option(
+        "none", "sigmoid gate per head on its input slice, or per channel"
     )
-    full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = Field(
-        (), description="which attentions of the row, counted from 0, have no window"
+    attention_cap: Annotated[float | None, choice()] = option(
+        None, "scores as cap · tanh(score / cap)", gt=0
     )
-    sinks: Annotated[bool, choice()] = Field(
-        False, description="a learned logit per head that takes weight, no value"
+    clip_low: Annotated[float, choice()] = option(
+        0.0, "clipped softmax: γ, for instance −α / length", le=0
     )
-    attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = Field(
-        "none", description="sigmoid gate per head on its input slice, or per channel"
+    clip_high: Annotated[float, choice()] = option(1.0, "clipped softmax: ζ", ge=1)
+    position_temperature: Annotated[bool, choice()] = option(
+        False, "scores grow with the query's position, at a rate learned per head"
     )
-    attention_cap: Annotated[float | None, choice()] = Field(
-        None, gt=0, description="scores as cap · tanh(score / cap)"
-    )
-    clip_low: Annotated[float, choice()] = Field(
-        0.0, le=0, description="clipped softmax: γ, for instance −α / length"
-    )
-    clip_high: Annotated[float, choice()] = Field(1.0, ge=1, description="clipped softmax: ζ")
-    position_temperature: Annotated[bool, choice()] = Field(
-        False, description="scores grow with the query's position, at a rate learned per head"
-    )
-    attention_conv: Annotated[Count, taps(GQA)] = Field(
-        0, ge=0, description="taps of convolutions on q, k, v; 0: none"
+    attention_conv: Annotated[Count, taps(GQA)] = option(
+        0, "taps of convolutions on q, k, v; 0: none", ge=0
     )

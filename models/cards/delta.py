@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
-
 from colonnade.models.cards.base import Argument, Card, Mixing
 from colonnade.models.options import (
     Count,
@@ -14,6 +12,7 @@ from colonnade.models.options import (
     formula,
     head_count,
     length,
+    option,
     taps,
     width,
 )
@@ -116,8 +115,8 @@ class DeltaOptions(Options):
         DeltaCard("G", "gated DeltaNet", True),
     )
 
-    delta_key_dim: Annotated[Count, width(4, grows=False)] = Field(
-        64, ge=1, description="width of a query and a key"
+    delta_key_dim: Annotated[Count, width(4, grows=False)] = option(
+        64, "width of a query and a key", ge=1
     )
     delta_heads: Annotated[Count, head_count()] = formula(
         Formula("hidden", by="delta_key_dim"), ge=1
@@ -126,12 +125,6 @@ class DeltaOptions(Options):
         Formula("delta_heads"), ge=1
     )
     delta_value_dim: Annotated[Count, width(6)] = formula(Formula("delta_key_dim"), ge=1)
-    delta_conv: Annotated[Count, taps()] = Field(
-        4, ge=1, description="width of the causal convolution"
-    )
-    delta_chunk: Annotated[Length, length(4, training=True)] = Field(
-        64, ge=1, description="tokens per chunk"
-    )
-    delta_negative: Annotated[bool, choice()] = Field(
-        False, description="beta up to 2: negative eigenvalues"
-    )
+    delta_conv: Annotated[Count, taps()] = option(4, "width of the causal convolution", ge=1)
+    delta_chunk: Annotated[Length, length(4, training=True)] = option(64, "tokens per chunk", ge=1)
+    delta_negative: Annotated[bool, choice()] = option(False, "beta up to 2: negative eigenvalues")

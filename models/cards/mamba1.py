@@ -2,10 +2,18 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
-
 from colonnade.models.cards.base import Argument, Card, Mixing
-from colonnade.models.options import Count, Formula, Length, Options, formula, length, taps, width
+from colonnade.models.options import (
+    Count,
+    Formula,
+    Length,
+    Options,
+    formula,
+    length,
+    option,
+    taps,
+    width,
+)
 from colonnade.models.parameters import (
     Fill,
     ParameterSpec,
@@ -105,15 +113,11 @@ class Mamba1Options(Options):
     mamba1_inner: Annotated[Count, width(16, divided=True)] = formula(
         Formula("hidden", times=2), "channels", ge=1
     )
-    mamba1_state: Annotated[Count, width(4, grows=False)] = Field(
-        16, ge=1, description="state width N"
-    )
+    mamba1_state: Annotated[Count, width(4, grows=False)] = option(16, "state width N", ge=1)
     mamba1_rank: Annotated[Count, width(2)] = formula(
         Formula("hidden", by=16, up=True), "rank of dt", ge=1
     )
-    mamba1_conv: Annotated[Count, taps()] = Field(
-        4, ge=1, description="width of the causal convolution"
-    )
-    mamba1_chunk: Annotated[Length, length(4, training=True)] = Field(
-        64, ge=1, description="tokens per chunk of the scan"
+    mamba1_conv: Annotated[Count, taps()] = option(4, "width of the causal convolution", ge=1)
+    mamba1_chunk: Annotated[Length, length(4, training=True)] = option(
+        64, "tokens per chunk of the scan", ge=1
     )

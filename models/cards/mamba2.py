@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
-
 from colonnade.models.cards.base import Argument, Card, Mixing
 from colonnade.models.options import (
     Count,
@@ -13,6 +11,7 @@ from colonnade.models.options import (
     formula,
     head_count,
     length,
+    option,
     taps,
     width,
 )
@@ -103,19 +102,15 @@ class Mamba2Options(Options):
 
     cards: ClassVar[tuple[Card, ...]] = (Mamba2Card(),)
 
-    mamba_head_dim: Annotated[Count, width(4)] = Field(64, ge=1, description="head width P")
+    mamba_head_dim: Annotated[Count, width(4)] = option(64, "head width P", ge=1)
     mamba_heads: Annotated[Count, head_count()] = formula(
         Formula("hidden", times=2, by="mamba_head_dim"), ge=1
     )
-    mamba_state: Annotated[Count, width(4, grows=False)] = Field(
-        128, ge=1, description="state width N"
+    mamba_state: Annotated[Count, width(4, grows=False)] = option(128, "state width N", ge=1)
+    mamba_groups: Annotated[Count, head_count(divides="mamba_heads")] = option(
+        1, "groups G that share B and C", ge=1
     )
-    mamba_groups: Annotated[Count, head_count(divides="mamba_heads")] = Field(
-        1, ge=1, description="groups G that share B and C"
-    )
-    mamba_conv: Annotated[Count, taps()] = Field(
-        4, ge=1, description="width of the causal convolution"
-    )
-    mamba_chunk: Annotated[Length, length(4, training=True)] = Field(
-        128, ge=1, description="tokens per chunk of the scan"
+    mamba_conv: Annotated[Count, taps()] = option(4, "width of the causal convolution", ge=1)
+    mamba_chunk: Annotated[Length, length(4, training=True)] = option(
+        128, "tokens per chunk of the scan", ge=1
     )

@@ -3,12 +3,20 @@
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from colonnade.models.cards.base import Card
 from colonnade.models.cards.mlp import activation, experts, mlp
 from colonnade.models.cards.thor import ThorCard
-from colonnade.models.options import ROW, Count, Formula, Need, Options, choice, formula, width
+from colonnade.models.options import (
+    ROW,
+    Count,
+    Formula,
+    Need,
+    Options,
+    choice,
+    formula,
+    option,
+    width,
+)
 from colonnade.models.parameters import ParameterSpec, constant, normal
 
 if TYPE_CHECKING:
@@ -75,56 +83,54 @@ class ExpertOptions(Options):
 
     cards: ClassVar[tuple[Card, ...]] = (MixtureCard(), ThorCard())
 
-    experts: Annotated[Count, choice()] = Field(8, ge=1, description="experts of each sub-block")
-    top_k: Annotated[Count, choice(symbols="E")] = Field(2, ge=1, description="experts per token")
+    experts: Annotated[Count, choice()] = option(8, "experts of each sub-block", ge=1)
+    top_k: Annotated[Count, choice(symbols="E")] = option(2, "experts per token", ge=1)
     expert_ffn: Annotated[Count, width(12, divided=True)] = formula(
         Formula("ffn"), "inner width of an expert", ge=1
     )
-    shared_ffn: Annotated[Count, width(12, divided=True, optional=True, symbols="E")] = Field(
-        0, ge=0, description="width of an expert every token meets; 0: none"
+    shared_ffn: Annotated[Count, width(12, divided=True, optional=True, symbols="E")] = option(
+        0, "width of an expert every token meets; 0: none", ge=0
     )
-    shared_gate: Annotated[bool, choice(SHARED, symbols="E")] = Field(
-        False, description="a sigmoid gate on the shared expert"
+    shared_gate: Annotated[bool, choice(SHARED, symbols="E")] = option(
+        False, "a sigmoid gate on the shared expert"
     )
-    router_score: Annotated[Literal["softmax", "sigmoid"], choice(symbols="E")] = Field(
-        "softmax", description="of a token over all experts, or of each expert by itself"
+    router_score: Annotated[Literal["softmax", "sigmoid"], choice(symbols="E")] = option(
+        "softmax", "of a token over all experts, or of each expert by itself"
     )
-    router_normalise: Annotated[bool, choice(SEVERAL, symbols="E")] = Field(
-        True, description="a token's weights sum to 1"
+    router_normalise: Annotated[bool, choice(SEVERAL, symbols="E")] = option(
+        True, "a token's weights sum to 1"
     )
-    router_scale: Annotated[float, choice(symbols="E")] = Field(
-        1.0, gt=0, description="factor of the weights"
+    router_scale: Annotated[float, choice(symbols="E")] = option(1.0, "factor of the weights", gt=0)
+    router_groups: Annotated[Count, choice(LIMITED, symbols="E")] = option(
+        1, "groups of experts", ge=1
     )
-    router_groups: Annotated[Count, choice(LIMITED, symbols="E")] = Field(
-        1, ge=1, description="groups of experts"
+    router_top_groups: Annotated[Count | None, choice(GROUPED, symbols="E")] = option(
+        None, "groups a token may choose from", ge=1
     )
-    router_top_groups: Annotated[Count | None, choice(GROUPED, symbols="E")] = Field(
-        None, ge=1, description="groups a token may choose from"
+    router_bias: Annotated[bool, choice(symbols="E")] = option(
+        False, "a bias steers choices; set balance to 0 to do without the loss"
     )
-    router_bias: Annotated[bool, choice(symbols="E")] = Field(
-        False, description="a bias steers choices; set balance to 0 to do without the loss"
+    router_bias_rate: Annotated[float, choice(STEERED, symbols="E", training=True)] = option(
+        1e-3, "its change per step", ge=0
     )
-    router_bias_rate: Annotated[float, choice(STEERED, symbols="E", training=True)] = Field(
-        1e-3, ge=0, description="its change per step"
+    router_noise: Annotated[float, choice(symbols="E", training=True)] = option(
+        0.0, "standard deviation of noise in training", ge=0
     )
-    router_noise: Annotated[float, choice(symbols="E", training=True)] = Field(
-        0.0, ge=0, description="standard deviation of noise in training"
+    capacity: Annotated[float | None, choice(symbols="E")] = option(
+        None, "rows of an expert over its fair share; default: no limit", gt=0
     )
-    capacity: Annotated[float | None, choice(symbols="E")] = Field(
-        None, gt=0, description="rows of an expert over its fair share; default: no limit"
+    balance: Annotated[float, choice(symbols="E", training=True)] = option(
+        0.01, "weight of the load-balancing loss", ge=0
     )
-    balance: Annotated[float, choice(symbols="E", training=True)] = Field(
-        0.01, ge=0, description="weight of the load-balancing loss"
+    balance_sequence: Annotated[float, choice(symbols="E", training=True)] = option(
+        0.0, "the same, for each sample alone", ge=0
     )
-    balance_sequence: Annotated[float, choice(symbols="E", training=True)] = Field(
-        0.0, ge=0, description="the same, for each sample alone"
+    balance_samples: Annotated[Count, choice(IN_GROUPS, training=True)] = option(
+        1, "consecutive samples per balance group", ge=1
     )
-    balance_samples: Annotated[Count, choice(IN_GROUPS, training=True)] = Field(
-        1, ge=1, description="consecutive samples per balance group"
+    router_z: Annotated[float, choice(symbols="E", training=True)] = option(
+        0.0, "weight of the router's z-loss", ge=0
     )
-    router_z: Annotated[float, choice(symbols="E", training=True)] = Field(
-        0.0, ge=0, description="weight of the router's z-loss"
-    )
-    thor_alpha: Annotated[float, choice(symbols="T", training=True)] = Field(
-        1.0, ge=0, description="weight of the consistency loss"
+    thor_alpha: Annotated[float, choice(symbols="T", training=True)] = option(
+        1.0, "weight of the consistency loss", ge=0
     )

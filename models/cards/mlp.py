@@ -3,11 +3,9 @@
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
-
 from colonnade.kernels.activation_names import Activation, gated, polynomial
 from colonnade.models.cards.base import Card
-from colonnade.models.options import ROW, Count, Need, Options, choice, width
+from colonnade.models.options import ROW, Count, Need, Options, choice, option, width
 from colonnade.models.parameters import Half, ParameterSpec, Split, coefficients, normal
 
 if TYPE_CHECKING:
@@ -87,9 +85,9 @@ class MLPOptions(Options):
 
     cards: ClassVar[tuple[Card, ...]] = (MLPCard(),)
 
-    ffn: Annotated[Count, width(24, WIDTH, divided=True, symbols="-ET")] = Field(
-        704, ge=1, description="inner width of an MLP"
+    ffn: Annotated[Count, width(24, WIDTH, divided=True, symbols="-ET")] = option(
+        704, "inner width of an MLP", ge=1
     )
-    activation: Annotated[Activation, choice(symbols="-ET")] = Field(
-        "swiglu", description="swiglu and geglu have a gate; polyrelu, polynorm: PolyCom"
+    activation: Annotated[Activation, choice(symbols="-ET")] = option(
+        "swiglu", "swiglu and geglu have a gate; polyrelu, polynorm: PolyCom"
     )
