@@ -111,10 +111,10 @@ class StreamOptions(Options):
 
 class ModelConfig(  # pydantic takes the fields of the last one first
     ExpertOptions,
+    MLPOptions,
     DeltaOptions,
     Mamba1Options,
     Mamba2Options,
-    MLPOptions,
     AttentionOptions,
     StreamOptions,
 ):
