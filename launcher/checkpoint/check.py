@@ -19,8 +19,8 @@ def check_savable(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is on meta: materialise it first")
         if isinstance(tensor, DTensor) and not _shard_is_contiguous(tensor):
             raise ValueError(
-                f"{name} with {tensor.placements} holds rows that do not adjoin, of which "
-                "torch.distributed.checkpoint knows only the first: redistribute it first"
+                f"{name} with {tensor.placements} has a local shard that is not contiguous, of "
+                "which torch.distributed.checkpoint knows only the first rows: redistribute it"
             )
 
 
@@ -59,12 +59,12 @@ def check_fits(
     saved = catalog.tensors
     absent = [name for name in tensors if name not in saved]
     shapes = [
-        f"{name} ({list(saved[name].shape)} there, {list(tensor.shape)} here)"
+        f"{name} (saved {list(saved[name].shape)}, model {list(tensor.shape)})"
         for name, tensor in tensors.items()
         if name in saved and saved[name].shape != tuple(tensor.shape)
     ]
     dtypes = [
-        f"{name} ({saved[name].torch_dtype} there, {tensor.dtype} here)"
+        f"{name} (saved {saved[name].torch_dtype}, model {tensor.dtype})"
         for name, tensor in tensors.items()
         if name in saved and saved[name].torch_dtype != tensor.dtype
     ]

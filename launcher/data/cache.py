@@ -55,7 +55,7 @@ def tokenise(
         raise UserError(f"{existing[0]} exists: give another destination, or ask to overwrite it")
     loaded = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     masked = source.prompt is not None
-    with _write_errors_named(destination, "give another destination"):
+    with _write_errors_as_user_errors(destination, "give another destination"):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with IndexedWriter(destination, token_dtype(loaded.size), masked, loaded) as writer:
             _write_documents(source, loaded, lambda document: writer)
@@ -80,7 +80,7 @@ def cached_tokens(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) 
     pointer = root / "known" / _digest(_stat_key(source, data, tokenizer, files))
     if (entry := _pointed_entry(root, pointer)) is not None:
         return entry
-    with _write_errors_named(root, "set data.cache to a folder with room"):
+    with _write_errors_as_user_errors(root, "set data.cache to a folder with room"):
         pointer.parent.mkdir(parents=True, exist_ok=True)
         with _host_lock(Path(f"{pointer}.lock"), source):
             # Another process may have written it while this one waited for the lock.
@@ -202,7 +202,7 @@ def _unit_hash(key: str) -> float:
 
 
 @contextmanager
-def _write_errors_named(path: Path, remedy: str) -> Iterator[None]:
+def _write_errors_as_user_errors(path: Path, remedy: str) -> Iterator[None]:
     """Converts an OSError of the block to a UserError that names `path` and the remedy."""
     try:
         yield

@@ -37,9 +37,9 @@ def token_dtype(size: int) -> np.dtype:
     return np.dtype("<u2" if size <= 2**16 else "<i4")
 
 
-def _damaged(path: Path, fault: str) -> UserError:
-    """Returns the error for the file `path`; `fault` is the predicate of its message's sentence."""
-    return UserError(f"{path} {fault}: copy the file again, or write it with `colonnade data`")
+def _damaged(path: Path, problem: str) -> UserError:
+    """Returns the error for the file `path`; its message is the sentence "PATH PROBLEM"."""
+    return UserError(f"{path} {problem}: copy the file again, or write it with `colonnade data`")
 
 
 def _file_size(path: Path) -> int:

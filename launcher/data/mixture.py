@@ -59,9 +59,10 @@ class Permutation:
 
 
 def split_fractions(weights: Sequence[float]) -> tuple[int, ...]:
-    """Returns each source's fraction, times 2^32, of its own weight and that of all after it.
+    """Returns the fractions that `locate` takes, times 2^32.
 
-    The last source's fraction is therefore 2^32. `locate` takes these fractions.
+    A source's fraction is its share of the total weight of itself and the sources after it; that of
+    the last source is 1.
     """
     remaining = math.fsum(weights)
     fractions = []
@@ -75,8 +76,8 @@ def split_fractions(weights: Sequence[float]) -> tuple[int, ...]:
 def locate(sample: int, fractions: Sequence[int]) -> tuple[int, int]:
     """Returns (source, index within the source) of a sample of the mixture.
 
-    Of the first k samples that reach a source with fraction p, it takes floor(k p / 2^32); the
-    others are renumbered without gaps and go on to the next source. So every source gets the
+    Of the first k samples that reach a source with fraction p / 2^32, it takes floor(k p / 2^32);
+    the others are renumbered without gaps and go on to the next source. So every source gets the
     indices 0, 1, 2, … exactly once each.
     """
     for source, fraction in enumerate(fractions):

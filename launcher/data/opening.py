@@ -60,7 +60,7 @@ def check_data(recipe: Recipe) -> list[str]:
     lines = []
     name = recipe.data.tokenizer_name
     if name not in (None, "bytes") and not Path(str(name)).expanduser().exists():
-        return [f"tokenizer {name!r} is not on this machine: not checked, and no text either"]
+        return [f"tokenizer {name!r} is not on this machine: neither it nor the data are checked"]
     tokenizer = _tokenizer(recipe)
     for index, source in enumerate(recipe.data.sources):
         if is_absent(source):
@@ -199,5 +199,6 @@ def _oversized_vocab_remedy(name: str, record: TokenFileRecord) -> str:
     return (
         f"{name} was made by {record.name!r} of {record.vocabulary} tokens, so most of the "
         "vocabulary would never be trained: give tokens of the right tokenizer, set model.vocab "
-        f"near {record.vocabulary}, or set data.tokenizer to what made them if it is meant so"
+        f"near {record.vocabulary}, or set data.tokenizer to the one that made them if this is "
+        "intended"
     )

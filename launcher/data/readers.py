@@ -24,7 +24,7 @@ _DECODER = json.JSONDecoder(parse_int=float)
 
 
 class FilePosition(NamedTuple):
-    """Where reading a file continues: records before it, and for lines the byte offset, else 0."""
+    """Where to resume a file: after `records` records; for lines also their end's byte `offset`."""
 
     records: int = 0
     offset: int = 0
@@ -253,7 +253,9 @@ def _check_schema(path: Path, fields: Fields, schema: Any, pa: Any) -> None:
     for field, column in fields.items():
         if schema.names.count(column) != 1:
             text_of(field, column, dict.fromkeys(schema.names), str(path))  # raises if absent
-            raise UserError(f"data.sources: {path} has the column {column!r} twice: write it anew")
+            raise UserError(
+                f"data.sources: {path} has the column {column!r} twice: write it again with one"
+            )
         column_type = schema.field(column).type
         if pa.types.is_dictionary(column_type):
             column_type = column_type.value_type

@@ -72,7 +72,7 @@ def read_record(prefix: Path, tokens: int) -> TokenFileRecord | None:
         ) from error
     if version != _VERSION or record.tokens != tokens:
         raise UserError(
-            f"{path} speaks of {record.tokens} tokens (version {version}), and the files beside it "
+            f"{path} describes {record.tokens} tokens (version {version}), and the files beside it "
             f"hold {tokens}: write the tokens again with `colonnade data`, or remove it"
         )
     return record

@@ -120,18 +120,18 @@ def slice_rows(
     # but removes the row's last label as any other start removes the label before it.
     row_begins = np.arange(0, end, seq_len)
     row_offsets = np.asarray(offsets, dtype=np.int64)
-    first_start = np.searchsorted(source.starts, row_offsets, "right")
+    first_start = np.searchsorted(source.starts, row_offsets, "right")  # index into the starts
     counts = np.searchsorted(source.starts, row_offsets + seq_len, "right") - first_start + 1
     first_fragment = np.cumsum(counts) - counts  # of each row
-    document = np.arange(int(counts.sum())) - np.repeat(first_fragment, counts)  # within the row
-    begins = source.starts[np.repeat(first_start, counts) + document - 1]
+    number = np.arange(int(counts.sum())) - np.repeat(first_fragment, counts)  # within the row
+    begins = source.starts[np.repeat(first_start, counts) + number - 1]
     begins = begins + np.repeat(row_begins - row_offsets, counts)
     begins[first_fragment] = row_begins
-    labels.reshape(-1)[begins[document > 0] - 1] = IGNORED
+    labels.reshape(-1)[begins[number > 0] - 1] = IGNORED
 
     lengths = np.append(begins[1:], end) - begins
     positions = np.arange(end, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
-    documents = np.repeat(document.astype(np.int32), lengths)
+    documents = np.repeat(number.astype(np.int32), lengths)
     shape = (count, seq_len)
     arrays = (tokens, labels, positions.reshape(shape), documents.reshape(shape))
     return Batch(*(torch.from_numpy(a) for a in arrays))
@@ -165,7 +165,7 @@ def beyond_tokenizer_message(name: str, largest: int, size: int) -> str:
     """Returns the message for tokens with an id that the tokenizer does not have."""
     return (
         f"{name} holds the token id {largest}, and data.tokenizer has {size} tokens: set "
-        "data.tokenizer to what made the tokens, or leave it out"
+        "data.tokenizer to the tokenizer that made them, or leave it out"
     )
 
 
@@ -240,7 +240,7 @@ class IndexedRows:
         if changed and state["rows"] == self.rows:
             raise UserError(
                 f"{self._tokens.name} holds other tokens than when the run was saved: restore the "
-                "data and data.tokenizer (where they lie does not matter), or start a new run"
+                "data and data.tokenizer (their paths do not matter), or start a new run"
             )
         if state.get("packing") != current.get("packing"):
             raise UserError(
@@ -280,16 +280,16 @@ class _CombinedRows(ABC):
     def batch(self, samples: Sequence[int]) -> Batch:
         """See `Rows.batch`."""
         indices: dict[int, list[int]] = {}  # by source, the samples to read from it
-        positions: dict[int, list[int]] = {}  # by source, where those rows belong in the batch
-        for position, sample in enumerate(samples):
+        batch_rows: dict[int, list[int]] = {}  # by source, the rows of the batch that they become
+        for batch_row, sample in enumerate(samples):
             source, index = self._locate(sample)
             indices.setdefault(source, []).append(index)
-            positions.setdefault(source, []).append(position)
-        batches = [self._sources[source].batch(wanted) for source, wanted in indices.items()]
+            batch_rows.setdefault(source, []).append(batch_row)
+        batches = [self._sources[source].batch(of_source) for source, of_source in indices.items()]
         if len(batches) == 1:
             return batches[0]
-        # The concatenated batches are in order of source: sort their rows by batch position.
-        order = [position for by_source in positions.values() for position in by_source]
+        # Concatenating the batches orders the rows by source: reorder them by row of the batch.
+        order = [row for rows in batch_rows.values() for row in rows]
         inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         fields = zip(*batches, strict=True)
         return Batch(*(torch.cat(field).index_select(0, inverse) for field in fields))

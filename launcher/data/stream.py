@@ -77,7 +77,7 @@ class StreamRows:
         }
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        """See `Rows.batch`; ValueError if the samples do not increase from call to call."""
+        """See `Rows.batch`; raises ValueError if samples do not increase, also between calls."""
         windows = []
         for sample in samples:
             if sample < self._row:
@@ -102,14 +102,13 @@ class StreamRows:
             self._buffered -= dropped
 
     def _window(self) -> Tokens:
-        """Reads the S + 1 tokens of the current row and its last label."""
+        """Returns the current row's S tokens and the token after them, its last label."""
         length = self._seq_len + 1
         while self._buffered < self._skip + length:
             self._chunks.append(next(self._chunk_iterator))
             self._buffered += len(self._chunks[-1])
-            self._advance(
-                0
-            )  # drops the chunk if it ends before the row, so that memory stays small
+            # Drops the chunk if it ends before the row: a long skip must not fill the memory.
+            self._advance(0)
         slices = []
         begin = -self._skip  # of a chunk, relative to the row
         for chunk in self._chunks:
@@ -123,7 +122,7 @@ class StreamRows:
         """Yields chunks after a position, pass after pass, without end; None is the start."""
         name, masked = source_name(self._source), self._source.prompt is not None
         while True:
-            # A pass that resumes may find no documents left; a full pass must find some.
+            # A resumed pass may have no more documents; a full pass must have some.
             has_documents = position is not None
             for documents in document_chunks(self._reader.documents(position)):
                 has_documents = True

@@ -46,7 +46,8 @@ class FileArray:
                 count = os.preadv(self._file, [view[filled:]], first * itemsize + filled)
             except OSError as error:
                 raise UserError(
-                    f"cannot read {self.path}: {error.strerror}: mend the disk, then resume the run"
+                    f"cannot read {self.path}: {error.strerror}: repair the disk, then "
+                    "resume the run"
                 ) from error
             if count == 0:
                 raise UserError(

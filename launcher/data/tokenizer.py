@@ -151,7 +151,7 @@ class FileTokenizer:
         self._is_forbidden[list(self._forbidden)] = True
 
     def _id_of(self, field: str, token: str) -> int:
-        """Returns the id of the token that `data.FIELD` names; raises UserError if it has none."""
+        """Returns the id of `token`, the value of `data.FIELD`; raises UserError if it has none."""
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise UserError(
@@ -175,7 +175,7 @@ class FileTokenizer:
             if token in vocabulary:
                 return vocabulary[token]
         raise UserError(
-            f"data.tokenizer = {self.name!r} has no end-of-document token that is told by a "
+            f"data.tokenizer = {self.name!r} has no end-of-document token that is named by a "
             "tokenizer_config.json or generation_config.json beside it, or that has a common name "
             f"(such as {', '.join(_COMMON_EOD_TOKENS[:4])}): set data.eod to the token that ends a "
             "document"

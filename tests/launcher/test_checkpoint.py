@@ -248,8 +248,8 @@ def test_mismatches_are_named_and_change_no_tensor(tmp_path: Path) -> None:
     for phrase in (
         "not in the checkpoint (6): extra0, extra1, extra2, extra3, and 2 more",
         "only in the checkpoint (1): columns",
-        "of another shape (1): uneven ([7, 3] there, [7, 4] here)",
-        "of another dtype (1): grid (torch.float64 there, torch.float32 here)",
+        "of another shape (1): uneven (saved [7, 3], model [7, 4])",
+        "of another dtype (1): grid (saved torch.float64, model torch.float32)",
         "The recipe is not the one",
     ):
         assert phrase in str(caught.value)

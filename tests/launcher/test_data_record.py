@@ -67,7 +67,7 @@ def test_a_record_of_other_tokens_is_refused(folder: Path) -> None:
     other = json.loads((folder / "bytes.record.json").read_text())
     other["tokens"] += 1
     (folder / "bytes.record.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"bytes\.record\.json speaks of"):
+    with pytest.raises(UserError, match=r"bytes\.record\.json describes"):
         read_indexed(folder / "bytes")
     (folder / "bytes.record.json").write_text("{}")
     with pytest.raises(UserError, match=r"bytes\.record\.json is no record of tokens"):
