@@ -29,6 +29,7 @@ class Chunk(BaseModel, frozen=True, extra="forbid"):
     @field_validator("file")
     @classmethod
     def _has_no_folder(cls, file: str) -> str:
+        """Refuses a path with folders, so that a catalog cannot name files outside its own."""
         if Path(file).name != file:
             raise ValueError("a chunk lies outside the checkpoint's folder")
         return file
@@ -44,12 +45,14 @@ class Entry(BaseModel, frozen=True, extra="forbid"):
     @field_validator("dtype")
     @classmethod
     def _is_torch_dtype(cls, dtype: str) -> str:
+        """Refuses names that are not dtypes of the installed torch."""
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError("not a dtype of this torch")
         return dtype
 
     @model_validator(mode="after")
     def _chunks_cover_it(self) -> "Entry":
+        """Refuses chunks that do not cover the tensor."""
         # The save planner deduplicates chunks, so equal volumes mean that no element is missing.
         if sum(math.prod(chunk.sizes) for chunk in self.chunks) != math.prod(self.shape):
             raise ValueError("the chunks do not cover the tensor")

@@ -112,8 +112,8 @@ def test_a_rank_that_dies_while_saving(tmp_path: Path, ranks2: Ranks) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
 
 
-def crash_at(action: Callable[[], None], at: int) -> bool:
-    """Runs `action` in a child process that dies before its `at`-th change to the disk.
+def crash_at(action: Callable[[], None], index: int) -> bool:
+    """Runs `action` in a child process that dies before its `index`-th change to the disk.
 
     Returns whether the child died; it does not if `action` makes fewer changes.
     """
@@ -127,7 +127,7 @@ def crash_at(action: Callable[[], None], at: int) -> bool:
     def die_or_call(change: Callable[..., object], *args: object, **kwargs: object) -> object:
         nonlocal changes
         changes += 1
-        return os._exit(77) if changes == at else change(*args, **kwargs)
+        return os._exit(77) if changes == index else change(*args, **kwargs)
 
     for name in ("fsync", "mkdir", "rename", "rmdir", "unlink"):
         setattr(os, name, functools.partial(die_or_call, getattr(os, name)))
@@ -141,10 +141,10 @@ def crash_at(action: Callable[[], None], at: int) -> bool:
 @pytest.mark.parametrize("step", [10, 20])
 def test_crash_at_any_change_to_the_disk(tmp_path: Path, step: int) -> None:
     """A complete checkpoint remains, whether the save is of step 10 again or of a later step."""
-    for at in itertools.count(1):
+    for index in itertools.count(1):
         checkpoint.save(step_folder(tmp_path, 10), values(1), {"seed": 1})
         crashed = crash_at(
-            lambda: checkpoint.save(step_folder(tmp_path, step), values(2), {"seed": 2}), at
+            lambda: checkpoint.save(step_folder(tmp_path, step), values(2), {"seed": 2}), index
         )
         folder, loaded = newest(tmp_path), values(3)
         assert folder is not None
@@ -155,7 +155,7 @@ def test_crash_at_any_change_to_the_disk(tmp_path: Path, step: int) -> None:
         if folder == step_folder(tmp_path, 20):
             shutil.rmtree(folder)
     assert seed == 2
-    assert at > 8
+    assert index > 8
     assert [path.name for path in tmp_path.glob("*.*")] == []
 
 

@@ -169,7 +169,7 @@ def test_texts_that_look_like_other_types_are_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "reason"),
     [
         ("5", "holds a number, not text"),
         ("9" * 5000, "holds a number, not text"),
@@ -182,21 +182,23 @@ def test_texts_that_look_like_other_types_are_unchanged(tmp_path: Path) -> None:
         ("[" * 100_000, "it is not JSON"),
     ],
 )
-def test_values_that_are_not_text_are_refused_by_line(value: str, why: str, tmp_path: Path) -> None:
+def test_values_that_are_not_text_are_refused_by_line(
+    value: str, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "a"}}\n\n{{"text": {value}}}\n')
     message = refusal(path)
     assert f"{path}, line 3" in message
-    assert why in message
+    assert reason in message
 
 
 @pytest.mark.parametrize(
-    ("line", "why"), [(b'{"body": "a"}', "has the columns 'body'"), (b"3", "no JSON object")]
+    ("line", "reason"), [(b'{"body": "a"}', "has the columns 'body'"), (b"3", "no JSON object")]
 )
-def test_lines_without_the_column_are_refused(line: bytes, why: str, tmp_path: Path) -> None:
+def test_lines_without_the_column_are_refused(line: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line)
     assert "a.jsonl, line 2" in (message := refusal(tmp_path))
-    assert why in message
+    assert reason in message
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n"\xff"')
     assert "line 2: byte 1 of it is not utf-8 text" in refusal(tmp_path)
 

@@ -36,11 +36,11 @@ def test_megatron_reads_our_files(tmp_path: Path, dtype: type) -> None:
 
     texts = documents(dtype)
     write(tmp_path / "corpus.v1", texts)
-    theirs = IndexedDataset(str(tmp_path / "corpus.v1"))
-    assert len(theirs) == len(texts)
-    assert theirs.index.dtype == dtype
-    assert theirs.document_indices.tolist() == list(range(len(texts) + 1))
-    for read, text in zip(theirs, texts, strict=True):
+    dataset = IndexedDataset(str(tmp_path / "corpus.v1"))
+    assert len(dataset) == len(texts)
+    assert dataset.index.dtype == dtype
+    assert dataset.document_indices.tolist() == list(range(len(texts) + 1))
+    for read, text in zip(dataset, texts, strict=True):
         assert np.array_equal(read, text)
 
 
@@ -50,18 +50,18 @@ def test_we_read_megatrons_files(tmp_path: Path, dtype: type, sequences: int) ->
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     texts = documents(dtype)
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype)
     for i in range(0, len(texts), sequences):
         group = texts[i : i + sequences]
         document = torch.from_numpy(np.concatenate(group).astype(np.int64))
         builder.add_document(document, [len(sequence) for sequence in group])
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    ours = read_indexed(tmp_path / "theirs")
-    assert ours.tokens.dtype == dtype
-    assert np.array_equal(ours.tokens, np.concatenate(texts))
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    tokens = read_indexed(tmp_path / "megatron")
+    assert tokens.tokens.dtype == dtype
+    assert np.array_equal(tokens.tokens, np.concatenate(texts))
     sizes = [len(text) for text in texts]
-    assert ours.starts.tolist() == np.cumsum([0, *sizes])[:-1:sequences].tolist()
-    assert ours.mask is None
+    assert tokens.starts.tolist() == np.cumsum([0, *sizes])[:-1:sequences].tolist()
+    assert tokens.mask is None
 
 
 def test_documents_without_tokens_have_no_start(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_truncated_index_is_refused(written: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "message"),
+    ("offset", "value", "message"),
     [
         (0, b"PK", r"d\.idx is not a Megatron \.idx file"),
         (9, b"\2", r"d\.idx has the version 2"),
@@ -133,11 +133,11 @@ def test_a_truncated_index_is_refused(written: Path, keep: int) -> None:
         (-16, struct.pack("<q", 99), "document bounds that do not cover 30"),
     ],
 )
-def test_a_damaged_index_is_refused(written: Path, at: int, value: bytes, message: str) -> None:
+def test_a_damaged_index_is_refused(written: Path, offset: int, value: bytes, message: str) -> None:
     path = written.with_suffix(".idx")
     content = bytearray(path.read_bytes())
-    at %= len(content)
-    content[at : at + len(value)] = value
+    offset %= len(content)
+    content[offset : offset + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_indexed(written)

@@ -243,10 +243,10 @@ print(opening.open_data(recipe).train.batch([0]).tokens.tolist())
         )
         for number in range(3)
     ]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert len({out for out, _ in ended}) == 1
-    assert ended[0][0].startswith("[[")
-    printed = "".join(err for _, err in ended)
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in outputs}) == 1
+    assert outputs[0][0].startswith("[[")
+    printed = "".join(err for _, err in outputs)
     assert printed.count("50 documents") == 1
     assert printed.count("tokenising") == 1
     [entry] = entries()
@@ -336,14 +336,16 @@ def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "content", "why"),
+    ("format", "content", "reason"),
     [
         ("text", b"\xff\xfe\x80", "utf-8"),
         ("jsonl", b'{"text": "a"\n{"te', "JSON"),
         ("parquet", b"PAR1 not", "Parquet"),
     ],
 )
-def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(
+    format: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
     table = io.BytesIO()
     pq.write_table(pa.table({"text": ["good"]}), table)
     good = {"text": b"good", "jsonl": b'{"text": "good"}\n', "parquet": table.getvalue()}
@@ -352,7 +354,7 @@ def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_
     source = SourceConfig(format=format, path=str(tmp_path / "[ab]"))  # type: ignore[arg-type]
     message = open_error(source, seq_len=512)
     assert f"cannot read {tmp_path / 'b'}" in message
-    assert why in message
+    assert reason in message
 
 
 def test_a_missing_column_is_named(corpus: Path) -> None:

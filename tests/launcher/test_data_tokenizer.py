@@ -88,9 +88,9 @@ def test_sentencepiece_style_tokens_count_the_bytes_of_their_text(tmp_path: Path
     tokenizer.add_special_tokens(["</s>", "<pad>"])
     tokenizer.add_tokens([AddedToken("mañana", special=False)])
     tokenizer.save(str(tmp_path / "t.json"))
-    ours = open_tokenizer(str(tmp_path / "t.json"))
-    assert (ours.size, ours.eod) == (8, 5)
-    assert ours.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
+    opened = open_tokenizer(str(tmp_path / "t.json"))
+    assert (opened.size, opened.eod) == (8, 5)
+    assert opened.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"])
