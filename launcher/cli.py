@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cluster.environment import USER_MISTAKE, RankEnvironment, report_failure
-from colonnade.launcher.console import forgiving_streams
+from colonnade.launcher.console import tolerate_closed_streams
 from colonnade.launcher.errors import UserError
 
 
@@ -324,7 +324,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    with forgiving_streams():
+    with tolerate_closed_streams():
         chosen = parse(arguments)
         with reporting(getattr(chosen, "json", None)) as chosen.report:
             status = run(chosen)

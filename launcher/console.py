@@ -1,4 +1,4 @@
-"""What a command prints. Whoever reads it may go away: the command goes on without a reader."""
+"""Standard streams that survive their reader: a command goes on when its pipe or tty closes."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 
-class Forgiving:
-    """A stream that goes on into nothing once its pipe or terminal is gone."""
+class DisconnectTolerantStream:
+    """Wraps a text stream; once its pipe or terminal is closed, it discards all output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """See `TextIO.write`."""
+        """Writes to the stream as `TextIO.write` does; discards the text if the reader is gone."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -22,30 +22,30 @@ class Forgiving:
             return len(text)
 
     def flush(self) -> None:
-        """See `TextIO.flush`."""
+        """Flushes the stream as `TextIO.flush` does; discards the buffer if the reader is gone."""
         try:
             self._stream.flush()
         except OSError:
             self._discard()
 
     def _discard(self) -> None:
-        """Let the file descriptor lead nowhere, for what is buffered and for all that follows."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        """Redirects the file descriptor to /dev/null, for buffered text and for all later text."""
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self._stream.fileno())
+        os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextmanager
-def forgiving_streams() -> Iterator[None]:
-    """Let stdout and stderr be `Forgiving` for the length of the block."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, Forgiving(stream)) for stream in before)
+def tolerate_closed_streams() -> Iterator[None]:
+    """Wraps stdout and stderr in `DisconnectTolerantStream` for the duration of the block."""
+    originals = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, DisconnectTolerantStream(s)) for s in originals)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+            stream.flush()  # still wrapped: a closed pipe must not raise here either
+        sys.stdout, sys.stderr = originals

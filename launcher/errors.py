@@ -1,10 +1,10 @@
-"""Mistakes a user can mend: one readable message, exit status 2, never a traceback."""
+"""Errors that a user can fix: one readable message, exit status 2, never a traceback."""
 
 from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong and what to do."""
+    """An error that the user can fix. The message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Fault:
 
 
 class RecipeError(UserError):
-    """All faults of a recipe at once."""
+    """Reports all faults of a recipe in one message."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults = faults
-        many = "1 mistake" if len(faults) == 1 else f"{len(faults)} mistakes"
-        super().__init__("\n".join([f"the recipe has {many}:", *(f"  {f}" for f in faults)]))
+        count = "1 mistake" if len(faults) == 1 else f"{len(faults)} mistakes"
+        super().__init__("\n".join([f"the recipe has {count}:", *(f"  {f}" for f in faults)]))
 
     def __reduce__(self) -> tuple[type, tuple[list[Fault]]]:
-        """Ranks send it to each other: it is made anew from its faults."""
+        """Pickles only the faults, since ranks send this error to each other as an object."""
         return RecipeError, (self.faults,)

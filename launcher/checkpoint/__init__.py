@@ -1,9 +1,9 @@
 """Checkpoints on disk: safetensors and JSON, committed atomically, loaded onto any layout.
 
-A checkpoint is a folder `step-NNNNNNNN/`: `rank-NNNNN.safetensors` from each rank that writes,
-`tensors.json` (dtype, global shape and chunks of every tensor) and `state.json` (the caller's
-state). Nothing in it is pickled. A folder of that name is complete: it is written as
-`step-NNNNNNNN.partial` and renamed when all of it is on the disk.
+A checkpoint is a folder `step-NNNNNNNN/`. It holds `rank-NNNNN.safetensors` from each rank that
+writes, `tensors.json` (dtype, global shape and chunks of every tensor) and `state.json` (the
+caller's state). Nothing in it is pickled. A folder of that name is always complete: it is written
+as `step-NNNNNNNN.partial` and renamed once all its files are on the disk.
 
     save(step_folder(run, step), tensors, {"step": step})
     state = load(newest(run), tensors)
@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from colonnade.launcher.checkpoint import catalog, folders
-from colonnade.launcher.checkpoint.check import fits, savable
+from colonnade.launcher.checkpoint.check import check_fits, check_savable
 from colonnade.launcher.checkpoint.folders import is_complete, newest, prune, step_folder
 from colonnade.launcher.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
@@ -31,56 +31,64 @@ from colonnade.launcher.errors import UserError
 
 __all__ = ["is_complete", "load", "newest", "prune", "read_state", "save", "step_folder"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint; collective over the default process group, if there is one.
+    """Writes a checkpoint; every rank of the default process group, if there is one, must call it.
+
+    Gathers the ranks' save plans and write results on rank 0; broadcasts rank 0's outcome. The
+    tensors themselves do not travel: each rank writes its own chunks.
 
     Args:
         folder: where it will be (`step_folder(run, step)`), on a disk that all ranks share. A
             complete checkpoint of that name is replaced, and kept until the new one is complete.
         tensors: by name, plain tensors or DTensors of any dtype, mesh and placement but Partial.
-            What several ranks hold is written by the lowest of them. Ranks may hold different
-            names (stages of a pipeline). What a rank writes is copied to its host's memory.
-        state: what else to keep, as JSON (finite numbers only); rank 0's is written.
+            A chunk that several ranks hold is written by the lowest of them. Ranks may hold
+            different names (stages of a pipeline). A rank copies the chunks that it writes to its
+            host's memory.
+        state: other values to save, as JSON (finite numbers only); rank 0's is written.
 
     Raises UserError, the same on every rank, where the disk refuses: `folder.partial` is removed
     and the complete checkpoints are as they were.
     """
-    on_all_ranks(lambda: savable(tensors))
+    on_all_ranks(lambda: check_savable(tensors))
     writer = SafetensorsWriter(folders.partial(folder))
     try:
-        text = on_rank_zero(lambda: _prepare(folder, state))
-        with _quiet(), torch.no_grad():
+        state_json = on_rank_zero(lambda: _prepare(folder, state))
+        with _no_group_warning_ignored(), torch.no_grad():
             planner = dcp.DefaultSavePlanner(
                 flatten_state_dict=False,
                 flatten_sharded_tensors=False,
                 dedup_save_to_lowest_rank=True,
             )
             dcp.save(dict(tensors), storage_writer=writer, planner=planner)
-        on_rank_zero(lambda: _commit(folder, text))
+        on_rank_zero(lambda: _commit(folder, state_json))
     except (OSError, CheckpointException) as error:
-        failure = _os_error(error)
-        raise UserError(on_rank_zero(lambda: _failed(folder, failure, writer.needed))) from None
-    on_rank_zero(lambda: folders.restore(folder))
+        failure = _disk_failure(error)
+        message = on_rank_zero(lambda: _clean_up_and_explain(folder, failure, writer.needed_bytes))
+        raise UserError(message) from None
+    on_rank_zero(lambda: folders.finish_replacement(folder))
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor], partial: bool = False) -> dict[str, Any]:
-    """Fill `tensors` in place, whatever their placement now, and return the state; collective.
+    """Fills `tensors` in place, whatever their placement now, and returns the state.
+
+    Every rank of the default process group must call it: rank 0 reads and broadcasts the catalog
+    and the state, and each rank reads the parts of chunks that its shards need from the files.
 
     The names, global shapes and dtypes, over all ranks, must be those that were saved; `partial`
-    leaves saved tensors that are not asked for alone. UserError, the same on every rank, where
-    they are not (nothing is changed then), or where a file is missing or damaged (some tensors
+    allows saved tensors that no rank asks for. Raises UserError, the same on every rank, where
+    they differ (no tensor is changed then), or where a file is missing or damaged (some tensors
     may be filled then).
     """
-    listed, state = on_rank_zero(lambda: (catalog.read(folder), read_state(folder)))
-    on_all_ranks(lambda: savable(tensors))
-    fits(folder, listed, tensors, partial)
-    reader = SafetensorsReader(folder, listed)
+    saved, state = on_rank_zero(lambda: (catalog.read(folder), read_state(folder)))
+    on_all_ranks(lambda: check_savable(tensors))
+    check_fits(folder, saved, tensors, partial)
+    reader = SafetensorsReader(folder, saved)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _quiet(), torch.no_grad():
+        with _no_group_warning_ignored(), torch.no_grad():
             dcp.load(dict(tensors), storage_reader=reader, planner=planner)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
@@ -91,29 +99,31 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], partial: bool = False) 
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that the checkpoint `folder` was saved with; UserError if it cannot be read."""
+    """Returns the state that was saved in `folder`; raises UserError if it cannot be read."""
     try:
-        state = json.loads(catalog.text(folder, folders.STATE))
+        state = json.loads(catalog.read_text(folder, folders.STATE))
     except json.JSONDecodeError as error:
-        raise catalog.damaged(folder / folders.STATE, str(error)) from None
+        raise catalog.damaged_error(folder / folders.STATE, str(error)) from None
     if not isinstance(state, dict):
-        raise catalog.damaged(folder / folders.STATE, "not a JSON object")
+        raise catalog.damaged_error(folder / folders.STATE, "not a JSON object")
     return state
 
 
 def _prepare(folder: Path, state: dict[str, Any]) -> str:
-    text = json.dumps(state, allow_nan=False)
+    """Serialises `state` and makes the empty partial folder (rank 0)."""
+    state_json = json.dumps(state, allow_nan=False)  # first: a bad state leaves the disk untouched
     folders.prepare(folder)
-    return text
+    return state_json
 
 
-def _commit(folder: Path, state: str) -> None:
-    folders.write(folders.partial(folder) / folders.STATE, state)
+def _commit(folder: Path, state_json: str) -> None:
+    """Writes the state and gives the partial folder its final name (rank 0)."""
+    folders.write_durably(folders.partial(folder) / folders.STATE, state_json)
     folders.commit(folder)
 
 
-def _os_error(error: OSError | CheckpointException) -> OSError:
-    """What the disk said; any other failure is a defect of the program and raised as it is."""
+def _disk_failure(error: OSError | CheckpointException) -> OSError:
+    """Returns the first OSError in `error`; raises any other failure, which is a bug."""
     if isinstance(error, OSError):
         return error
     for failure, _ in error.failures.values():
@@ -122,31 +132,34 @@ def _os_error(error: OSError | CheckpointException) -> OSError:
     raise RuntimeError(str(error)) from error
 
 
-def _failed(folder: Path, failure: OSError, needed: int) -> str:
-    """Clear up after a failed save, and say what the user can do (rank 0)."""
-    folders.restore(folder)
+def _clean_up_and_explain(folder: Path, failure: OSError, needed_bytes: int) -> str:
+    """Removes the partial folder of a failed save and returns the user's message (rank 0)."""
+    folders.finish_replacement(folder)
     if folders.partial(folder).exists():
         shutil.rmtree(folders.partial(folder))
     run = next(path for path in folder.absolute().parents if path.exists())
-    if failure.errno in _FULL:
-        free = shutil.disk_usage(run).free
-        room = (
-            f" It needs more than {_size(needed)}, {_size(free)} are free there." if needed else ""
-        )
+    if failure.errno in _DISK_FULL:
+        free_bytes = shutil.disk_usage(run).free
+        space = ""
+        if needed_bytes:
+            space = (
+                f" It needs more than {_format_bytes(needed_bytes)}, "
+                f"{_format_bytes(free_bytes)} are free there."
+            )
         remedy = f"Free space on the disk of {run}, or lower checkpoint.keep"
     else:
-        room = ""
+        space = ""
         remedy = f"See that {run} can be written to, from every node"
     last = folders.newest(folder.parent)
-    good = f"The last good checkpoint, {last}, is intact." if last else "There is none before it."
+    intact = f"The last good checkpoint, {last}, is intact." if last else "There is none before it."
     return (
         f"could not save the checkpoint {folder}: {failure.strerror} ({failure.filename})."
-        f"{room} {good} {remedy}, then resume."
+        f"{space} {intact} {remedy}, then resume."
     )
 
 
-def _size(count: int) -> str:
-    """`count` bytes for people."""
+def _format_bytes(count: int) -> str:
+    """Formats a number of bytes in the largest binary unit that it reaches."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -154,8 +167,8 @@ def _size(count: int) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that there is no process group: one process is a layout like others."""
+def _no_group_warning_ignored() -> Iterator[None]:
+    """Ignores torch's warning that there is no process group: one process is a valid layout."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

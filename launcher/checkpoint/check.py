@@ -1,4 +1,4 @@
-"""Whether tensors can be saved, and whether they are those a checkpoint was made of."""
+"""Checks that tensors can be saved, and that they match the tensors of a checkpoint."""
 
 from pathlib import Path
 
@@ -10,67 +10,76 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.errors import UserError
 
 
-def savable(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise TypeError or ValueError, naming the tensor, if one has no place on disk."""
+def check_savable(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises TypeError or ValueError, naming the tensor, if one cannot be written to disk."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}: it belongs in the JSON state")
         if tensor.is_meta:
             raise ValueError(f"{name} is on meta: materialise it first")
-        if isinstance(tensor, DTensor) and not _one_box(tensor):
+        if isinstance(tensor, DTensor) and not _shard_is_contiguous(tensor):
             raise ValueError(
-                f"{name} with {tensor.placements} holds rows that do not adjoin, of which "
-                "torch.distributed.checkpoint knows only the first: redistribute it first"
+                f"{name} with {tensor.placements} has a local shard that is not contiguous, of "
+                "which torch.distributed.checkpoint knows only the first rows: redistribute it"
             )
 
 
-def _one_box(tensor: DTensor) -> bool:
-    """Whether this rank's part is contiguous; that of a strided shard need not be."""
+def _shard_is_contiguous(tensor: DTensor) -> bool:
+    """Returns whether this rank's shard is one box of the tensor; a strided shard may not be."""
     coordinate = tensor.device_mesh.get_coordinate()
     strides = [getattr(placement, "split_factor", 1) for placement in tensor.placements]
     if coordinate is None or max(strides) == 1:
         return True
     for dim in range(tensor.ndim):
-        rows = torch.arange(tensor.shape[dim])
+        indices = torch.arange(tensor.shape[dim])
         for mesh_dim, placement in enumerate(tensor.placements):
             if getattr(placement, "dim", None) == dim:
-                # Cut as torch.chunk cuts; a strided shard cuts each of its parts separately.
-                cuts = [
-                    part.chunk(tensor.device_mesh.size(mesh_dim))[coordinate[mesh_dim] :][:1]
-                    for part in rows.chunk(strides[mesh_dim])
+                # Shard splits as torch.chunk does; _StridedShard splits into `split_factor`
+                # blocks first and takes the rank's chunk of each. The slice [c:][:1] is empty
+                # where torch.chunk returns fewer chunks than there are ranks.
+                rank_chunks = [
+                    block.chunk(tensor.device_mesh.size(mesh_dim))[coordinate[mesh_dim] :][:1]
+                    for block in indices.chunk(strides[mesh_dim])
                 ]
-                rows = torch.cat([rows[:0], *(piece for cut in cuts for piece in cut)])
-        if (rows.diff() != 1).any():
+                local = [chunk for chunks in rank_chunks for chunk in chunks]
+                indices = torch.cat([indices[:0], *local])
+        if (indices.diff() != 1).any():
             return False
     return True
 
 
-def fits(folder: Path, catalog: Catalog, tensors: dict[str, torch.Tensor], partial: bool) -> None:
-    """Raise UserError, naming the tensors, unless `tensors` of all ranks match; collective.
+def check_fits(
+    folder: Path, catalog: Catalog, tensors: dict[str, torch.Tensor], partial: bool
+) -> None:
+    """Raises UserError, naming the tensors, unless those of all ranks match the catalog.
 
-    `partial`: saved tensors that no rank asks for are no fault.
+    All-gathers the names of each rank's mismatches, so every rank must call it and every rank
+    raises the same message. `partial` allows saved tensors that no rank asks for.
     """
     saved = catalog.tensors
     absent = [name for name in tensors if name not in saved]
     shapes = [
-        f"{name} ({list(saved[name].shape)} there, {list(tensor.shape)} here)"
+        f"{name} (saved {list(saved[name].shape)}, model {list(tensor.shape)})"
         for name, tensor in tensors.items()
         if name in saved and saved[name].shape != tuple(tensor.shape)
     ]
     dtypes = [
-        f"{name} ({saved[name].torch_dtype} there, {tensor.dtype} here)"
+        f"{name} (saved {saved[name].torch_dtype}, model {tensor.dtype})"
         for name, tensor in tensors.items()
         if name in saved and saved[name].torch_dtype != tensor.dtype
     ]
     unused = [] if partial else [name for name in saved if name not in tensors]
     by_rank = on_all_ranks(lambda: (absent, shapes, dtypes, unused))
-    faults = {
-        "not in the checkpoint": set().union(*(faults[0] for faults in by_rank)),
-        "only in the checkpoint": set.intersection(*(set(faults[3]) for faults in by_rank)),
-        "of another shape": set().union(*(faults[1] for faults in by_rank)),
-        "of another dtype": set().union(*(faults[2] for faults in by_rank)),
+    all_absent, all_shapes, all_dtypes, all_unused = zip(*by_rank, strict=True)
+    mismatches = {
+        "not in the checkpoint": set().union(*all_absent),
+        # A saved tensor is unused only if no rank asks for it: pipeline stages ask for different
+        # ones.
+        "only in the checkpoint": set.intersection(*map(set, all_unused)),
+        "of another shape": set().union(*all_shapes),
+        "of another dtype": set().union(*all_dtypes),
     }
-    lines = [_line(fault, sorted(names)) for fault, names in faults.items() if names]
+    lines = [_line(kind, sorted(names)) for kind, names in mismatches.items() if names]
     if lines:
         raise UserError(
             f"the checkpoint {folder} does not fit this model:\n" + "\n".join(lines) + "\n"
@@ -79,6 +88,7 @@ def fits(folder: Path, catalog: Catalog, tensors: dict[str, torch.Tensor], parti
         )
 
 
-def _line(fault: str, names: list[str], shown: int = 4) -> str:
+def _line(mismatch: str, names: list[str], shown: int = 4) -> str:
+    """Formats one kind of mismatch: how many tensors have it, and the first of their names."""
     more = f", and {len(names) - shown} more" if len(names) > shown else ""
-    return f"  {fault} ({len(names)}): {', '.join(names[:shown])}{more}"
+    return f"  {mismatch} ({len(names)}): {', '.join(names[:shown])}{more}"

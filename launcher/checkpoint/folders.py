@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: their names, which are complete, and how one is committed."""
+"""Checkpoint folders of a run: their names, which are complete, and the atomic commit of one."""
 
 import os
 import re
@@ -10,47 +10,47 @@ from colonnade.launcher.errors import UserError
 
 STATE = "state.json"
 TENSORS = "tensors.json"
-# While a step is saved again, its older copy bears `.replaced` for the instant between two renames.
+# While a step is saved a second time, its older copy is named `.replaced` between two renames.
 _COMPLETE = re.compile(r"step-(\d+)(\.replaced)?")
 _PARTIAL = re.compile(r"step-\d+\.partial")
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies in the folder of a run's checkpoints."""
+    """Returns the path of the checkpoint of `step` in `run`, the folder of a run's checkpoints."""
     return run / f"step-{step:08d}"
 
 
 def partial(folder: Path) -> Path:
-    """Where the checkpoint `folder` is written until it is committed."""
+    """Returns the path at which the checkpoint `folder` is written until it is committed."""
     return folder.with_name(folder.name + ".partial")
 
 
 def replaced(folder: Path) -> Path:
-    """Where the older checkpoint of the same name waits while `folder` is committed."""
+    """Returns the path of the older checkpoint of the same step while `folder` is committed."""
     return folder.with_name(folder.name + ".replaced")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint: it got its name only after all of it was on disk."""
+    """Returns whether `folder` is a checkpoint; it is renamed to this only once all is on disk."""
     return (folder / STATE).is_file() and (folder / TENSORS).is_file()
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints in `run`, oldest step first; none where there is no such folder."""
-    found: dict[int, Path] = {}
+    """Lists the complete checkpoints in `run`, lowest step first; none if `run` is absent."""
+    by_step: dict[int, Path] = {}
     for path in sorted(run.iterdir()) if run.is_dir() else []:  # step-N before step-N.replaced
         if (step := _step(path)) is not None and is_complete(path):
-            found.setdefault(step, path)
-    return [found[step] for step in sorted(found)]
+            by_step.setdefault(step, path)
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def newest(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step in `run`, the folder of a run's checkpoints."""
+    """Returns the complete checkpoint of the highest step in `run`; None if there is none."""
     return next(reversed(checkpoints(run)), None)
 
 
-def earlier(folder: Path) -> Path | None:
-    """The newest complete checkpoint beside `folder` and of an earlier step."""
+def newest_before(folder: Path) -> Path | None:
+    """Returns the run's newest complete checkpoint of an earlier step than `folder`."""
     step = _step(folder)
     for path in reversed(checkpoints(folder.parent)):
         if step is None or cast(int, _step(path)) < step:
@@ -59,24 +59,25 @@ def earlier(folder: Path) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints in `run`; for rank 0 alone.
+    """Deletes all but the newest `keep` complete checkpoints in `run`; only rank 0 calls it.
 
-    Each is renamed to `….pruned` before it is deleted, so that none is ever seen half deleted;
-    what an interrupted call left behind goes too. OSError where the disk refuses.
+    Renames each to `….pruned` before deleting it, so that no partly deleted checkpoint looks
+    complete, and first deletes the `….pruned` folders of an interrupted call. Raises OSError where
+    the disk refuses.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: the newest checkpoint is never deleted")
-    for remains in run.glob("step-*.pruned"):
-        shutil.rmtree(remains)
+    for interrupted in run.glob("step-*.pruned"):
+        shutil.rmtree(interrupted)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old.rename(old.with_name(old.name + ".pruned")))
 
 
 def prepare(folder: Path) -> None:
-    """Make the empty `folder.partial`, after removing what a crash left behind."""
+    """Makes the empty `folder.partial`, after it has cleaned up after a crashed save."""
     run = folder.parent
     run.mkdir(parents=True, exist_ok=True)
-    restore(folder)
+    finish_replacement(folder)
     if folder.exists() and not is_complete(folder):
         raise UserError(f"{folder} exists and is not a checkpoint: move it away, then save again")
     for path in run.iterdir():
@@ -86,16 +87,18 @@ def prepare(folder: Path) -> None:
 
 
 def commit(folder: Path) -> None:
-    """Give `folder.partial`, complete and on disk, its name; an older `folder` makes room."""
-    sync(partial(folder))
+    """Renames the complete `folder.partial` to `folder`; an older `folder` becomes `.replaced`."""
+    # The files are on disk already. The folder's entries must be before it gets its name, and the
+    # rename itself before the save returns.
+    fsync(partial(folder))
     if folder.exists():
         folder.rename(replaced(folder))
     partial(folder).rename(folder)
-    sync(folder.parent)
+    fsync(folder.parent)
 
 
-def restore(folder: Path) -> None:
-    """End a replacement: the older copy goes where the new one stands, and comes back where not."""
+def finish_replacement(folder: Path) -> None:
+    """Deletes the `.replaced` copy if the new `folder` is complete; else gives it its name back."""
     if not replaced(folder).exists():
         return
     if is_complete(folder):
@@ -104,14 +107,14 @@ def restore(folder: Path) -> None:
         replaced(folder).rename(folder)
 
 
-def write(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, down to the disk."""
+def write_durably(path: Path, text: str) -> None:
+    """Writes `text` (UTF-8) to `path` and waits until it is on the disk."""
     path.write_text(text, encoding="utf-8")
-    sync(path)
+    fsync(path)
 
 
-def sync(path: Path) -> None:
-    """Wait until the file or folder `path` is on the disk."""
+def fsync(path: Path) -> None:
+    """Waits until the file or folder `path` is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,5 +123,6 @@ def sync(path: Path) -> None:
 
 
 def _step(folder: Path) -> int | None:
+    """Returns the step in a checkpoint folder's name; None for other names."""
     match = _COMPLETE.fullmatch(folder.name)
     return int(match[1]) if match else None

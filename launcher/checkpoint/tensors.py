@@ -1,4 +1,4 @@
-"""All tensors of a checkpoint, by name."""
+"""Names the tensors that a checkpoint of a training run holds."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from colonnade.parallel.optimizer import Optimizer
 
 
 def named_tensors(model: CanonicalNames, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """Parameters and buffers by canonical name, and `optimizer.NAME.STATE`."""
+    """Returns parameters and buffers by canonical name, and `optimizer.NAME.STATE` tensors."""
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model)}
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.named_state().items()}

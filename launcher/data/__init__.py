@@ -1,10 +1,10 @@
-"""The data room: from a recipe's `[data]` to batches of rows.
+"""Data: turns a recipe's `[data]` into batches of rows of tokens.
 
     data = open_data(recipe)
     batch = data.train.batch([0, 1, 2, 3])   # by sample index
 
-Text is tokenised once into Megatron's `.bin` / `.idx` (and a `.mask` of the tokens that carry a
-loss) in a cache, then read from there; a source with `stream = true` is read while training.
+Text is tokenised once into Megatron's `.bin` / `.idx` (and a `.mask` of the tokens that have a
+loss) in a cache, and read from there; a source with `stream = true` is tokenised while training.
 """
 
 from pathlib import Path
@@ -50,20 +50,22 @@ def data(
     special_tokens: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Tokenise text into `DESTINATION.bin` and `.idx`, and `.mask` where there is a prompt.
+    """Tokenises text into `DESTINATION.bin` and `.idx`, and `.mask` if `prompt` is given.
 
     Args:
         source: file, folder or glob; for `hub` the data set's name.
-        format: `text`, `jsonl`, `parquet`, `hub` or `stdlib`; default: what the files are.
+        destination: the prefix of the files, without an ending.
+        format: `text`, `jsonl`, `parquet`, `hub` or `stdlib`; default: the format of the files.
         tokenizer: `bytes`, or the path of a tokenizer.json or of the folder that holds it.
         column: the column that holds the text.
-        prompt: a column put before the text, without loss.
-        eod: the token that ends a document; default: what the tokenizer's files tell.
-        bos: a token put before every document; default: none.
-        special_tokens: whether the spelling of a special token in a text is that token.
+        prompt: the column of a prompt that precedes the text and has no loss; default: none.
+        eod: the token that ends a document; default: the one that the tokenizer's files name.
+        bos: the token that begins every document; default: none.
+        special_tokens: whether the spelling of a special token in a text is encoded as that token.
+        overwrite: whether existing files are replaced.
 
     Raises:
-        UserError: the source cannot be read or is empty, or the destination is there already.
+        UserError: the source cannot be read or is empty, or the destination exists already.
     """
     fields: dict[str, object] = {"column": column, "prompt": prompt}
     if format is not None:

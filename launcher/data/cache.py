@@ -1,4 +1,4 @@
-"""Tokenised sources on disk: text to `.bin` / `.idx`, once, in a folder keyed by what went in."""
+"""Tokenised sources on disk: tokenises text once into a cache folder keyed by its content."""
 
 import fcntl
 import hashlib
@@ -15,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cluster.environment import cache_folder
-from colonnade.launcher.data.documents import Document, chunks, encode_documents
-from colonnade.launcher.data.files import library_root, settled, source_files, source_name
+from colonnade.launcher.data.documents import Document, document_chunks, encode_documents
+from colonnade.launcher.data.files import (
+    resolve_format,
+    source_files,
+    source_name,
+    stdlib_folder,
+)
 from colonnade.launcher.data.indexed import IndexedWriter, token_dtype, token_files
 from colonnade.launcher.data.sources import open_reader
 from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import DataConfig, SourceConfig
 
-_FORMAT = 2  # counts up whenever the same text would be written differently
-_TELL_EVERY = 5.0  # seconds between lines of progress
+_FORMAT_VERSION = 2  # increased whenever the same text would be written differently
+_PROGRESS_INTERVAL = 5.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written; `tokens` counts the end of each document too."""
+    """Counts what was written; `tokens` includes the end-of-document tokens."""
 
     documents: int
     tokens: int
@@ -40,7 +45,8 @@ def tokenise(
 ) -> Summary:
     """Writes `DESTINATION.bin` and `.idx`, `.mask` if the source has a prompt column, and a record.
 
-    Raises UserError if the source is empty or cannot be read, or if the files exist already.
+    Raises UserError if the source is empty or cannot be read, or if a file exists already and
+    `overwrite` is false.
     """
     if source.format == "tokens":
         raise UserError(f"{source_name(source)} is tokenised already: use it as it is")
@@ -49,71 +55,73 @@ def tokenise(
         raise UserError(f"{existing[0]} exists: give another destination, or ask to overwrite it")
     loaded = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     masked = source.prompt is not None
-    with _writing(destination, "give another destination"):
+    with _write_errors_as_user_errors(destination, "give another destination"):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with IndexedWriter(destination, token_dtype(loaded.size), masked, loaded) as writer:
-            _write(source, loaded, lambda document: writer)
+            _write_documents(source, loaded, lambda document: writer)
             _refuse_empty(source, writer)
     return Summary(writer.documents, writer.tokens)
 
 
 def cached_tokens(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> Path:
-    """The cache's folder for a source: token files `train` and `validation`, written if missing.
+    """Returns the cache's folder for a source; writes its `train` and `validation` if missing.
 
-    Whole documents go to validation, by a hash of the document's index or file name; the first
-    never does, so that a single document trains.
+    A hash of the document's index or file name selects the documents held out for validation. The
+    first document always trains, so that a source of a single document trains at all.
 
-    The folder is keyed by the content of the files, wherever they lie. To hash them takes about a
-    second a gigabyte, a hundredth of what tokenising takes; files whose path, size and time of
-    change are known are not hashed again. Of several processes on a host that ask at the same time
-    one does the work, and the others wait; the folder appears complete or not at all.
+    The folder is keyed by the content of the files, whatever their paths. Hashing takes about a
+    second a gigabyte, a hundredth of the time that tokenising takes; files whose path, size and
+    time of change are unchanged are not hashed again. If several processes of a host ask at the
+    same time, one tokenises and the others wait; the folder appears complete or not at all.
     """
-    source = settled(source)
+    source = resolve_format(source)
     root, files = _cache_root(data), source_files(source)
-    known = root / "known" / _digest(_quick_key(source, data, tokenizer, files))
-    if (entry := _known_entry(root, known)) is not None:
+    # A small file, keyed by paths, sizes and times, that holds the name of the source's folder.
+    pointer = root / "known" / _digest(_stat_key(source, data, tokenizer, files))
+    if (entry := _pointed_entry(root, pointer)) is not None:
         return entry
-    with _writing(root, "set data.cache to a folder with room"):
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(Path(f"{known}.lock"), source):
-            if (entry := _known_entry(root, known)) is not None:
+    with _write_errors_as_user_errors(root, "set data.cache to a folder with room"):
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        with _host_lock(Path(f"{pointer}.lock"), source):
+            # Another process may have written it while this one waited for the lock.
+            if (entry := _pointed_entry(root, pointer)) is not None:
                 return entry
             key = _content_key(source, data, tokenizer, files)
             entry = root / _digest(key)
             if not entry.exists():
-                _fill(entry, source, data, tokenizer, key)
-            temporary = Path(f"{known}.{uuid.uuid4().hex[:8]}.tmp")
+                _write_entry(entry, source, data, tokenizer, key)
+            temporary = Path(f"{pointer}.{uuid.uuid4().hex[:8]}.tmp")
             temporary.write_text(entry.name)
-            os.replace(temporary, known)
+            os.replace(temporary, pointer)
     return entry
 
 
-def _known_entry(root: Path, known: Path) -> Path | None:
-    """The folder that a note in the cache leads to, if both exist."""
-    if not known.exists():
+def _pointed_entry(root: Path, pointer: Path) -> Path | None:
+    """Returns the folder whose name the file `pointer` holds; None if either is missing."""
+    if not pointer.exists():
         return None
-    entry = root / known.read_text()
+    entry = root / pointer.read_text()
     return entry if entry.exists() else None
 
 
 @contextmanager
-def _locked(path: Path, source: SourceConfig) -> Iterator[None]:
-    """Holds a lock that one process of the host can hold; waits for it, and says so."""
+def _host_lock(path: Path, source: SourceConfig) -> Iterator[None]:
+    """Holds a lock file exclusively among the host's processes; prints a line if it must wait."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _tell(f"waiting for another process that tokenises {source_name(source)}")
+            _print_progress(f"waiting for another process that tokenises {source_name(source)}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _fill(
+def _write_entry(
     entry: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, key: dict[str, Any]
 ) -> None:
-    """Tokenises a source into its folder, which then appears."""
+    """Tokenises a source into a temporary folder and renames it to `entry`."""
     begin = time.monotonic()
-    _tell(f"tokenising {source_name(source)} into {entry}")
+    _print_progress(f"tokenising {source_name(source)} into {entry}")
     temporary = Path(f"{entry}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -122,69 +130,80 @@ def _fill(
         try:
             os.rename(temporary, entry)
         except OSError:
-            if not entry.exists():  # else the same content at another path was quicker
+            # A process that reads the same content at another path holds another lock, and may
+            # have written the folder first.
+            if not entry.exists():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.monotonic() - begin
-    _tell(f"{summary.documents:,} documents, {summary.tokens:,} tokens in {seconds:.1f} s")
+    _print_progress(
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens in {seconds:.1f} s"
+    )
 
 
-def _write_split(source: SourceConfig, share: float, tokenizer: Tokenizer, folder: Path) -> Summary:
+def _write_split(
+    source: SourceConfig, validation_share: float, tokenizer: Tokenizer, folder: Path
+) -> Summary:
+    """Tokenises a source into `train` and `validation` token files in `folder`."""
     options = (token_dtype(tokenizer.size), source.prompt is not None, tokenizer)
     with (
         IndexedWriter(folder / "train", *options) as train,
         IndexedWriter(folder / "validation", *options) as validation,
     ):
 
-        def pick(document: Document) -> IndexedWriter:
-            held_out = train.documents > 0 and _hash(document.key) < share
+        def writer_for(document: Document) -> IndexedWriter:
+            held_out = train.documents > 0 and _unit_hash(document.key) < validation_share
             return validation if held_out else train
 
-        _write(source, tokenizer, pick)
+        _write_documents(source, tokenizer, writer_for)
         _refuse_empty(source, train)
     return Summary(train.documents + validation.documents, train.tokens + validation.tokens)
 
 
-def _write(
-    source: SourceConfig, tokenizer: Tokenizer, pick: Callable[[Document], IndexedWriter]
+def _write_documents(
+    source: SourceConfig, tokenizer: Tokenizer, writer_for: Callable[[Document], IndexedWriter]
 ) -> None:
+    """Tokenises a source, adds each document to its writer, and prints progress."""
     reader = open_reader(source)
-    begin = told = time.monotonic()
-    documents = written = 0
-    for chunk in chunks(reader.documents()):
+    begin = last_print = time.monotonic()
+    document_count = token_count = 0
+    for chunk in document_chunks(reader.documents()):
         encoded = encode_documents(chunk, tokenizer, source.prompt is not None)
         for document, (tokens, mask) in zip(chunk, encoded, strict=True):
-            pick(document).add(tokens, mask)
-            written += len(tokens)
-        documents += len(chunk)
-        if (now := time.monotonic()) - told >= _TELL_EVERY:
-            told, share = now, reader.share()
-            rest = "" if share is None else f", {share:.0%}"
-            _tell(
-                f"tokenising {source_name(source)}: {documents:,} documents, {written:,} tokens, "
-                f"{written / (now - begin):,.0f} tokens/s{rest}"
+            writer_for(document).add(tokens, mask)
+            token_count += len(tokens)
+        document_count += len(chunk)
+        if (now := time.monotonic()) - last_print >= _PROGRESS_INTERVAL:
+            last_print, progress = now, reader.progress()
+            percent = "" if progress is None else f", {progress:.0%}"
+            _print_progress(
+                f"tokenising {source_name(source)}: {document_count:,} documents, "
+                f"{token_count:,} tokens, {token_count / (now - begin):,.0f} tokens/s{percent}"
             )
 
 
-def _tell(line: str) -> None:
+def _print_progress(line: str) -> None:
+    """Prints a line to stderr at once; stdout is for reports."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _refuse_empty(source: SourceConfig, writer: IndexedWriter) -> None:
+    """Raises UserError if no token was written."""
     if writer.tokens == 0:
         raise UserError(
             f"data.sources: {source_name(source)} is an empty corpus: give a source that holds text"
         )
 
 
-def _hash(key: str) -> float:
-    """A number in [0, 1) that depends on nothing but the key."""
+def _unit_hash(key: str) -> float:
+    """Hashes a key to a number in [0, 1), the same in every process."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest()) / 2**48
 
 
 @contextmanager
-def _writing(path: Path, remedy: str) -> Iterator[None]:
+def _write_errors_as_user_errors(path: Path, remedy: str) -> Iterator[None]:
+    """Converts an OSError of the block to a UserError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
@@ -192,22 +211,24 @@ def _writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def _cache_root(data: DataConfig) -> Path:
+    """Returns `data.cache`, or the user's default cache folder."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
     return cache_folder()
 
 
 def _digest(key: dict[str, Any]) -> str:
+    """Hashes JSON-able values to a file name."""
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
-def _quick_key(
+def _stat_key(
     source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, files: list[Path]
 ) -> dict[str, Any]:
-    """By which files that were seen before are known: where they lie, sizes, times of change."""
+    """Returns a key of the files' paths, sizes and times of change, found without reading them."""
     stats = [(str(path), path.stat()) for path in files]
     return {
-        "format": _FORMAT,
+        "format": _FORMAT_VERSION,
         "source": source.model_dump(exclude={"weight", "stream"}),
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
         "encoding": tokenizer.encoding,
@@ -218,30 +239,30 @@ def _quick_key(
 def _content_key(
     source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, files: list[Path]
 ) -> dict[str, Any]:
-    """Everything that decides what the token files hold."""
+    """Returns a key of all that determines the content of the token files."""
     return {
-        "format": _FORMAT,
-        **_content(source, files),
+        "format": _FORMAT_VERSION,
+        **_source_content(source, files),
         "encoding": tokenizer.encoding,
         "validation": data.validation,
     }
 
 
-def _content(source: SourceConfig, files: list[Path]) -> dict[str, Any]:
-    """What is read, wherever it lies: hashes of the files in their order, and fields."""
+def _source_content(source: SourceConfig, files: list[Path]) -> dict[str, Any]:
+    """Returns hashes of the files, in order, and the source's fields, without the files' paths."""
     hashes = []
     for path in files:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        # The split goes by the names of the standard library's files, and by numbers else.
+        # The validation split hashes file names for the standard library, else document numbers.
         named = source.format == "stdlib"
-        hashes.append((path.relative_to(library_root()).as_posix() if named else "", digest))
-    local = {"path"} if files else set()  # a data set of the hub is known by its name
-    fields = source.model_dump(exclude={"weight", "stream", *local})
+        hashes.append((path.relative_to(stdlib_folder()).as_posix() if named else "", digest))
+    excluded = {"path"} if files else set()  # a hub data set has no files: its path identifies it
+    fields = source.model_dump(exclude={"weight", "stream", *excluded})
     return {"source": fields, "files": hashes}
 
 
 def source_fingerprint(source: SourceConfig) -> str:
-    """A hash of all that a source of text reads, the same wherever its files lie."""
-    source = settled(source)
-    return _digest(_content(source, source_files(source)))
+    """Hashes the content and fields of a text source, independently of its files' paths."""
+    source = resolve_format(source)
+    return _digest(_source_content(source, source_files(source)))

@@ -1,4 +1,4 @@
-"""Files of a source: which there are, what format they have, and their bytes, decompressed."""
+"""Files of a source: lists them, detects their format, and reads their bytes, decompressed."""
 
 import bz2
 import glob
@@ -19,13 +19,13 @@ from colonnade.launcher.recipe.tables import SourceConfig
 
 BOM = b"\xef\xbb\xbf"
 
-_ENDINGS = {
+_FORMAT_OF_ENDING = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".txt", ".text", ".md"), "text"),
 }
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-_FOREIGN = frozenset(
+_COMPRESSION_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+_UNSUPPORTED_ENDINGS = frozenset(
     [
         ".csv",
         ".tsv",
@@ -50,26 +50,26 @@ _FOREIGN = frozenset(
         ".safetensors",
     ]
 )
-_SNIFFED = 1 << 20  # bytes of a file that are looked at to tell its format
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_SNIFF_BYTES = 1 << 20  # at the start of a file, from which its format is detected
+_SKIPPED_STDLIB_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def source_name(source: SourceConfig) -> str:
-    """The source in messages."""
+    """Returns how messages name the source."""
     if source.format == "stdlib":
         return "stdlib"
     return repr(source.path) if source.format == "auto" else f"{source.format} {source.path!r}"
 
 
 def source_path(source: SourceConfig) -> Path:
-    """The path as given, `~` expanded."""
+    """Returns the source's path with `~` expanded; raises UserError if it has none."""
     if source.path is None:
         raise UserError(f"data.sources: format = {source.format!r} needs a path: set `path`")
     return Path(source.path).expanduser()
 
 
 def is_absent(source: SourceConfig) -> bool:
-    """Whether nothing that a path names is on this machine; a source without files never is."""
+    """Returns whether no file of the source is on this machine; False for `stdlib` and `hub`."""
     if source.format in ("stdlib", "hub"):
         return False
     path = source_path(source)
@@ -78,12 +78,12 @@ def is_absent(source: SourceConfig) -> bool:
     return not path.exists() and not glob.glob(str(path), recursive=True)
 
 
-def settled(source: SourceConfig) -> SourceConfig:
-    """The source with its format, which its files tell where no field does.
+def resolve_format(source: SourceConfig) -> SourceConfig:
+    """Replaces the format `auto` of a source by the format of its files.
 
-    The ending decides, in upper or lower case and before `.gz`, `.bz2`, `.xz` or `.zst`; a file
-    with another ending is `parquet` or `jsonl` if its content is, else `text`. Raises UserError
-    where files have several formats, or one that is not read.
+    A file's ending determines its format, in upper or lower case and before `.gz`, `.bz2`, `.xz` or
+    `.zst`; a file with an unknown ending is `parquet` or `jsonl` if its content is, else `text`.
+    Raises UserError if files have several formats, or one that is not supported.
     """
     if source.format != "auto":
         return source
@@ -93,50 +93,50 @@ def settled(source: SourceConfig) -> SourceConfig:
             f"data.sources: {source.path!r} is the prefix of a .bin and an .idx file: set "
             "`format` to tokens to train on them"
         )
-    found: dict[str, list[Path]] = {}
-    for file in _listed_files(source, path):
-        found.setdefault(_format_of(file), []).append(file)
-    if len(found) > 1:
-        what = "; ".join(
-            f"{len(files)} of {kind}, such as {files[0].name}"
-            for kind, files in sorted(found.items())
+    by_format: dict[str, list[Path]] = {}
+    for file in _list_files(source, path):
+        by_format.setdefault(_format_of(file), []).append(file)
+    if len(by_format) > 1:
+        formats = "; ".join(
+            f"{len(files)} of {file_format}, such as {files[0].name}"
+            for file_format, files in sorted(by_format.items())
         )
         raise UserError(
-            f"data.sources: {source.path!r} holds files of several formats ({what}): set `format` "
-            "to the one to read, or give a glob"
+            f"data.sources: {source.path!r} holds files of several formats ({formats}): set "
+            "`format` to the one to read, or give a glob"
         )
-    kind = next(iter(found), "text")
-    if kind.startswith("."):
+    file_format = next(iter(by_format), "text")
+    if file_format.startswith("."):
         raise UserError(
-            f"data.sources: {found[kind][0]} ends in {kind}, which is not read: convert it to "
-            "jsonl, parquet or text, or set `format` if it is one of them"
+            f"data.sources: {by_format[file_format][0]} ends in {file_format}, which is not read: "
+            "convert it to jsonl, parquet or text, or set `format` if it is one of them"
         )
-    return source.model_copy(update={"format": kind})
+    return source.model_copy(update={"format": file_format})
 
 
 def _ending(path: Path) -> str:
-    """The ending in lower case, that of compression left out."""
+    """Returns the file's ending in lower case, without that of a compression."""
     name = path.name.lower()
-    for compressed in _COMPRESSED:
-        name = name.removesuffix(compressed)
+    for ending in _COMPRESSION_ENDINGS:
+        name = name.removesuffix(ending)
     return Path(name).suffix
 
 
 def _format_of(path: Path) -> str:
-    """The file's format, or the ending of a known format that is not read."""
+    """Returns the file's format, or its ending (with the dot) if that is not supported."""
     ending = _ending(path)
-    if ending in _FOREIGN:
+    if ending in _UNSUPPORTED_ENDINGS:
         return ending
-    return _ENDINGS.get(ending) or _sniffed(path)
+    return _FORMAT_OF_ENDING.get(ending) or _sniff_format(path)
 
 
-def _sniffed(path: Path) -> str:
-    """The format that the content has."""
+def _sniff_format(path: Path) -> str:
+    """Detects the format from the start of the file's content."""
     try:
-        with Content(path) as content:
-            head = content.stream.read(_SNIFFED).removeprefix(BOM)
+        with DecompressedFile(path) as file:
+            head = file.stream.read(_SNIFF_BYTES).removeprefix(BOM)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise unreadable(str(path), error) from error
+        raise read_error(str(path), error) from error
     if head.startswith(b"PAR1"):
         return "parquet"
     line = head.lstrip().split(b"\n", 1)[0]
@@ -150,76 +150,81 @@ def _sniffed(path: Path) -> str:
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted; none for a data set on the hub. UserError if there are none.
+    """Lists the files of a source, sorted; none for a data set on the hub.
 
     In a folder, `text` takes every file, `jsonl` and `parquet` those of their format, at any
-    depth, hidden files left out. Files without any content are left out everywhere.
+    depth, without hidden files. Empty files are always skipped. Raises UserError if a source other
+    than the hub has no files.
     """
     if source.format == "stdlib":
-        found = _library_files(library_root())
+        files = _stdlib_files(stdlib_folder())
     else:
-        source = settled(source)
+        source = resolve_format(source)
         path = source_path(source)
-        found = _listed_files(source, path)
+        files = _list_files(source, path)
         if path.is_dir() and source.format in ("jsonl", "parquet"):
-            found = [file for file in found if _format_of(file) == source.format]
-    if not found and source.format != "hub":
+            files = [file for file in files if _format_of(file) == source.format]
+    if not files and source.format != "hub":
         raise UserError(
             f"data.sources: {source_name(source)} is an empty corpus, no file there holds any "
             "data: give a file, folder or glob that does"
         )
-    return found
+    return files
 
 
-def _listed_files(source: SourceConfig, path: Path) -> list[Path]:
-    found: Iterable[Path]
+def _list_files(source: SourceConfig, path: Path) -> list[Path]:
+    """Lists the files of a file, folder or glob that are not empty; raises UserError if none is."""
+    matches: Iterable[Path]
     if path.is_dir():
-        found = (
+        matches = (
             p
             for p in path.rglob("*")
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            if p.is_file() and not any(name.startswith(".") for name in p.relative_to(path).parts)
         )
     elif path.is_file():
-        found = [path]
+        matches = [path]
     elif source.format == "hub":
         return []
     else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
-        if not found:
+        matches = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+        if not matches:
             raise UserError(
                 f"data.sources: cannot read {source_name(source)}: there is no such file or "
                 "folder, and as a glob it matches none: correct `path`"
             )
-    filled = sorted(p.absolute() for p in found if p.stat().st_size > 0)
-    for p in filled:
+    files = sorted(p.absolute() for p in matches if p.stat().st_size > 0)
+    for p in files:
         if not os.access(p, os.R_OK):
             raise UserError(f"data.sources: cannot read {p}: permission denied: make it readable")
-    return filled
+    return files
 
 
-def library_root() -> Path:
-    """The folder of the Python standard library on this machine."""
+def stdlib_folder() -> Path:
+    """Returns the folder of the Python standard library on this machine."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _library_files(root: Path) -> list[Path]:
-    found = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(p for p in found if os.access(p, os.R_OK) and p.stat().st_size > 0)
+def _stdlib_files(root: Path) -> list[Path]:
+    """Lists the readable, not empty Python files under `root`, without tests and site-packages."""
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        # Editing the list in place keeps os.walk out of the skipped folders.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_STDLIB_FOLDERS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(p for p in files if os.access(p, os.R_OK) and p.stat().st_size > 0)
 
 
-def unreadable(what: str, error: Exception) -> UserError:
-    """What to tell of a source that could not be read."""
-    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+def read_error(name: str, error: Exception) -> UserError:
+    """Returns the UserError for a file or source `name` that could not be read."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return UserError(
-        f"data.sources: cannot read {what}: {why or type(error).__name__}: correct the data, or "
+        f"data.sources: cannot read {name}: {reason or type(error).__name__}: correct the data, or "
         "the source's format, path, subset or split"
     )
 
 
-def _zstandard(raw: BinaryIO) -> Any:
+def _open_zstandard(raw: BinaryIO) -> Any:
+    """Opens a decompressing stream; raises UserError if pyarrow is not installed."""
     try:
         import pyarrow  # type: ignore[import-untyped]
     except ImportError as error:
@@ -230,17 +235,17 @@ def _zstandard(raw: BinaryIO) -> Any:
     return pyarrow.CompressedInputStream(raw, "zstd")
 
 
-# What a compressed file begins with, and what reads it.
+# The magic bytes that a compressed file begins with, and the function that opens it.
 _COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]], ...] = (
     (re.compile(rb"\x1f\x8b"), gzip.open),
     (re.compile(rb"BZh\d1AY&SY"), bz2.open),
     (re.compile(rb"\xfd7zXZ\x00"), lzma.open),
-    (re.compile(rb"\x28\xb5\x2f\xfd"), _zstandard),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), _open_zstandard),
 )
 
 
-class Content:
-    """A file's bytes as `stream`, decompressed if their first bytes say that they are compressed.
+class DecompressedFile:
+    """A file's bytes as `stream`, decompressed if the file begins with a compression's magic bytes.
 
     A context manager that closes the file. Reads gzip, bzip2, xz and Zstandard.
     """
@@ -257,10 +262,10 @@ class Content:
             self.stream = io.BufferedReader(openers[0](self._raw))
 
     def bytes_read(self) -> int:
-        """How far the file on disk has been read, compressed as it is."""
+        """Returns the bytes of the file on disk, before decompression, that have been read."""
         return self._raw.tell()
 
-    def __enter__(self) -> "Content":
+    def __enter__(self) -> "DecompressedFile":
         return self
 
     def __exit__(

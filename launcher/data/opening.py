@@ -1,4 +1,4 @@
-"""Opens what a recipe's `[data]` names: rows to train and validate on, or the faults of them."""
+"""Opens the data that a recipe's `[data]` names as rows to train and validate on; checks them."""
 
 import dataclasses
 from pathlib import Path
@@ -8,21 +8,21 @@ import numpy as np
 from colonnade.launcher.data.cache import cached_tokens
 from colonnade.launcher.data.files import (
     is_absent,
-    settled,
+    resolve_format,
     source_files,
     source_name,
     source_path,
 )
 from colonnade.launcher.data.indexed import read_indexed
 from colonnade.launcher.data.packing import PackedRows
-from colonnade.launcher.data.record import Record
+from colonnade.launcher.data.record import TokenFileRecord
 from colonnade.launcher.data.rows import (
     ChainedRows,
     IndexedRows,
     MixtureRows,
     Rows,
     Tokens,
-    beyond_tokenizer,
+    beyond_tokenizer_message,
     sampled_blocks,
 )
 from colonnade.launcher.data.sources import read_documents
@@ -35,32 +35,32 @@ from colonnade.launcher.recipe.vocabulary import far_above
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run reads; `validation` is None if nothing was held out."""
+    """The rows and tokenizer of a run; `validation` is None if no documents are held out."""
 
     train: Rows
     validation: Rows | None
-    tokenizer: Tokenizer | None  # None where only tokens are read and nobody said what they mean
+    tokenizer: Tokenizer | None  # None if all sources are tokens and data.tokenizer is not set
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Tokenises what the cache lacks and finds any fault of the data, before ranks start.
+    """Tokenises the sources that the cache lacks, before ranks start; raises as `open_data`.
 
-    Every host needs it once. Processes of a host may call it at the same time: one tokenises.
+    One process of every host must call it. Several may at the same time: one of them tokenises.
     """
     open_data(recipe)
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Finds what faults of the data, tokenizer and vocabulary show without tokenising.
+    """Checks data, tokenizer and vocabulary without tokenising; returns a line on each source.
 
-    Reads the first document of every source of text (but opens no data set of the hub), and of
-    tokens the index and samples. What is not on this machine at all is told and not checked: the
-    recipe may be for another one. Returns a line on each source; raises as `open_data`.
+    Reads the first document of every source of text, and the index and samples of token files, but
+    opens no data set of the hub. A tokenizer or source that is not on this machine is reported and
+    not checked, since the recipe may be for another machine. Raises as `open_data`.
     """
     lines = []
-    named = recipe.data.tokenizer_name
-    if named not in (None, "bytes") and not Path(str(named)).expanduser().exists():
-        return [f"tokenizer {named!r} is not on this machine: not checked, and no text either"]
+    name = recipe.data.tokenizer_name
+    if name not in (None, "bytes") and not Path(str(name)).expanduser().exists():
+        return [f"tokenizer {name!r} is not on this machine: neither it nor the data are checked"]
     tokenizer = _tokenizer(recipe)
     for index, source in enumerate(recipe.data.sources):
         if is_absent(source):
@@ -70,7 +70,7 @@ def check_data(recipe: Recipe) -> list[str]:
         elif source.format == "hub":
             lines.append(f"{source_name(source)}: read from the hub when the run starts")
         else:
-            source = settled(source)
+            source = resolve_format(source)
             files = source_files(source)
             size = sum(file.stat().st_size for file in files)
             lines.append(f"{source_name(source)}: {len(files):,} files, {size:,} bytes")
@@ -83,10 +83,10 @@ def check_data(recipe: Recipe) -> list[str]:
 
 
 def open_data(recipe: Recipe) -> Data:
-    """Opens the recipe's sources, tokenising into the cache what it lacks.
+    """Opens the recipe's sources, and tokenises into the cache those that it lacks.
 
     Training rows are a mixture by weight, shuffled by train.seed (streams: in stream order).
-    Validation rows are in file order, source after source; streams have none. UserError if a
+    Validation rows are in file order, source after source; streams have none. Raises UserError if a
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
     smaller than the tokenizer.
     """
@@ -103,7 +103,7 @@ def open_data(recipe: Recipe) -> Data:
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The recipe's tokenizer; RecipeError if the vocabulary is too small for it."""
+    """Opens the recipe's tokenizer; raises RecipeError if model.vocab is too small for it."""
     tokenizer = tokenizer_of(recipe.data)
     if tokenizer is not None and tokenizer.size > recipe.model.vocab:
         remedy = f"data.tokenizer has {tokenizer.size} tokens: set model.vocab to that or more"
@@ -112,7 +112,7 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows | None]:
-    """(training rows, validation rows) of one source."""
+    """Opens one source: (training rows, validation rows or None)."""
     source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
     shuffle = (recipe.train.seed, index)
     if source.format == "tokens":
@@ -123,56 +123,60 @@ def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows
     entry = cached_tokens(source, recipe.data, tokenizer)
     name = source_name(source)
     train, held_out = (
-        dataclasses.replace(read_indexed(entry / part), name=name)
-        for part in ("train", "validation")
+        dataclasses.replace(read_indexed(entry / split), name=name)
+        for split in ("train", "validation")
     )
-    kind = _kind(recipe)
-    rows = kind(train, S, vocab, shuffle=shuffle)
-    if len(held_out.tokens) <= S:  # not one row
+    rows_class = _rows_class(recipe)
+    rows = rows_class(train, S, vocab, shuffle=shuffle)
+    if len(held_out.tokens) <= S:  # too short for one row
         return rows, None
-    return rows, kind(held_out, S, vocab)
+    return rows, rows_class(held_out, S, vocab)
 
 
-def _kind(recipe: Recipe) -> type[IndexedRows]:
-    """The rows that `data.packing` asks for."""
+def _rows_class(recipe: Recipe) -> type[IndexedRows]:
+    """Returns the class of rows that `data.packing` selects."""
     return PackedRows if recipe.data.packing == "whole" else IndexedRows
 
 
 def _open_tokens(
     recipe: Recipe, index: int, tokenizer: Tokenizer | None
 ) -> tuple[Rows, Rows | None]:
-    """The last share of the documents is held out, more if that is no row, none if too short."""
+    """Opens token files: (training rows, validation rows or None).
+
+    Holds out the last `data.validation` of the documents, or more of them if those are shorter than
+    a row, or none if then too few tokens remain to train on.
+    """
     source, shuffle = recipe.data.sources[index], (recipe.train.seed, index)
     tokens = read_indexed(source_path(source))
     _check_tokens(recipe, tokens, tokenizer)
     S, vocab = recipe.train.seq_len, recipe.model.vocab
-    known, kind = None if tokenizer is None else tokenizer.size, _kind(recipe)
+    size, rows_class = None if tokenizer is None else tokenizer.size, _rows_class(recipe)
     total, starts = len(tokens.tokens), tokens.starts
-    share = recipe.data.validation
+    validation_share = recipe.data.validation
     # The last document start that leaves validation its share and a row.
-    by_share = int(len(starts) * (1 - share))
+    by_share = int(len(starts) * (1 - validation_share))
     by_row = int(np.searchsorted(starts, total - S - 1, "right")) - 1
     first = min(by_share, by_row)
-    if share == 0 or first < 0 or starts[first] <= S:
-        return kind(tokens, S, vocab, shuffle=shuffle, known=known), None
+    if validation_share == 0 or first < 0 or starts[first] <= S:
+        return rows_class(tokens, S, vocab, shuffle=shuffle, tokenizer_size=size), None
     split = int(starts[first])
     return (
-        kind(tokens, S, vocab, (0, split), shuffle, known),
-        kind(tokens, S, vocab, (split, total), known=known),
+        rows_class(tokens, S, vocab, (0, split), shuffle, size),
+        rows_class(tokens, S, vocab, (split, total), tokenizer_size=size),
     )
 
 
 def _check_tokens(recipe: Recipe, tokens: Tokens, tokenizer: Tokenizer | None) -> None:
-    """Tokens were made by the tokenizer that is named, and for the model's vocabulary.
+    """Raises UserError or RecipeError if tokens do not fit the named tokenizer or model.vocab.
 
-    The record beside them says so; without one, samples must not contradict.
+    Compares the record beside the token file; without one, checks the ids of sampled blocks.
     """
     record, vocab = tokens.record, recipe.model.vocab
     if record is None:
         if tokenizer is not None:
             for _, block in sampled_blocks(tokens.tokens):
                 if (largest := int(block.max())) >= tokenizer.size:
-                    raise UserError(beyond_tokenizer(tokens.name, largest, tokenizer.size))
+                    raise UserError(beyond_tokenizer_message(tokens.name, largest, tokenizer.size))
         return
     if tokenizer is not None and tokenizer.fingerprint != record.fingerprint:
         raise UserError(
@@ -185,12 +189,16 @@ def _check_tokens(recipe: Recipe, tokens: Tokens, tokenizer: Tokenizer | None) -
         remedy += "model.vocab to that or more, or tokenise the text again"
         raise RecipeError([Fault("model.vocab", vocab, remedy)])
     if tokenizer is None and far_above(vocab, record.vocabulary):
-        raise RecipeError([Fault("model.vocab", vocab, _far(tokens.name, record))])
+        raise RecipeError(
+            [Fault("model.vocab", vocab, _oversized_vocab_remedy(tokens.name, record))]
+        )
 
 
-def _far(name: str, record: Record) -> str:
+def _oversized_vocab_remedy(name: str, record: TokenFileRecord) -> str:
+    """Returns the remedy of the fault that model.vocab is far above the tokenizer's size."""
     return (
         f"{name} was made by {record.name!r} of {record.vocabulary} tokens, so most of the "
         "vocabulary would never be trained: give tokens of the right tokenizer, set model.vocab "
-        f"near {record.vocabulary}, or set data.tokenizer to what made them if it is meant so"
+        f"near {record.vocabulary}, or set data.tokenizer to the one that made them if this is "
+        "intended"
     )

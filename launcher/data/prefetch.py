@@ -1,4 +1,4 @@
-"""Prepares the next batches in a background thread while the current one trains."""
+"""Reads the next batches in a background thread while the current batch trains."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -12,66 +12,70 @@ from colonnade.launcher.errors import UserError
 
 
 class Prefetcher:
-    """Iterates over the batches of `plan`, lists of sample indices, one or more batches ahead.
+    """Iterates over the batches of `plan`, lists of sample indices, reading at least one ahead.
 
-    An exception of the thread is raised where its batch is asked for; `fault` tells of it before.
-    `close` waits for the batch under way; a `with` block does it.
+    `__next__` raises an exception of the thread when it reaches that batch; `upcoming_error`
+    returns it earlier. `close`, which the end of a `with` block calls, waits for the batch that is
+    being read.
     """
 
     def __init__(self, rows: Rows, plan: Iterator[list[int]]) -> None:
         self._rows, self._plan = rows, plan
         self._state = rows.state()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._coming: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
-        self._ahead = 1
+        self._pending: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
+        self._depth = 1  # batches to read ahead
         self._submit()
 
     def _submit(self) -> None:
-        for samples in islice(self._plan, max(self._ahead - len(self._coming), 0)):
-            self._coming.append(self._thread.submit(self._prepare, samples))
+        """Submits batches until `_depth` are pending or the plan ends."""
+        for samples in islice(self._plan, max(self._depth - len(self._pending), 0)):
+            self._pending.append(self._thread.submit(self._read, samples))
 
-    def _prepare(self, samples: list[int]) -> tuple[Batch, dict[str, Any]]:
+    def _read(self, samples: list[int]) -> tuple[Batch, dict[str, Any]]:
+        """Reads a batch and the rows' state after it, in the thread."""
         return self._rows.batch(samples), self._rows.state()
 
     def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> Batch:
-        if not self._coming:
+        if not self._pending:
             raise StopIteration
-        coming = self._coming.popleft()
+        future = self._pending.popleft()
         try:
-            batch, self._state = coming.result()
+            batch, self._state = future.result()
         except BaseException:
             self._stop()
             raise
         self._submit()
         return batch
 
-    def fault(self, count: int) -> UserError | None:
-        """Waits for the next `count` batches and returns why one of them cannot be read, if so.
+    def upcoming_error(self, count: int) -> UserError | None:
+        """Waits for the next `count` batches; returns the first UserError of reading them, if any.
 
-        As many are read ahead from then on.
+        From then on at least `count` batches are read ahead.
         """
-        self._ahead = max(self._ahead, count)
+        self._depth = max(self._depth, count)
         self._submit()
-        for coming in islice(self._coming, count):
-            if isinstance(error := coming.exception(), UserError):
+        for future in islice(self._pending, count):
+            if isinstance(error := future.exception(), UserError):
                 return error
         return None
 
     def _stop(self) -> None:
-        for coming in self._coming:
-            coming.cancel()
-        self._coming.clear()
+        """Cancels pending batches and ends the plan."""
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
         self._plan = iter(())
 
     def state(self) -> dict[str, Any]:
-        """The rows' state after the last batch handed out, whatever has been read ahead."""
+        """Returns the rows' state after the last batch returned, not after those read ahead."""
         return self._state
 
     def close(self) -> None:
-        """Ends the thread; the iterator is then at its end."""
+        """Ends the thread and the iteration."""
         self._stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
 

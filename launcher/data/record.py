@@ -1,4 +1,4 @@
-"""What made a token file: `PREFIX.record.json` beside `.bin` and `.idx`, for people and checks."""
+"""`PREFIX.record.json` beside `.bin` and `.idx`: the tokenizer of a token file, and its content."""
 
 import dataclasses
 import json
@@ -12,22 +12,22 @@ _VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """Of a token file: its tokenizer, and what it holds."""
+class TokenFileRecord:
+    """Describes a token file: the tokenizer that made it, and its content."""
 
     name: str  # of the tokenizer, as it was given
-    fingerprint: str  # of the tokenizer, wherever it lies
+    fingerprint: str  # of the tokenizer's content, whatever its path
     vocabulary: int  # largest id of the tokenizer + 1
     eod: int
     bos: int | None
     documents: int
     tokens: int
-    largest: int  # id that occurs; -1 if there are no tokens
+    largest: int  # largest id that occurs; -1 if there are no tokens
     content: str  # a hash of tokens, loss mask and documents
 
 
-def record_file(prefix: Path) -> Path:
-    """The record of a prefix."""
+def record_path(prefix: Path) -> Path:
+    """Returns the path of the record of the token file `prefix`."""
     return Path(f"{prefix}.record.json")
 
 
@@ -35,7 +35,7 @@ def write_record(
     path: Path, tokenizer: Tokenizer, documents: int, tokens: int, largest: int, content: str
 ) -> None:
     """Writes the record of tokens that `tokenizer` made."""
-    record = Record(
+    record = TokenFileRecord(
         tokenizer.name,
         tokenizer.fingerprint,
         tokenizer.size,
@@ -50,16 +50,17 @@ def write_record(
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(prefix: Path, tokens: int) -> Record | None:
-    """The record of a prefix whose `.idx` lists so many tokens; None if there is none.
+def read_record(prefix: Path, tokens: int) -> TokenFileRecord | None:
+    """Reads the record of a token file; returns None if it has none.
 
-    Raises UserError if it cannot be read or belongs to other tokens.
+    Raises UserError if the record cannot be read, or if its number of tokens is not `tokens`, the
+    number that the `.idx` lists.
     """
-    path = record_file(prefix)
+    path = record_path(prefix)
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("version")
-        record = Record(**fields)
+        record = TokenFileRecord(**fields)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -71,7 +72,7 @@ def read_record(prefix: Path, tokens: int) -> Record | None:
         ) from error
     if version != _VERSION or record.tokens != tokens:
         raise UserError(
-            f"{path} speaks of {record.tokens} tokens (version {version}), and the files beside it "
+            f"{path} describes {record.tokens} tokens (version {version}), and the files beside it "
             f"hold {tokens}: write the tokens again with `colonnade data`, or remove it"
         )
     return record

@@ -1,4 +1,4 @@
-"""Rows of a stream: text is read, tokenised and packed while training, in stream order."""
+"""Rows of a stream: reads, tokenises and concatenates text while training, in stream order."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.launcher.data.documents import chunks, encode_documents
+from colonnade.launcher.data.documents import document_chunks, encode_documents
 from colonnade.launcher.data.files import source_name
-from colonnade.launcher.data.rows import Batch, Tokens, cut
+from colonnade.launcher.data.rows import Batch, Tokens, slice_rows
 from colonnade.launcher.data.sources import open_reader
 from colonnade.launcher.data.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import SourceConfig
 
-_FIRST = np.zeros(1, np.int64)  # the starts of a single document
+_SINGLE_START = np.zeros(1, np.int64)  # the `starts` of a single document
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokenised documents, and the position from which they are read again."""
+    """Tokenised documents, and the reader's position before them (None is the source's start)."""
 
-    before: dict[str, Any] | None
+    position: dict[str, Any] | None
     documents: Tokens
 
     def __len__(self) -> int:
@@ -30,15 +30,15 @@ class _Chunk:
 
 
 class StreamRows:
-    """Rows of a data set that is read once through, then again from its start, without end.
+    """Rows of a source that is read from start to end, and then repeatedly from its start.
 
-    Each instance reads the whole stream and hands out the rows it is asked for, so sample indices
-    must increase; rows between them are read and dropped. The documents of one pass follow
-    those of the last in the same rows.
+    Each instance reads the entire stream and returns the rows it is asked for, so sample indices
+    must increase; the rows between them are read and dropped. Documents of consecutive passes are
+    concatenated and may share a row.
 
-    The state is the reader's position before the chunk of documents that holds the next row,
-    how many of that chunk's tokens come before the row, and the row's number: resuming
-    tokenises that one chunk again. It is good for any rank that goes on with later rows.
+    The state holds the reader's position before the chunk of documents in which the next row
+    begins, the number of that chunk's tokens before the row, and the row's index: resuming
+    tokenises that one chunk again. Any rank may resume from the state with later rows.
     """
 
     rows = None
@@ -48,11 +48,11 @@ class StreamRows:
     ) -> None:
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._vocab = seq_len, vocab
-        self._documents = open_reader(source, resumable=True)
+        self._reader = open_reader(source, resumable=True)
         self.load_state({"stream": None, "skip": 0, "row": 0})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on before the row where `state` was taken; UserError under another tokenizer."""
+        """Resumes from the row where `state` was taken; raises UserError on another tokenizer."""
         if state.get("encoding", self._tokenizer.encoding) != self._tokenizer.encoding:
             raise UserError(
                 f"{source_name(self._source)} was read by another tokenizer (data.tokenizer, "
@@ -61,14 +61,14 @@ class StreamRows:
             )
         self._row: int = state["row"]
         self._chunks: deque[_Chunk] = deque()
-        self._held = 0  # tokens in the chunks
-        self._skip: int = state["skip"]  # the first of them that precede the row
+        self._buffered = 0  # tokens in the chunks
+        self._skip: int = state["skip"]  # how many of them precede the current row
         self._position: dict[str, Any] | None = state["stream"]  # before the next chunk
-        self._reader = self._read(self._position)
+        self._chunk_iterator = self._read(self._position)
 
     def state(self) -> dict[str, Any]:
-        """See the class; belongs to the row after the last one handed out."""
-        stream = self._chunks[0].before if self._chunks else self._position
+        """Returns the state, described at the class, of the row after the last one returned."""
+        stream = self._chunks[0].position if self._chunks else self._position
         return {
             "stream": stream,
             "skip": self._skip,
@@ -77,7 +77,7 @@ class StreamRows:
         }
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        """See `Rows.batch`; ValueError if the samples do not increase from call to call."""
+        """See `Rows.batch`; raises ValueError if samples do not increase, also between calls."""
         windows = []
         for sample in samples:
             if sample < self._row:
@@ -86,71 +86,74 @@ class StreamRows:
             windows.append(self._window())
             self._advance(1)
         offsets = [i * (self._seq_len + 1) for i in range(len(windows))]
-        return cut(_join(windows), offsets, self._seq_len, self._vocab)
+        return slice_rows(_concatenate(windows), offsets, self._seq_len, self._vocab)
 
     def describe(self) -> str:
-        """Name, and that it is a stream."""
+        """Returns the source's name and that it is a stream."""
         return f"{source_name(self._source)}: a stream of rows of {self._seq_len}"
 
     def _advance(self, rows: int) -> None:
+        """Moves the current row forward and drops the chunks that end before it."""
         self._row += rows
         self._skip += rows * self._seq_len
         while self._chunks and self._skip >= len(self._chunks[0]):
-            gone = len(self._chunks.popleft())
-            self._skip -= gone
-            self._held -= gone
+            dropped = len(self._chunks.popleft())
+            self._skip -= dropped
+            self._buffered -= dropped
 
     def _window(self) -> Tokens:
-        """The S + 1 tokens from the current row on."""
+        """Returns the current row's S tokens and the token after them, its last label."""
         length = self._seq_len + 1
-        while self._held < self._skip + length:
-            self._chunks.append(next(self._reader))
-            self._held += len(self._chunks[-1])
+        while self._buffered < self._skip + length:
+            self._chunks.append(next(self._chunk_iterator))
+            self._buffered += len(self._chunks[-1])
+            # Drops the chunk if it ends before the row: a long skip must not fill the memory.
             self._advance(0)
-        parts = []
-        begin = -self._skip  # where a chunk begins, counted from the row
+        slices = []
+        begin = -self._skip  # of a chunk, relative to the row
         for chunk in self._chunks:
             if begin >= length:
                 break
-            parts.append(_slice(chunk.documents, max(-begin, 0), length - begin))
+            slices.append(_slice(chunk.documents, max(-begin, 0), length - begin))
             begin += len(chunk)
-        return _join(parts)
+        return _concatenate(slices)
 
     def _read(self, position: dict[str, Any] | None) -> Iterator[_Chunk]:
-        """Chunks from a position of the documents on; None is their start."""
+        """Yields chunks after a position, pass after pass, without end; None is the start."""
         name, masked = source_name(self._source), self._source.prompt is not None
         while True:
-            found = position is not None
-            for documents in chunks(self._documents.documents(position)):
-                found = True
+            # A resumed pass may have no more documents; a full pass must have some.
+            has_documents = position is not None
+            for documents in document_chunks(self._reader.documents(position)):
+                has_documents = True
                 encoded = encode_documents(documents, self._tokenizer, masked)
-                parts = [Tokens(name, tokens, _FIRST, mask) for tokens, mask in encoded]
-                before, position = position, self._documents.position()
+                single = [Tokens(name, tokens, _SINGLE_START, mask) for tokens, mask in encoded]
+                before, position = position, self._reader.position()
                 self._position = position
-                yield _Chunk(before, _join(parts))
-            if not found:
+                yield _Chunk(before, _concatenate(single))
+            if not has_documents:
                 raise UserError(
                     f"data.sources: {name} is an empty corpus: give a source that holds text"
                 )
             position = None
 
 
-def _slice(whole: Tokens, first: int, last: int) -> Tokens:
-    """Tokens [first, last), or as many of them as there are; the first counts as a start."""
-    inner = whole.starts[(whole.starts > first) & (whole.starts < last)]
-    mask = None if whole.mask is None else whole.mask[first:last]
-    starts = np.concatenate((_FIRST, inner - first))
-    return Tokens(whole.name, whole.tokens[first:last], starts, mask)
+def _slice(tokens: Tokens, first: int, last: int) -> Tokens:
+    """Returns tokens [first, last), or fewer if there are fewer; the first counts as a start."""
+    inner = tokens.starts[(tokens.starts > first) & (tokens.starts < last)]
+    mask = None if tokens.mask is None else tokens.mask[first:last]
+    starts = np.concatenate((_SINGLE_START, inner - first))
+    return Tokens(tokens.name, tokens.tokens[first:last], starts, mask)
 
 
-def _join(parts: list[Tokens]) -> Tokens:
-    """The parts, of one source, one after the other."""
-    ends = np.cumsum([len(part.tokens) for part in parts])
-    begins = ends - [len(part.tokens) for part in parts]
-    masks = [part.mask for part in parts if part.mask is not None]
+def _concatenate(items: list[Tokens]) -> Tokens:
+    """Concatenates tokens of one source."""
+    ends = np.cumsum([len(item.tokens) for item in items])
+    begins = ends - [len(item.tokens) for item in items]
+    masks = [item.mask for item in items if item.mask is not None]
     return Tokens(
-        parts[0].name,
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.starts + begin for part, begin in zip(parts, begins, strict=True)]),
+        items[0].name,
+        np.concatenate([item.tokens for item in items]),
+        np.concatenate([item.starts + begin for item, begin in zip(items, begins, strict=True)]),
         np.concatenate(masks) if masks else None,
     )

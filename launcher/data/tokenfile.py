@@ -1,4 +1,4 @@
-"""Items of a file, read when they are asked for: an array on disk that may change meanwhile."""
+"""An array on disk whose slices are read on demand; the file may change while it is open."""
 
 import os
 import weakref
@@ -13,10 +13,10 @@ from colonnade.launcher.errors import UserError
 class FileArray:
     """The first `count` items of a file, as a one-dimensional array that is read by slices.
 
-    A slice is read by `pread` into memory of its own. A memory map would be about as fast, but a
-    file that is cut short under a map ends the process with SIGBUS; to compare sizes first leaves
-    a moment in between. What the file no longer holds is a UserError. A file that is deleted or
-    replaced stays readable, since it stays open.
+    `preadv` copies a slice into memory. A memory map would be about as fast, but a file that is
+    truncated under a map ends the process with SIGBUS, and comparing sizes first leaves a race.
+    Reading items that the file no longer holds raises UserError. A file that is deleted or
+    replaced stays readable, since its descriptor stays open.
     """
 
     def __init__(self, path: Path, dtype: str, count: int) -> None:
@@ -31,36 +31,37 @@ class FileArray:
         return self._count
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        """Items of a slice with step 1."""
+        """Reads the items of a slice with step 1."""
         first, last, step = index.indices(self._count)
         assert step == 1
         return self.read(first, max(first, last))
 
-    def read(self, first: int, last: int, into: np.ndarray | None = None) -> np.ndarray:
-        """Items [first, last), in a new array or in a contiguous one of that size."""
-        array = np.empty(last - first, self.dtype) if into is None else into
-        view, size = array.view(np.uint8).data, self.dtype.itemsize
-        done = 0
-        while done < len(view):
+    def read(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Reads items [first, last) into `out`, contiguous and of that size, or a new array."""
+        array = np.empty(last - first, self.dtype) if out is None else out
+        view, itemsize = array.view(np.uint8).data, self.dtype.itemsize
+        filled = 0
+        while filled < len(view):  # preadv may read fewer bytes than were asked for
             try:
-                got = os.preadv(self._file, [view[done:]], first * size + done)
+                count = os.preadv(self._file, [view[filled:]], first * itemsize + filled)
             except OSError as error:
                 raise UserError(
-                    f"cannot read {self.path}: {error.strerror}: mend the disk, then resume the run"
+                    f"cannot read {self.path}: {error.strerror}: repair the disk, then "
+                    "resume the run"
                 ) from error
-            if got == 0:
+            if count == 0:
                 raise UserError(
                     f"{self.path} was cut short while it was read: it holds "
-                    f"{os.fstat(self._file).st_size} bytes of {self._count * size}: restore the "
-                    "file, then resume the run"
+                    f"{os.fstat(self._file).st_size} bytes of {self._count * itemsize}: restore "
+                    "the file, then resume the run"
                 )
-            done += got
+            filled += count
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of it, in memory."""
+        """Reads all items into memory."""
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def tolist(self) -> list[int]:
-        """All of it, as integers."""
+        """Reads all items as a list of integers."""
         return self[:].tolist()

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, either bytes or a tokenizer.json and the files beside it."""
+"""Tokenizers encode text to ids and decode it: bytes, or a tokenizer.json and files beside it."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import DataConfig
 from colonnade.launcher.recipe.vocabulary import BYTE_TOKENS
 
-# The common names of the end of a text, for a tokenizer.json without the files beside it.
-_END_OF_DOCUMENT = (
+# Common end-of-text tokens, tried in this order if no file beside the tokenizer.json names one.
+_COMMON_EOD_TOKENS = (
     "<|endoftext|>",
     "</s>",
     "<eos>",
@@ -30,11 +30,11 @@ _BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer(Protocol):
-    """What the data room needs of a tokenizer."""
+    """The interface that the data room and sampling need of a tokenizer."""
 
     @property
     def size(self) -> int:
-        """Largest id + 1; model.vocab must be at least this."""
+        """The largest id + 1; model.vocab must be at least this."""
 
     @property
     def eod(self) -> int:
@@ -42,31 +42,35 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int | None:
-        """The id that is put before every document, if any; `encode` does not prepend it."""
+        """The id that begins every document, if any; `encode` does not prepend it."""
 
     @property
     def name(self) -> str:
-        """`bytes`, or the file's path, for messages."""
+        """`bytes`, or the path of the file or its folder, for messages."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary's file, wherever it lies; `bytes` for bytes."""
+        """A hash of the tokenizer.json's content, whatever its path; `bytes` for bytes."""
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """Everything that decides the tokens of a document, as JSON-able values."""
+        """All settings that determine the tokens of a document, as JSON-able values."""
 
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as an integer array."""
+    def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes each text as `encode` does, to an integer array."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens around it, and within it unless allowed."""
+        """Encodes each text to ids.
+
+        Adds no special tokens around a text, and encodes the spelling of one within it as ordinary
+        text unless `special_tokens` was set.
+        """
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; special tokens and ids beyond `size` have none."""
+        """Decodes ids to text; special tokens and ids beyond `size` add nothing to it."""
 
     def byte_lengths(self) -> torch.Tensor:
-        """int64 [size]: bytes of UTF-8 text each token stands for, 0 for special ones."""
+        """Returns int64 [size]: the bytes of UTF-8 text of each token, 0 for special tokens."""
 
 
 class ByteTokenizer:
@@ -78,8 +82,8 @@ class ByteTokenizer:
     name = fingerprint = "bytes"
     encoding: ClassVar[dict[str, Any]] = {"tokenizer": "bytes"}
 
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer.arrays`; uint8."""
+    def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer.encode_to_arrays`; the arrays are uint8."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -91,17 +95,17 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def byte_lengths(self) -> torch.Tensor:
-        """One each; 0 for the end of a document."""
+        """See `Tokenizer.byte_lengths`: 1 for each byte, 0 for the end of a document."""
         lengths = torch.ones(self.size, dtype=torch.int64)
         lengths[self.eod] = 0
         return lengths
 
 
 class FileTokenizer:
-    """A tokenizer.json, through the `tokenizers` library.
+    """A tokenizer.json, loaded by the `tokenizers` library.
 
-    UserError if the file cannot be read, if it has none of the tokens that are asked for, or if
-    nothing tells which token ends a document.
+    Raises UserError if the file cannot be read, if it lacks the token given as `eod` or `bos`, or
+    if no argument, file or common name determines the token that ends a document.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class FileTokenizer:
             ) from error
         self.name = str(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        content = _content(file)
+        content = _read_bytes(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
@@ -132,8 +136,8 @@ class FileTokenizer:
         self._tokenizer.encode_special_tokens = not special_tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values()) + 1
-        self.eod = self._id("eod", eod) if eod is not None else self._end(file, vocabulary)
-        self.bos = None if bos is None else self._id("bos", bos)
+        self.eod = self._id_of("eod", eod) if eod is not None else self._find_eod(file, vocabulary)
+        self.bos = None if bos is None else self._id_of("bos", bos)
         self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
         self.encoding = {
             "tokenizer": self.fingerprint,
@@ -141,42 +145,44 @@ class FileTokenizer:
             "bos": self.bos,
             "special_tokens": special_tokens,
         }
-        self._spelt = {} if special_tokens else self._spellings()
-        self._special = np.zeros(self.size, bool)
-        self._special[list(self._spelt)] = True
+        # Special tokens by id that the encoding of a text must not contain.
+        self._forbidden = {} if special_tokens else self._special_spellings()
+        self._is_forbidden = np.zeros(self.size, bool)
+        self._is_forbidden[list(self._forbidden)] = True
 
-    def _id(self, field: str, token: str) -> int:
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
+    def _id_of(self, field: str, token: str) -> int:
+        """Returns the id of `token`, the value of `data.FIELD`; raises UserError if it has none."""
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
             raise UserError(
                 f"data.{field} = {token!r}: {self.name} has no such token: give one that it has"
             )
-        return found
+        return token_id
 
-    def _end(self, file: Path, vocabulary: dict[str, int]) -> int:
-        """The token that ends a document, by the files beside tokenizer.json or its common name."""
+    def _find_eod(self, file: Path, vocabulary: dict[str, int]) -> int:
+        """Finds the token that ends a document, by the files beside `file` or by a common name."""
         if file.name == "tokenizer.json":
-            for told, end in _told_ends(file.parent):
-                if isinstance(end, str) and end in vocabulary:
-                    return vocabulary[end]
-                if isinstance(end, int) and 0 <= end < self.size:
-                    return end
+            for config, eos in _configured_eos_tokens(file.parent):
+                if isinstance(eos, str) and eos in vocabulary:
+                    return vocabulary[eos]
+                if isinstance(eos, int) and 0 <= eos < self.size:
+                    return eos
                 raise UserError(
-                    f"data.tokenizer = {self.name!r}: {told} names {end!r} as the end of a text, "
+                    f"data.tokenizer = {self.name!r}: {config} names {eos!r} as the end of a text, "
                     "which is no token of it: set data.eod to the token that ends a document"
                 )
-        for token in _END_OF_DOCUMENT:
+        for token in _COMMON_EOD_TOKENS:
             if token in vocabulary:
                 return vocabulary[token]
         raise UserError(
-            f"data.tokenizer = {self.name!r} has no end-of-document token that is told by a "
+            f"data.tokenizer = {self.name!r} has no end-of-document token that is named by a "
             "tokenizer_config.json or generation_config.json beside it, or that has a common name "
-            f"(such as {', '.join(_END_OF_DOCUMENT[:4])}): set data.eod to the token that ends a "
+            f"(such as {', '.join(_COMMON_EOD_TOKENS[:4])}): set data.eod to the token that ends a "
             "document"
         )
 
-    def _spellings(self) -> dict[int, str]:
-        """Special tokens by id that no text may become, however it is spelt."""
+    def _special_spellings(self) -> dict[int, str]:
+        """Returns the spellings, by id, of `eod` and all special tokens but the unknown token."""
         model = json.loads(self._tokenizer.to_str())["model"]
         unknown = {model.get("unk_token"), model.get("unk_id")}
         added = self._tokenizer.get_added_tokens_decoder().items()
@@ -186,27 +192,28 @@ class FileTokenizer:
             if token.special and not {i, token.content} & unknown
         }
 
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer.arrays`; int32."""
+    def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer.encode_to_arrays`; the arrays are int32."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.asarray(e.ids, np.int32) for e in encoded]
         for number, ids in enumerate(arrays):
-            if self._special[ids].any():
-                arrays[number] = self._as_text(texts[number], ids)
+            if self._is_forbidden[ids].any():
+                arrays[number] = self._encode_as_plain_text(texts[number], ids)
         return arrays
 
-    def _as_text(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """The ids of a text some of which are special tokens that the model's own vocabulary has.
+    def _encode_as_plain_text(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Encodes a text again whose encoding `ids` contains special tokens.
 
-        The library keeps added tokens out of a text, but a model of whole words or pieces finds
-        them once more; so the text is cut within each such spelling, behind its first character.
+        The library does not match added tokens in a text, but a word or subword model whose own
+        vocabulary lists one of them matches it nevertheless. So this splits the text within each
+        such spelling, after its first character, and encodes the substrings.
         """
-        spelt = [self._spelt[i] for i in set(ids[self._special[ids]].tolist())]
-        spelt = [token for token in spelt if token in text and len(token) > 1]
-        if spelt:
-            inside = "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in spelt)
-            pieces = re.split(inside, text)
-            encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        spellings = [self._forbidden[i] for i in set(ids[self._is_forbidden[ids]].tolist())]
+        spellings = [token for token in spellings if token in text and len(token) > 1]
+        if spellings:
+            split = "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in spellings)
+            substrings = re.split(split, text)
+            encoded = self._tokenizer.encode_batch_fast(substrings, add_special_tokens=False)
             ids = np.concatenate([np.asarray(e.ids, np.int32) for e in encoded])
         if (ids == self.eod).any():
             raise UserError(
@@ -217,7 +224,7 @@ class FileTokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """See `Tokenizer.encode`."""
-        return [ids.tolist() for ids in self.arrays(texts)]
+        return [ids.tolist() for ids in self.encode_to_arrays(texts)]
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -226,14 +233,14 @@ class FileTokenizer:
     def byte_lengths(self) -> torch.Tensor:
         """See `Tokenizer.byte_lengths`.
 
-        Exact for byte-level BPE, whose every character is a byte, and for vocabularies in
-        SentencePiece's style (a space is `▁`, a lone byte `<0x0A>`) up to what the normalizer
-        changes; other tokens count as they are spelt.
+        Exact for byte-level BPE, where every character is a byte, and for vocabularies in
+        SentencePiece's style (a space is `▁`, a single byte `<0x0A>`) up to changes by the
+        normalizer; other tokens count the bytes of their spelling.
         """
-        layout = json.loads(self._tokenizer.to_str())
+        config = json.loads(self._tokenizer.to_str())
         byte_level = any(
-            '"type": "ByteLevel"' in json.dumps(layout[part])
-            for part in ("pre_tokenizer", "decoder")
+            '"type": "ByteLevel"' in json.dumps(config[component])
+            for component in ("pre_tokenizer", "decoder")
         )
         added = self._tokenizer.get_added_tokens_decoder()
         lengths = torch.zeros(self.size, dtype=torch.int64)
@@ -250,7 +257,8 @@ class FileTokenizer:
         return lengths
 
 
-def _content(file: Path) -> bytes:
+def _read_bytes(file: Path) -> bytes:
+    """Reads a tokenizer's file; raises UserError if it cannot."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -260,45 +268,49 @@ def _content(file: Path) -> bytes:
         ) from error
 
 
-def _told_ends(folder: Path) -> Iterator[tuple[str, object]]:
-    """What the files beside a tokenizer.json name as the end of a text, the first to hold first.
+def _configured_eos_tokens(folder: Path) -> Iterator[tuple[str, object]]:
+    """Yields (file name, end-of-text token) of the files beside a tokenizer.json, best first.
 
-    `eos_token` is a string or an added token's table; `eos_token_id` an id, or a list of those
+    `eos_token` is a string or an added token's table; `eos_token_id` is an id, or a list of ids
     that end a generation, of which the first ends a text.
     """
-    places = (
+    configs = (
         ("tokenizer_config.json", "eos_token"),
         ("generation_config.json", "eos_token_id"),
         ("special_tokens_map.json", "eos_token"),
     )
-    for name, key in places:
+    for name, key in configs:
         if not (folder / name).is_file():
             continue
         try:
-            table = json.loads(_content(folder / name))
+            table = json.loads(_read_bytes(folder / name))
         except ValueError as error:
             raise UserError(
                 f"data.tokenizer: {folder / name} is not JSON: {error}: copy it again, or set "
                 "data.eod to the token that ends a document"
             ) from error
-        end = table.get(key) if isinstance(table, dict) else None
-        if isinstance(end, dict):
-            end = end.get("content")
-        if isinstance(end, list) and end:
-            end = end[0]
-        if end is not None:
-            yield name, end
+        eos = table.get(key) if isinstance(table, dict) else None
+        if isinstance(eos, dict):
+            eos = eos.get("content")
+        if isinstance(eos, list) and eos:
+            eos = eos[0]
+        if eos is not None:
+            yield name, eos
 
 
 def open_tokenizer(
     name: str, eod: str | None = None, bos: str | None = None, special_tokens: bool = False
 ) -> Tokenizer:
-    """`bytes`, or the tokenizer.json at that path or in that folder.
+    """Opens the tokenizer `bytes`, or the tokenizer.json at the path `name` or in that folder.
 
     Args:
-        eod: the token that ends a document, by its spelling; default: what the files tell.
-        bos: the token that is put before every document; default: none.
-        special_tokens: whether the spelling of a special token in a text is that token.
+        eod: the token that ends a document, by its spelling; default: the one that the files
+            beside tokenizer.json name, else one with a common name.
+        bos: the token that begins every document; default: none.
+        special_tokens: whether the spelling of a special token in a text is encoded as that token.
+
+    Raises:
+        UserError: the file cannot be read, or a token is missing from it.
     """
     if name != "bytes":
         return FileTokenizer(Path(name).expanduser(), eod, bos, special_tokens)
@@ -312,6 +324,6 @@ def open_tokenizer(
 
 
 def tokenizer_of(data: DataConfig) -> Tokenizer | None:
-    """The tokenizer of a recipe's `[data]`; None where all sources are tokens and none is named."""
+    """Opens the tokenizer of `[data]`; returns None if all sources are tokens and none is set."""
     name = data.tokenizer_name
     return None if name is None else open_tokenizer(name, data.eod, data.bos, data.special_tokens)

@@ -183,7 +183,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     with Prefetcher(job.data.train, plan) as job.reader:
         if job.step < end:
             first = len(micro_batches(recipe.train, job.step, rank, ranks))
-            agreed(partial(raise_if, job.reader.fault(first)), job.here.device)
+            agreed(partial(raise_if, job.reader.upcoming_error(first)), job.here.device)
         while job.step < end and not number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
@@ -216,7 +216,7 @@ def agree(
     unreadable = None
     if job.reader is not None and job.step < end:
         coming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
-        unreadable = job.reader.fault(len(coming))
+        unreadable = job.reader.upcoming_error(len(coming))
     noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
     number, failed, stuck = all_reduced(noted, job.here.device, dist.ReduceOp.MAX)
     if failed:

@@ -33,7 +33,7 @@ MiB = 1 << 20
 
 
 def values(seed: int) -> Tensors:
-    """One global tensor for each case, drawn from `seed`."""
+    """Returns one global tensor for each case, drawn from `seed`."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     return {
         "uneven": draw(7, 3),
@@ -65,48 +65,51 @@ PLACEMENTS = {  # over a mesh of two dimensions; names without an entry are plai
 }
 
 
-def placed(whole: Tensors, mesh_shape: tuple[int, int]) -> Tensors:
-    """`whole` on a mesh (dp, tp): by PLACEMENTS, and two linear layers under TP and FSDP."""
+def distribute(full: Tensors, mesh_shape: tuple[int, int]) -> Tensors:
+    """Shards `full` over a mesh (dp, tp) by PLACEMENTS, and two linear layers by TP and FSDP."""
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp", "tp"))
     tensors = {
         name: distribute_tensor(tensor, mesh, PLACEMENTS[name], src_data_rank=None)
         if name in PLACEMENTS
         else tensor.clone()
-        for name, tensor in whole.items()
+        for name, tensor in full.items()
         if "." not in name
     }
     model = nn.Sequential()
-    for name, (wide, high) in {"up": (6, 10), "down": (10, 6)}.items():
-        model.add_module(name, nn.Linear(wide, high))
-    model.load_state_dict({name: tensor for name, tensor in whole.items() if "." in name})
+    for name, (d_in, d_out) in {"up": (6, 10), "down": (10, 6)}.items():
+        model.add_module(name, nn.Linear(d_in, d_out))
+    model.load_state_dict({name: tensor for name, tensor in full.items() if "." in name})
     parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
     return tensors | model.state_dict()
 
 
 @contextmanager
-def no_pickles_on_disk() -> Iterator[None]:
+def pickling_refused() -> Iterator[None]:
+    """Makes torch.save and torch.load fail, which would pickle."""
     with mock.patch("torch.save", side_effect=AssertionError), mock.patch("torch.load") as load:
         load.side_effect = AssertionError
         yield
 
 
-def save_placed(rank: int, size: int, folder: Path, mesh_shape: tuple[int, int]) -> list[str]:
-    tensors = placed(values(1), mesh_shape)
-    with no_pickles_on_disk():
+def save_distributed(rank: int, size: int, folder: Path, mesh_shape: tuple[int, int]) -> list[str]:
+    tensors = distribute(values(1), mesh_shape)
+    with pickling_refused():
         checkpoint.save(folder, tensors, STATE)
     return [str(t.placements) for t in tensors.values() if isinstance(t, DTensor)]
 
 
-def load_placed(rank: int, size: int, folder: Path, mesh_shape: tuple[int, int]) -> list[str]:
-    """Names of the tensors whose local part is not, bit for bit, that of `values(1)`."""
-    tensors, expected = placed(values(2), mesh_shape), placed(values(1), mesh_shape)
-    with no_pickles_on_disk():
+def load_distributed(rank: int, size: int, folder: Path, mesh_shape: tuple[int, int]) -> list[str]:
+    """Loads onto a mesh; returns the tensors whose local shards differ from `values(1)`."""
+    tensors, expected = distribute(values(2), mesh_shape), distribute(values(1), mesh_shape)
+    with pickling_refused():
         assert checkpoint.load(folder, tensors) == STATE
     return different(tensors, expected)
 
 
 def different(tensors: Tensors, expected: Tensors) -> list[str]:
+    """Returns the names of tensors whose local shards are not bit-equal."""
+
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -115,7 +118,8 @@ def different(tensors: Tensors, expected: Tensors) -> list[str]:
     ]
 
 
-def check_alone(folder: Path) -> None:
+def check_in_one_process(folder: Path) -> None:
+    """Loads the checkpoint in this process and compares every tensor with `values(1)`."""
     tensors = values(2)
     assert checkpoint.load(folder, tensors) == STATE
     assert different(tensors, values(1)) == []
@@ -123,27 +127,27 @@ def check_alone(folder: Path) -> None:
 
 def test_saved_on_four_loads_on_any_layout(tmp_path: Path, ranks4: Ranks, ranks2: Ranks) -> None:
     folder = step_folder(tmp_path, 10)
-    placements = ranks4.run(save_placed, folder, (2, 2))
+    placements = ranks4.run(save_distributed, folder, (2, 2))
     assert any("_StridedShard" in placement for placement in placements[0])
     for mesh_shape in ((2, 2), (4, 1), (1, 4)):
-        assert ranks4.run(load_placed, folder, mesh_shape) == [[]] * 4
+        assert ranks4.run(load_distributed, folder, mesh_shape) == [[]] * 4
     for mesh_shape in ((2, 1), (1, 2)):
-        assert ranks2.run(load_placed, folder, mesh_shape) == [[]] * 2
-    check_alone(folder)
+        assert ranks2.run(load_distributed, folder, mesh_shape) == [[]] * 2
+    check_in_one_process(folder)
 
 
-def test_saved_on_few_loads_on_four(tmp_path: Path, ranks4: Ranks, ranks2: Ranks) -> None:
+def test_saved_on_one_and_two_loads_on_four(tmp_path: Path, ranks4: Ranks, ranks2: Ranks) -> None:
     checkpoint.save(step_folder(tmp_path, 1), values(1), STATE)
-    ranks2.run(save_placed, step_folder(tmp_path, 2), (2, 1))
+    ranks2.run(save_distributed, step_folder(tmp_path, 2), (2, 1))
     for step in (1, 2):
-        assert ranks4.run(load_placed, step_folder(tmp_path, step), (2, 2)) == [[]] * 4
+        assert ranks4.run(load_distributed, step_folder(tmp_path, step), (2, 2)) == [[]] * 4
 
 
 def test_files_are_safetensors_and_json_only(tmp_path: Path, ranks4: Ranks) -> None:
     folder = step_folder(tmp_path, 10)
-    ranks4.run(save_placed, folder, (2, 2))
+    ranks4.run(save_distributed, folder, (2, 2))
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-    stored = 0
+    stored_bytes = 0
     for path in folder.iterdir():
         if path.suffix == ".json":
             json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -156,16 +160,17 @@ def test_files_are_safetensors_and_json_only(tmp_path: Path, ranks4: Ranks) -> N
         ends = sorted(entry["data_offsets"] for entry in entries.values())
         assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
         assert 8 + header + ends[-1][1] == len(content)
-        stored += ends[-1][1]
-    assert stored == sum(tensor.nbytes for tensor in values(1).values())  # each element once
-    listed = json.loads((folder / "tensors.json").read_text())["tensors"]
-    assert {name: entry["shape"] for name, entry in listed.items()} == {
+        stored_bytes += ends[-1][1]
+    # Each element is stored by one rank only.
+    assert stored_bytes == sum(tensor.nbytes for tensor in values(1).values())
+    catalog = json.loads((folder / "tensors.json").read_text())["tensors"]
+    assert {name: entry["shape"] for name, entry in catalog.items()} == {
         name: list(tensor.shape) for name, tensor in values(1).items()
     }
 
 
-def stages(rank: int, size: int, folder: Path, wrong: bool) -> str:
-    """Each rank holds other names, as the stages of a pipeline do; both hold `both`."""
+def save_and_load_stages(rank: int, size: int, folder: Path, wrong: bool) -> str:
+    """Each rank saves and loads other names, as pipeline stages do; both ranks hold `both`."""
     tensors = {f"stage{rank}": torch.full((3,), float(rank)), "both": torch.tensor(rank)}
     checkpoint.save(folder, tensors, {})
     loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -181,13 +186,14 @@ def stages(rank: int, size: int, folder: Path, wrong: bool) -> str:
 
 
 def test_ranks_may_hold_different_tensors(tmp_path: Path, ranks2: Ranks) -> None:
-    assert ranks2.run(stages, step_folder(tmp_path, 1), False) == ["", ""]
-    first, second = ranks2.run(stages, step_folder(tmp_path, 1), True)
+    assert ranks2.run(save_and_load_stages, step_folder(tmp_path, 1), False) == ["", ""]
+    first, second = ranks2.run(save_and_load_stages, step_folder(tmp_path, 1), True)
     assert first == second
     assert "not in the checkpoint (1): other" in first
 
 
-def scattered(rank: int, size: int, folder: Path) -> str:
+def save_strided_shard(rank: int, size: int, folder: Path) -> str:
+    """Saves a tensor whose shards are strided; returns the error."""
     mesh = init_device_mesh("cpu", (2,))
     tensor = DTensor.from_local(torch.zeros(4), mesh, [_StridedShard(0, split_factor=2)])
     try:
@@ -197,20 +203,21 @@ def scattered(rank: int, size: int, folder: Path) -> str:
     return ""
 
 
-def test_rows_that_do_not_adjoin_are_refused(tmp_path: Path, ranks2: Ranks) -> None:
-    assert all("w with" in message for message in ranks2.run(scattered, step_folder(tmp_path, 1)))
+def test_a_shard_that_is_not_contiguous_is_refused(tmp_path: Path, ranks2: Ranks) -> None:
+    messages = ranks2.run(save_strided_shard, step_folder(tmp_path, 1))
+    assert all("w with" in message for message in messages)
 
 
 def test_several_chunks_of_a_tensor_on_one_rank(tmp_path: Path) -> None:
-    whole = values(1)["uneven"]
-    chunks = LocalShardsWrapper([whole[:, :1], whole[:, 1:]], [(0, 0), (0, 1)])
+    full = values(1)["uneven"]
+    chunks = LocalShardsWrapper([full[:, :1], full[:, 1:]], [(0, 0), (0, 1)])
     checkpoint.save(step_folder(tmp_path, 1), {"w": chunks}, {})
     loaded = torch.zeros(7, 3)
     checkpoint.load(step_folder(tmp_path, 1), {"w": loaded})
-    assert torch.equal(loaded, whole)
+    assert torch.equal(loaded, full)
 
 
-def test_tied_and_sliced_memory(tmp_path: Path) -> None:
+def test_tied_and_sliced_tensors_load_as_saved(tmp_path: Path) -> None:
     base = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     tensors = {"base": base, "tied": base, "slice": base[1:3, 2:4]}
     checkpoint.save(step_folder(tmp_path, 1), tensors, {})
@@ -219,16 +226,16 @@ def test_tied_and_sliced_memory(tmp_path: Path) -> None:
     assert different(loaded, tensors) == []
 
 
-def test_a_part_may_be_loaded(tmp_path: Path) -> None:
+def test_some_of_the_tensors_may_be_loaded(tmp_path: Path) -> None:
     checkpoint.save(step_folder(tmp_path, 1), values(1), STATE)
-    part = {"grid": torch.zeros(5, 6, dtype=torch.float64)}
-    assert checkpoint.load(step_folder(tmp_path, 1), part, partial=True) == STATE
-    assert torch.equal(part["grid"], values(1)["grid"])
+    subset = {"grid": torch.zeros(5, 6, dtype=torch.float64)}
+    assert checkpoint.load(step_folder(tmp_path, 1), subset, partial=True) == STATE
+    assert torch.equal(subset["grid"], values(1)["grid"])
     with pytest.raises(UserError, match=r"not in the checkpoint \(1\): other"):
         checkpoint.load(step_folder(tmp_path, 1), {"other": torch.zeros(1)}, partial=True)
 
 
-def test_misfits_are_named_and_change_nothing(tmp_path: Path) -> None:
+def test_mismatches_are_named_and_change_no_tensor(tmp_path: Path) -> None:
     checkpoint.save(step_folder(tmp_path, 1), values(1), {})
     tensors = values(2)
     del tensors["columns"]
@@ -238,18 +245,18 @@ def test_misfits_are_named_and_change_nothing(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     with pytest.raises(UserError) as caught:
         checkpoint.load(step_folder(tmp_path, 1), tensors)
-    for part in (
+    for phrase in (
         "not in the checkpoint (6): extra0, extra1, extra2, extra3, and 2 more",
         "only in the checkpoint (1): columns",
-        "of another shape (1): uneven ([7, 3] there, [7, 4] here)",
-        "of another dtype (1): grid (torch.float64 there, torch.float32 here)",
+        "of another shape (1): uneven (saved [7, 3], model [7, 4])",
+        "of another dtype (1): grid (saved torch.float64, model torch.float32)",
         "The recipe is not the one",
     ):
-        assert part in str(caught.value)
+        assert phrase in str(caught.value)
     assert different(tensors, before) == []
 
 
-def test_what_is_no_json_or_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_values_that_are_not_tensors_or_not_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="step is a int"):
         checkpoint.save(step_folder(tmp_path, 1), {"step": 1}, {})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -265,8 +272,8 @@ def test_newest_and_prune(tmp_path: Path) -> None:
     step_folder(tmp_path, 300).mkdir()
     (tmp_path / "step-00000001.pruned").mkdir()
     assert newest(tmp_path) == step_folder(tmp_path, 100)
-    broken = mock.patch("shutil.rmtree", side_effect=[None, OSError("interrupted")])
-    with broken, pytest.raises(OSError, match="interrupted"):
+    interrupted = mock.patch("shutil.rmtree", side_effect=[None, OSError("interrupted")])
+    with interrupted, pytest.raises(OSError, match="interrupted"):
         prune(tmp_path, 3)
     assert [read_state(path)["step"] for path in checkpoint.folders.checkpoints(tmp_path)] == [
         10,

@@ -1,4 +1,4 @@
-"""Checkpoints under failures: full disks, deaths and damage leave the last good one intact."""
+"""Checkpoints under failures: full disks, dead ranks and damage leave the last good one intact."""
 
 import errno
 import functools
@@ -14,7 +14,14 @@ from unittest import mock
 import pytest
 import torch
 from ranks import RankError, Ranks
-from test_checkpoint import STATE, check_alone, different, placed, save_placed, values
+from test_checkpoint import (
+    STATE,
+    check_in_one_process,
+    different,
+    distribute,
+    save_distributed,
+    values,
+)
 
 from colonnade.launcher import checkpoint
 from colonnade.launcher.checkpoint import newest, read_state, step_folder, storage
@@ -24,7 +31,7 @@ MiB = 1 << 20
 
 
 def save_limited(rank: int, size: int, run: Path, limited: int) -> str:
-    """Save step 1, then step 2 with files of at most 64 KiB on the rank `limited`."""
+    """Saves step 1, then step 2 with files of at most 64 KiB on the rank `limited`."""
     tensors = {f"w{rank}": torch.ones(MiB // 4)}
     checkpoint.save(step_folder(run, 1), tensors, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -40,17 +47,17 @@ def save_limited(rank: int, size: int, run: Path, limited: int) -> str:
 
 
 @pytest.mark.parametrize("limited", [0, 1])
-def test_full_disk(tmp_path: Path, ranks2: Ranks, limited: int) -> None:
+def test_a_full_disk_is_reported_on_every_rank(tmp_path: Path, ranks2: Ranks, limited: int) -> None:
     # A limit on the size of files fails real writes on every machine, without root.
     first, second = ranks2.run(save_limited, tmp_path, limited)
     assert first == second
-    for part in (
+    for phrase in (
         step_folder(tmp_path, 2),
         f"rank-{limited:05d}",
         "needs more than 2.0 MiB",
         "free there",
     ):
-        assert str(part) in first
+        assert str(phrase) in first
     assert f"{step_folder(tmp_path, 1)}, is intact" in first
     assert [path.name for path in tmp_path.iterdir()] == [step_folder(tmp_path, 1).name]
     assert read_state(newest(tmp_path) or tmp_path) == {"step": 1}
@@ -59,26 +66,26 @@ def test_full_disk(tmp_path: Path, ranks2: Ranks, limited: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_disk_that_fills_at_the_commit(tmp_path: Path, step: int) -> None:
-    """Whether step 1 is saved once more, or a later one."""
+def test_a_disk_that_fills_at_the_commit(tmp_path: Path, step: int) -> None:
+    """The failed save is of step 1 for the second time, or of a later step."""
     checkpoint.save(step_folder(tmp_path, 1), values(1), STATE)
     rename = Path.rename
 
-    def full(path: Path, target: Path) -> Path:
+    def rename_on_full_disk(path: Path, target: Path) -> Path:
         if path.suffix == ".partial":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return rename(path, target)
 
     with (
-        mock.patch.object(Path, "rename", full),
+        mock.patch.object(Path, "rename", rename_on_full_disk),
         pytest.raises(UserError, match=r"No space left.*is intact.*Free space"),
     ):
         checkpoint.save(step_folder(tmp_path, step), values(2), {})
     assert [path.name for path in tmp_path.iterdir()] == [step_folder(tmp_path, 1).name]
-    check_alone(step_folder(tmp_path, 1))
+    check_in_one_process(step_folder(tmp_path, 1))
 
 
-def test_unusable_folder(tmp_path: Path) -> None:
+def test_an_unusable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"could not save the checkpoint .*none before it"):
         checkpoint.save(step_folder(tmp_path / "file", 1), values(1), {})
@@ -91,22 +98,25 @@ def die_while_writing(rank: int, size: int, run: Path) -> None:
     checkpoint.save(step_folder(run, 10), values(1), STATE)
     if rank == 1:
         with mock.patch.object(storage, "save_file", side_effect=lambda *_: os._exit(9)):
-            checkpoint.save(step_folder(run, 20), values(2) | {"mine": torch.ones(3)}, {})
+            checkpoint.save(step_folder(run, 20), values(2) | {"rank1": torch.ones(3)}, {})
     checkpoint.save(step_folder(run, 20), values(2), {})
 
 
-def test_rank_dies_while_saving(tmp_path: Path, ranks2: Ranks) -> None:
+def test_a_rank_that_dies_while_saving(tmp_path: Path, ranks2: Ranks) -> None:
     with pytest.raises(RankError, match="rank 1: died, exit code 9"):
         ranks2.run(die_while_writing, tmp_path)
     assert (tmp_path / "step-00000020.partial").is_dir()
     assert newest(tmp_path) == step_folder(tmp_path, 10)
-    check_alone(step_folder(tmp_path, 10))
+    check_in_one_process(step_folder(tmp_path, 10))
     checkpoint.save(step_folder(tmp_path, 30), values(1), STATE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
 
 
-def crashing(action: Callable[[], None], at: int) -> bool:
-    """Run `action` in a child that dies before its change number `at` to the disk."""
+def crash_at(action: Callable[[], None], index: int) -> bool:
+    """Runs `action` in a child process that dies before its `index`-th change to the disk.
+
+    Returns whether the child died; it does not if `action` makes fewer changes.
+    """
     child = os.fork()
     if child:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -114,13 +124,13 @@ def crashing(action: Callable[[], None], at: int) -> bool:
         return status == 77
     changes = 0
 
-    def dying(change: Callable[..., object], *args: object, **kwargs: object) -> object:
+    def die_or_call(change: Callable[..., object], *args: object, **kwargs: object) -> object:
         nonlocal changes
         changes += 1
-        return os._exit(77) if changes == at else change(*args, **kwargs)
+        return os._exit(77) if changes == index else change(*args, **kwargs)
 
     for name in ("fsync", "mkdir", "rename", "rmdir", "unlink"):
-        setattr(os, name, functools.partial(dying, getattr(os, name)))
+        setattr(os, name, functools.partial(die_or_call, getattr(os, name)))
     try:
         action()
         os._exit(0)
@@ -130,11 +140,11 @@ def crashing(action: Callable[[], None], at: int) -> bool:
 
 @pytest.mark.parametrize("step", [10, 20])
 def test_crash_at_any_change_to_the_disk(tmp_path: Path, step: int) -> None:
-    """Whether step 10 is saved once more, or a later one: a complete checkpoint remains."""
-    for at in itertools.count(1):
+    """A complete checkpoint remains, whether the save is of step 10 again or of a later step."""
+    for index in itertools.count(1):
         checkpoint.save(step_folder(tmp_path, 10), values(1), {"seed": 1})
-        crashed = crashing(
-            lambda: checkpoint.save(step_folder(tmp_path, step), values(2), {"seed": 2}), at
+        crashed = crash_at(
+            lambda: checkpoint.save(step_folder(tmp_path, step), values(2), {"seed": 2}), index
         )
         folder, loaded = newest(tmp_path), values(3)
         assert folder is not None
@@ -145,24 +155,24 @@ def test_crash_at_any_change_to_the_disk(tmp_path: Path, step: int) -> None:
         if folder == step_folder(tmp_path, 20):
             shutil.rmtree(folder)
     assert seed == 2
-    assert at > 8
+    assert index > 8
     assert [path.name for path in tmp_path.glob("*.*")] == []
 
 
-def test_all_is_on_disk_before_the_commit(tmp_path: Path) -> None:
+def test_every_file_is_synced_before_the_commit(tmp_path: Path) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
-    def note_sync(descriptor: int) -> None:
+    def record_fsync(descriptor: int) -> None:
         events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    def note_rename(source: Path, target: Path) -> None:
+    def record_rename(source: Path, target: Path) -> None:
         events.append("commit")
         rename(source, target)
 
     folder = step_folder(tmp_path, 1)
-    with mock.patch("os.fsync", note_sync), mock.patch("os.rename", note_rename):
+    with mock.patch("os.fsync", record_fsync), mock.patch("os.rename", record_rename):
         checkpoint.save(folder, values(1), STATE)
     commit = events.index("commit")
     files = {path.name for path in folder.iterdir()}
@@ -174,7 +184,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def lose_a_chunk(path: Path) -> None:
+def drop_chunks(path: Path) -> None:
     content = json.loads(path.read_text())
     content["tensors"]["grid"]["chunks"] = []
     path.write_text(json.dumps(content))
@@ -189,12 +199,12 @@ def lose_a_chunk(path: Path) -> None:
         ("rank-00000.safetensors", Path.unlink),
         ("tensors.json", truncate),
         ("tensors.json", lambda path: path.write_text("{}")),
-        ("tensors.json", lose_a_chunk),
+        ("tensors.json", drop_chunks),
         ("state.json", truncate),
         ("state.json", lambda path: path.write_bytes(b"\xff")),
     ],
 )
-def test_damage_is_named(
+def test_a_damaged_file_is_named(
     tmp_path: Path, steps: tuple[int, ...], file: str, damage: Callable[[Path], None]
 ) -> None:
     for step in (*steps, 20):
@@ -208,24 +218,25 @@ def test_damage_is_named(
     assert remedy in str(caught.value)
 
 
-def load_message(rank: int, size: int, folder: Path) -> str:
+def load_error(rank: int, size: int, folder: Path) -> str:
+    """Loads the checkpoint onto four ranks; returns the error."""
     try:
-        checkpoint.load(folder, placed(values(2), (2, 2)))
+        checkpoint.load(folder, distribute(values(2), (2, 2)))
     except UserError as error:
         return str(error)
     return ""
 
 
-def test_damage_is_told_on_every_rank(tmp_path: Path, ranks4: Ranks) -> None:
+def test_damage_is_reported_on_every_rank(tmp_path: Path, ranks4: Ranks) -> None:
     folder = step_folder(tmp_path, 10)
-    ranks4.run(save_placed, folder, (2, 2))
+    ranks4.run(save_distributed, folder, (2, 2))
     truncate(folder / "rank-00003.safetensors")  # read by some of the ranks only
-    messages = ranks4.run(load_message, folder)
+    messages = ranks4.run(load_error, folder)
     assert len(set(messages)) == 1
     assert "rank-00003.safetensors is damaged" in messages[0]
 
 
-def test_absent_checkpoint(tmp_path: Path) -> None:
+def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint.save(step_folder(tmp_path, 1), values(1), {})
     (tmp_path / "step-00000002").mkdir()
     for step, problem in ((2, "not a complete checkpoint"), (3, "does not exist")):
@@ -233,8 +244,8 @@ def test_absent_checkpoint(tmp_path: Path) -> None:
             read_state(step_folder(tmp_path, step))
 
 
-def test_a_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
-    """Its tensors have other names: that is no damage, and no earlier checkpoint helps."""
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    """The message reports no damage and no earlier checkpoint: the tensors have other names."""
     folder = step_folder(tmp_path, 10)
     checkpoint.save(folder, values(1), STATE)
     path = folder / "tensors.json"

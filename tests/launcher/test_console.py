@@ -1,4 +1,4 @@
-"""Reports and their readers: JSON alone on stdout, and a reader that goes away."""
+"""Command output: a reader that closes its pipe, and a JSON report as the only text on stdout."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ from colonnade.launcher.cli import reporting
 
 PRINTS = """
 import subprocess, sys
-from colonnade.launcher.console import forgiving_streams
-with forgiving_streams():
+from colonnade.launcher.console import tolerate_closed_streams
+with tolerate_closed_streams():
     print("first", flush=True)
     sys.stdin.readline()
     for _ in range(100_000):
@@ -22,7 +22,7 @@ with forgiving_streams():
 """
 
 
-def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+def test_a_command_goes_on_after_its_reader_closes_the_pipe(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PRINTS, str(tmp_path / "end")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -39,8 +39,8 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     assert (tmp_path / "end").read_text() == "done"
 
 
-def test_a_report_is_alone_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
-    """What the process and its children print in the meantime goes to stderr."""
+def test_a_report_is_the_only_text_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """Other text that the process and its children print during the block goes to stderr."""
     with reporting("-") as report:
         print("of the run")
         subprocess.run([sys.executable, "-c", "print('of a rank')"], check=True)

@@ -1,4 +1,4 @@
-"""Data that change or fail while a run reads them: one sentence on all ranks, and nothing lost."""
+"""Data that change or fail during a run: all ranks report one message, and the run is saved."""
 
 import json
 import os
@@ -24,7 +24,7 @@ S, STEPS, BATCH = 16, 6, 4
 
 
 def write_tokens(prefix: Path, bad: int | None = None) -> None:
-    """A token file of 32 rows, one of whose tokens may be beyond the vocabulary."""
+    """Writes a token file of 32 rows; the token at `bad`, if given, is beyond the vocabulary."""
     tokens = np.random.default_rng(0).integers(0, 60, 32 * S + 1).astype(np.uint16)
     if bad is not None:
         tokens[bad] = 1234
@@ -34,7 +34,7 @@ def write_tokens(prefix: Path, bad: int | None = None) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A tiny recipe with overrides, whose data are tokens in the test's folder."""
+    """Returns a function that loads a tiny recipe with overrides; its data are in `tmp_path`."""
     text = f"""
 [model]
 pattern = "*-"
@@ -59,8 +59,8 @@ precision = "fp64"
     return lambda *overrides: load_recipe(path, overrides, None)
 
 
-def end_of_job(rank: int, size: int, recipe: Recipe, run: Path, do: str, victim: Path) -> str:
-    """What a rank's job ended with; rank 0 does something to `victim` after the second step."""
+def job_error(rank: int, size: int, recipe: Recipe, run: Path, damage: str, file: Path) -> str:
+    """Runs a rank's job and returns its error; rank 0 damages `file` after the second step."""
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "recipe.toml").write_text(dump_recipe(recipe))
@@ -69,9 +69,9 @@ def end_of_job(rank: int, size: int, recipe: Recipe, run: Path, do: str, victim:
     def step(monitor: Monitor, metrics: dict, *arguments: object) -> None:
         report(monitor, metrics, *arguments)  # type: ignore[arg-type]
         if metrics["step"] == 2:
-            os.truncate(victim, 2 * S) if do == "truncate" else victim.unlink()
+            os.truncate(file, 2 * S) if damage == "truncate" else file.unlink()
 
-    if do:
+    if damage:
         Monitor.step = step  # type: ignore[method-assign]
     try:
         run_job(recipe, run, World(rank, size, torch.device("cpu")))
@@ -82,9 +82,9 @@ def end_of_job(rank: int, size: int, recipe: Recipe, run: Path, do: str, victim:
     return ""
 
 
-def one_sentence(ranks: Ranks, recipe: Recipe, run: Path, do: str, victim: Path) -> tuple[str, int]:
-    """The sentence with which all ranks ended, and the step of the newest checkpoint."""
-    messages = set(ranks.run(end_of_job, recipe, run, do, victim))
+def run_ranks(ranks: Ranks, recipe: Recipe, run: Path, damage: str, file: Path) -> tuple[str, int]:
+    """Returns the one message with which all ranks ended, and the newest checkpoint's step."""
+    messages = set(ranks.run(job_error, recipe, run, damage, file))
     [message] = messages
     assert message
     saved = newest(run / "checkpoints")
@@ -93,43 +93,43 @@ def one_sentence(ranks: Ranks, recipe: Recipe, run: Path, do: str, victim: Path)
     return message, step
 
 
-def test_tokens_cut_short_under_a_run(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+def test_tokens_truncated_during_a_run(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
-    victim = tmp_path / "tokens.bin"
-    message, step = one_sentence(ranks2, make(), tmp_path / "run", "truncate", victim)
-    assert f"{victim} was cut short while it was read: it holds 32 bytes of 1026" in message
+    file = tmp_path / "tokens.bin"
+    message, step = run_ranks(ranks2, make(), tmp_path / "run", "truncate", file)
+    assert f"{file} was cut short while it was read: it holds 32 bytes of 1026" in message
     assert 2 <= step < STEPS
 
 
 @pytest.mark.parametrize("bad", [3 * S + 5, 17 * S])
-def test_a_token_beyond_the_vocabulary_that_one_rank_meets(
+def test_a_token_beyond_the_vocabulary_on_one_rank(
     bad: int, ranks2: Ranks, make: Make, tmp_path: Path
 ) -> None:
     write_tokens(tmp_path / "tokens", bad)
     none = tmp_path / "none"
-    message, step = one_sentence(ranks2, make("train.steps=8"), tmp_path / "run", "", none)
+    message, step = run_ranks(ranks2, make("train.steps=8"), tmp_path / "run", "", none)
     assert "tokens.bin holds the token id 1234, but model.vocab = 64" in message
-    # Saved before the step that would have read it, wherever the order of the rows puts it.
+    # The run is saved before the step that would read the token, in any order of the rows.
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == list(range(1, step + 1))
     assert step < 8
 
 
-def test_a_validation_that_cannot_be_read(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+def test_validation_tokens_that_cannot_be_read(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     tokens = read_indexed(tmp_path / "tokens").tokens[:].copy()
     tokens[-40] = 1234  # in a document that is held out
     with IndexedWriter(tmp_path / "tokens", np.dtype("<u2")) as writer:
-        for part in np.array_split(tokens, 16):
-            writer.add(part)
+        for document in np.array_split(tokens, 16):
+            writer.add(document)
     recipe = make("data.validation=0.1", "train.validate_every=2", "checkpoint.every=2")
-    messages = ranks2.run(end_of_job, recipe, tmp_path / "run", "", tmp_path / "none")
+    messages = ranks2.run(job_error, recipe, tmp_path / "run", "", tmp_path / "none")
     assert set(messages) == {messages[0]}
     assert "token id 1234" in messages[0]
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
 
 
-def test_a_stream_whose_files_are_gone(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+def test_a_stream_whose_file_is_deleted(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
     for name in ("a", "b"):
         text = json.dumps({"text": name * 100}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(text * (1 if name == "b" else 3))
@@ -138,7 +138,7 @@ def test_a_stream_whose_files_are_gone(ranks2: Ranks, make: Make, tmp_path: Path
         *("data.sources.0.stream=true", "data.validation=", "model.vocab=264"),
         *("train.validate_rows=", "train.steps=40"),
     )
-    victim = tmp_path / "b.jsonl"
-    message, step = one_sentence(ranks2, recipe, tmp_path / "run", "unlink", victim)
-    assert f"cannot read {victim}: No such file" in message
+    file = tmp_path / "b.jsonl"
+    message, step = run_ranks(ranks2, recipe, tmp_path / "run", "unlink", file)
+    assert f"cannot read {file}: No such file" in message
     assert 2 <= step < 40

@@ -1,4 +1,4 @@
-"""Formats: every ending and compression, texts of any characters, resuming, faults by line."""
+"""Formats: endings and compressions, texts of any characters, resuming, errors by line."""
 
 import bz2
 import gzip
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from colonnade.launcher.data import data, read_indexed
 from colonnade.launcher.data.documents import Document
-from colonnade.launcher.data.files import settled
+from colonnade.launcher.data.files import resolve_format
 from colonnade.launcher.data.readers import FileReader
 from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import UserError
@@ -66,9 +66,9 @@ def test_json_lines_by_any_ending(ending: str, compression: str, tmp_path: Path)
     path = tmp_path / f"corpus{ending}{compression.upper() if ending.isupper() else compression}"
     path.write_bytes(COMPRESSIONS[compression](as_lines(ROWS)))
     assert read(path) == ["alpha", "beta"]
-    hidden = tmp_path / "renamed"  # the content tells that it is compressed
-    path.rename(hidden)
-    assert read(hidden, format="jsonl") == ["alpha", "beta"]
+    renamed = tmp_path / "renamed"  # compression is detected from the content
+    path.rename(renamed)
+    assert read(renamed, format="jsonl") == ["alpha", "beta"]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -101,7 +101,7 @@ def test_a_folder_has_the_format_of_its_files(tmp_path: Path) -> None:
     assert read(tmp_path / "**" / "*.*n*") == ["alpha", "beta"]
 
 
-def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+def test_a_file_of_an_unsupported_format_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\nx\n"))
     assert "a.csv.gz ends in .csv, which is not read" in refusal(tmp_path)
     assert read(tmp_path, format="text") == ["text\nx\n"]
@@ -129,13 +129,13 @@ OTHERS: list[list[dict[str, Any]]] = [
 
 @pytest.mark.parametrize("others", OTHERS)
 @pytest.mark.parametrize("files", [1, 2])
-def test_other_columns_are_not_looked_at(
+def test_other_columns_are_ignored(
     others: list[dict[str, Any]], files: int, tmp_path: Path
 ) -> None:
     rows = [{**other, **row} for other, row in zip(others, ROWS, strict=True)]
     for number in range(files):
-        part = rows if files == 1 else rows[number : number + 1]
-        (tmp_path / f"{number}.jsonl").write_bytes(as_lines(part))
+        file_rows = rows if files == 1 else rows[number : number + 1]
+        (tmp_path / f"{number}.jsonl").write_bytes(as_lines(file_rows))
     assert read(tmp_path) == ["alpha", "beta"]
 
 
@@ -143,7 +143,7 @@ def test_other_columns_of_parquet_may_differ(tmp_path: Path) -> None:
     columns: list[dict[str, Any]] = [{}, {"m": [1]}, {"m": ["s"]}, {"m": [None]}, {"m": [{"a": 1}]}]
     for number, other in enumerate(columns):
         pq.write_table(pa.table({"text": [str(number)], **other}), tmp_path / f"{number}.parquet")
-    # Neither rows nor a text column, and a text column of nulls: nothing to read.
+    # A file without rows needs no text column, and nulls are skipped.
     pq.write_table(pa.table({"other": pa.array([], pa.int64())}), tmp_path / "5.parquet")
     pq.write_table(pa.table({"text": [None, None]}), tmp_path / "6.parquet")
     assert read(tmp_path) == ["0", "1", "2", "3", "4"]
@@ -155,12 +155,12 @@ def test_text_in_parquet_has_several_types(kind: pa.DataType, tmp_path: Path) ->
     assert read(tmp_path) == ["a", "b"]
 
 
-def test_a_column_of_dates_is_no_text_in_parquet(tmp_path: Path) -> None:
+def test_a_parquet_column_of_dates_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([1], pa.timestamp("s"))}), tmp_path / "a.parquet")
     assert "holds timestamp[ms], not text" in refusal(tmp_path)
 
 
-def test_texts_that_look_like_something_else_stay_as_written(tmp_path: Path) -> None:
+def test_texts_that_look_like_other_types_are_unchanged(tmp_path: Path) -> None:
     texts = ["2024-01-01", "2024-01-01T00:00:00Z", "1", "1.50", "null", "true", "[]", "12:00"]
     (tmp_path / "a.jsonl").write_bytes(as_lines([{"text": text} for text in texts]))
     assert read(tmp_path) == texts
@@ -169,7 +169,7 @@ def test_texts_that_look_like_something_else_stay_as_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "reason"),
     [
         ("5", "holds a number, not text"),
         ("9" * 5000, "holds a number, not text"),
@@ -182,33 +182,35 @@ def test_texts_that_look_like_something_else_stay_as_written(tmp_path: Path) -> 
         ("[" * 100_000, "it is not JSON"),
     ],
 )
-def test_what_is_no_text_is_refused_by_line(value: str, why: str, tmp_path: Path) -> None:
+def test_values_that_are_not_text_are_refused_by_line(
+    value: str, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "a"}}\n\n{{"text": {value}}}\n')
     message = refusal(path)
     assert f"{path}, line 3" in message
-    assert why in message
+    assert reason in message
 
 
 @pytest.mark.parametrize(
-    ("line", "why"), [(b'{"body": "a"}', "has the columns 'body'"), (b"3", "no JSON object")]
+    ("line", "reason"), [(b'{"body": "a"}', "has the columns 'body'"), (b"3", "no JSON object")]
 )
-def test_lines_without_the_column_are_refused(line: bytes, why: str, tmp_path: Path) -> None:
+def test_lines_without_the_column_are_refused(line: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line)
     assert "a.jsonl, line 2" in (message := refusal(tmp_path))
-    assert why in message
+    assert reason in message
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n"\xff"')
     assert "line 2: byte 1 of it is not utf-8 text" in refusal(tmp_path)
 
 
-def test_line_ends_stay_and_a_byte_order_mark_goes(tmp_path: Path) -> None:
-    mark = b"\xef\xbb\xbf"
-    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo\rthree\n" + mark)
+def test_line_ends_are_kept_and_byte_order_marks_removed(tmp_path: Path) -> None:
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(bom + b"one\r\ntwo\rthree\n" + bom)
     data(str(tmp_path / "a.txt"), tmp_path / "out")
     tokens = read_indexed(tmp_path / "out").tokens.tolist()
-    assert bytes(tokens[:-1]) == b"one\r\ntwo\rthree\n" + mark
+    assert bytes(tokens[:-1]) == b"one\r\ntwo\rthree\n" + bom
     text = "\ufeffa\r\nb\r"
-    (tmp_path / "a.jsonl").write_bytes(mark + as_lines([{"text": text}]).replace(b"\n", b"\r\n"))
+    (tmp_path / "a.jsonl").write_bytes(bom + as_lines([{"text": text}]).replace(b"\n", b"\r\n"))
     pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
     for name, kind in (("a.jsonl", None), ("a.parquet", None), ("a.parquet", "hub")):
         path = tmp_path / ("hub" if kind else name)
@@ -225,8 +227,8 @@ def write_text(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_lines(folder: Path, rows: list[dict[str, Any]], ascii: bool = True) -> None:
     half = len(rows) // 2
-    for number, part in enumerate((rows[:half], rows[half:])):
-        text = "".join(json.dumps(row, ensure_ascii=ascii) + "\n" for row in part)
+    for number, file_rows in enumerate((rows[:half], rows[half:])):
+        text = "".join(json.dumps(row, ensure_ascii=ascii) + "\n" for row in file_rows)
         (folder / f"{number}.jsonl").write_bytes(text.encode())
 
 
@@ -240,8 +242,8 @@ def write_gzip(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
     half = len(rows) // 2
-    for number, part in enumerate((rows[:half], rows[half:])):
-        table = pa.table({"text": pa.array([row["text"] for row in part], pa.string())})
+    for number, file_rows in enumerate((rows[:half], rows[half:])):
+        table = pa.table({"text": pa.array([row["text"] for row in file_rows], pa.string())})
         pq.write_table(table, folder / f"{number}.parquet", row_group_size=7)
 
 
@@ -253,40 +255,42 @@ WRITERS: list[Write] = [
     write_gzip,
     write_parquet,
 ]
-fresh = itertools.count()
+folder_numbers = itertools.count()
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
     texts=st.lists(st.text(max_size=30), min_size=1, max_size=8), writer=st.sampled_from(WRITERS)
 )
-def test_texts_of_any_characters_survive(tmp_path: Path, texts: list[str], writer: Write) -> None:
-    folder = tmp_path / str(next(fresh))
+def test_texts_of_any_characters_are_read_as_written(
+    tmp_path: Path, texts: list[str], writer: Write
+) -> None:
+    folder = tmp_path / str(next(folder_numbers))
     folder.mkdir()
     writer(folder, [{"text": text} for text in ["x", *texts]])
     assert read(folder) == [t for t in ("x", *(t.removeprefix("\ufeff") for t in texts)) if t]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_reading_goes_on_from_any_position(writer: Write, tmp_path: Path) -> None:
+def test_reading_resumes_from_any_position(writer: Write, tmp_path: Path) -> None:
     g = random.Random(0)
     texts = ["".join(g.choices("aé漢\n", k=g.randrange(12))) for _ in range(60)]
     writer(tmp_path, [{"text": text} for text in texts])
     source = SourceConfig(path=str(tmp_path))
     reader = FileReader(source)
-    whole: list[Document] = []
+    documents: list[Document] = []
     positions = []
-    shares = []
+    progress = []
     for document in reader.documents():
-        whole.append(document)
+        documents.append(document)
         positions.append(json.loads(json.dumps(reader.position())))
-        shares.append(reader.share())
-    assert [d.text for d in whole] == [t for t in texts if t]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] <= shares[-1] <= 1
+        progress.append(reader.progress())
+    assert [d.text for d in documents] == [t for t in texts if t]
+    assert progress == sorted(progress)
+    assert 0 < progress[0] <= progress[-1] <= 1
     for count, position in enumerate(positions, start=1):
         resumed = FileReader(source)
-        assert [d.text for d in resumed.documents(position)] == [d.text for d in whole[count:]]
+        assert [d.text for d in resumed.documents(position)] == [d.text for d in documents[count:]]
         assert resumed.position() == reader.position()
 
 
@@ -308,9 +312,9 @@ def test_a_position_in_other_files_is_refused(tmp_path: Path) -> None:
         next(FileReader(source).documents({"shard_idx": 0}))
 
 
-def test_the_format_of_a_source_is_settled_once(tmp_path: Path) -> None:
+def test_resolve_format_detects_the_format_of_auto_only(tmp_path: Path) -> None:
     write_lines(tmp_path, ROWS)
-    assert settled(SourceConfig(path=str(tmp_path))).format == "jsonl"
-    assert settled(SourceConfig()).format == SourceConfig().format == "stdlib"
+    assert resolve_format(SourceConfig(path=str(tmp_path))).format == "jsonl"
+    assert resolve_format(SourceConfig()).format == SourceConfig().format == "stdlib"
     assert SourceConfig(path="x").format == "auto"
-    assert settled(SourceConfig(format="text", path=str(tmp_path))).format == "text"
+    assert resolve_format(SourceConfig(format="text", path=str(tmp_path))).format == "text"

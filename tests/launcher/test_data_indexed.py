@@ -1,4 +1,4 @@
-"""Token files: megatron-core reads what we write and we read what it writes; broken files."""
+"""Token files: megatron-core reads ours, we read its files, and damaged files are refused."""
 
 import os
 import struct
@@ -31,40 +31,40 @@ def write(prefix: Path, texts: list[np.ndarray], **options: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
+def test_megatron_reads_our_files(tmp_path: Path, dtype: type) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     texts = documents(dtype)
     write(tmp_path / "corpus.v1", texts)
-    theirs = IndexedDataset(str(tmp_path / "corpus.v1"))
-    assert len(theirs) == len(texts)
-    assert theirs.index.dtype == dtype
-    assert theirs.document_indices.tolist() == list(range(len(texts) + 1))
-    for read, text in zip(theirs, texts, strict=True):
+    dataset = IndexedDataset(str(tmp_path / "corpus.v1"))
+    assert len(dataset) == len(texts)
+    assert dataset.index.dtype == dtype
+    assert dataset.document_indices.tolist() == list(range(len(texts) + 1))
+    for read, text in zip(dataset, texts, strict=True):
         assert np.array_equal(read, text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_we_read_what_megatron_writes(tmp_path: Path, dtype: type, sequences: int) -> None:
+def test_we_read_megatrons_files(tmp_path: Path, dtype: type, sequences: int) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     texts = documents(dtype)
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype)
     for i in range(0, len(texts), sequences):
-        parts = texts[i : i + sequences]
-        whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        builder.add_document(whole, [len(part) for part in parts])
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    ours = read_indexed(tmp_path / "theirs")
-    assert ours.tokens.dtype == dtype
-    assert np.array_equal(ours.tokens, np.concatenate(texts))
+        group = texts[i : i + sequences]
+        document = torch.from_numpy(np.concatenate(group).astype(np.int64))
+        builder.add_document(document, [len(sequence) for sequence in group])
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    tokens = read_indexed(tmp_path / "megatron")
+    assert tokens.tokens.dtype == dtype
+    assert np.array_equal(tokens.tokens, np.concatenate(texts))
     sizes = [len(text) for text in texts]
-    assert ours.starts.tolist() == np.cumsum([0, *sizes])[:-1:sequences].tolist()
-    assert ours.mask is None
+    assert tokens.starts.tolist() == np.cumsum([0, *sizes])[:-1:sequences].tolist()
+    assert tokens.mask is None
 
 
-def test_documents_without_tokens_start_nothing(tmp_path: Path) -> None:
+def test_documents_without_tokens_have_no_start(tmp_path: Path) -> None:
     texts = [np.arange(n, dtype=np.int32) for n in (0, 3, 0, 0, 2, 0)]
     write(tmp_path / "d", texts)
     assert read_indexed(tmp_path / "d").starts.tolist() == [0, 3]
@@ -72,7 +72,7 @@ def test_documents_without_tokens_start_nothing(tmp_path: Path) -> None:
     assert len(read_indexed(tmp_path / "e").tokens) == 0
 
 
-def test_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
+def test_masks_are_written_beside_the_tokens(tmp_path: Path) -> None:
     texts = documents(np.uint16, 3)
     g = np.random.default_rng(1)
     masks = [g.integers(0, 2, len(text)).astype(np.uint8) for text in texts[:2]]
@@ -86,7 +86,7 @@ def test_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
     assert read_indexed(tmp_path / "d").mask is None
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_files(tmp_path: Path) -> None:
     texts = documents(np.uint16)
     write(tmp_path / "d", texts)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -101,7 +101,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_ids_take_two_bytes_while_they_fit() -> None:
+def test_ids_take_two_bytes_if_they_fit() -> None:
     assert token_dtype(65536) == np.uint16
     assert token_dtype(65537) == np.int32
 
@@ -121,7 +121,7 @@ def test_a_truncated_index_is_refused(written: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "message"),
+    ("offset", "value", "message"),
     [
         (0, b"PK", r"d\.idx is not a Megatron \.idx file"),
         (9, b"\2", r"d\.idx has the version 2"),
@@ -133,11 +133,11 @@ def test_a_truncated_index_is_refused(written: Path, keep: int) -> None:
         (-16, struct.pack("<q", 99), "document bounds that do not cover 30"),
     ],
 )
-def test_a_broken_index_is_refused(written: Path, at: int, value: bytes, message: str) -> None:
+def test_a_damaged_index_is_refused(written: Path, offset: int, value: bytes, message: str) -> None:
     path = written.with_suffix(".idx")
     content = bytearray(path.read_bytes())
-    at %= len(content)
-    content[at : at + len(value)] = value
+    offset %= len(content)
+    content[offset : offset + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_indexed(written)
@@ -161,16 +161,16 @@ def test_a_missing_file_is_named(written: Path, ending: str) -> None:
         read_indexed(written)
 
 
-def test_a_file_that_is_cut_short_after_it_was_opened_is_named(written: Path) -> None:
+def test_a_file_truncated_after_it_was_opened_is_named(written: Path) -> None:
     opened = read_indexed(written)
-    whole = opened.tokens.tolist()
+    tokens = opened.tokens.tolist()
     path = written.with_suffix(".bin")
     os.truncate(path, 20)
-    assert opened.tokens[:10].tolist() == whole[:10]
+    assert opened.tokens[:10].tolist() == tokens[:10]
     with pytest.raises(
-        UserError, match=rf"d\.bin was cut short .* holds 20 bytes of {2 * len(whole)}"
+        UserError, match=rf"d\.bin was cut short .* holds 20 bytes of {2 * len(tokens)}"
     ):
         opened.tokens[5:11]
     assert opened.mask is not None
     written.with_suffix(".mask").unlink()  # it stays open
-    assert opened.mask.tolist() == [1] * len(whole)
+    assert opened.mask.tolist() == [1] * len(tokens)

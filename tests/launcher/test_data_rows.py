@@ -1,4 +1,4 @@
-"""Rows: boundaries, labels, masks against a loop; order and mixtures against the definition."""
+"""Rows: boundaries, labels and masks equal a loop over tokens; order and mixtures are exact."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from colonnade.launcher.data import IndexedWriter, open_data
 from colonnade.launcher.data.mixture import Permutation, locate, split_fractions
-from colonnade.launcher.data.rows import ChainedRows, IndexedRows, MixtureRows, Tokens, cut
+from colonnade.launcher.data.rows import ChainedRows, IndexedRows, MixtureRows, Tokens, slice_rows
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 
@@ -25,8 +25,8 @@ def corpus(seed: int, total: int = 4000, mean: float = 20, masked: bool = False)
     return Tokens("corpus.bin", tokens, starts, mask)
 
 
-def loop(source: Tokens, offset: int, seq_len: int) -> list[list[int]]:
-    """One row, token by token, as the definition reads."""
+def row_by_loop(source: Tokens, offset: int, seq_len: int) -> list[list[int]]:
+    """Computes the four fields of one row token by token, straight from their definition."""
     begins = set(source.starts.tolist())
     columns: list[list[int]] = [[], [], [], []]
     position = document = 0
@@ -48,8 +48,8 @@ def test_rows_equal_a_loop_over_tokens(seq_len: int, mean: float, masked: bool) 
     g = np.random.default_rng(1)
     offsets = [0, 4000 - seq_len - 1, *g.integers(0, 4000 - seq_len, 12).tolist()]
     offsets += [max(int(start) - seq_len, 0) for start in source.starts[:5]]  # start ends the row
-    batch = cut(source, offsets, seq_len, VOCAB)
-    expected = torch.tensor([loop(source, o, seq_len) for o in offsets], dtype=torch.int32)
+    batch = slice_rows(source, offsets, seq_len, VOCAB)
+    expected = torch.tensor([row_by_loop(source, o, seq_len) for o in offsets], dtype=torch.int32)
     for i, field in enumerate(batch):
         assert field.dtype == torch.int32
         assert field.is_contiguous()
@@ -62,7 +62,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order() -> None:
     rows = IndexedRows(source, S, VOCAB, shuffle=(3, 0))
     n = rows.rows
     assert n == (4000 - 1) // S
-    firsts = cut(source, [j * S for j in range(n)], S, VOCAB).tokens
+    firsts = slice_rows(source, [j * S for j in range(n)], S, VOCAB).tokens
     epochs = [rows.batch(range(e * n, (e + 1) * n)).tokens for e in range(2)]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == sorted(firsts.tolist())
@@ -70,21 +70,21 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order() -> None:
     assert not torch.equal(epochs[0], firsts)
 
 
-def test_order_depends_on_seed_and_source_but_not_on_how_samples_are_grouped() -> None:
+def test_order_depends_on_seed_and_source_but_not_on_the_batches() -> None:
     source = corpus(0)
     rows = IndexedRows(source, 16, VOCAB, shuffle=(3, 0))
-    whole = rows.batch(range(40))
+    batch = rows.batch(range(40))
     by_rank = [rows.batch(range(rank, 40, 4)) for rank in range(4)]
-    for field, parts in zip(whole, zip(*by_rank, strict=True), strict=True):
-        assert torch.equal(field, torch.stack(parts, 1).flatten(0, 1))
-    for other in ((4, 0), (3, 1)):
-        moved = IndexedRows(source, 16, VOCAB, shuffle=other).batch(range(40))
-        assert not torch.equal(moved.tokens, whole.tokens)
+    for field, rank_fields in zip(batch, zip(*by_rank, strict=True), strict=True):
+        assert torch.equal(field, torch.stack(rank_fields, 1).flatten(0, 1))
+    for shuffle in ((4, 0), (3, 1)):
+        other = IndexedRows(source, 16, VOCAB, shuffle=shuffle).batch(range(40))
+        assert not torch.equal(other.tokens, batch.tokens)
 
 
-def test_without_shuffle_rows_are_in_file_order_of_their_span() -> None:
+def test_without_shuffle_rows_are_in_file_order_of_their_token_range() -> None:
     source = corpus(0)
-    rows = IndexedRows(source, 16, VOCAB, span=(100, 300))
+    rows = IndexedRows(source, 16, VOCAB, token_range=(100, 300))
     assert rows.rows == 199 // 16
     assert rows.batch([0, 1]).tokens.flatten().tolist() == source.tokens[100:132].tolist()
     assert torch.equal(rows.batch([rows.rows]).tokens, rows.batch([0]).tokens)
@@ -97,11 +97,11 @@ def test_permutation_is_a_bijection(n: int) -> None:
         assert sorted(permutation(i, key) for i in range(n)) == list(range(n))
 
 
-def test_permutation_mixes_and_reaches_far_beyond_32_bits() -> None:
+def test_permutation_looks_random_and_works_beyond_32_bits() -> None:
     n = 5000
     permutation = Permutation(n)
     images = np.array([permutation(i, (0, 0, 0)) for i in range(n)])
-    # What random images have: correlation 0 ± 1/sqrt(n), mean distance n / 3, one fixed point.
+    # Random images have correlation 0 ± 1/sqrt(n), mean distance n / 3 and one fixed point.
     assert abs(np.corrcoef(np.arange(n), images)[0, 1]) < 5 / n**0.5
     assert abs(np.corrcoef(images[1:], images[:-1])[0, 1]) < 5 / n**0.5
     assert abs(np.abs(images - np.arange(n)).mean() / n - 1 / 3) < 0.02
@@ -115,16 +115,16 @@ def test_permutation_mixes_and_reaches_far_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.7, 0.2, 0.1], [5, 1e-3, 2, 3], [1e-12, 1]])
-def test_mixture_is_exact_and_gives_each_source_every_index_once(weights: list[float]) -> None:
+def test_mixture_is_exact_and_yields_every_index_of_a_source_once(weights: list[float]) -> None:
     fractions = split_fractions(weights)
     samples = 20000
-    found = [locate(k, fractions) for k in range(samples)]
-    counts = Counter(source for source, _ in found)
+    located = [locate(k, fractions) for k in range(samples)]
+    counts = Counter(source for source, _ in located)
     for source, weight in enumerate(weights):
-        indices = [index for s, index in found if s == source]
+        indices = [index for s, index in located if s == source]
         assert indices == list(range(len(indices)))
         assert abs(counts[source] - samples * weight / sum(weights)) <= len(weights)
-    # Far out, where a floating-point count would be off.
+    # At an index where a floating-point count would be inexact.
     source, index = locate(10**15, fractions)
     assert abs(index - 10**15 * weights[source] / sum(weights)) < 10**15 * 2.0**-31 * len(weights)
 
@@ -153,7 +153,7 @@ def test_chain_reads_one_source_after_the_other() -> None:
     assert torch.equal(chain.batch([2 * n]).tokens, expected[:1])
 
 
-def test_state_notices_other_data() -> None:
+def test_a_state_of_other_data_is_refused() -> None:
     rows = [IndexedRows(corpus(i, total=t), 16, VOCAB) for i, t in enumerate((200, 300))]
     rows[0].load_state(rows[0].state())
     with pytest.raises(UserError, match="gives 18 rows, but 12 when the run was saved"):
@@ -178,7 +178,7 @@ def test_a_token_beyond_the_vocabulary_is_named() -> None:
         IndexedRows(wide, 2, VOCAB).batch([0])
 
 
-def test_a_corpus_too_short_for_a_row_says_by_how_much() -> None:
+def test_a_corpus_too_short_for_a_row_is_refused() -> None:
     source = corpus(0, total=20)
     assert IndexedRows(source, 19, VOCAB).rows == 1
     with pytest.raises(UserError, match=r"20 tokens, too few .* train\.seq_len = 19 or less"):
@@ -206,11 +206,11 @@ def test_token_files_hold_out_their_last_documents(tmp_path: Path) -> None:
     assert data.validation is not None
     assert (data.train.rows, data.validation.rows) == (899 // 8, 99 // 8)
     assert data.validation.batch([0]).tokens[0].tolist() == documents[90][:8].tolist()
-    # A row needs more than the share.
+    # A validation row needs more documents than data.validation holds out.
     data = open_data(tokens_recipe(tmp_path / "d", 200, 0.1))
     assert data.validation is not None
     assert (data.train.rows, data.validation.rows) == (789 // 200, 1)
-    # Too short for both, and not asked for.
+    # No validation: too few tokens for a row of each, and validation turned off.
     assert open_data(tokens_recipe(tmp_path / "d", 600, 0.1)).validation is None
     data = open_data(tokens_recipe(tmp_path / "d", 8, 0.0))
     assert data.validation is None

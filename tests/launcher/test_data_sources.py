@@ -1,4 +1,4 @@
-"""Sources: every format becomes the documents it holds; the cache; each fault is one message."""
+"""Sources: documents of every format, the cache of tokens, and one message for each fault."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from colonnade.launcher.data import (
     source_fingerprint,
     tokenise,
 )
-from colonnade.launcher.data.rows import Tokens, cut
+from colonnade.launcher.data.rows import Tokens, slice_rows
 from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
@@ -36,8 +36,8 @@ PROMPTS = ["Q: ", "", "asked", "?"]
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches of the test, ours and that of datasets, and no hub."""
+def temporary_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the caches of colonnade and datasets into the test's folder, and turns the hub off."""
     import datasets
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -47,12 +47,12 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """The same documents in every format."""
+    """Writes the same documents in every format."""
     folder = tmp_path / "corpus"
     (folder / "text" / "deep").mkdir(parents=True)
     for i, text in enumerate(TEXTS):
-        place = folder / "text" / ("deep" if i == 1 else "")
-        (place / f"{'abcd'[i]}[1]*.txt").write_text(text)
+        subfolder = folder / "text" / ("deep" if i == 1 else "")
+        (subfolder / f"{'abcd'[i]}[1]*.txt").write_text(text)
     (folder / "text" / ".hidden").write_text("no")
     (folder / "text" / "empty").write_text("")
     columns = {"prompt": PROMPTS, "text": TEXTS, "number": [1, 2, 3, 4]}
@@ -67,7 +67,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def expected(texts: list[str], prompts: list[str] | None = None) -> tuple[list[int], list[int]]:
-    """Tokens and mask of documents under the byte tokenizer."""
+    """Returns the tokens and mask of documents under the byte tokenizer."""
     tokens: list[int] = []
     mask: list[int] = []
     for text, prompt in zip(texts, prompts or [""] * len(texts), strict=True):
@@ -88,10 +88,10 @@ def recipe(*sources: SourceConfig, vocab: int = 257, seq_len: int = 8, **data: A
     ("format", "prompted"),
     [("text", False), *((f, p) for f in ("jsonl", "parquet", "hub") for p in (False, True))],
 )
-def test_every_format_gives_its_documents(
+def test_every_format_yields_its_documents(
     format: str, prompted: bool, corpus: Path, tmp_path: Path
 ) -> None:
-    # A folder serves as a data set of the hub does, by its name.
+    # The datasets library also loads a local folder by its path.
     path = corpus / ("parquet" if format == "hub" else format)
     prompt = "prompt" if prompted else None
     source = SourceConfig(format=format, path=str(path), prompt=prompt)  # type: ignore[arg-type]
@@ -107,14 +107,14 @@ def test_every_format_gives_its_documents(
     assert len(written.starts) == 4
 
 
-def test_a_file_and_a_glob_are_sources_too(corpus: Path) -> None:
-    one = SourceConfig(format="jsonl", path=str(corpus / "jsonl" / "b.jsonl"))
-    assert [d.text for d in read_documents(one)] == TEXTS[2:]
-    both = SourceConfig(format="jsonl", path=str(corpus / "**" / "*.jsonl"), column="prompt")
-    assert [d.text for d in read_documents(both)] == [p for p in PROMPTS if p]
+def test_a_file_and_a_glob_are_sources(corpus: Path) -> None:
+    file = SourceConfig(format="jsonl", path=str(corpus / "jsonl" / "b.jsonl"))
+    assert [d.text for d in read_documents(file)] == TEXTS[2:]
+    glob = SourceConfig(format="jsonl", path=str(corpus / "**" / "*.jsonl"), column="prompt")
+    assert [d.text for d in read_documents(glob)] == [p for p in PROMPTS if p]
 
 
-def test_nulls_are_no_text(tmp_path: Path) -> None:
+def test_nulls_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
     source = SourceConfig(format="jsonl", path=str(tmp_path / "a.jsonl"))
     assert [d.text for d in read_documents(source)] == ["a", "b"]
@@ -123,22 +123,22 @@ def test_nulls_are_no_text(tmp_path: Path) -> None:
 def test_the_standard_library_is_split_by_file() -> None:
     data = open_data(recipe(SourceConfig(), seq_len=512))
     assert data.validation is not None
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     texts = [
         path.read_bytes().decode(errors="replace").encode()
         for path in STDLIB.rglob("*.py")
-        if path.is_file() and not left_out & set(path.relative_to(STDLIB).parts)
+        if path.is_file() and not skipped & set(path.relative_to(STDLIB).parts)
     ]
     texts = [text for text in texts if text]
-    found: list[list[bytes]] = []
+    splits: list[list[bytes]] = []
     [entry] = entries()
-    for part in ("train", "validation"):
-        tokens = read_indexed(entry / part)
-        whole = tokens.tokens[:].astype(np.uint8).tobytes()
-        bounds = [*tokens.starts.tolist(), len(whole)]
-        found.append([whole[a : b - 1] for a, b in pairwise(bounds)])
-    assert sorted(found[0] + found[1]) == sorted(texts)
-    assert 0.02 < len(found[1]) / len(texts) < 0.09
+    for split in ("train", "validation"):
+        tokens = read_indexed(entry / split)
+        content = tokens.tokens[:].astype(np.uint8).tobytes()
+        bounds = [*tokens.starts.tolist(), len(content)]
+        splits.append([content[a : b - 1] for a, b in pairwise(bounds)])
+    assert sorted(splits[0] + splits[1]) == sorted(texts)
+    assert 0.02 < len(splits[1]) / len(texts) < 0.09
 
 
 def test_the_default_corpus_needs_neither_datasets_nor_tokenizers() -> None:
@@ -153,7 +153,7 @@ print(sorted({"datasets", "tokenizers", "pyarrow", "pandas"} & set(sys.modules))
 
 
 def entries() -> list[Path]:
-    """The folders of the cache that hold tokens."""
+    """Lists the folders of the cache that hold tokens."""
     return [path.parent for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("source.json")]
 
 
@@ -172,7 +172,7 @@ def test_validation_takes_its_share_of_the_documents(tmp_path: Path) -> None:
     assert train is not None
     assert validation is not None
     assert abs(validation / (train + validation) - 0.2) < 0.03
-    # The split does not depend on the seed, and a document that trains alone is not held out.
+    # The split does not depend on the seed, and a single document is not held out.
     other = recipe(source, validation=0.2)
     other = other.model_copy(update={"train": TrainConfig(seq_len=8, seed=5)})
     assert lengths(open_data(other)) == (train, validation)
@@ -184,17 +184,17 @@ def test_validation_takes_its_share_of_the_documents(tmp_path: Path) -> None:
 def test_a_mixture_validates_on_all_its_sources(tmp_path: Path) -> None:
     sources = [write_lines(tmp_path / f"{i}.jsonl", 100 + i) for i in range(2)]
     stream = sources[0].model_copy(update={"stream": True})
-    alone = [lengths(open_data(recipe(s, validation=0.2))) for s in sources]
+    separate = [lengths(open_data(recipe(s, validation=0.2))) for s in sources]
     mixed = open_data(recipe(*sources, stream, validation=0.2))
     assert mixed.train.rows is None
     assert mixed.validation is not None
-    assert mixed.validation.rows == sum(v or 0 for _, v in alone)
+    assert mixed.validation.rows == sum(v or 0 for _, v in separate)
     assert len(mixed.train.describe().splitlines()) == 3
     assert mixed.train.batch(range(30)).tokens.shape == (30, 8)
     assert open_data(recipe(stream, validation=0.2)).validation is None
 
 
-def test_the_cache_is_used_until_something_changes(tmp_path: Path) -> None:
+def test_the_cache_is_used_until_the_text_or_an_option_changes(tmp_path: Path) -> None:
     cache = tmp_path / "elsewhere"
     source = write_lines(tmp_path / "a.jsonl", 50)
 
@@ -216,19 +216,19 @@ def test_the_cache_is_used_until_something_changes(tmp_path: Path) -> None:
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_of_several_processes_tokenises_and_the_others_wait(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", 50)
     program = f"""
 import sys, time
 from pathlib import Path
 from colonnade.launcher.data import cache, opening
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
-write = cache._write_split
-def slowly(*arguments):
-    while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 3:  # all have asked by then
+write_split = cache._write_split
+def wait_and_write(*arguments):
+    while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 3:  # until all processes ask
         time.sleep(0.01)
-    return write(*arguments)
-cache._write_split = slowly
+    return write_split(*arguments)
+cache._write_split = wait_and_write
 Path({str(tmp_path)!r}, f"ready-{{sys.argv[1]}}").touch()
 recipe = Recipe(data=DataConfig(sources=(SourceConfig(path={source.path!r}),)),
                 train=TrainConfig(seq_len=8))
@@ -243,21 +243,21 @@ print(opening.open_data(recipe).train.batch([0]).tokens.tolist())
         )
         for number in range(3)
     ]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert len({out for out, _ in ended}) == 1
-    assert ended[0][0].startswith("[[")
-    told = "".join(err for _, err in ended)
-    assert told.count("50 documents") == 1
-    assert told.count("tokenising") == 1
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in outputs}) == 1
+    assert outputs[0][0].startswith("[[")
+    printed = "".join(err for _, err in outputs)
+    assert printed.count("50 documents") == 1
+    assert printed.count("tokenising") == 1
     [entry] = entries()
     assert {path.name for path in entry.iterdir()} == {
         "source.json",
-        *(f"{part}{end}" for part in ("train", "validation") for end in (".bin", ".idx")),
-        *(f"{part}.record.json" for part in ("train", "validation")),
+        *(f"{split}{end}" for split in ("train", "validation") for end in (".bin", ".idx")),
+        *(f"{split}.record.json" for split in ("train", "validation")),
     }
 
 
-def test_what_moved_is_known_by_its_content(
+def test_moved_files_are_not_tokenised_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_lines(tmp_path / "a.jsonl", 50)
@@ -266,11 +266,11 @@ def test_what_moved_is_known_by_its_content(
     (tmp_path / "moved").mkdir()
     (tmp_path / "a.jsonl").rename(tmp_path / "moved" / "b.jsonl")
     moved = SourceConfig(format="jsonl", path=str(tmp_path / "moved" / "b.jsonl"))
-    again = open_data(recipe(moved)).train
+    moved_rows = open_data(recipe(moved)).train
     assert "tokenising" not in capsys.readouterr().err
-    again.load_state(rows.state())
+    moved_rows.load_state(rows.state())
     assert source_fingerprint(moved) == source_fingerprint(write_lines(tmp_path / "a.jsonl", 50))
-    # As many documents and rows of other text are other data.
+    # Other text with the same number of documents and rows is detected.
     text = (tmp_path / "a.jsonl").read_text().replace("document", "dokument")
     (tmp_path / "a.jsonl").write_text(text)
     assert source_fingerprint(moved) != source_fingerprint(source)
@@ -278,15 +278,15 @@ def test_what_moved_is_known_by_its_content(
     assert "tokenising" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds other tokens than when the run was saved"):
         other.load_state(rows.state())
-    other.load_state({"rows": rows.rows})  # saved before content was
+    other.load_state({"rows": rows.rows})  # a state from before `content` existed
 
 
-def test_progress_is_told(
+def test_progress_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from colonnade.launcher.data import cache
 
-    monkeypatch.setattr(cache, "_TELL_EVERY", 0.0)
+    monkeypatch.setattr(cache, "_PROGRESS_INTERVAL", 0.0)
     open_data(recipe(write_lines(tmp_path / "a.jsonl", 600)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
     assert [re.findall(r"([\d,]+) documents|, (\d+%)", line)[0][0] for line in lines] == [
@@ -295,7 +295,7 @@ def test_progress_is_told(
     assert lines[-1].endswith("100%")
 
 
-def test_tokenise_does_not_overwrite_unasked(tmp_path: Path) -> None:
+def test_tokenise_overwrites_only_if_asked(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", 5)
     tokenise(source, tmp_path / "new" / "out", "bytes")
     before = (tmp_path / "new" / "out.bin").read_bytes()
@@ -311,13 +311,13 @@ def test_tokenise_does_not_overwrite_unasked(tmp_path: Path) -> None:
         tokenise(SourceConfig(format="tokens", path="x"), tmp_path / "y", "bytes")
 
 
-def fault(source: SourceConfig, **options: Any) -> str:
-    """The message, the same whether the source is indexed or streamed."""
+def open_error(source: SourceConfig, **options: Any) -> str:
+    """Returns the error of opening a source, which is the same indexed and streamed."""
     messages = set()
     for stream in (False, True):
-        asked = source.model_copy(update={"stream": stream})
+        variant = source.model_copy(update={"stream": stream})
         with pytest.raises(UserError) as caught:
-            open_data(recipe(asked, **options)).train.batch([0])
+            open_data(recipe(variant, **options)).train.batch([0])
         messages.add(str(caught.value))
     [message] = messages
     return message
@@ -326,59 +326,63 @@ def fault(source: SourceConfig, **options: Any) -> str:
 @pytest.mark.parametrize("format", ["text", "jsonl", "parquet"])
 def test_a_missing_file_is_named(format: str, tmp_path: Path) -> None:
     source = SourceConfig(format=format, path=str(tmp_path / "none*"))  # type: ignore[arg-type]
-    message = fault(source)
+    message = open_error(source)
     assert "none*': there is no such file or folder, and as a glob it matches none" in message
 
 
-def test_a_data_set_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    message = fault(SourceConfig(format="hub", path=str(tmp_path / "none")))
+def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    message = open_error(SourceConfig(format="hub", path=str(tmp_path / "none")))
     assert f"cannot read hub '{tmp_path / 'none'}'" in message
 
 
 @pytest.mark.parametrize(
-    ("format", "content", "why"),
+    ("format", "content", "reason"),
     [
         ("text", b"\xff\xfe\x80", "utf-8"),
         ("jsonl", b'{"text": "a"\n{"te', "JSON"),
         ("parquet", b"PAR1 not", "Parquet"),
     ],
 )
-def test_an_unreadable_file_is_named(format: str, content: bytes, why: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(
+    format: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
     table = io.BytesIO()
     pq.write_table(pa.table({"text": ["good"]}), table)
     good = {"text": b"good", "jsonl": b'{"text": "good"}\n', "parquet": table.getvalue()}
     (tmp_path / "a").write_bytes(good[format])
     (tmp_path / "b").write_bytes(content)
     source = SourceConfig(format=format, path=str(tmp_path / "[ab]"))  # type: ignore[arg-type]
-    message = fault(source, seq_len=512)
+    message = open_error(source, seq_len=512)
     assert f"cannot read {tmp_path / 'b'}" in message
-    assert why in message
+    assert reason in message
 
 
 def test_a_missing_column_is_named(corpus: Path) -> None:
     path = str(corpus / "jsonl")
-    message = fault(SourceConfig(format="jsonl", path=path, column="body"))
+    message = open_error(SourceConfig(format="jsonl", path=path, column="body"))
     assert f"column = 'body', but {path}/a.jsonl, line 1 has the columns 'prompt', " in message
-    message = fault(SourceConfig(format="jsonl", path=path, prompt="question"))
+    message = open_error(SourceConfig(format="jsonl", path=path, prompt="question"))
     assert "prompt = 'question', but" in message
-    message = fault(SourceConfig(format="jsonl", path=path, column="number"))
+    message = open_error(SourceConfig(format="jsonl", path=path, column="number"))
     assert "column = 'number'" in message
     assert "holds a number, not text" in message
     path = str(corpus / "parquet")
-    message = fault(SourceConfig(format="parquet", path=path, column="body"))
+    message = open_error(SourceConfig(format="parquet", path=path, column="body"))
     assert f"column = 'body', but {path}/a.parquet has the columns 'prompt', 'text'" in message
-    message = fault(SourceConfig(format="parquet", path=path, column="number"))
+    message = open_error(SourceConfig(format="parquet", path=path, column="number"))
     assert f"column = 'number' of {path}/a.parquet holds int64, not text" in message
-    message = fault(SourceConfig(format="hub", path=path, column="body"))
+    message = open_error(SourceConfig(format="hub", path=path, column="body"))
     assert f"column = 'body', but hub '{path}' has the columns 'prompt', 'text'" in message
 
 
 def test_an_empty_corpus_is_refused_and_not_cached(tmp_path: Path) -> None:
     (tmp_path / "void").mkdir()
     (tmp_path / "void" / "a.txt").write_text("")
-    assert "is an empty corpus" in fault(SourceConfig(format="text", path=str(tmp_path / "void")))
+    assert "is an empty corpus" in open_error(
+        SourceConfig(format="text", path=str(tmp_path / "void"))
+    )
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
-    assert "is an empty corpus" in fault(
+    assert "is an empty corpus" in open_error(
         SourceConfig(format="jsonl", path=str(tmp_path / "a.jsonl"))
     )
     assert not list((tmp_path / "cache").rglob("*.bin"))
@@ -403,7 +407,7 @@ def test_token_files_of_another_vocabulary_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"model\.vocab = 200: .*made by 'bytes' of 257 tokens"):
         open_data(recipe(tokens, vocab=200))
     record = tmp_path / "out.record.json"
-    record.rename(tmp_path / "kept")
+    record.rename(tmp_path / "moved")
     data = open_data(recipe(tokens, vocab=200))
     with pytest.raises(UserError, match=r"out\.bin holds the token id 256, but model\.vocab = 200"):
         data.train.batch(range(data.train.rows or 0))
@@ -423,10 +427,10 @@ def test_missing_libraries_name_the_extra(
         monkeypatch.setitem(sys.modules, library, None)
     open_data(recipe(source)).train.batch([0])  # needs none of them
     hint = "pip install 'colonnade[text]'"
-    assert hint in fault(source, tokenizer=str(tmp_path / "t.json"))
-    assert hint in fault(SourceConfig(format="hub", path="x"))
-    assert hint in fault(SourceConfig(format="parquet", path=str(corpus / "parquet")))
-    assert hint in fault(SourceConfig(format="jsonl", path=str(tmp_path / "a.zst")))
+    assert hint in open_error(source, tokenizer=str(tmp_path / "t.json"))
+    assert hint in open_error(SourceConfig(format="hub", path="x"))
+    assert hint in open_error(SourceConfig(format="parquet", path=str(corpus / "parquet")))
+    assert hint in open_error(SourceConfig(format="jsonl", path=str(tmp_path / "a.zst")))
 
 
 def test_loss_masks_reach_the_labels(corpus: Path) -> None:
@@ -437,5 +441,7 @@ def test_loss_masks_reach_the_labels(corpus: Path) -> None:
     assert rows.rows is not None
     offsets = range(0, rows.rows * 8, 8)
     labels = sorted(rows.batch(range(rows.rows)).labels.tolist())
-    assert labels == sorted(cut(Tokens("", tokens, starts, mask), offsets, 8, 257).labels.tolist())
-    assert labels != sorted(cut(Tokens("", tokens, starts), offsets, 8, 257).labels.tolist())
+    assert labels == sorted(
+        slice_rows(Tokens("", tokens, starts, mask), offsets, 8, 257).labels.tolist()
+    )
+    assert labels != sorted(slice_rows(Tokens("", tokens, starts), offsets, 8, 257).labels.tolist())

@@ -1,4 +1,4 @@
-"""Tokenizers: text survives, sizes and byte counts are right, bad files are refused."""
+"""Tokenizers: text round-trips, sizes and byte counts are right, bad files are refused."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def texts(count: int = 40) -> list[str]:
 
 
 def train(path: Path, byte_level: bool, special: tuple[str, ...] = ("<|endoftext|>",)) -> Path:
-    """A small BPE tokenizer.json trained on `texts`."""
+    """Trains a small BPE tokenizer on `texts` and writes its tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if byte_level:
@@ -42,10 +42,10 @@ def train(path: Path, byte_level: bool, special: tuple[str, ...] = ("<|endoftext
     tokenizer.train_from_iterator(texts()[:20], trainer)
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
-    layout = json.loads(tokenizer.to_str())
-    added = layout["added_tokens"]  # the trainer makes byte tokens special, which they are not
-    layout["added_tokens"] = [t for t in added if not t["content"].startswith("<0x")]
-    path.write_text(json.dumps(layout))
+    config = json.loads(tokenizer.to_str())
+    added = config["added_tokens"]  # the trainer marks byte tokens as special: unmark them
+    config["added_tokens"] = [t for t in added if not t["content"].startswith("<0x")]
+    path.write_text(json.dumps(config))
     return path
 
 
@@ -56,14 +56,16 @@ def make(kind: str, folder: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte level", "sentencepiece"])
-def test_text_survives_and_every_byte_is_counted(kind: str, tmp_path: Path) -> None:
+def test_text_round_trips_and_every_byte_is_counted(kind: str, tmp_path: Path) -> None:
     tokenizer = make(kind, tmp_path)
     samples = texts()
     encoded = tokenizer.encode(samples)
     lengths = tokenizer.byte_lengths()
     assert lengths.shape == (tokenizer.size,)
     assert lengths[tokenizer.eod] == 0
-    for sample, ids, array in zip(samples, encoded, tokenizer.arrays(samples), strict=True):
+    for sample, ids, array in zip(
+        samples, encoded, tokenizer.encode_to_arrays(samples), strict=True
+    ):
         assert ids == array.tolist()
         assert tokenizer.eod not in ids
         assert tokenizer.decode(ids) == sample
@@ -78,7 +80,7 @@ def test_byte_tokenizer_is_utf_8() -> None:
     assert tokenizer.decode([97, 195, 256, 98]) == "a\ufffdb"
 
 
-def test_sentencepiece_style_tokens_count_their_text(tmp_path: Path) -> None:
+def test_sentencepiece_style_tokens_count_the_bytes_of_their_text(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, models
 
     vocabulary = {"▁the": 0, "▁": 1, "<0x0A>": 2, "é": 3, "a": 4}
@@ -86,13 +88,13 @@ def test_sentencepiece_style_tokens_count_their_text(tmp_path: Path) -> None:
     tokenizer.add_special_tokens(["</s>", "<pad>"])
     tokenizer.add_tokens([AddedToken("mañana", special=False)])
     tokenizer.save(str(tmp_path / "t.json"))
-    ours = open_tokenizer(str(tmp_path / "t.json"))
-    assert (ours.size, ours.eod) == (8, 5)
-    assert ours.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
+    opened = open_tokenizer(str(tmp_path / "t.json"))
+    assert (opened.size, opened.eod) == (8, 5)
+    assert opened.byte_lengths().tolist() == [4, 1, 1, 2, 1, 0, 0, 7]
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"])
-def test_the_end_of_a_document_is_found(end: str, tmp_path: Path) -> None:
+def test_a_common_name_gives_the_end_of_a_document(end: str, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(train(tmp_path / "t.json", True, ("<pad>", end))))
     assert tokenizer.eod == 1
 
@@ -108,15 +110,16 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         open_tokenizer(str(tmp_path / "endless.json"))
 
 
-def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
-    one, two = (train(tmp_path / f"{n}.json", True) for n in "ab")
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    a = train(tmp_path / "a.json", True)
+    copy = train(tmp_path / "b.json", True)
     changed = train(tmp_path / "c.json", True, ("<eos>",))
-    marks = [open_tokenizer(str(path)).fingerprint for path in (one, two, changed)]
-    assert marks[0] == marks[1] != marks[2]
+    fingerprints = [open_tokenizer(str(path)).fingerprint for path in (a, copy, changed)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def folder(path: Path, files: dict[str, object], special: tuple[str, ...]) -> Path:
-    """A tokenizer's folder, as published."""
+def write_folder(path: Path, files: dict[str, object], special: tuple[str, ...]) -> Path:
+    """Writes a folder of tokenizer.json and other files, as published on the hub."""
     path.mkdir()
     train(path / "tokenizer.json", True, special)
     for name, content in files.items():
@@ -152,10 +155,10 @@ SPECIAL = ("<pad>", "<s>", "<|im_end|>", "<|endoftext|>")
         ),
     ],
 )
-def test_the_tokenizers_files_tell_the_end(
+def test_the_files_beside_a_tokenizer_name_the_end_of_a_document(
     files: dict[str, object], eod: int, tmp_path: Path
 ) -> None:
-    path = folder(tmp_path / "published", files, SPECIAL)
+    path = write_folder(tmp_path / "published", files, SPECIAL)
     for name in (path, path / "tokenizer.json"):
         tokenizer = open_tokenizer(str(name))
         assert (tokenizer.eod, tokenizer.bos) == (eod, None)
@@ -164,11 +167,13 @@ def test_the_tokenizers_files_tell_the_end(
     assert open_tokenizer(str(path)).fingerprint == tokenizer.fingerprint
 
 
-def test_an_end_that_is_no_token_is_refused(tmp_path: Path) -> None:
-    path = folder(tmp_path / "a", {"tokenizer_config.json": {"eos_token": "<none>"}}, SPECIAL)
+def test_an_end_that_is_not_a_token_is_refused(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "a", {"tokenizer_config.json": {"eos_token": "<none>"}}, SPECIAL)
     with pytest.raises(UserError, match=r"tokenizer_config\.json names '<none>' .*set data\.eod"):
         open_tokenizer(str(path))
-    path = folder(tmp_path / "b", {"generation_config.json": {"eos_token_id": 10**6}}, SPECIAL)
+    path = write_folder(
+        tmp_path / "b", {"generation_config.json": {"eos_token_id": 10**6}}, SPECIAL
+    )
     with pytest.raises(UserError, match=r"generation_config\.json names 1000000"):
         open_tokenizer(str(path))
     (path / "generation_config.json").write_text("{")
@@ -183,7 +188,7 @@ def test_an_end_that_is_no_token_is_refused(tmp_path: Path) -> None:
 
 
 def models() -> Iterator[Any]:
-    """Small tokenizers of every model, some of which find special tokens in their vocabulary."""
+    """Yields small tokenizers of every model; the vocabularies of some list special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = ["a", "<", "/", "s", ">", "/s>"]
@@ -199,34 +204,36 @@ def models() -> Iterator[Any]:
     yield tokenizer
 
 
-def test_the_spelling_of_a_special_token_is_text(tmp_path: Path) -> None:
+def test_the_spelling_of_a_special_token_is_encoded_as_text(tmp_path: Path) -> None:
     for number, tokenizer in enumerate(models()):
         tokenizer.add_special_tokens(["[UNK]", "</s>"])
         tokenizer.save(str(tmp_path / f"{number}.json"))
         text = "a</s>a </s> a"
-        ours = open_tokenizer(str(tmp_path / f"{number}.json"))
-        [ids] = ours.encode([text])
-        assert ours.eod not in ids
+        default = open_tokenizer(str(tmp_path / f"{number}.json"))
+        [ids] = default.encode([text])
+        assert default.eod not in ids
         assert len(ids) >= 4
         allowing = open_tokenizer(str(tmp_path / f"{number}.json"), special_tokens=True)
         assert allowing.encode([text])[0].count(allowing.eod) == 2
-        assert ours.encoding != allowing.encoding
-        # A text without such a spelling is as the library has it.
-        assert ours.encode(["a s a"]) == [tokenizer.encode("a s a", add_special_tokens=False).ids]
+        assert default.encoding != allowing.encoding
+        # A text without such a spelling is encoded as by the library alone.
+        assert default.encode(["a s a"]) == [
+            tokenizer.encode("a s a", add_special_tokens=False).ids
+        ]
 
 
-def test_random_texts_with_special_tokens_in_them_survive(tmp_path: Path) -> None:
+def test_random_texts_with_special_spellings_round_trip(tmp_path: Path) -> None:
     path = train(tmp_path / "t.json", True, ("<|endoftext|>", "<|x|>"))
     tokenizer = open_tokenizer(str(path))
     g = random.Random(1)
-    parts = ["<|endoftext|>", "<|x|>", "<|", "a", " ", "\n", "漢", "|>"]
-    samples = ["".join(g.choices(parts, k=g.randrange(9))) for _ in range(100)]
+    substrings = ["<|endoftext|>", "<|x|>", "<|", "a", " ", "\n", "漢", "|>"]
+    samples = ["".join(g.choices(substrings, k=g.randrange(9))) for _ in range(100)]
     for sample, ids in zip(samples, tokenizer.encode(samples), strict=True):
         assert not {0, 1} & set(ids)
         assert tokenizer.decode(ids) == sample
 
 
-def test_spelt_special_tokens_are_encoded_as_a_vocabulary_without_them_does(tmp_path: Path) -> None:
+def test_special_spellings_are_encoded_as_by_a_vocabulary_without_them(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
