@@ -254,6 +254,7 @@ class DecompressedFile:
         self._raw = path.open("rb")
         head = self._raw.peek(10)
         if head.startswith(b"PK\x03\x04"):
+            self._raw.close()
             raise UserError(f"data.sources: {path} is a zip archive: unpack it")
         openers = [opener for magic, opener in _COMPRESSIONS if magic.match(head)]
         self.compressed = bool(openers)
