@@ -1,4 +1,4 @@
-"""A width that is cut over ranks: what a kernel must know to complete its sums over all of it."""
+"""A width that is sharded over ranks, and the all-reduces that complete a kernel's sums over it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,64 +9,71 @@ from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Combine = Callable[[Tensor], Tensor]
+Reduction = Callable[[Tensor], Tensor]
 
 
-def _alone(t: Tensor) -> Tensor:
+def _identity(t: Tensor) -> Tensor:
     return t
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
-    """Equal parts of a width, one per rank; on one device a single part.
+class Sharding:
+    """How a width is sharded: each rank of a group holds one of equal shards. On one device the
+    group has size 1, and nothing is reduced.
 
     Attributes:
-        count: parts.
-        index: which of them is here.
-        total: sums a tensor over the ranks, in a new one that is not to be changed in place
-            (recomputation may keep it). Differentiable; its gradients are partial sums, which are
-            summed as well.
-        largest: the elementwise maximum over the ranks, without gradient.
-        once: `total` without gradient, of what recomputation does not compute again.
+        size: ranks in the group.
+        rank: this rank's position in the group.
+        all_reduce: sums a tensor over the ranks and returns a new tensor, which the caller must not
+            change in place (recomputation may keep it). Differentiable; its gradients are partial
+            sums, which backward all-reduces as well.
+        all_reduce_max: takes the elementwise maximum over the ranks, without gradient.
+        all_reduce_no_grad: sums like `all_reduce`, without gradient and without an operator whose
+            result recomputation keeps; for code that recomputation does not run again.
     """
 
-    count: int = 1
-    index: int = 0
-    total: Combine = _alone
-    largest: Combine = _alone
-    once: Combine = _alone
+    size: int = 1
+    rank: int = 0
+    all_reduce: Reduction = _identity
+    all_reduce_max: Reduction = _identity
+    all_reduce_no_grad: Reduction = _identity
 
-    def mine(self, whole: Tensor, dim: int, pieces: int | None = None) -> Tensor:
-        """This rank's piece of a whole tensor along `dim`.
+    def local(self, full: Tensor, dim: int, shards: int | None = None) -> Tensor:
+        """Slices this rank's shard of a full tensor along `dim`.
 
-        `pieces` (by default as many as ranks) divide the ranks: with fewer, neighbours share one.
+        `shards` (by default one per rank) divide the ranks: where they are fewer, neighbouring
+        ranks hold the same shard.
         """
-        pieces = pieces or self.count
-        width = whole.shape[dim] // pieces
-        return whole.narrow(dim, self.index * pieces // self.count * width, width)
+        shards = shards or self.size
+        width = full.shape[dim] // shards
+        return full.narrow(dim, self.rank * shards // self.size * width, width)
 
-    def mean(self, pieces: int = 1) -> Combine | None:
-        """What makes a mean over this rank's part one over the piece it shares; None: nothing.
+    def mean_over_ranks(self, groups: int = 1) -> Reduction | None:
+        """Returns the function that turns the mean over a rank's columns into the mean over the
+        whole group of columns that they belong to; None where each rank holds whole groups.
 
-        A width of `pieces` pieces, the ranks a multiple of them: those of one piece take the mean
-        of their means.
+        The width consists of `groups` equal groups of columns. Where they are fewer than the ranks
+        they divide these, and the ranks of one group average their means by an all-reduce.
         """
-        if pieces % self.count == 0:
+        if groups % self.size == 0:
             return None
-        piece = self.index * pieces // self.count
+        group = self.rank * groups // self.size
 
-        def over_piece(own: Tensor) -> Tensor:
-            if pieces == 1:
-                return self.total(own) / self.count
-            rows = [own if i == piece else torch.zeros_like(own) for i in range(pieces)]
-            return self.total(torch.stack(rows))[piece] * (pieces / self.count)
+        def mean(local_mean: Tensor) -> Tensor:
+            if groups == 1:
+                return self.all_reduce(local_mean) / self.size
+            # One all-reduce over all ranks serves every group: a row of the sum is a group's.
+            rows = [
+                local_mean if i == group else torch.zeros_like(local_mean) for i in range(groups)
+            ]
+            return self.all_reduce(torch.stack(rows))[group] * (groups / self.size)
 
-        return over_piece
+        return mean
 
 
-WHOLE = Cut()
+UNSHARDED = Sharding()
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` for compiled graphs to break at: ranks meet in it, and no graph launches that."""
+    """Makes compiled graphs break at `function`: it runs collectives, which no graph launches."""
     return torch.compiler.disable(function)

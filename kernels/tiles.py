@@ -1,4 +1,15 @@
-"""What attention computes of a region of the scores: pieces, and masks where they need one."""
+"""Tiles of attention's score matrix: which ones a kernel computes, and the masks that they need.
+
+A tile has queries as rows and keys as columns. A rank of zigzag context parallelism holds segments
+r and 2n - 1 - r of the sequence, so the tiles that it computes are (n = 2 ranks, segments 0 to 3):
+
+              key segment
+              0  1  2  3              #  computed without a mask
+    query 0   c  .  .  .    rank 0    c  computed under the causal mask
+          1   #  c  .  .    rank 1    .  not computed: the keys come later
+          2   #  #  c  .    rank 1
+          3   #  #  #  c    rank 0    Both ranks compute three # and two c.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 256  # queries at a time where there is a mask, or scores are at hand
+BLOCK = 256  # queries at a time where a tile needs a mask, or an operator keeps its scores
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScoreOptions:
     """How scores become weights; see `kernels.attention.attention`."""
 
     scale: float
@@ -20,107 +31,119 @@ class Rule:
     clip: tuple[float, float] | None = None
 
 
-class Region(NamedTuple):
-    """Queries `rows` of a tensor, which stand at positions from `at` on, over the keys `keys` of
-    another one, which stand at positions from `seen` on."""
+class Tile(NamedTuple):
+    """A rectangle of the score matrix.
+
+    Attributes:
+        rows: the queries, a range of a tensor's rows.
+        query_start: the position in the sequence of the first of these queries.
+        keys: the keys, a range of another tensor's rows.
+        key_start: the position in the sequence of the first of these keys.
+    """
 
     rows: slice
-    at: int
+    query_start: int
     keys: slice
-    seen: int
+    key_start: int
 
 
-class Piece(NamedTuple):
-    """A part of a region that one operator computes."""
+class MaskedTile(NamedTuple):
+    """A part of a tile that one call of an operator computes, with its mask."""
 
     rows: slice
     keys: slice
     causal: bool = False  # the first query sees the first key, the second the first two, ...
-    visible: Tensor | None = None  # [B or 1, 1, queries, keys]; None: all
+    visible: Tensor | None = None  # [B or 1, 1, queries, keys] bool; None: all (if not causal)
 
 
-class Packing:
-    """Document numbers `[S, B]` by position.
+class DocumentStarts:
+    """Document numbers `[S, B]`, and where the document at each position starts.
 
-    `earliest` and `latest` say of a position where the documents there begin: of all samples the
-    first and the last.
+    `earliest[p]` and `latest[p]` are the first and the last, over all samples, of the positions at
+    which the documents that position p belongs to start.
     """
 
     def __init__(self, documents: Tensor) -> None:
         self.documents = documents
         opens = torch.ones_like(documents, dtype=torch.bool)
         opens[1:] = documents[1:] != documents[:-1]
-        place = torch.arange(len(documents), device=documents.device)[:, None]
-        starts = torch.where(opens, place, 0).cummax(0).values
+        position = torch.arange(len(documents), device=documents.device)[:, None]
+        starts = torch.where(opens, position, 0).cummax(0).values
         earliest, latest = starts.aminmax(dim=1)
         self.earliest: list[int] = earliest.tolist()
         self.latest: list[int] = latest.tolist()
 
-    def visible(self, at: slice, seen: slice) -> Tensor:
-        """Which queries and keys are of one document, `[B, queries, keys]`."""
-        return self.documents[at].T[:, :, None] == self.documents[seen].T[:, None]
+    def same_document(self, queries: slice, keys: slice) -> Tensor:
+        """Which queries and keys are of one document, by position: `[B, queries, keys]` bool."""
+        return self.documents[queries].T[:, :, None] == self.documents[keys].T[:, None]
 
 
-def pieces(region: Region, rule: Rule, packing: Packing | None, fused: bool) -> Iterator[Piece]:
-    """What there is to compute in a region: nothing that no query sees, and masks where needed.
+def masked_tiles(
+    tile: Tile, options: ScoreOptions, starts: DocumentStarts | None, fused: bool
+) -> Iterator[MaskedTile]:
+    """Divides a tile into parts to compute: leaves out keys that no query sees, adds masks.
 
-    `fused` says that an operator keeps no scores, so that pieces without a mask may be of any size.
+    `fused` says that an operator keeps no scores, so that parts without a mask may be of any size.
     """
-    rows, at, keys, seen = region
-    queries, count = rows.stop - rows.start, keys.stop - keys.start
-    within = rule.window is None or at + queries - rule.window <= seen
-    if fused and packing is None and within:
-        before = min(count, at - seen)
-        if before == count:
-            yield Piece(rows, keys)
+    rows, query_start, keys, key_start = tile
+    queries, key_count = rows.stop - rows.start, keys.stop - keys.start
+    in_window = options.window is None or query_start + queries - options.window <= key_start
+    if fused and starts is None and in_window:
+        before = min(key_count, query_start - key_start)  # keys before the first query
+        if before == key_count:
+            yield MaskedTile(rows, keys)
             return
-        if before >= 0 and count - before == queries:  # the last keys are the queries' own
+        if before >= 0 and key_count - before == queries:  # the last keys are the queries' own
             if before:
-                yield Piece(rows, slice(keys.start, keys.start + before))
-            yield Piece(rows, slice(keys.start + before, keys.stop), causal=True)
+                yield MaskedTile(rows, slice(keys.start, keys.start + before))
+            yield MaskedTile(rows, slice(keys.start + before, keys.stop), causal=True)
             return
-    for start in range(at, at + queries, BLOCK):
-        block = slice(start, min(start + BLOCK, at + queries))
-        for here, there in _spans(block, slice(seen, seen + count), rule, packing):
-            yield Piece(
-                _moved(here, rows.start - at),
-                _moved(there, keys.start - seen),
-                visible=_visible(here, there, rule, packing),
+    key_positions = slice(key_start, key_start + key_count)
+    for start in range(query_start, query_start + queries, BLOCK):
+        block = slice(start, min(start + BLOCK, query_start + queries))
+        for query_range, key_range in _visible_ranges(block, key_positions, options, starts):
+            yield MaskedTile(
+                _shifted(query_range, rows.start - query_start),
+                _shifted(key_range, keys.start - key_start),
+                visible=_mask(query_range, key_range, options, starts),
             )
 
 
-def _moved(positions: slice, by: int) -> slice:
-    return slice(positions.start + by, positions.stop + by)
+def _shifted(positions: slice, offset: int) -> slice:
+    return slice(positions.start + offset, positions.stop + offset)
 
 
-def _spans(
-    at: slice, seen: slice, rule: Rule, packing: Packing | None
+def _visible_ranges(
+    queries: slice, keys: slice, options: ScoreOptions, starts: DocumentStarts | None
 ) -> Iterator[tuple[slice, slice]]:
-    """Queries and the keys before them, and beside them, that one of them may see; by position."""
-    first, stop = seen.start, min(seen.stop, at.stop)
-    if rule.window is not None:
-        first = max(first, at.start - rule.window + 1)
-    if packing is not None:
-        first = max(first, packing.earliest[at.start])
-    if first < min(stop, at.start):
-        yield at, slice(first, min(stop, at.start))
-    if (first := max(first, at.start)) < stop:
-        yield at, slice(first, stop)
+    """Yields the queries with the keys that at least one of them may see, all by position: first
+    the keys before the queries, then those at the queries' own positions."""
+    first, stop = keys.start, min(keys.stop, queries.stop)
+    if options.window is not None:
+        first = max(first, queries.start - options.window + 1)
+    if starts is not None:
+        first = max(first, starts.earliest[queries.start])
+    if first < min(stop, queries.start):
+        yield queries, slice(first, min(stop, queries.start))
+    if (first := max(first, queries.start)) < stop:
+        yield queries, slice(first, stop)
 
 
-def _visible(at: slice, seen: slice, rule: Rule, packing: Packing | None) -> Tensor | None:
-    """Which of the keys each query sees, `[B or 1, 1, queries, keys]`; None: all."""
-    before = seen.stop <= at.start + 1
-    inside = rule.window is None or at.stop - rule.window <= seen.start
-    together = packing is None or packing.latest[at.stop - 1] <= seen.start
-    if before and inside and together:
+def _mask(
+    queries: slice, keys: slice, options: ScoreOptions, starts: DocumentStarts | None
+) -> Tensor | None:
+    """Which of the keys each query sees, `[B or 1, 1, queries, keys]` bool; None: all."""
+    all_earlier = keys.stop <= queries.start + 1
+    in_window = options.window is None or queries.stop - options.window <= keys.start
+    in_document = starts is None or starts.latest[queries.stop - 1] <= keys.start
+    if all_earlier and in_window and in_document:
         return None
-    device = None if packing is None else packing.documents.device
-    query = torch.arange(at.start, at.stop, device=device)[:, None]
-    key = torch.arange(seen.start, seen.stop, device=device)
+    device = None if starts is None else starts.documents.device
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
     visible = key <= query
-    if rule.window is not None:
-        visible &= key > query - rule.window
-    if packing is not None and not together:
-        visible = visible & packing.visible(at, seen)
+    if options.window is not None:
+        visible &= key > query - options.window
+    if starts is not None and not in_document:
+        visible = visible & starts.same_document(queries, keys)
     return visible.view(-1, 1, *visible.shape[-2:])

@@ -1,4 +1,4 @@
-"""Operators on a width that is cut over ranks, here threads, against references of all of it."""
+"""Operators on a width that is sharded over ranks, simulated by threads, against references."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from equal import assert_equal
-from test_experts import rubbish_grouped_mm
+from test_experts import uninitialised_grouped_mm
 from torch import Tensor
 
 from colonnade.kernels import experts as experts_module
@@ -20,7 +20,6 @@ from colonnade.kernels.activation import (
     gated,
     polynomial,
 )
-from colonnade.kernels.cut import WHOLE, Combine, Cut
 from colonnade.kernels.experts import experts, experts_reference
 from colonnade.kernels.loss import (
     linear_consistency,
@@ -29,55 +28,58 @@ from colonnade.kernels.loss import (
     linear_objective_reference,
 )
 from colonnade.kernels.norm import rms_norm, rms_norm_reference
+from colonnade.kernels.sharding import UNSHARDED, Reduction, Sharding
 
 Tensors = dict[str, Tensor]
-Dims = dict[str, int | str]  # a dimension that is cut, a "sum" over ranks, or the "same" on all
+Dims = dict[str, int | str]  # a sharded dimension, a "sum" over ranks, or the "same" on all
 OPTIONS = [{}, {"cap": 1.5}, {"z": 0.3}, {"cap": 1.5, "z": 0.3}]
 V, D = 24, 5
 
 
 class Threads:
-    """Ranks as threads, which meet at a barrier to combine what they hold."""
+    """Ranks as threads, which meet at a barrier to reduce their tensors."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.barrier = count, threading.Barrier(count, timeout=60)
-        self.held: list[Tensor] = [torch.empty(0)] * count
-        self.asked: list[str] = []  # what rank 0 asked for
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier = size, threading.Barrier(size, timeout=60)
+        self.tensors: list[Tensor] = [torch.empty(0)] * size
+        self.collectives: list[str] = []  # those that rank 0 called
 
-    def cut(self, rank: int) -> Cut:
-        total = self.combining(rank, "total", lambda t: t.sum(0))
-        return Cut(self.count, rank, total, self.combining(rank, "largest", lambda t: t.amax(0)))
+    def sharding(self, rank: int) -> Sharding:
+        all_reduce = self.reduction(rank, "sum", lambda t: t.sum(0))
+        return Sharding(
+            self.size, rank, all_reduce, self.reduction(rank, "max", lambda t: t.amax(0))
+        )
 
-    def combining(self, rank: int, name: str, function: Combine) -> Combine:
-        def combine(own: Tensor) -> Tensor:
-            assert not own.requires_grad, "inside an autograd.Function no graph is recorded"
+    def reduction(self, rank: int, name: str, function: Reduction) -> Reduction:
+        def reduce(local: Tensor) -> Tensor:
+            assert not local.requires_grad, "inside an autograd.Function no graph is recorded"
             if rank == 0:
-                self.asked.append(name)
-            self.held[rank] = own
+                self.collectives.append(name)
+            self.tensors[rank] = local
             self.barrier.wait()
-            assert all(t.shape == own.shape for t in self.held)
-            combined = function(torch.stack(self.held))
-            self.barrier.wait()  # before any rank writes what it holds
-            return combined
+            assert all(t.shape == local.shape for t in self.tensors)
+            reduced = function(torch.stack(self.tensors))
+            self.barrier.wait()  # before any rank overwrites its tensor
+            return reduced
 
-        return combine
+        return reduce
 
-    def run(self, function: Callable[[Cut], Tensors]) -> list[Tensors]:
-        """What the function returns on each rank."""
+    def run(self, function: Callable[[Sharding], Tensors]) -> list[Tensors]:
+        """The function's results on each rank."""
 
         def guarded(rank: int) -> Tensors:
             try:
-                return function(self.cut(rank))
+                return function(self.sharding(rank))
             except BaseException:
                 self.barrier.abort()
                 raise
 
-        with ThreadPoolExecutor(self.count) as pool:
-            done = [pool.submit(guarded, rank) for rank in range(self.count)]
-        for f in done:  # the cause first, then those whom it left at the barrier
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(guarded, rank) for rank in range(self.size)]
+        for f in futures:  # the cause first, then the ranks that waited at the barrier
             if not isinstance(f.exception(), threading.BrokenBarrierError):
                 f.result()
-        return [f.result() for f in done]
+        return [f.result() for f in futures]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -86,7 +88,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def results(function: Callable[..., Any], inputs: Tensors, grad: Tensor) -> Tensors:
-    """Outputs, the first one's product with `grad` differentiated in all inputs."""
+    """Outputs, and the gradients of all inputs for `grad`, the gradient of the first output."""
     leaves = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -95,16 +97,16 @@ def results(function: Callable[..., Any], inputs: Tensors, grad: Tensor) -> Tens
     return named | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
-def joined(parts: Sequence[Tensors], dims: Dims) -> Tensors:
-    """The whole of each."""
-    whole = {}
-    for k in parts[0]:
-        each, how = [part[k] for part in parts], dims[k]
+def joined(by_rank: Sequence[Tensors], dims: Dims) -> Tensors:
+    """The full tensors from those of all ranks."""
+    full = {}
+    for k in by_rank[0]:
+        each, how = [tensors[k] for tensors in by_rank], dims[k]
         if how == "same":
             assert all(torch.equal(t, each[0]) for t in each), f"{k} differs between ranks"
             each = each[:1]
-        whole[k] = torch.cat(each, how) if isinstance(how, int) else torch.stack(each).sum(0)
-    return whole
+        full[k] = torch.cat(each, how) if isinstance(how, int) else torch.stack(each).sum(0)
+    return full
 
 
 # Norm
@@ -113,45 +115,46 @@ def joined(parts: Sequence[Tensors], dims: Dims) -> Tensors:
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("count", "pieces"), [(3, 1), (2, 1), (4, 2), (6, 3), (4, 4), (2, 4), (1, 1), (1, 2)]
+    ("size", "groups"), [(3, 1), (2, 1), (4, 2), (6, 3), (4, 4), (2, 4), (1, 1), (1, 2)]
 )
-def test_rms_norm(count: int, pieces: int, biased: bool, offset: float) -> None:
-    """Rows of `pieces` groups, whose ranks complete their means; or whole groups on each rank."""
-    groups, width = max(pieces, count), 12 // max(pieces, count)  # columns as each rank has them
+def test_rms_norm(size: int, groups: int, biased: bool, offset: float) -> None:
+    """Rows of `groups` groups, each of several ranks, which reduce means, or several of a rank."""
+    shards, width = max(groups, size), 12 // max(groups, size)  # a group's columns on a rank
     inputs = {"x": normal(3, 2, 12), "weight": normal(12, seed=1)}
     if biased:
         inputs["bias"] = normal(12, seed=2)
     grad = normal(3, 2, 12, seed=3)
 
-    def whole(x: Tensor, **parameters: Tensor) -> Tensor:
-        split = {k: t.unflatten(0, (pieces, -1)) for k, t in parameters.items()}
-        y = rms_norm_reference(x.unflatten(-1, (pieces, -1)), eps=1e-3, offset=offset, **split)
+    def full(x: Tensor, **parameters: Tensor) -> Tensor:
+        split = {k: t.unflatten(0, (groups, -1)) for k, t in parameters.items()}
+        y = rms_norm_reference(x.unflatten(-1, (groups, -1)), eps=1e-3, offset=offset, **split)
         return y.flatten(-2)
 
-    def rank(cut: Cut) -> Tensors:
-        mean, here = cut.mean(pieces), groups // count
-        assert (mean is None) == (pieces % count == 0)
+    def on_rank(sharding: Sharding) -> Tensors:
+        mean, local_groups = sharding.mean_over_ranks(groups), shards // size
+        assert (mean is None) == (groups % size == 0)
 
-        def own(x: Tensor, **parameters: Tensor) -> Tensor:
-            split = {k: t.view(here, width) for k, t in parameters.items()}
+        def local(x: Tensor, **parameters: Tensor) -> Tensor:
+            split = {k: t.view(local_groups, width) for k, t in parameters.items()}
             y = rms_norm(
-                x.unflatten(-1, (here, width)), eps=1e-3, offset=offset, mean=mean, **split
+                x.unflatten(-1, (local_groups, width)), eps=1e-3, offset=offset, mean=mean, **split
             )
             return y.flatten(-2)
 
-        return results(own, {k: cut.mine(t, -1) for k, t in inputs.items()}, cut.mine(grad, -1))
+        local_inputs = {k: sharding.local(t, -1) for k, t in inputs.items()}
+        return results(local, local_inputs, sharding.local(grad, -1))
 
-    ranks = Threads(count)
-    parts = ranks.run(rank)
-    assert_equal(joined(parts, {k: -1 for k in parts[0]}), results(whole, inputs, grad))
-    assert ranks.asked == ["total"] * (0 if pieces % count == 0 else 2)
+    ranks = Threads(size)
+    by_rank = ranks.run(on_rank)
+    assert_equal(joined(by_rank, {k: -1 for k in by_rank[0]}), results(full, inputs, grad))
+    assert ranks.collectives == ["sum"] * (0 if groups % size == 0 else 2)
 
 
-def test_cut_slices_what_it_shares() -> None:
-    """Four ranks of two pieces: neighbours have the same one."""
-    whole = torch.arange(8)
-    assert [Cut(4, i).mine(whole, 0).tolist() for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    shared = [Cut(4, i).mine(whole, 0, pieces=2).tolist() for i in range(4)]
+def test_local_shards() -> None:
+    """A shard for each of four ranks, and two shards, each of which two neighbours hold."""
+    full, ranks = torch.arange(8), [Sharding(4, rank) for rank in range(4)]
+    assert [r.local(full, 0).tolist() for r in ranks] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    shared = [r.local(full, 0, shards=2).tolist() for r in ranks]
     assert shared == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
 
 
@@ -159,7 +162,7 @@ def test_cut_slices_what_it_shares() -> None:
 
 
 def operands(name: str, *shape: int, seed: int = 0) -> Tensors:
-    """`up`, and the gate and coefficients that the activation has."""
+    """`up`, and the gate and the coefficients where the activation has them."""
     t = {"up": 2 * normal(*shape, seed=seed)}
     if gated(name):
         t["gate"] = 2 * normal(*shape, seed=seed + 1)
@@ -168,30 +171,30 @@ def operands(name: str, *shape: int, seed: int = 0) -> Tensors:
     return t
 
 
-def split(t: Tensors, cut: Cut, dims: dict[str, int]) -> Tensors:
-    """This rank's part of all that is cut."""
-    return {k: cut.mine(v, dims[k]) if k in dims else v for k, v in t.items()}
+def split(t: Tensors, sharding: Sharding, dims: dict[str, int]) -> Tensors:
+    """The tensors, those in `dims` sharded along these dimensions."""
+    return {k: sharding.local(v, dims[k]) if k in dims else v for k, v in t.items()}
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_activated_linear(name: str, count: int) -> None:
+def test_activated_linear(name: str, size: int) -> None:
     inputs = {**operands(name, 5, 2, 12), "weight": normal(3, 12, seed=3)}
     grad = normal(5, 2, 3, seed=4)
 
-    def whole(up: Tensor, weight: Tensor, gate: Any = None, poly: Any = None) -> Tensor:
+    def full(up: Tensor, weight: Tensor, gate: Any = None, poly: Any = None) -> Tensor:
         return activate_reference(up, gate, name, poly) @ weight.T
 
-    def rank(cut: Cut) -> Tensors:
-        def own(up: Tensor, weight: Tensor, gate: Any = None, poly: Any = None) -> Tensor:
-            return activated_linear(up, gate, weight, name, poly, cut)
+    def on_rank(sharding: Sharding) -> Tensors:
+        def local(up: Tensor, weight: Tensor, gate: Any = None, poly: Any = None) -> Tensor:
+            return activated_linear(up, gate, weight, name, poly, sharding)
 
-        return results(own, split(inputs, cut, {"up": -1, "gate": -1, "weight": -1}), grad)
+        return results(local, split(inputs, sharding, {"up": -1, "gate": -1, "weight": -1}), grad)
 
-    ranks = Threads(count)
+    ranks = Threads(size)
     dims: Dims = {"y0": "sum", "dpoly": "sum", **dict.fromkeys(["dup", "dgate", "dweight"], -1)}
-    assert_equal(joined(ranks.run(rank), dims), results(whole, inputs, grad))
-    assert ranks.asked == (["total"] * 2 if name == "polynorm" else [])
+    assert_equal(joined(ranks.run(on_rank), dims), results(full, inputs, grad))
+    assert ranks.collectives == (["sum"] * 2 if name == "polynorm" else [])
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_activated_linear(name: str, count: int) -> None:
     [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2.0**-8)],  # two roundings
 )
 def test_polynorm_of_extreme_rows(dtype: torch.dtype, bound: float) -> None:
-    """Ranks whose numbers differ by up to 1e15, sixth powers far outside fp32: right, by rows."""
+    """Ranks' values differ by up to 1e15, with sixth powers far outside fp32; compared by row."""
     inputs, grad = operands("polynorm", 5, 12), normal(5, 12, seed=4)
     x = inputs["up"]
     x[0, :4] *= 1e10
@@ -209,17 +212,17 @@ def test_polynorm_of_extreme_rows(dtype: torch.dtype, bound: float) -> None:
     inputs["up"], grad = x.to(dtype), grad.to(dtype).double()
     inputs["poly"] = inputs["poly"].to(torch.promote_types(dtype, torch.float32))
 
-    def rank(cut: Cut) -> Tensors:
-        def own(up: Tensor, poly: Tensor) -> Tensor:
-            return activate(up, None, "polynorm", poly, cut)
+    def on_rank(sharding: Sharding) -> Tensors:
+        def local(up: Tensor, poly: Tensor) -> Tensor:
+            return activate(up, None, "polynorm", poly, sharding)
 
-        return results(own, split(inputs, cut, {"up": -1}), cut.mine(grad, -1))
+        return results(local, split(inputs, sharding, {"up": -1}), sharding.local(grad, -1))
 
-    def whole(up: Tensor, poly: Tensor) -> Tensor:
+    def full(up: Tensor, poly: Tensor) -> Tensor:
         return activate_reference(up, None, "polynorm", poly)
 
-    ours = joined(Threads(3).run(rank), {"y0": -1, "dup": -1, "dpoly": "sum"})
-    exact = results(whole, {k: t.double() for k, t in inputs.items()}, grad)
+    ours = joined(Threads(3).run(on_rank), {"y0": -1, "dup": -1, "dpoly": "sum"})
+    exact = results(full, {k: t.double() for k, t in inputs.items()}, grad)
     for k in ("y0", "dup"):
         for got, wanted in zip(ours[k], exact[k], strict=True):
             assert_equal({k: got}, {k: wanted}, bound)
@@ -229,10 +232,10 @@ def test_polynorm_of_extreme_rows(dtype: torch.dtype, bound: float) -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ["swiglu", "relu2", "polyrelu", "polynorm"])
 def test_experts(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One expert without rows, some choices dropped; a product for each expert, and grouped."""
+    """One expert without rows, some choices dropped; with a product per expert, and grouped."""
     (T, k, E, F), g = (13, 2, 4, 6), torch.Generator().manual_seed(0)
     chosen = torch.rand(T, E - 1, generator=g).argsort(1)[:, :k]
-    kept = torch.rand(T, k, generator=g) > 0.3
+    keep_mask = torch.rand(T, k, generator=g) > 0.3
     inputs = {"x": normal(T, D), "weight": normal(T, k), "up": normal(E, F, D)}
     inputs["down"] = normal(E, D, F, seed=1)
     if gated(name):
@@ -240,30 +243,30 @@ def test_experts(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> N
     if polynomial(name):
         inputs["poly"] = normal(4)
     grad = normal(T, D, seed=5)
-    fixed: dict[str, Any] = {"chosen": chosen, "kept": kept, "activation": name}
+    fixed: dict[str, Any] = {"chosen": chosen, "keep_mask": keep_mask, "activation": name}
     expected = results(
         lambda gate=None, **t: experts_reference(gate=gate, **t, **fixed), inputs, grad
     )
     if grouped:
         monkeypatch.setattr(experts_module, "_grouped", lambda rows, up: True)
-        monkeypatch.setattr(torch.nn.functional, "grouped_mm", rubbish_grouped_mm)
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", uninitialised_grouped_mm)
 
-    def rank(cut: Cut) -> Tensors:
-        def own(gate: Tensor | None = None, **t: Any) -> Tensor:
-            return experts(gate=gate, cut=cut, **t, **fixed)
+    def on_rank(sharding: Sharding) -> Tensors:
+        def local(gate: Tensor | None = None, **t: Any) -> Tensor:
+            return experts(gate=gate, sharding=sharding, **t, **fixed)
 
-        return results(own, split(inputs, cut, {"up": 1, "gate": 1, "down": 2}), grad)
+        return results(local, split(inputs, sharding, {"up": 1, "gate": 1, "down": 2}), grad)
 
     dims: Dims = dict.fromkeys(["y0", "dx", "dweight", "dpoly"], "sum")
-    parts = Threads(3).run(rank)
-    assert_equal(joined(parts, {**dims, "dup": 1, "dgate": 1, "ddown": 2}), expected)
+    by_rank = Threads(3).run(on_rank)
+    assert_equal(joined(by_rank, {**dims, "dup": 1, "dgate": 1, "ddown": 2}), expected)
 
 
 # Losses
 
 
 def labels_of(T: int, ignored: float) -> Tensor:
-    """Labels of the whole vocabulary, a share of them without loss."""
+    """Labels over the full vocabulary, a share of them ignored."""
     g = torch.Generator().manual_seed(T)
     labels = torch.randint(V, (T,), generator=g)
     return labels.masked_fill(torch.rand(T, generator=g) < ignored, -100)
@@ -271,7 +274,7 @@ def labels_of(T: int, ignored: float) -> Tensor:
 
 @pytest.fixture(params=[(13, 0.3, 4), (9, 0.0, 100), (5, 1.0, 2)])
 def tokens(request: pytest.FixtureRequest) -> tuple[int, Tensor, int]:
-    """How many there are, their labels, and tokens per chunk."""
+    """The number of tokens, their labels, and tokens per chunk."""
     T, ignored, chunk = request.param
     return T, labels_of(T, ignored), chunk
 
@@ -281,101 +284,108 @@ LOSS_DIMS: Dims = {**SAME, **dict.fromkeys(["dx", "dx1", "dx2"], "sum"), "dweigh
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_linear_objective(
-    count: int, tokens: tuple[int, Tensor, int], options: dict[str, float]
+    size: int, tokens: tuple[int, Tensor, int], options: dict[str, float]
 ) -> None:
     T, labels, chunk = tokens
     inputs = {"x": normal(T, D), "weight": normal(V, D)}
-    inputs["weight"][V // 2] *= 5  # so that the largest logits are of one block
+    inputs["weight"][V // 2] *= 5  # so that one shard has the largest logits
     grad = normal()
 
-    def rank(cut: Cut) -> Tensors:
-        def own(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            return linear_objective(x, weight, labels, chunk, cut=cut, **options)
+    def on_rank(sharding: Sharding) -> Tensors:
+        def local(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return linear_objective(x, weight, labels, chunk, sharding=sharding, **options)
 
-        return results(own, split(inputs, cut, {"weight": 0}), grad)
+        return results(local, split(inputs, sharding, {"weight": 0}), grad)
 
-    def whole(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def full(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return linear_objective_reference(x, weight, labels, **options)
 
-    ranks = Threads(count)
-    assert_equal(joined(ranks.run(rank), LOSS_DIMS), results(whole, inputs, grad))
-    assert ranks.asked == ["largest", "total"] * -(-T // chunk)
+    ranks = Threads(size)
+    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, grad))
+    assert ranks.collectives == ["max", "sum"] * -(-T // chunk)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_linear_consistency(
-    count: int, tokens: tuple[int, Tensor, int], options: dict[str, float]
+    size: int, tokens: tuple[int, Tensor, int], options: dict[str, float]
 ) -> None:
     T, labels, chunk = tokens
     inputs = {"x1": normal(T, D), "x2": normal(T, D, seed=5), "weight": normal(V, D)}
     grad = normal()
 
-    def rank(cut: Cut) -> Tensors:
-        def own(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            return linear_consistency(x1, x2, weight, labels, chunk, 5.0, cut=cut, **options)
+    def on_rank(sharding: Sharding) -> Tensors:
+        def local(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return linear_consistency(
+                x1, x2, weight, labels, chunk, 5.0, sharding=sharding, **options
+            )
 
-        return results(own, split(inputs, cut, {"weight": 0}), grad)
+        return results(local, split(inputs, sharding, {"weight": 0}), grad)
 
-    def whole(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def full(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return linear_consistency_reference(x1, x2, weight, labels, 5.0, **options)
 
-    ranks = Threads(count)
-    assert_equal(joined(ranks.run(rank), LOSS_DIMS), results(whole, inputs, grad))
-    assert ranks.asked == ["largest", "total", "total"] * -(-T // chunk)
+    ranks = Threads(size)
+    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, grad))
+    assert ranks.collectives == ["max", "sum", "sum"] * -(-T // chunk)
+
+
+def named(*values: Tensor) -> Tensors:
+    return {f"y{i}": value for i, value in enumerate(values)}
 
 
 def test_losses_without_gradient() -> None:
-    """Validation: the same numbers, on every rank."""
+    """In validation: the same values as in training, on every rank."""
     inputs, labels = [normal(9, D), normal(9, D, seed=5), normal(V, D)], labels_of(9, 0.3)
 
-    def rank(cut: Cut) -> Tensors:
-        one, two, weight = *inputs[:2], cut.mine(inputs[2], 0)
+    def on_rank(sharding: Sharding) -> Tensors:
+        one, two, weight = *inputs[:2], sharding.local(inputs[2], 0)
         with torch.no_grad():
-            a = linear_objective(one, weight, labels, 4, cap=2.0, cut=cut)
-            b = linear_consistency(one, two, weight, labels, 4, 5.0, z=0.1, cut=cut)
-        return dict(zip("01234", (*a, *b), strict=True))
+            a = linear_objective(one, weight, labels, 4, cap=2.0, sharding=sharding)
+            b = linear_consistency(one, two, weight, labels, 4, 5.0, z=0.1, sharding=sharding)
+        return named(*a, *b)
 
     one, two, weight = inputs
     a = linear_objective_reference(one, weight, labels, cap=2.0)
     b = linear_consistency_reference(one, two, weight, labels, 5.0, z=0.1)
-    ours = joined(Threads(3).run(rank), dict.fromkeys("01234", "same"))
-    assert_equal(ours, dict(zip("01234", (*a, *b), strict=True)))
+    expected = named(*a, *b)
+    assert_equal(joined(Threads(3).run(on_rank), dict.fromkeys(expected, "same")), expected)
 
 
 def test_losses_of_large_logits() -> None:
-    """A label whose logit is 1e4 below another rank's, and a certain one: exact, finite."""
+    """A label with a logit 1e4 below another rank's, and one of probability 1: exact and finite."""
     x = torch.eye(3, dtype=torch.float64)
     labels = torch.tensor([0, 1, 0])
 
-    def rank(cut: Cut) -> Tensors:
-        weight = cut.mine(1e4 * x, 0).requires_grad_()
-        y = linear_objective(x, weight, labels, 2, cut=cut)[0]
+    def on_rank(sharding: Sharding) -> Tensors:
+        weight = sharding.local(1e4 * x, 0).requires_grad_()
+        y = linear_objective(x, weight, labels, 2, sharding=sharding)[0]
         y.backward()
         assert weight.grad is not None
-        both = linear_consistency(x, x.flip(0), weight.detach(), labels, 2, 1.0, cut=cut)
-        return {"y": y.detach(), "d": weight.grad, **dict(zip("abc", both, strict=True))}
+        both = linear_consistency(x, x.flip(0), weight.detach(), labels, 2, 1.0, sharding=sharding)
+        return {"objective": y.detach(), "grad": weight.grad, **named(*both)}
 
-    how: Dims = {**dict.fromkeys("yabc", "same"), "d": 0}
-    ours = joined(Threads(3).run(rank), how)
-    assert ours["y"].item() == 1e4
-    assert ours["d"].tolist() == [[0, 0, -1], [0, 0, 0], [0, 0, 1]]
+    dims: Dims = {**SAME, "objective": "same", "grad": 0}
+    ours = joined(Threads(3).run(on_rank), dims)
+    assert ours["objective"].item() == 1e4
+    assert ours["grad"].tolist() == [[0, 0, -1], [0, 0, 0], [0, 0, 1]]
     assert all(t.isfinite().all() for t in ours.values())
 
 
 @pytest.mark.parametrize("equal", [False, True])
 def test_consistency_of_near_passes(equal: bool) -> None:
-    """In fp32 a divergence of 1e-7 of the loss keeps its digits; that of equal passes is 0."""
+    """In fp32 a divergence of 1e-7 of the loss is precise; that of equal passes is 0."""
     one, weight, labels = normal(9, D).float(), normal(V, D).float(), labels_of(9, 0.0)
     two = one if equal else (one + 1e-4 * normal(9, D, seed=5)).float()
 
-    def rank(cut: Cut) -> Tensors:
-        own = cut.mine(weight, 0)
-        return {"divergence": linear_consistency(one, two, own, labels, 9, 1.0, cut=cut)[2]}
+    def on_rank(sharding: Sharding) -> Tensors:
+        shard = sharding.local(weight, 0)
+        losses = linear_consistency(one, two, shard, labels, 9, 1.0, sharding=sharding)
+        return {"divergence": losses[2]}
 
-    ours = joined(Threads(3).run(rank), {"divergence": "same"})
+    ours = joined(Threads(3).run(on_rank), {"divergence": "same"})
     wide = (one.double(), two.double(), weight.double())
     exact = linear_consistency_reference(*wide, labels, 1.0)[2]
     assert_equal(ours, {"divergence": exact}, 0.01)
@@ -386,14 +396,14 @@ def test_consistency_of_near_passes(equal: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["swiglu", "polynorm"])
-def test_whole_is_traced(name: str) -> None:
-    """`WHOLE` and None among a function's arguments break no compiled graph."""
+def test_unsharded_is_traced(name: str) -> None:
+    """`UNSHARDED` and None among a function's arguments cause no graph break."""
     inputs = {**operands(name, 5, 12), "weight": normal(3, 12, seed=3), "scale": normal(12)}
     grad = normal(5, 3, seed=4)
 
     def function(up: Tensor, weight: Tensor, scale: Tensor, **more: Tensor) -> Tensor:
-        up = rms_norm(up, scale, 1e-3, mean=WHOLE.mean())
-        return activated_linear(up, more.get("gate"), weight, name, more.get("poly"), WHOLE)
+        up = rms_norm(up, scale, 1e-3, mean=UNSHARDED.mean_over_ranks())
+        return activated_linear(up, more.get("gate"), weight, name, more.get("poly"), UNSHARDED)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_equal(results(compiled, inputs, grad), results(function, inputs, grad))
