@@ -46,9 +46,8 @@ class Threads:
 
     def sharding(self, rank: int) -> Sharding:
         all_reduce = self.reduction(rank, "sum", lambda t: t.sum(0))
-        return Sharding(
-            self.size, rank, all_reduce, self.reduction(rank, "max", lambda t: t.amax(0))
-        )
+        all_reduce_max = self.reduction(rank, "max", lambda t: t.amax(0))
+        return Sharding(self.size, rank, all_reduce, all_reduce_max)
 
     def reduction(self, rank: int, name: str, function: Reduction) -> Reduction:
         def reduce(local: Tensor) -> Tensor:
@@ -87,14 +86,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
+def named(*outputs: Tensor) -> Tensors:
+    return {f"y{i}": y.detach() for i, y in enumerate(outputs)}
+
+
 def results(function: Callable[..., Any], inputs: Tensors, grad: Tensor) -> Tensors:
     """Outputs, and the gradients of all inputs for `grad`, the gradient of the first output."""
     leaves = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = torch.autograd.grad(outputs[0], list(leaves.values()), grad.to(outputs[0].dtype))
-    named = {f"y{i}": y.detach() for i, y in enumerate(outputs)}
-    return named | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
+    return named(*outputs) | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
 def joined(by_rank: Sequence[Tensors], dims: Dims) -> Tensors:
@@ -205,10 +207,7 @@ def test_polynorm_of_extreme_rows(dtype: torch.dtype, bound: float) -> None:
     """Ranks' values differ by up to 1e15, with sixth powers far outside fp32; compared by row."""
     inputs, grad = operands("polynorm", 5, 12), normal(5, 12, seed=4)
     x = inputs["up"]
-    x[0, :4] *= 1e10
-    x[1, 4:8] = 0
-    x[2, 5] = -1e15
-    x[3] *= 1e-12
+    x[0, :4], x[1, 4:8], x[2, 5], x[3] = 1e10 * x[0, :4], 0, -1e15, 1e-12 * x[3]
     inputs["up"], grad = x.to(dtype), grad.to(dtype).double()
     inputs["poly"] = inputs["poly"].to(torch.promote_types(dtype, torch.float32))
 
@@ -224,8 +223,8 @@ def test_polynorm_of_extreme_rows(dtype: torch.dtype, bound: float) -> None:
     ours = joined(Threads(3).run(on_rank), {"y0": -1, "dup": -1, "dpoly": "sum"})
     exact = results(full, {k: t.double() for k, t in inputs.items()}, grad)
     for k in ("y0", "dup"):
-        for got, wanted in zip(ours[k], exact[k], strict=True):
-            assert_equal({k: got}, {k: wanted}, bound)
+        for row in range(5):
+            assert_equal({k: ours[k][row]}, {k: exact[k][row]}, bound)
     assert_equal({"dpoly": ours["dpoly"]}, {"dpoly": exact["dpoly"]}, min(bound, 1e-5))
 
 
@@ -291,19 +290,18 @@ def test_linear_objective(
     T, labels, chunk = tokens
     inputs = {"x": normal(T, D), "weight": normal(V, D)}
     inputs["weight"][V // 2] *= 5  # so that one shard has the largest logits
-    grad = normal()
 
     def on_rank(sharding: Sharding) -> Tensors:
         def local(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             return linear_objective(x, weight, labels, chunk, sharding=sharding, **options)
 
-        return results(local, split(inputs, sharding, {"weight": 0}), grad)
+        return results(local, split(inputs, sharding, {"weight": 0}), normal())
 
     def full(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return linear_objective_reference(x, weight, labels, **options)
 
     ranks = Threads(size)
-    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, grad))
+    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, normal()))
     assert ranks.collectives == ["max", "sum"] * -(-T // chunk)
 
 
@@ -314,7 +312,6 @@ def test_linear_consistency(
 ) -> None:
     T, labels, chunk = tokens
     inputs = {"x1": normal(T, D), "x2": normal(T, D, seed=5), "weight": normal(V, D)}
-    grad = normal()
 
     def on_rank(sharding: Sharding) -> Tensors:
         def local(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -322,32 +319,27 @@ def test_linear_consistency(
                 x1, x2, weight, labels, chunk, 5.0, sharding=sharding, **options
             )
 
-        return results(local, split(inputs, sharding, {"weight": 0}), grad)
+        return results(local, split(inputs, sharding, {"weight": 0}), normal())
 
     def full(x1: Tensor, x2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return linear_consistency_reference(x1, x2, weight, labels, 5.0, **options)
 
     ranks = Threads(size)
-    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, grad))
+    assert_equal(joined(ranks.run(on_rank), LOSS_DIMS), results(full, inputs, normal()))
     assert ranks.collectives == ["max", "sum", "sum"] * -(-T // chunk)
-
-
-def named(*values: Tensor) -> Tensors:
-    return {f"y{i}": value for i, value in enumerate(values)}
 
 
 def test_losses_without_gradient() -> None:
     """In validation: the same values as in training, on every rank."""
-    inputs, labels = [normal(9, D), normal(9, D, seed=5), normal(V, D)], labels_of(9, 0.3)
+    one, two, weight, labels = normal(9, D), normal(9, D, seed=5), normal(V, D), labels_of(9, 0.3)
 
     def on_rank(sharding: Sharding) -> Tensors:
-        one, two, weight = *inputs[:2], sharding.local(inputs[2], 0)
+        shard = sharding.local(weight, 0)
         with torch.no_grad():
-            a = linear_objective(one, weight, labels, 4, cap=2.0, sharding=sharding)
-            b = linear_consistency(one, two, weight, labels, 4, 5.0, z=0.1, sharding=sharding)
+            a = linear_objective(one, shard, labels, 4, cap=2.0, sharding=sharding)
+            b = linear_consistency(one, two, shard, labels, 4, 5.0, z=0.1, sharding=sharding)
         return named(*a, *b)
 
-    one, two, weight = inputs
     a = linear_objective_reference(one, weight, labels, cap=2.0)
     b = linear_consistency_reference(one, two, weight, labels, 5.0, z=0.1)
     expected = named(*a, *b)
@@ -356,8 +348,7 @@ def test_losses_without_gradient() -> None:
 
 def test_losses_of_large_logits() -> None:
     """A label with a logit 1e4 below another rank's, and one of probability 1: exact and finite."""
-    x = torch.eye(3, dtype=torch.float64)
-    labels = torch.tensor([0, 1, 0])
+    x, labels = torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 0])
 
     def on_rank(sharding: Sharding) -> Tensors:
         weight = sharding.local(1e4 * x, 0).requires_grad_()
@@ -386,8 +377,7 @@ def test_consistency_of_near_passes(equal: bool) -> None:
         return {"divergence": losses[2]}
 
     ours = joined(Threads(3).run(on_rank), {"divergence": "same"})
-    wide = (one.double(), two.double(), weight.double())
-    exact = linear_consistency_reference(*wide, labels, 1.0)[2]
+    exact = linear_consistency_reference(*(t.double() for t in (one, two, weight)), labels, 1.0)[2]
     assert_equal(ours, {"divergence": exact}, 0.01)
     assert (ours["divergence"].item() == 0) == equal
 
