@@ -21,13 +21,13 @@ from colonnade.bench.crew import Ranks
 from colonnade.bench.mixers import kept_bytes
 from colonnade.bench.timing import median_ratio
 from colonnade.kernels.attention import attention
-from colonnade.kernels.blockwise import Rule
+from colonnade.kernels.tiles import ScoreOptions
 from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.memory import resident_mib
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.train.job import build_model
 from colonnade.launcher.train.step import train_step
-from colonnade.models.blocks.attention import Softmax, attend_here
+from colonnade.models.blocks.attention import Softmax, local_attend
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.parallel.config import ParallelConfig
@@ -53,7 +53,7 @@ def work(ranks: int) -> Report:
     for zigzag, cut in ((True, "zigzag"), (False, "contiguous")):
         length = 2 if zigzag else 4
         rings = [
-            Ring(SequenceCut(ranks, rank, zigzag), length, Rule(1.0), False)
+            Ring(SequenceCut(ranks, rank, zigzag), length, ScoreOptions(1.0), False)
             for rank in range(ranks)
         ]
         steps = [[ring.scores(step) for ring in rings] for step in range(ranks)]
@@ -105,7 +105,7 @@ def attention_seconds(here: World, shape: Shape, rounds: int) -> dict[str, list[
     """Of ranks 0 and 1 each with half of a sequence, and of rank 0 with all of it: by round."""
     torch.manual_seed(here.rank)
     group = build_mesh(ParallelConfig(cp=2), here)["cp"].get_group()
-    rule, halves, whole = Rule(shape.width**-0.5), shape.leaves(2), shape.leaves(1)
+    rule, halves, whole = ScoreOptions(shape.width**-0.5), shape.leaves(2), shape.leaves(1)
 
     def shared(zigzag: bool) -> Callable[..., Tensor]:
         return lambda q, k, v: context_attention(q, k, v, group, rule=rule, zigzag=zigzag)
@@ -147,7 +147,7 @@ def attention_bytes(here: World, variant: Any, cp: int, shape: Shape) -> int:
     """What attention keeps from forward to backward on a rank, its inputs included."""
     parallel = ParallelConfig(cp=cp, context=variant)
     mesh = build_mesh(parallel, here)["cp"]
-    attend = attend_here if cp == 1 else context_attend(mesh, parallel, shape.heads)
+    attend = local_attend if cp == 1 else context_attend(mesh, parallel, shape.heads)
     (q, k, v), softmax = shape.leaves(cp), Softmax(shape.width**-0.5)
     context = Context(torch.arange(len(q))[:, None])
     return kept_bytes(lambda: attend(q, k, v, softmax, context).sum(), [])

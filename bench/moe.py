@@ -103,7 +103,7 @@ def compare(T: int, D: int, F: int, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         expected = outputs["transformers"]()
         apart = (outputs["ours"]() - expected).abs().max() / expected.abs().max()
-    kept = ours["capacity 1.0"].begin(x, Context(positions)).order.kept
+    kept = ours["capacity 1.0"].begin(x, Context(positions)).order.keep_mask
     size = f"T={T} D={D} F={F}"
     return {
         **{f"{size}: {n} ms": 1e3 * statistics.median(s) for n, s in seconds.items()},

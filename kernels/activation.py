@@ -1,4 +1,4 @@
-"""Activations of MLPs and experts, alone or with the product that follows: only inputs are kept."""
+"""Activations of MLPs and experts, with or without the next product; only inputs are saved."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation_names import Activation, gated, polynomial
-from colonnade.kernels.cut import WHOLE, Cut, outside_graphs
 from colonnade.kernels.linear import product
 from colonnade.kernels.precision import wide
+from colonnade.kernels.sharding import UNSHARDED, Sharding, outside_graphs
 
 aten = torch.ops.aten
 
-# Of one input: the value, and the input's gradient from the value's gradient and the input.
-_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+# Activations of one input: the function, and its backward from the output's gradient and the input.
+_UNGATED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, aten.silu_backward),
     "gelu": (F.gelu, aten.gelu_backward),
     "gelu_tanh": (
@@ -26,9 +26,9 @@ _PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
     "relu2": (lambda x: F.relu(x).square_(), lambda grad, x: F.relu(x).mul_(grad).mul_(2)),
 }
-_GATES = {"swiglu": "silu", "geglu": "gelu"}  # what the gate goes through before it multiplies
-# The gate's gradient from that of its value, in the memory of the latter.
-_IN_PLACE = {
+_GATES = {"swiglu": "silu", "geglu": "gelu"}  # the activation of the gate
+# The backward of the gate's activation, which can write over the output's gradient.
+_GATE_BACKWARD = {
     "swiglu": aten.silu_backward.grad_input,
     "geglu": aten.gelu_backward.grad_input,
 }
@@ -37,9 +37,9 @@ POLYNORM_EPS = 1e-6
 NAMES = get_args(Activation)
 
 
-def _sends(name: str, cut: Cut) -> bool:
-    """Whether ranks have to complete sums."""
-    return name == "polynorm" and cut.count > 1
+def _communicates(name: str, sharding: Sharding) -> bool:
+    """Whether the activation all-reduces sums over its width."""
+    return name == "polynorm" and sharding.size > 1
 
 
 def _check(name: str, gate: Tensor | None, poly: Tensor | None) -> None:
@@ -57,21 +57,22 @@ def _check(name: str, gate: Tensor | None, poly: Tensor | None) -> None:
 # and ρ_i = s_i / s_1^i with s_i = 1/rms(x^i), so that powers are taken of numbers near 1 only.
 
 
-def _row_scales(x: Tensor, name: str, cut: Cut) -> Tensor | None:
-    """s_i = 1/sqrt(mean(x^(2i)) + eps), `[..., 3]`, means over the whole width: for PolyNorm.
+def _row_scales(x: Tensor, name: str, sharding: Sharding) -> Tensor | None:
+    """For PolyNorm, s_i = 1/sqrt(mean(x^(2i)) + eps), `[..., 3]`, means over the full width.
 
-    In fp64, which holds the sixth power of any fp32: ranks that share the width sum these.
+    All-reduces the sums of powers over the ranks that share the width; in fp64, which holds the
+    sixth power of any fp32.
     """
     if name != "polynorm":
         return None
     x = wide(x)
-    top = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
-    unit = x / top.clamp_(min=torch.finfo(x.dtype).tiny)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    unit = x / largest.clamp_(min=torch.finfo(x.dtype).tiny)
     powers = (unit, unit.square(), unit * unit.square())
     norms = torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in powers], -1).double()
     orders = torch.arange(1, 4, device=x.device)
-    squares = cut.total((norms * top.double() ** orders).square_())
-    return (squares / (x.shape[-1] * cut.count)).add_(POLYNORM_EPS).rsqrt_()
+    squares = sharding.all_reduce((norms * largest.double() ** orders).square_())
+    return (squares / (x.shape[-1] * sharding.size)).add_(POLYNORM_EPS).rsqrt_()
 
 
 def _base(x: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,10 +108,10 @@ def _moments(grad: Tensor, u: Tensor) -> Tensor:
     return torch.stack([*sums, product.sum(-1)], -1)
 
 
-def _d_polynomial(
-    grad: Tensor, x: Tensor, poly: Tensor, scales: Tensor | None, cut: Cut
+def _polynomial_backward(
+    grad: Tensor, x: Tensor, poly: Tensor, scales: Tensor | None, sharding: Sharding
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the coefficients, the latter from the columns that are here."""
+    """Gradients of x and of the coefficients; the latter is a partial sum over local columns."""
     g, (u, rho) = wide(grad), _base(x, scales)
     moments = _moments(g, u) * rho
     d_poly = moments.reshape(-1, 4).sum(0).to(poly.dtype)
@@ -120,9 +121,9 @@ def _d_polynomial(
     if scales is None:
         d_x.mul_(u > 0)
     else:  # through the scales: s_i changes with every x of the row
-        shares = cut.total(slopes * rho[..., 1:] * moments[..., 1:])
-        shares = shares.div_(x.shape[-1] * cut.count)
-        d_x.addcmul_(u, _horner(u.square(), *shares.split(1, -1)), value=-1)
+        d_scales = sharding.all_reduce(slopes * rho[..., 1:] * moments[..., 1:])
+        d_scales = d_scales.div_(x.shape[-1] * sharding.size)
+        d_x.addcmul_(u, _horner(u.square(), *d_scales.split(1, -1)), value=-1)
         d_x.mul_(scales[..., :1].to(u.dtype))
     return d_x.to(x.dtype), d_poly
 
@@ -131,29 +132,39 @@ def _value(
     up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None, scales: Tensor | None
 ) -> Tensor:
     if gate is not None:
-        return _PLAIN[_GATES[name]][0](gate).mul_(up)
+        return _UNGATED[_GATES[name]][0](gate).mul_(up)
     if poly is not None:
         return _polynomial(up, poly, scales)
-    return _PLAIN[name][0](up)
+    return _UNGATED[name][0](up)
 
 
-def _derivative(
-    grad: Tensor, up: Tensor, name: str, poly: Tensor | None, scales: Tensor | None, cut: Cut
+def _ungated_backward(
+    grad: Tensor,
+    up: Tensor,
+    name: str,
+    poly: Tensor | None,
+    scales: Tensor | None,
+    sharding: Sharding,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `up` and `poly` from the activation's, where there is no gate."""
+    """Gradients of `up` and `poly` from that of the output, for an activation without a gate."""
     if poly is not None:
-        return _d_polynomial(grad, up, poly, scales, cut)
-    return _PLAIN[name][1](grad, up), None
+        return _polynomial_backward(grad, up, poly, scales, sharding)
+    return _UNGATED[name][1](grad, up), None
 
 
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None, cut: Cut
+        ctx: Any,
+        up: Tensor,
+        gate: Tensor | None,
+        name: str,
+        poly: Tensor | None,
+        sharding: Sharding,
     ) -> Tensor:
-        scales = _row_scales(up, name, cut)
+        scales = _row_scales(up, name, sharding)
         ctx.save_for_backward(up, gate, poly, scales)
-        ctx.name, ctx.cut = name, cut
+        ctx.name, ctx.sharding = name, sharding
         return _value(up, gate, name, poly, scales)
 
     @staticmethod
@@ -161,14 +172,14 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, poly, scales = ctx.saved_tensors
         if gate is None:
-            d_up, d_poly = _derivative(grad, up, ctx.name, poly, scales, ctx.cut)
+            d_up, d_poly = _ungated_backward(grad, up, ctx.name, poly, scales, ctx.sharding)
             return d_up, None, None, d_poly, None
-        value, derivative = _PLAIN[_GATES[ctx.name]]
-        return value(gate).mul_(grad), derivative(grad * up, gate), None, None, None
+        function, backward = _UNGATED[_GATES[ctx.name]]
+        return function(gate).mul_(grad), backward(grad * up, gate), None, None, None
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Backward computes the activation again: cheap, and an inner width of memory is spared."""
+    """Backward computes the activation again: that is cheap and saves memory of the inner width."""
 
     @staticmethod
     def forward(
@@ -178,34 +189,41 @@ class _ActivatedLinear(torch.autograd.Function):
         weight: Tensor,
         name: str,
         poly: Tensor | None,
-        cut: Cut,
+        sharding: Sharding,
     ) -> Tensor:
-        scales = _row_scales(up, name, cut)
+        scales = _row_scales(up, name, sharding)
         ctx.save_for_backward(up, gate, weight, poly, scales)
-        ctx.name, ctx.cut = name, cut
+        ctx.name, ctx.sharding = name, sharding
         return product(_value(up, gate, name, poly, scales), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, weight, poly, scales = ctx.saved_tensors
-        opened = None if gate is None else _PLAIN[_GATES[ctx.name]][0](gate)
-        inner = _value(up, None, ctx.name, poly, scales) if opened is None else opened * up
+        activated_gate = None if gate is None else _UNGATED[_GATES[ctx.name]][0](gate)
+        if activated_gate is None:
+            inner = _value(up, None, ctx.name, poly, scales)
+        else:
+            inner = activated_gate * up
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
-        del inner  # the inner width's memory is free for what follows
+        del inner  # frees its memory for `d_inner`
         d_inner = product(grad, weight.T)
-        if opened is None:
-            d_up, d_poly = _derivative(d_inner, up, ctx.name, poly, scales, ctx.cut)
+        if activated_gate is None:
+            d_up, d_poly = _ungated_backward(d_inner, up, ctx.name, poly, scales, ctx.sharding)
             return d_up, None, d_weight, None, d_poly, None
-        d_up = opened.mul_(d_inner)
-        d_opened = d_inner.mul_(up)
-        d_gate = _IN_PLACE[ctx.name](d_opened, gate, grad_input=d_opened)
+        d_up = activated_gate.mul_(d_inner)
+        d_activated_gate = d_inner.mul_(up)
+        d_gate = _GATE_BACKWARD[ctx.name](d_activated_gate, gate, grad_input=d_activated_gate)
         return d_up, d_gate, d_weight, None, None, None
 
 
 def activate(
-    up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None, cut: Cut = WHOLE
+    up: Tensor,
+    gate: Tensor | None,
+    name: str,
+    poly: Tensor | None = None,
+    sharding: Sharding = UNSHARDED,
 ) -> Tensor:
     """The inner activation of an MLP.
 
@@ -223,18 +241,19 @@ def activate(
         gate: `[..., F]` where `gated(name)`, else None.
         name: one of `NAMES`.
         poly: `[4]`, a_0 to a_3, any floating dtype, where `polynomial(name)`, else None.
-        cut: of the whole width, where the F columns here are one rank's (its gradient of `poly` is
-            then from these columns, and the ranks' sum is the whole one).
+        sharding: of the width, where F is one rank's shard of it (the gradient of `poly` is then a
+            partial sum over these columns, which the caller all-reduces).
 
     Returns:
         `[..., F]`, dtype of `up`.
 
     Raises:
-        ValueError: an unknown name, or an operand missing or without use.
+        ValueError: an unknown name, a missing operand, or one that the activation does not use.
     """
     _check(name, gate, poly)
-    apply = outside_graphs(_Activate.apply) if _sends(name, cut) else _Activate.apply
-    return apply(up, gate, name, poly, cut)
+    communicates = _communicates(name, sharding)
+    apply = outside_graphs(_Activate.apply) if communicates else _Activate.apply
+    return apply(up, gate, name, poly, sharding)
 
 
 def activated_linear(
@@ -243,20 +262,21 @@ def activated_linear(
     weight: Tensor,
     name: str,
     poly: Tensor | None = None,
-    cut: Cut = WHOLE,
+    sharding: Sharding = UNSHARDED,
 ) -> Tensor:
-    """`linear(activate(up, gate, name, poly, cut), weight)`, without keeping the activation.
+    """`linear(activate(up, gate, name, poly, sharding), weight)`, without saving the activation.
 
     Args:
-        up, gate, name, poly, cut: as in `activate`.
+        up, gate, name, poly, sharding: as in `activate`.
         weight: `[O, F]`, dtype of `up`.
 
     Returns:
-        `[..., O]`; with a cut the part of it that these columns make.
+        `[..., O]`; where the width is sharded, a partial sum, which the caller all-reduces.
     """
     _check(name, gate, poly)
-    apply = outside_graphs(_ActivatedLinear.apply) if _sends(name, cut) else _ActivatedLinear.apply
-    return apply(up, gate, weight, name, poly, cut)
+    communicates = _communicates(name, sharding)
+    apply = outside_graphs(_ActivatedLinear.apply) if communicates else _ActivatedLinear.apply
+    return apply(up, gate, weight, name, poly, sharding)
 
 
 def activate_reference(

@@ -1,4 +1,4 @@
-"""Activations by name, without torch: which there are, and what they need."""
+"""The names of activations and the operands that each needs; imports no torch."""
 
 from typing import Literal
 
@@ -8,10 +8,10 @@ Activation = Literal[
 
 
 def gated(activation: str) -> bool:
-    """Whether an activation has a gate projection beside `up`."""
+    """Whether an activation has a gate projection in addition to `up`."""
     return activation in ("swiglu", "geglu")
 
 
 def polynomial(activation: str) -> bool:
-    """Whether an activation has coefficients to learn, `poly` (PolyCom, arXiv:2411.03884)."""
+    """Whether an activation has learned coefficients, `poly` (PolyCom, arXiv:2411.03884)."""
     return activation in ("polyrelu", "polynorm")

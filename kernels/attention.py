@@ -1,8 +1,7 @@
 """Causal softmax attention over packed documents: windows, sinks, soft-capping, clipping.
 
-What one fused call cannot express is put together from pieces (`kernels.blockwise`): between the
-passes there are inputs, output and one number a query and head, and no mask or score outlives its
-piece.
+What one fused call cannot express is computed tile by tile (`kernels.blockwise`): backward keeps
+the inputs, the output and one number a query and head, and no mask or score outlives its tile.
 """
 
 from typing import Any
@@ -12,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.blockwise import Look, LookBack, attend, attend_back
-from colonnade.kernels.pieces import Packing, Region, Rule
+from colonnade.kernels.blockwise import (
+    AttendTiles,
+    AttendTilesBackward,
+    attend,
+    attend_backward,
+)
 from colonnade.kernels.precision import wide
+from colonnade.kernels.tiles import DocumentStarts, ScoreOptions, Tile
 
 
 def attention(
@@ -32,14 +36,14 @@ def attention(
     """Causal grouped-query attention (arXiv:1706.03762, eq. 1; arXiv:2305.13245).
 
     Without options and with as many queries as keys, or with a single query, it is one fused call.
-    Otherwise memory beyond inputs and output is one block's; with a window, time is linear in Sk.
+    Otherwise memory beyond inputs and output is one tile's; with a window, time is linear in Sk.
 
     Args:
         q: `[Sq, B, H, P]`, Sq <= Sk: queries of the last Sq positions (generation with a cache).
         k: `[Sk, B, K, P]`, K divides H; query head h reads key head h // (H / K).
         v: `[Sk, B, K, Pv]`.
         documents: `[Sk, B]` integers, constant within a document and not decreasing along Sk; a
-            query sees its own document alone. None: one document a row.
+            query sees its own document only. None: one document a sample.
         window: keys that a query sees, itself included; None: all before it.
         scale: of the scores; None: P^(−1/2).
         cap: soft-capping of the scaled scores, cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118).
@@ -51,20 +55,20 @@ def attention(
         `[Sq, B, H, Pv]`, dtype of `q`.
 
     Raises:
-        ValueError: more queries than keys, a window below 1, a clip that is none.
+        ValueError: more queries than keys, a window below 1, or a clip with gamma > 0 or zeta < 1.
     """
     queries, keys = q.shape[0], k.shape[0]
-    rule = rule_of(q, k, window, scale, cap, clip)
+    options = score_options(q, k, window, scale, cap, clip)
     if documents is None and sinks is None and cap is None and clip is None:
-        if queries == 1:  # it sees all that its window holds
-            start = keys - min(rule.window or keys, keys)
-            return _fused(q, k[start:], v[start:], rule.scale)
-        if queries == keys and rule.window is None:
-            return _fused(q, k, v, rule.scale, causal=True)
-    pieced = _Attention.apply
-    if torch.compiler.is_compiling():  # it would unroll the pieces, a minute of compilation
-        pieced = torch.compiler.disable(pieced)
-    return pieced(q, k, v, sinks, documents, rule)
+        if queries == 1:  # it sees every key of its window
+            start = keys - min(options.window or keys, keys)
+            return _fused(q, k[start:], v[start:], options.scale)
+        if queries == keys and options.window is None:
+            return _fused(q, k, v, options.scale, causal=True)
+    tiled = _Attention.apply
+    if torch.compiler.is_compiling():  # it would unroll the tiles, a minute of compilation
+        tiled = torch.compiler.disable(tiled)
+    return tiled(q, k, v, sinks, documents, options)
 
 
 def attention_reference(
@@ -80,14 +84,14 @@ def attention_reference(
     clip: tuple[float, float] | None = None,
 ) -> Tensor:
     """`attention` by its formula, one full score matrix per head."""
-    scale = rule_of(q, k, window, scale, cap, clip).scale
+    scale = score_options(q, k, window, scale, cap, clip).scale
     queries, keys, repeat = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
-    at = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    query = torch.arange(keys - queries, keys, device=q.device)[:, None]  # positions
     key = torch.arange(keys, device=q.device)
-    visible = (key <= at) & (key > at - (window or keys))
+    visible = (key <= query) & (key > query - (window or keys))
     if documents is not None:
-        row = documents.T
-        visible = visible & (row[:, -queries:, None] == row[:, None])
+        of_keys = documents.T
+        visible = visible & (of_keys[:, -queries:, None] == of_keys[:, None])
         visible = visible[:, None]  # [B, 1, Sq, Sk]
     k, v = (wide(t.repeat_interleave(repeat, dim=2)) for t in (k, v))
     scores = torch.einsum("sbhp,tbhp->bhst", wide(q), k) * scale
@@ -95,8 +99,8 @@ def attention_reference(
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        extra = wide(sinks)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, extra.to(scores)], dim=-1)
+        sink_scores = wide(sinks)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink_scores.to(scores)], dim=-1)
     weights = scores.softmax(-1)[..., :keys]
     if clip is not None:
         gamma, zeta = clip
@@ -104,28 +108,28 @@ def attention_reference(
     return torch.einsum("bhst,tbhp->sbhp", weights, v).to(q.dtype)
 
 
-def rule_of(
+def score_options(
     q: Tensor,
     k: Tensor,
     window: int | None,
     scale: float | None,
     cap: float | None,
     clip: tuple[float, float] | None,
-) -> Rule:
-    """The options of `attention` that are no tensors, checked; no window if it hides nothing."""
+) -> ScoreOptions:
+    """Checks the options of `attention` that are not tensors; drops a window that hides no key."""
     if q.shape[0] > k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries for {k.shape[0]} keys: queries are the last keys'")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a query sees at least itself, 1")
     if clip is not None and not (clip[0] <= 0 and clip[1] >= 1):
         raise ValueError(f"clip {clip}: (gamma, zeta) with gamma <= 0 and zeta >= 1")
-    everything = window is None or window >= k.shape[0]
+    unwindowed = window is None or window >= k.shape[0]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return Rule(scale, None if everything else window, cap, clip)
+    return ScoreOptions(scale, None if unwindowed else window, cap, clip)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """One call of PyTorch's operator."""
+    """Attention by one call of PyTorch's operator, without masks other than the causal one."""
     grouped, value_width = q.shape[2] != k.shape[2], v.shape[3]
     if q.shape[3] != value_width and q.shape[0] > 1:
         # the flash kernels want one width; zeros change no score and add no value
@@ -137,9 +141,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
 
 
 class _Attention(torch.autograd.Function):
-    """Piece after piece; backward computes each again.
+    """Attention tile after tile; backward computes each tile again.
 
-    Not left to autograd: it would keep every piece's mask, and for every piece's slice of the keys
+    Not left to autograd: it would keep every tile's mask, and for every tile's slice of the keys
     fill a gradient as long as the sequence.
     """
 
@@ -151,33 +155,35 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         documents: Tensor | None,
-        rule: Rule,
+        options: ScoreOptions,
     ) -> Tensor:
-        packing = None if documents is None else Packing(documents)
+        starts = None if documents is None else DocumentStarts(documents)
 
-        def see(k: Tensor, v: Tensor, look: Look) -> None:
-            look(k, v, _all(q, k))
+        def visit_keys(k: Tensor, v: Tensor, attend_tiles: AttendTiles) -> None:
+            attend_tiles(k, v, _all_keys(q, k))
 
-        out, lse, through = attend(q, k, v, sinks, rule, packing, see)
-        ctx.save_for_backward(q, k, v, sinks, through, lse)
-        ctx.rule, ctx.packing = rule, packing
+        out, lse, out_for_backward = attend(q, k, v, sinks, options, starts, visit_keys)
+        ctx.save_for_backward(q, k, v, sinks, out_for_backward, lse)
+        ctx.options, ctx.starts = options, starts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, through, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
 
-        def back(k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
+        def visit_keys(
+            k: Tensor, v: Tensor, attend_tiles: AttendTilesBackward
+        ) -> tuple[Tensor, Tensor]:
             dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
-            look(k, v, _all(q, k), dk, dv)
+            attend_tiles(k, v, _all_keys(q, k), dk, dv)
             return dk, dv
 
-        found = attend_back(grad, q, k, v, sinks, through, lse, ctx.rule, ctx.packing, back)
-        return *found, None, None
+        given = grad, q, k, v, sinks, out, lse, ctx.options, ctx.starts
+        return *attend_backward(*given, visit_keys), None, None
 
 
-def _all(q: Tensor, k: Tensor) -> list[Region]:
-    """The last queries over all keys."""
+def _all_keys(q: Tensor, k: Tensor) -> list[Tile]:
+    """One tile: the queries, which are at the last positions, over all keys."""
     queries, keys = len(q), len(k)
-    return [Region(slice(0, queries), keys - queries, slice(0, keys), 0)]
+    return [Tile(slice(0, queries), keys - queries, slice(0, keys), 0)]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import wide
 
-# Elements handled at a time on CPU: what a few passes go over stays in cache.
+# Elements processed at a time on CPU, so that they stay in cache over several passes.
 BLOCK = 2**17
 
 
@@ -24,12 +24,12 @@ def _fake_convolved(rows: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @opaque("causal_conv", _fake_convolved)
 def _convolved(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None, activation: bool
+    rows: Tensor, weight: Tensor, bias: Tensor | None, masks: Tensor | None, activation: bool
 ) -> Tensor:
-    """Opaque: fused by Inductor it takes longer than block by block, and seconds to compile."""
+    """Forward. Opaque: fused by Inductor it takes longer than by blocks, and seconds to compile."""
     y = rows.new_empty(len(rows) - len(weight) + 1, *rows.shape[1:])
     for start, stop in _blocks(y):
-        out = _linear(rows, weight, bias, same, start, stop)
+        out = _weighted_taps(rows, weight, bias, masks, start, stop)
         y[start:stop] = F.silu(out, inplace=True) if activation else out
     return y
 
@@ -46,71 +46,71 @@ def _gradients(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    same: Tensor | None,
+    masks: Tensor | None,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows, weight and bias; zeros without a bias."""
+    """Gradients of rows, weight and bias; that of the bias is zeros where there is none."""
     drows, dweight = torch.zeros_like(rows, dtype=weight.dtype), torch.zeros_like(weight)
     dbias = torch.zeros_like(weight[0])
     for start, stop in _blocks(dy):
         grad = wide(dy[start:stop])
         if activation:
-            out = _linear(rows, weight, bias, same, start, stop)
+            out = _weighted_taps(rows, weight, bias, masks, start, stop)
             grad = torch.ops.aten.silu_backward(grad, out)
         if bias is not None:
             dbias += grad.sum((0, 1))
         for j, w in enumerate(weight):
-            seen = grad if same is None else grad * same[j, start:stop]
-            drows[start + j : stop + j].addcmul_(seen, w)
-            dweight[j] += (seen * rows[start + j : stop + j]).sum((0, 1))
+            masked = grad if masks is None else grad * masks[j, start:stop]
+            drows[start + j : stop + j].addcmul_(masked, w)
+            dweight[j] += (masked * rows[start + j : stop + j]).sum((0, 1))
     return drows.to(rows.dtype), dweight, dbias
 
 
 class _CausalConv(torch.autograd.Function):
-    """The convolution of `rows` `[K - 1 + S, B, C]`; `same` `[K, S, B, 1]` masks taps, or None.
+    """The convolution of `rows` `[K - 1 + S, B, C]`; `masks` `[K, S, B, 1]` of the taps, or None.
 
-    Autograd would keep every tap's product; this keeps the inputs and computes the sum again.
+    Autograd would save every tap's product; this saves the inputs and computes the sum again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        weight: Tensor,  # [K, C], wide
-        bias: Tensor | None,  # [C], wide
-        same: Tensor | None,
+        weight: Tensor,  # [K, C], at least fp32
+        bias: Tensor | None,  # [C], at least fp32
+        masks: Tensor | None,
         activation: bool,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight, bias, same)
+        ctx.save_for_backward(rows, weight, bias, masks)
         ctx.activation = activation
-        return _convolved(rows, weight, bias, same, activation)
+        return _convolved(rows, weight, bias, masks, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, same = ctx.saved_tensors
-        drows, dweight, dbias = _gradients(dy, rows, weight, bias, same, ctx.activation)
+        rows, weight, bias, masks = ctx.saved_tensors
+        drows, dweight, dbias = _gradients(dy, rows, weight, bias, masks, ctx.activation)
         return drows, dweight, None if bias is None else dbias, None, None
 
 
 def _blocks(y: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of `y` `[S, B, C]` to work on, one after the other."""
+    """Ranges of rows of `y` `[S, B, C]` to process one after the other."""
     S, row = len(y), y[:1].numel()
     step = max(1, BLOCK // max(1, row)) if y.device.type == "cpu" else S
     return ((start, min(start + step, S)) for start in range(0, S, step))
 
 
-def _linear(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None, start: int, stop: int
+def _weighted_taps(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, masks: Tensor | None, start: int, stop: int
 ) -> Tensor:
-    """The convolution before its activation, tokens `start` to `stop`, in the weight's dtype."""
+    """The convolution without its activation, tokens `start` to `stop`, in the weight's dtype."""
     last = len(weight) - 1
     out = wide(rows[start + last : stop + last]) * weight[last]
     if bias is not None:
         out += bias
     for j in range(last):
         tap = wide(rows[start + j : stop + j])
-        out.addcmul_(tap if same is None else tap * same[j, start:stop], weight[j])
+        out.addcmul_(tap if masks is None else tap * masks[j, start:stop], weight[j])
     return out
 
 
@@ -130,29 +130,30 @@ def causal_conv(
         weight: `[C, K]`, the current token's tap last.
         bias: `[C]` or None.
         activation: whether act is SiLU; else the identity.
-        documents: `[S, B]` integers, constant within a document; taps see their own document only.
+        documents: `[S, B]` integers, constant within a document; taps read their own document only.
         before: `[K - 1, B, C]`, the rows before the first token, of its document; None: zeros.
 
     Returns:
         `[S, B, C]`, dtype of `x`.
     """
-    rows, masks = _preceded(x, weight.shape[1], documents, before)
+    rows, masks = _rows_and_masks(x, weight.shape[1], documents, before)
     taps = wide(weight).t().contiguous()
     return _CausalConv.apply(rows, taps, None if bias is None else wide(bias), masks, activation)
 
 
-def _preceded(
+def _rows_and_masks(
     x: Tensor, K: int, documents: Tensor | None, before: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`x` behind the rows before it, `[K - 1 + S, B, C]`, and the taps' masks, `[K, S, B, 1]`."""
+    """The rows before `x` and `x`, `[K - 1 + S, B, C]`, and the taps' masks, `[K, S, B, 1]`, which
+    are False where a tap reads another document; None: all True."""
     if before is None:
         before = x.new_zeros(K - 1, *x.shape[1:])
     rows = torch.cat([before.to(x.dtype), x])
     if documents is None:
         return rows, None
-    owners = torch.cat([documents[:1].expand(K - 1, -1), documents])
-    same = torch.stack([owners[j : j + len(x)] == documents for j in range(K)])
-    return rows, same[..., None]
+    document_of = torch.cat([documents[:1].expand(K - 1, -1), documents])
+    masks = torch.stack([document_of[j : j + len(x)] == documents for j in range(K)])
+    return rows, masks[..., None]
 
 
 def causal_conv_reference(
@@ -174,12 +175,12 @@ def causal_conv_reference(
         for j in range(K):
             source = t - K + 1 + j
             if source >= 0:
-                row, owner = x[source], documents[source]
+                row, document = x[source], documents[source]
             elif before is not None:
-                row, owner = before[source], documents[0]
+                row, document = before[source], documents[0]  # `source` counts from the end
             else:
                 continue
-            seen = torch.where((owner == documents[t])[:, None], wide(row), 0)
-            total = total + wide(weight[:, j]) * seen
+            masked = torch.where((document == documents[t])[:, None], wide(row), 0)
+            total = total + wide(weight[:, j]) * masked
         outputs.append(F.silu(total) if activation else total)
     return torch.stack(outputs).to(x.dtype)

@@ -2,11 +2,11 @@
 
 Shape letters: S sequence, B batch, H value heads, K key heads, R = H / K value heads of a key head,
 P key width, V value width, n chunks of Q tokens. Inside, tensors are in head order, [n, B, K, R, Q,
-·], with R = 1 where the value heads of a key head share them, and flat, [n·B·H, Q, ·], for bmm.
+·], with R = 1 where the value heads of a key head share them, or flat, [n·B·H, Q, ·], for bmm.
 
 In the formulas S is the state before a chunk, E_t the decay from it to token t, D_ts from token s
 to token t, F_s from token s to the chunk's end. The corrections
-d_t = β_t (v_t − (what the decayed state holds under k_t)) of a chunk solve
+d_t = β_t (v_t − (the value that the decayed state returns for k_t)) of a chunk solve
 
     (I + L) d = β (v − E k S),    L_ts = β_t D_ts k_t·k_s for s < t,
 
@@ -14,8 +14,6 @@ so that d = U − W S with U = (I + L)⁻¹ β v and W = (I + L)⁻¹ β E k, wh
 o = E q S + (D ∘ q kᵀ) d with s <= t, and the state after the chunk is E_Q S + (F k)ᵀ d.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,185 +21,79 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.cut import outside_graphs
+from colonnade.kernels.delta_chunks import (
+    LOG_ZERO,
+    Chunks,
+    Shape,
+    chunk_terms,
+    head_order,
+    natural_order,
+)
 from colonnade.kernels.precision import wide, wide_dtype
-from colonnade.kernels.segments import Chunking, Passing
-
-# exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays here changes no result;
-# it keeps their running sums small enough for differences of them to mean something.
-LOG_ZERO = -1000.0
+from colonnade.kernels.segments import Chunking, StatePassing
+from colonnade.kernels.sharding import outside_graphs
 
 
-@dataclass(frozen=True)
-class _Shape:
-    n: int
-    Q: int
-    B: int
-    K: int
-    R: int
-    P: int
-    V: int
-
-    def flat(self, t: Tensor) -> Tensor:
-        """Head order -> `[n·B·H, Q, ·]`; what the value heads of a key head share is repeated."""
-        return t.expand(self.n, self.B, self.K, self.R, *t.shape[4:]).reshape(-1, *t.shape[4:])
-
-    def ordered(self, t: Tensor) -> Tensor:
-        """`[n·B·H, ...]` -> head order."""
-        return t.view(self.n, self.B, self.K, self.R, *t.shape[1:])
-
-    def by_chunk(self, t: Tensor) -> tuple[Tensor, ...]:
-        """`[n·B·H, Q, ·]` -> each chunk's `[B·H, Q, ·]`."""
-        return t.view(self.n, -1, *t.shape[1:]).unbind()
+def _reads(shape: Shape, x: Chunks, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and D ∘ q kᵀ, of the shapes of `keys` and `gram`, and E q, of the shape of `W`."""
+    queries = wide(head_order(q)).contiguous()
+    scores = (queries @ x.keys.mT) * x.decays.within
+    return queries, scores, shape.flat(queries * x.decays.entering)
 
 
-def _head_order(t: Tensor) -> Tensor:
-    """`[n, Q, B, K, R, ·]` -> `[n, B, K, R, Q, ·]`, a view."""
-    return t.permute(0, 2, 3, 4, 1, 5)
+def _run(shape: Shape, x: Chunks, corrections: Tensor, states: Tensor | list[Tensor]) -> None:
+    """Runs the recurrence over the chunks, in place.
 
-
-def _natural(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Head order -> contiguous `[n, Q, B, K, R, ·]`."""
-    t = t.permute(0, 4, 1, 2, 3, 5)
-    return t.to(dtype, memory_format=torch.contiguous_format).contiguous()
-
-
-@dataclass(frozen=True)
-class _Decays:
-    """What a chunk's tokens, and the states around it, lose on their way; in head order.
-
-    Dimensions over which they do not change are 1.
+    `corrections` holds U and becomes d = U − W S; `states[0]` is the initial state, and the states
+    after each chunk are written into the others.
     """
-
-    within: Tensor  # [n, B, K, R, Q, Q] from token s (last) to token t, 0 where t < s
-    entering: Tensor  # [n, B, K, R, Q, 1] from the state before the chunk to token t
-    leaving: Tensor  # [n, B, K, R, Q, 1] from token s to the state after the chunk
-    across: Tensor  # [n, B, K, R, 1, 1] from the state before to the state after
-
-
-def _decays(beta: Tensor, decay: Tensor | None, documents: Tensor | None) -> _Decays:
-    """Every decay is the exponential of one masked segment sum, to base 2: faster on CPU than e.
-
-    In fp32 these are differences of running sums in fp64, which lose nothing. In fp64 they would
-    behind a strong decay, so that every segment is summed by itself.
-    `beta` (for its dtype), `decay` `[n, B, K, R, Q, 1]`; `documents` `[n, Q, B]`.
-    """
-    dtype, Q = beta.dtype, beta.shape[-2]
-    visible = torch.ones(1, 1, 1, 1, Q, Q, dtype=torch.bool, device=beta.device).tril_()
-    entering = leaving = across = beta.new_ones((1,) * 6)
-    if documents is not None:
-        d = documents.transpose(1, 2)[:, :, None, None, :, None]
-        carried = torch.cat([d[:1, ..., :1, :], d[:-1, ..., -1:, :]])  # of each entering state
-        visible = visible & (d == d.mT)
-        entering = (d == carried).to(dtype)
-        leaving = (d == d[..., -1:, :]).to(dtype)
-        across = (d[..., -1:, :] == carried).to(dtype)
-    if decay is None:
-        return _Decays(visible.to(dtype), entering, leaving, across)
-    logs = decay.clamp(min=LOG_ZERO).double().mul_(math.log2(math.e))
-    total = logs.cumsum(-2)
-    if dtype == torch.float64:
-        within = logs.expand(*logs.shape[:-1], Q).tril(-1).cumsum(-2)
-        end = within[..., -1:, :].mT.exp2()
-    else:
-        within = torch.empty(*total.shape[:-1], Q, dtype=dtype, device=beta.device)
-        torch.sub(total, total.mT, out=within)
-        end = (total[..., -1:, :] - total).to(dtype).exp2_()
-    bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-    within, start = within.add_(bias).exp2_(), total.to(dtype).exp2()
-    return _Decays(within, start * entering, end * leaving, start[..., -1:, :] * across)
-
-
-def _unit_inverse(L: Tensor) -> Tensor:
-    """Inverse of I + the strict lower triangle of `L`, `[N, Q, Q]`, by halves.
-
-    Few large products instead of Q steps. With keys of norm 1 and 0 <= β <= 2 no step of the delta
-    rule expands, so that no entry of this inverse, or of a diagonal block's, exceeds 2.
-    """
-    Q = L.shape[-1]
-    if Q <= 16:
-        eye = torch.eye(Q, dtype=L.dtype, device=L.device)
-        return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
-    m, out = Q // 2, torch.empty_like(L)
-    out[:, :m, :m] = first = _unit_inverse(L[:, :m, :m])
-    out[:, m:, m:] = second = _unit_inverse(L[:, m:, m:])
-    out[:, m:, :m] = torch.bmm(second, torch.bmm(L[:, m:, :m], first)).neg_()
-    out[:, :m, m:] = 0
-    return out
-
-
-@dataclass(frozen=True)
-class _Chunks:
-    """What chunks hold that does not depend on the state before them."""
-
-    lose: _Decays
-    keys: Tensor  # [n, B, K, 1, Q, P]
-    beta: Tensor  # [n, B, K, R, Q, 1]
-    gram: Tensor  # D ∘ k kᵀ, [n, B, K, R or 1, Q, Q]
-    inverse: Tensor  # (I + L)⁻¹, [n·B·H, Q, Q]
-    W: Tensor  # [n·B·H, Q, P]
-    written: Tensor  # F k, like W
-
-
-def _chunks(
-    shape: _Shape, k: Tensor, beta: Tensor, decay: Tensor | None, documents: Tensor | None
-) -> _Chunks:
-    """All of it, from the arguments of `_DeltaRule`."""
-    beta = _head_order(beta)
-    lose = _decays(beta, None if decay is None else _head_order(decay), documents)
-    keys = wide(_head_order(k)).contiguous()
-    gram = (keys @ keys.mT) * lose.within
-    inverse = _unit_inverse(shape.flat(gram * beta))
-    W = torch.bmm(inverse, shape.flat(keys * (beta * lose.entering)))
-    return _Chunks(lose, keys, beta, gram, inverse, W, shape.flat(keys * lose.leaving))
-
-
-def _reads(shape: _Shape, x: _Chunks, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and D ∘ q kᵀ, like keys and gram, and E q, like W."""
-    queries = wide(_head_order(q)).contiguous()
-    scores = (queries @ x.keys.mT) * x.lose.within
-    return queries, scores, shape.flat(queries * x.lose.entering)
-
-
-def _run(shape: _Shape, x: _Chunks, corrections: Tensor, states: Tensor | list[Tensor]) -> None:
-    """Through the chunks: corrections holds U; states its first, and room for the others."""
-    across = shape.flat(x.lose.across)
-    per_chunk = zip(*map(shape.by_chunk, (corrections, x.W, x.written, across)), strict=True)
-    for c, (d, w, written, crossing) in enumerate(per_chunk):
+    across = shape.flat(x.decays.across)
+    per_chunk = zip(*map(shape.by_chunk, (corrections, x.W, x.leaving_keys, across)), strict=True)
+    for c, (d, w, keys, decay) in enumerate(per_chunk):
         d.baddbmm_(w, states[c], alpha=-1)
-        torch.mul(states[c], crossing, out=states[c + 1]).baddbmm_(written.mT, d)
+        torch.mul(states[c], decay, out=states[c + 1]).baddbmm_(keys.mT, d)
 
 
-def _run_back(shape: _Shape, x: _Chunks, dcorrections: Tensor, dstates: Tensor) -> None:
-    """Backwards from the last state's gradient; the others hold what came through the outputs."""
-    across = shape.flat(x.lose.across)
-    per_chunk = zip(*map(shape.by_chunk, (dcorrections, x.W, x.written, across)), strict=True)
-    for c, (dd, w, written, crossing) in reversed(list(enumerate(per_chunk))):
-        dd.baddbmm_(written, dstates[c + 1])
-        dstates[c].addcmul_(dstates[c + 1], crossing).baddbmm_(w.mT, dd, alpha=-1)
+def _run_backward(shape: Shape, x: Chunks, dcorrections: Tensor, dstates: Tensor) -> None:
+    """Runs the recurrence's backward over the chunks, from the last to the first, in place.
+
+    `dstates[-1]` is the gradient of the final state; the others, and `dcorrections`, hold the
+    gradients through the outputs, to which those through later chunks are added.
+    """
+    across = shape.flat(x.decays.across)
+    per_chunk = zip(*map(shape.by_chunk, (dcorrections, x.W, x.leaving_keys, across)), strict=True)
+    for c, (dd, w, keys, decay) in reversed(list(enumerate(per_chunk))):
+        dd.baddbmm_(keys, dstates[c + 1])
+        dstates[c].addcmul_(dstates[c + 1], decay).baddbmm_(w.mT, dd, alpha=-1)
 
 
-def _over_segments(shape: _Shape, x: _Chunks, U: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """What segments leave that start from zeros, and their transitions: `[parts, B, H, P, V or P]`.
+def _final_states_from_zeros(
+    shape: Shape, x: Chunks, U: Tensor, segments: int
+) -> tuple[Tensor, Tensor]:
+    """The states after each segment, `[segments, B, H, P, V]`, when it starts from zeros, and the
+    segments' transitions, `[segments, B, H, P, P]`.
 
-    A transition is what becomes of the identity without values: more columns of the same state.
+    A transition is the state to which a segment turns the identity when all its values are zeros,
+    so it is computed as P more columns of the same state.
     """
     heads, V, P = shape.K * shape.R, shape.V, x.W.shape[-1]
     eye = torch.eye(P, dtype=U.dtype, device=U.device)
     state = F.pad(eye, (V, 0)).repeat(shape.B * heads, 1, 1)
     states = [state, torch.empty_like(state)] * (shape.n // 2 + 1)
     _run(shape, x, F.pad(U, (0, P)), states)
-    left, transition = states[shape.n].view(parts, -1, heads, P, V + P).split([V, P], -1)
-    return left, transition.contiguous()
+    final = states[shape.n].view(segments, -1, heads, P, V + P)
+    state, transition = final.split([V, P], -1)
+    return state, transition.contiguous()
 
 
-def _segments(within: Tensor, entering: Tensor, leaving: Tensor, across: Tensor) -> Tensor:
-    """Gradient of a token's log-decay: the sum of those of the segments that cover it.
+def _log_decay_grad(within: Tensor, entering: Tensor, leaving: Tensor, across: Tensor) -> Tensor:
+    """Gradient of each token's log-decay: the sum of those of the ranges of tokens that cover it.
 
-    `within` `[..., Q, Q]` from token s (last) to t, `entering`, `leaving` `[..., Q]`, `across`
-    `[..., 1]`. A token does not decay on its way to itself: the diagonal does not count.
+    The arguments are gradients of the logarithms of `Decays`' fields: `within` `[..., Q, Q]` from
+    token s (last) to t, `entering` and `leaving` `[..., Q]`, `across` `[..., 1]`. A token does not
+    decay on its way to itself: the diagonal does not count.
     """
-    within.diagonal(dim1=-2, dim2=-1).zero_()  # before the sums, in which it would only cancel
+    within.diagonal(dim1=-2, dim2=-1).zero_()  # before the sums, in which it would cancel
     ends = entering.add_(within.sum(-1)).sub_(within.sum(-2))
     out = ends.flip(-1).cumsum(-1).flip(-1).add_(across)
     out[..., 1:] += leaving[..., :-1].cumsum(-1)
@@ -209,9 +101,9 @@ def _segments(within: Tensor, entering: Tensor, leaving: Tensor, across: Tensor)
 
 
 class _DeltaRule(torch.autograd.Function):
-    """Keeps its inputs and the states between chunks; backward computes the rest again.
+    """Saves its inputs and the states between chunks; backward computes all else again.
 
-    beta, decay and initial are wide.
+    beta, decay and initial are in at least fp32.
     """
 
     @staticmethod
@@ -224,88 +116,95 @@ class _DeltaRule(torch.autograd.Function):
         decay: Tensor | None,
         initial: Tensor,  # [B·H, P, V]
         documents: Tensor | None,
-        passing: Passing | None,
+        state_passing: StatePassing | None,
     ) -> tuple[Tensor, Tensor]:
         n, Q, batch, K, R, V = v.shape
-        shape = _Shape(n, Q, batch, K, R, k.shape[-1], V)
-        x = _chunks(shape, k, beta, decay, documents)
-        corrections = torch.bmm(x.inverse, shape.flat(_head_order(v) * x.beta))  # U, − W S below
+        shape = Shape(n, Q, batch, K, R, k.shape[-1], V)
+        x = chunk_terms(shape, k, beta, decay, documents)
+        # U; `_run` adds −W S.
+        corrections = torch.bmm(x.inverse, shape.flat(head_order(v) * x.beta))
         wait = transition = None
-        if passing is not None:
-            left, transition = _over_segments(shape, x, corrections, passing.parts)
-            wait = passing.launch(left, transition, True)
-        _, scores, seen = _reads(shape, x, q)
+        if state_passing is not None:
+            final, transition = _final_states_from_zeros(
+                shape, x, corrections, state_passing.segments
+            )
+            wait = state_passing.launch(final, transition, True)
+        _, scores, entering_queries = _reads(shape, x, q)  # overlaps the exchange of states
         states = initial.new_empty(n + 1, *initial.shape)
         states[0] = initial if wait is None else wait().reshape(initial.shape)
         _run(shape, x, corrections, states)
-        ctx.shape, ctx.passing = shape, passing
+        ctx.shape, ctx.state_passing = shape, state_passing
         ctx.save_for_backward(q, k, v, beta, decay, documents, states, transition)
-        o = torch.bmm(seen, states[:-1].flatten(0, 1))
+        o = torch.bmm(entering_queries, states[:-1].flatten(0, 1))
         o.baddbmm_(shape.flat(scores), corrections)
         final = states[-1].clone()
-        if passing is not None:
+        if state_passing is not None:
             ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
-        return _natural(shape.ordered(o), v.dtype), final
+        return natural_order(shape.by_head(o), v.dtype), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, decay, documents, states, transition = ctx.saved_tensors
-        shape: _Shape = ctx.shape
-        x = _chunks(shape, k, beta, decay, documents)
-        queries, scores, seen = _reads(shape, x, q)
-        before, do = states[:-1].flatten(0, 1), shape.flat(wide(_head_order(do)))
+        shape: Shape = ctx.shape
+        x = chunk_terms(shape, k, beta, decay, documents)
+        queries, scores, entering_queries = _reads(shape, x, q)
+        before, do = states[:-1].flatten(0, 1), shape.flat(wide(head_order(do)))
 
-        # Through the states, from the end backwards: what they and the corrections receive.
+        # Gradients of the corrections and the states, from the last chunk to the first.
         dcorrections = torch.bmm(shape.flat(scores).mT, do)
         dstates = torch.empty_like(states)
         dstates[-1] = dfinal
-        torch.bmm(seen.mT, do, out=dstates[:-1].flatten(0, 1))
+        torch.bmm(entering_queries.mT, do, out=dstates[:-1].flatten(0, 1))
         wait = None
-        if ctx.passing is not None:
-            own = dstates.clone()
-            _run_back(shape, x, dcorrections.clone(), own)
-            own = own[0].view(*transition.shape[:-1], shape.V)
-            wait = ctx.passing.launch_back(own, transition, True)
-        held = shape.ordered(torch.bmm(shape.flat(x.keys), before)).mul_(x.lose.entering)
-        errors = held.neg_().add_(_head_order(v))  # v − E k S
+        if ctx.state_passing is not None:
+            # Gradients of the initial states through the segments' own outputs only.
+            dinitial = dstates.clone()
+            _run_backward(shape, x, dcorrections.clone(), dinitial)
+            dinitial = dinitial[0].view(*transition.shape[:-1], shape.V)
+            wait = ctx.state_passing.launch_back(dinitial, transition, True)
+        predicted = shape.by_head(torch.bmm(shape.flat(x.keys), before)).mul_(x.decays.entering)
+        errors = predicted.neg_().add_(head_order(v))  # v − E k S
         corrections = torch.bmm(x.inverse, shape.flat(errors * x.beta))
-        dscores = shape.ordered(torch.bmm(do, corrections.mT))
-        dseen = shape.ordered(torch.bmm(do, before.mT)).mul_(x.lose.entering)
+        dscores = shape.by_head(torch.bmm(do, corrections.mT))
+        dentering_queries = shape.by_head(torch.bmm(do, before.mT)).mul_(x.decays.entering)
         if wait is not None:
             dstates[-1] = wait().reshape(dfinal.shape)
-        _run_back(shape, x, dcorrections, dstates)
+        _run_backward(shape, x, dcorrections, dstates)
         after = dstates[1:].flatten(0, 1)
 
         # Through the solve: dz = (I + L)⁻ᵀ dd is the gradient of its right side, −dz dᵀ that of L.
         dz = torch.bmm(x.inverse.mT, dcorrections)
-        dgram = shape.ordered(torch.bmm(dz, corrections.mT).neg_().tril_(-1))
+        dgram = shape.by_head(torch.bmm(dz, corrections.mT).neg_().tril_(-1))
         dlog_gram = dgram * x.gram
-        dz = shape.ordered(dz)
+        dz = shape.by_head(dz)
         dbeta = (dz * errors).sum(-1, keepdim=True).add_(dlog_gram.sum(-1, keepdim=True))
         dv = dz.mul_(x.beta)
 
-        # Through what tokens read of each other and of the state before, and write into the next.
+        # Through the tokens' reads of each other and of the state before the chunk, and through
+        # their writes into the state after it.
         dlog_within = dlog_gram.mul_(x.beta).addcmul_(dscores, scores)
-        dheld = shape.ordered(torch.bmm(dv.flatten(0, 3), before.mT)).mul_(x.lose.entering)
-        dwritten = shape.ordered(torch.bmm(corrections, after.mT)).mul_(x.lose.leaving)
+        dentering_keys = shape.by_head(torch.bmm(dv.flatten(0, 3), before.mT)).mul_(
+            x.decays.entering
+        )
+        dleaving_keys = shape.by_head(torch.bmm(corrections, after.mT)).mul_(x.decays.leaving)
         ddecay = None
         if decay is not None:
-            ddecay = _segments(
+            ddecay = _log_decay_grad(
                 dlog_within,
-                (dseen * queries).sum(-1).sub_((dheld * x.keys).sum(-1)),
-                (dwritten * x.keys).sum(-1),
-                shape.ordered((after * before).sum((-2, -1))[:, None]) * x.lose.across[..., 0],
+                (dentering_queries * queries).sum(-1).sub_((dentering_keys * x.keys).sum(-1)),
+                (dleaving_keys * x.keys).sum(-1),
+                shape.by_head((after * before).sum((-2, -1))[:, None]) * x.decays.across[..., 0],
             )
-            ddecay = _natural(ddecay[..., None], decay.dtype).mul_(decay > LOG_ZERO)
+            ddecay = natural_order(ddecay[..., None], decay.dtype).mul_(decay > LOG_ZERO)
 
-        dgram = dgram.mul_(x.beta).mul_(x.lose.within).sum(3, keepdim=True)
-        dscores = dscores.mul_(x.lose.within).sum(3, keepdim=True)
-        dq = dseen.sum(3, keepdim=True).add_(dscores @ x.keys)
-        dk = dwritten.sub_(dheld).sum(3, keepdim=True)
+        dgram = dgram.mul_(x.beta).mul_(x.decays.within).sum(3, keepdim=True)
+        dscores = dscores.mul_(x.decays.within).sum(3, keepdim=True)
+        dq = dentering_queries.sum(3, keepdim=True).add_(dscores @ x.keys)
+        dk = dleaving_keys.sub_(dentering_keys).sum(3, keepdim=True)
         dk.add_(dscores.mT @ queries).add_((dgram + dgram.mT) @ x.keys)
-        dq, dk, dv = (_natural(d, t.dtype) for d, t in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, _natural(dbeta, beta.dtype), ddecay, dstates[0].clone(), None, None
+        dq, dk, dv = (natural_order(d, t.dtype) for d, t in ((dq, q), (dk, k), (dv, v)))
+        return dq, dk, dv, natural_order(dbeta, beta.dtype), ddecay, dstates[0].clone(), None, None
 
 
 def delta_rule(
@@ -318,7 +217,7 @@ def delta_rule(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = S + β_t k_t (v_t − Sᵀ k_t)ᵀ with S = exp(decay_t) S_{t-1};  o_t = S_tᵀ q_t; by chunks.
 
@@ -335,39 +234,44 @@ def delta_rule(
         documents: `[S, B]` integers, constant within a document and not decreasing along a
             segment. No state crosses from one document into another.
         initial_state: `[B, H, P, V]` before the first token, of its document; None: zeros.
-        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
-            gives the state before each, of its first token's document. None: one segment.
+        state_passing: the tokens are its `segments` equal segments, which need not be adjacent in
+            the sequence, and it gives the state before each, of its first token's document. None:
+            one segment.
 
     Returns:
         o `[S, B, H, V]` in v's dtype, and the state after the last token, `[B, H, P, V]` in at
-        least fp32; with passing those after each segment, `[parts, B, H, P, V]`, which have no
-        gradient.
+        least fp32; with state_passing the states after each segment, `[segments, B, H, P, V]`,
+        which have no gradient.
 
     Raises:
-        ValueError: K does not divide H, chunk < 1, passing cannot divide S, or there is
-            initial_state beside passing.
+        ValueError: K does not divide H, chunk < 1, the segments do not divide S, or both
+            initial_state and state_passing are given.
     """
     S, batch, H, V = v.shape
     K, P = k.shape[2:]
     if H % K or chunk < 1:
         raise ValueError(f"delta_rule: {H} value heads, {K} key heads, chunks of {chunk} tokens")
-    chunks = Chunking("delta_rule", S, chunk, passing, initial_state)
-    cut, dtype = chunks.cut, wide_dtype(v.dtype)
+    chunking = Chunking("delta_rule", S, chunk, state_passing, initial_state)
+    chunks, dtype = chunking.to_chunks, wide_dtype(v.dtype)
     if initial_state is None:
-        initial_state = torch.zeros(chunks.parts * batch, H, P, V, dtype=dtype, device=v.device)
-    apply = _DeltaRule.apply if passing is None else outside_graphs(_DeltaRule.apply)
+        initial_state = torch.zeros(
+            chunking.segments * batch, H, P, V, dtype=dtype, device=v.device
+        )
+    apply = _DeltaRule.apply if state_passing is None else outside_graphs(_DeltaRule.apply)
     o, final = apply(
-        cut(q)[..., None, :],
-        cut(k)[..., None, :],
-        cut(v).unflatten(3, (K, -1)),
-        cut(beta.to(dtype)).unflatten(3, (K, -1))[..., None],
-        None if decay is None else cut(decay.to(dtype)).unflatten(3, (K, -1))[..., None],
+        chunks(q)[..., None, :],
+        chunks(k)[..., None, :],
+        chunks(v).unflatten(3, (K, -1)),
+        chunks(beta.to(dtype)).unflatten(3, (K, -1))[..., None],
+        None if decay is None else chunks(decay.to(dtype)).unflatten(3, (K, -1))[..., None],
         initial_state.to(dtype).flatten(0, 1),
-        None if documents is None else cut(documents, last=True),
-        passing,
+        None if documents is None else chunks(documents, repeat_last=True),
+        state_passing,
     )
-    o, final = chunks.whole(o.flatten(3, 4)), final.unflatten(0, (-1, H))
-    return o, final if passing is None else final.unflatten(0, (passing.parts, -1))
+    o, final = chunking.to_tokens(o.flatten(3, 4)), final.unflatten(0, (-1, H))
+    if state_passing is None:
+        return o, final
+    return o, final.unflatten(0, (state_passing.segments, -1))
 
 
 def delta_rule_recurrence(
@@ -395,8 +299,8 @@ def delta_rule_recurrence(
             same = documents[t] == documents[t - 1]
             state = torch.where(same[:, None, None, None], state, 0)
         state = gates[t][..., None, None] * state
-        held = (state.mT @ k_t[..., None])[..., 0]
-        d = beta[t].to(dtype)[..., None] * (v_t - held)
+        predicted = (state.mT @ k_t[..., None])[..., 0]
+        d = beta[t].to(dtype)[..., None] * (v_t - predicted)
         state = state + k_t[..., None] * d[..., None, :]
         outputs.append((state.mT @ q_t[..., None])[..., 0])
     return torch.stack(outputs).to(v.dtype), state

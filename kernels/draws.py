@@ -1,7 +1,7 @@
-"""Random draws that are a function of integer keys alone, so equal on every device and layout.
+"""Counter-based random numbers: a function of integer keys only, equal on all devices and layouts.
 
-A draw keyed by (seed, step, layer, group) is the same wherever, whenever and in whatever company it
-is made: nothing is consumed, so recomputation and resumption repeat it.
+A number keyed by (seed, step, layer, group) does not depend on the rank, the time or the other
+numbers drawn: there is no generator state, so recomputation and resumption repeat it.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-# What tells the two uniform draws under one normal draw apart.
+# Salts for the two uniform numbers from which a normal one is made.
 RADIUS, ANGLE = 0x243F6A8885A308D3, 0x13198A2E03707344
 
 
@@ -28,7 +28,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def hashed(*keys: int | Tensor) -> Tensor:
-    """64 random bits of integer keys; their order and their number matter.
+    """Hashes integer keys to 64 random bits; the keys' order and number matter.
 
     Args:
         keys: integers in int64's range, or integer tensors; tensors broadcast.
@@ -44,14 +44,14 @@ def hashed(*keys: int | Tensor) -> Tensor:
         key = key if isinstance(key, Tensor) else torch.tensor(key, device="cpu")
         if key.is_floating_point() or key.is_complex():
             raise TypeError(f"keys of random draws are integers, not {key.dtype}")
-        # The key is mixed before it meets the state, or neighbouring keys would give sequences
-        # that are shifted copies of each other; mixed after it, or the keys would commute.
+        # Mixed before it is combined with the state, or adjacent keys would give sequences that are
+        # shifted copies of each other; mixed after it, or the keys would commute.
         state = _mixed((state ^ _mixed(key.long() + INCREMENT)) + INCREMENT)
     return state
 
 
 def draw_integers(n: int, *keys: int | Tensor) -> Tensor:
-    """Uniform integers in [0, n), of the keys as in `hashed`; their odds differ by n / 2⁶³ at most.
+    """Uniform integers in [0, n), keyed as in `hashed`; probabilities differ by at most n / 2⁶³.
 
     Returns:
         int64.
@@ -60,10 +60,10 @@ def draw_integers(n: int, *keys: int | Tensor) -> Tensor:
 
 
 def draw_normal(*keys: int | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers of the keys as in `hashed` (Box and Muller 1958).
+    """Standard normal numbers, keyed as in `hashed` (Box and Muller 1958).
 
-    They are rounded to fp32 first, whatever the dtype: fp32 and fp64 runs see the same noise, and
-    devices whose logarithms differ in the last digit of fp64 do too, but for once in 10⁸ draws.
+    They are rounded to fp32 first, whatever the dtype: so fp32 and fp64 runs get the same noise, as
+    do devices whose logarithms differ in the last digit of fp64, except about once in 10⁸ numbers.
     """
     bits = hashed(*keys)
     radius, angle = (_shifted(_mixed(bits ^ salt), 11).double() for salt in (RADIUS, ANGLE))

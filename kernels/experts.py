@@ -1,7 +1,7 @@
-"""Dropless mixture of experts: sort tokens by expert, run each expert on its rows, sum per token.
+"""Dropless mixture of experts: tokens sorted by expert, each expert on its rows, a sum per token.
 
 Shape letters: T tokens, k experts per token, E experts, D hidden, F inner width of an expert.
-Every move of rows is a gather, forward and backward, so results do not depend on thread timing.
+Rows are moved by gathers only, forward and backward, so results do not depend on thread timing.
 """
 
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation import activate, activate_reference, activated_linear
-from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.sharding import UNSHARDED, Sharding
 
 
 @dataclass(frozen=True)
-class Order:
-    """How assignments (token t's j-th choice is number t·k + j) became rows sorted by expert.
+class DispatchOrder:
+    """The order of rows sorted by expert; an assignment is number t·k + j, token t's j-th choice.
 
-    Rows of dropped assignments come last, after the `counts.sum()` rows that experts own: shapes
-    stay known to the host, and what the dropped rows hold is never read.
+    Rows of dropped assignments come last, after the `counts.sum()` rows that have an expert: so the
+    host knows all shapes, and the contents of dropped rows are never read.
     """
 
     counts: Tensor  # [E] int64, rows of each expert
     assignments: Tensor  # [T·k] int64, the assignment in each row
     rows: Tensor  # [T, k] int64, the row of each assignment
-    kept: Tensor | None  # [T, k] bool, the assignments that an expert serves; None for all
+    keep_mask: Tensor | None  # [T, k] bool, False for dropped assignments; None: all are kept
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: DispatchOrder) -> Tensor:
         ctx.order = order
         return x.index_select(0, order.assignments // order.rows.shape[1])
 
@@ -46,7 +46,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, order: Order) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, order: DispatchOrder) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.order = order
         return _sum_choices(rows, order, weight)
@@ -55,55 +55,55 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        order: Order = ctx.order
-        spread = wide(grad.index_select(0, order.assignments // weight.shape[1]))
-        d_weight = (spread * rows).sum(-1)[order.rows]
-        d_rows = spread.mul_(weight.reshape(-1)[order.assignments, None])
+        order: DispatchOrder = ctx.order
+        dispatched = wide(grad.index_select(0, order.assignments // weight.shape[1]))
+        d_weight = (dispatched * rows).sum(-1)[order.rows]
+        d_rows = dispatched.mul_(weight.reshape(-1)[order.assignments, None])
         return d_rows.to(rows.dtype), d_weight.to(weight.dtype), None
 
 
-def _sum_choices(rows: Tensor, order: Order, weight: Tensor | None = None) -> Tensor:
+def _sum_choices(rows: Tensor, order: DispatchOrder, weight: Tensor | None = None) -> Tensor:
     """y_t = Σ_j weight[t, j] rows[order.rows[t, j]], j in order, summed in at least fp32."""
     T, k = order.rows.shape
     y = torch.zeros(T, rows.shape[1], dtype=wide_dtype(rows.dtype), device=rows.device)
     for j in range(k):
         chosen = rows.index_select(0, order.rows[:, j]).to(y.dtype)
-        if order.kept is not None:  # not a weight of 0: dropped rows may hold NaN
-            chosen = chosen.masked_fill_(~order.kept[:, j, None], 0)
+        if order.keep_mask is not None:  # not a weight of 0: dropped rows may hold NaN
+            chosen = chosen.masked_fill_(~order.keep_mask[:, j, None], 0)
         y = y.add_(chosen) if weight is None else y.addcmul_(chosen, weight[:, j, None].to(y.dtype))
     return y.to(rows.dtype)
 
 
-# Compiled graphs break at `dispatch`, `expert_mlp` and `combine`: how many rows an expert owns is
-# known when it is too late for them, and between gathers and products there is nothing to fuse.
+# Compiled graphs break at `dispatch`, `expert_mlp` and `combine`: how many rows an expert has
+# is not known when they are compiled, and between gathers and products there is nothing to fuse.
 @torch.compiler.disable
 def dispatch(
-    x: Tensor, chosen: Tensor, experts: int, kept: Tensor | None = None
-) -> tuple[Tensor, Order]:
-    """Copy each token to a row for every expert it chose, rows sorted by expert, then by token.
+    x: Tensor, chosen: Tensor, experts: int, keep_mask: Tensor | None = None
+) -> tuple[Tensor, DispatchOrder]:
+    """Copies each token to a row for every expert it chose, rows sorted by expert, then by token.
 
     Args:
         x: `[T, D]`.
         chosen: `[T, k]` int64 in `[0, experts)`.
-        kept: `[T, k]` bool, the choices that find a place; the others are dropped. None keeps all.
+        keep_mask: `[T, k]` bool, False for choices to drop; None keeps all.
 
     Returns:
-        rows `[T·k, D]`, those of dropped choices last and no expert's, and the order, which
-        `combine` needs.
+        rows `[T·k, D]`, of which those of dropped choices come last and have no expert, and the
+        order, which `combine` needs.
     """
-    expert = chosen if kept is None else torch.where(kept, chosen, experts)
+    expert = chosen if keep_mask is None else torch.where(keep_mask, chosen, experts)
     sorted_, assignments = expert.reshape(-1).sort(stable=True)
     rows = torch.empty_like(assignments)
     rows[assignments] = torch.arange(len(assignments), device=chosen.device)
     ends = torch.searchsorted(sorted_, torch.arange(experts, device=chosen.device), right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
-    order = Order(counts, assignments, rows.view(chosen.shape), kept)
+    order = DispatchOrder(counts, assignments, rows.view(chosen.shape), keep_mask)
     return _Dispatch.apply(x, order), order
 
 
 @torch.compiler.disable
-def combine(rows: Tensor, order: Order, weight: Tensor) -> Tensor:
-    """Sum each token's rows, weighted; dropped choices add nothing.
+def combine(rows: Tensor, order: DispatchOrder, weight: Tensor) -> Tensor:
+    """Sums each token's rows, weighted; dropped choices add nothing.
 
     Args:
         rows: `[T·k, D]`, in the order of `dispatch`.
@@ -112,16 +112,16 @@ def combine(rows: Tensor, order: Order, weight: Tensor) -> Tensor:
     Returns:
         `[T, D]`, dtype of `rows`.
     """
-    if order.kept is not None:  # so dropped choices pass no gradient, neither to rows nor to weight
-        weight = torch.where(order.kept, weight, 0)
+    if order.keep_mask is not None:  # dropped choices give no gradient to rows or weight
+        weight = torch.where(order.keep_mask, weight, 0)
     return _Combine.apply(rows, weight, order)
 
 
 class _GroupedProduct(torch.autograd.Function):
     """rows[e's range] @ weight[e]ᵀ for every expert e.
 
-    torch's own derivative refuses gradients that are not contiguous, and on some GPUs leaves
-    rubbish for experts without rows (pytorch issue 172439).
+    torch's own backward refuses gradients that are not contiguous, and on some GPUs leaves
+    arbitrary values for experts without rows (pytorch issue 172439).
     """
 
     @staticmethod
@@ -141,9 +141,9 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _grouped(rows: Tensor, up: Tensor) -> bool:
-    """Whether the grouped product serves these operands, and is worth it.
+    """Whether to use the grouped product for these operands.
 
-    On CPU a product per expert is as fast. It wants bf16 and rows of a multiple of 16 bytes.
+    On CPU one product per expert is as fast. It requires bf16 and rows of a multiple of 16 bytes.
     """
     aligned = all(width * rows.element_size() % 16 == 0 for width in up.shape[1:])
     return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
@@ -158,32 +158,33 @@ def expert_mlp(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
-    cut: Cut = WHOLE,
+    sharding: Sharding = UNSHARDED,
 ) -> Tensor:
-    """down_e · act(gate_e · row, up_e · row) for every row, e the expert that owns it.
+    """down_e · act(gate_e · row, up_e · row) for every row, e being its expert.
 
     Args:
-        rows: `[M, D]`, the first `counts[0]` rows expert 0's, and so on; the rest are no one's.
+        rows: `[M, D]`, the first `counts[0]` rows are expert 0's, and so on; the remaining rows
+            have no expert.
         counts: `[E]` integers that sum to M or less, zeros allowed (their experts' gradients are
             zeros).
         gate: `[E, F, D]`, or None where the activation has no gate.
         up: `[E, F, D]`; down: `[E, D, F]`.
-        activation: a name that `kernels.activation.activate` knows.
+        activation: a name of `kernels.activation.NAMES`.
         poly: `[4]`, the coefficients of a polynomial activation, shared by the experts.
-        cut: of the whole inner width, where the F columns here are one rank's.
+        sharding: of the inner width, where F is one rank's shard of it.
 
     Returns:
-        `[M, D]`, with a cut the part of it that these columns make; what it holds for the rest is
-        undefined.
+        `[M, D]`, undefined in rows without an expert. Where the inner width is sharded it is this
+        rank's partial sum, which the caller all-reduces.
     """
     if _grouped(rows, up):
-        return _grouped_mlp(rows, counts, gate, up, down, activation, poly, cut)
+        return _grouped_mlp(rows, counts, gate, up, down, activation, poly, sharding)
     sizes = counts.tolist()
-    *owned, rest = rows.split([*sizes, len(rows) - sum(sizes)])
+    *by_expert, remaining = rows.split([*sizes, len(rows) - sum(sizes)])
     gates = [None] * len(up) if gate is None else gate.unbind()
-    parts = zip(owned, gates, up.unbind(), down.unbind(), strict=True)
-    y = [_mlp(x, g, u, d, activation, poly, cut) for x, g, u, d in parts]
-    return torch.cat([*y, torch.zeros_like(rest)])
+    operands = zip(by_expert, gates, up.unbind(), down.unbind(), strict=True)
+    y = [_mlp(x, g, u, d, activation, poly, sharding) for x, g, u, d in operands]
+    return torch.cat([*y, torch.zeros_like(remaining)])
 
 
 def _mlp(
@@ -193,10 +194,10 @@ def _mlp(
     down: Tensor,
     activation: str,
     poly: Tensor | None,
-    cut: Cut,
+    sharding: Sharding,
 ) -> Tensor:
     inner = None if gate is None else linear(x, gate)
-    return activated_linear(linear(x, up), inner, down, activation, poly, cut)
+    return activated_linear(linear(x, up), inner, down, activation, poly, sharding)
 
 
 def _grouped_mlp(
@@ -207,18 +208,18 @@ def _grouped_mlp(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
-    cut: Cut = WHOLE,
+    sharding: Sharding = UNSHARDED,
 ) -> Tensor:
-    """`expert_mlp` by grouped products, without telling the host the counts."""
+    """`expert_mlp` by grouped products, without copying the counts to the host."""
     ends = counts.cumsum(0, dtype=torch.int32)
     gated = None if gate is None else _GroupedProduct.apply(rows, gate, ends)
     inner = _GroupedProduct.apply(rows, up, ends)
     if poly is None:
         inner = activate(inner, gated, activation)
-    else:  # its gradient sums over rows, and products leave rubbish in those no expert owns
-        owned = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
-        inner = activate(torch.where(owned, inner, 0), gated, activation, poly, cut)
-        inner = torch.where(owned, inner, 0)
+    else:  # its gradient sums over rows, and rows without an expert hold arbitrary values
+        has_expert = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
+        inner = activate(torch.where(has_expert, inner, 0), gated, activation, poly, sharding)
+        inner = torch.where(has_expert, inner, 0)
     return _GroupedProduct.apply(inner, down, ends)
 
 
@@ -231,15 +232,15 @@ def experts(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
-    kept: Tensor | None = None,
-    cut: Cut = WHOLE,
+    keep_mask: Tensor | None = None,
+    sharding: Sharding = UNSHARDED,
 ) -> Tensor:
     """y_t = Σ_j weight[t, j] · expert_{chosen[t, j]}(x_t): `dispatch`, `expert_mlp`, `combine`.
 
-    Args and result as there: x `[T, D]`, chosen, weight and kept `[T, k]`, y `[T, D]`.
+    Args and result as for these: x `[T, D]`, chosen, weight and keep_mask `[T, k]`, y `[T, D]`.
     """
-    rows, order = dispatch(x, chosen, len(up), kept)
-    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly, cut)
+    rows, order = dispatch(x, chosen, len(up), keep_mask)
+    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly, sharding)
     return combine(out, order, weight)
 
 
@@ -252,13 +253,13 @@ def experts_reference(
     down: Tensor,
     activation: str,
     poly: Tensor | None = None,
-    kept: Tensor | None = None,
+    keep_mask: Tensor | None = None,
 ) -> Tensor:
     """`experts` by its formula: every expert on every token, masked."""
     y = torch.zeros_like(x)
     for e in range(len(up)):
         g = None if gate is None else x @ gate[e].T
         out = activate_reference(x @ up[e].T, g, activation, poly) @ down[e].T
-        used = chosen == e if kept is None else (chosen == e) & kept
+        used = chosen == e if keep_mask is None else (chosen == e) & keep_mask
         y = y + torch.where(used, weight, 0).sum(1)[:, None] * out
     return y.to(x.dtype)

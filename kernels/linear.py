@@ -1,9 +1,9 @@
-"""Matrix products of linear layers, on the faster of two libraries.
+"""Matrix products of linear layers, by the faster of two libraries.
 
-On x86 CPUs PyTorch sends fp32 products to MKL. oneDNN, which PyTorch ships and uses for bf16, has
-them too: on some processors it is twice as fast, on others slower, and that differs with the
-operands' layout and size. So there is a choice for each class of products (`prefer`), which the
-launcher measures. EXPERIMENTS.md has the figures.
+On x86 CPUs PyTorch calls MKL for fp32 products. oneDNN, which PyTorch ships and uses for bf16, can
+compute them too: on some processors it is twice as fast, on others slower, and that varies with the
+operands' layout and size. So the library is chosen for each class of products (`prefer`) by
+measurements that the launcher makes. EXPERIMENTS.md has the figures.
 """
 
 from collections.abc import Mapping
@@ -25,16 +25,16 @@ CLASSES = tuple(f"{layout}, {size}" for layout in LAYOUTS for size in SIZES)
 
 
 def usual_choice() -> dict[str, bool]:
-    """Unless it was measured: oneDNN where the processor has AVX-512, MKL elsewhere."""
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return dict.fromkeys(CLASSES, wide)
+    """The choice without measurements: oneDNN where the processor has AVX-512, MKL elsewhere."""
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return dict.fromkeys(CLASSES, avx512)
 
 
 _ON_ONEDNN = usual_choice()
 
 
 def prefer(choice: Mapping[str, bool]) -> None:
-    """Have oneDNN serve those of `CLASSES` that are true from now on, PyTorch the others.
+    """From now on uses oneDNN for those of `CLASSES` that are true, PyTorch's default for others.
 
     Raises:
         KeyError: a class is missing.
@@ -54,12 +54,12 @@ def _onednn_is_on() -> bool:
 
 
 def has_onednn(x: Tensor) -> bool:
-    """Whether oneDNN can serve products of this tensor: fp32 on an x86 CPU, oneDNN switched on."""
+    """Whether oneDNN can compute products of this tensor: fp32 on an x86 CPU, oneDNN enabled."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_on()
 
 
 def class_of(a: Tensor, b: Tensor) -> str:
-    """Which of `CLASSES` the product of `[..., K]` and `[N, K]` belongs to."""
+    """The class of `CLASSES` to which the product of `[..., K]` and `[N, K]` belongs."""
     if a.stride(-1) != 1:
         layout = "weight gradient"
     else:
@@ -71,7 +71,7 @@ def class_of(a: Tensor, b: Tensor) -> str:
 
 @opaque("onednn_product", lambda a, b: a.new_empty(*a.shape[:-1], b.shape[0]))
 def onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """Opaque: Inductor has this operator for packed weights alone and refuses any other use."""
+    """a bᵀ by oneDNN. Opaque: Inductor supports this operator for packed weights only."""
     assert ONEDNN_LINEAR is not None
     return ONEDNN_LINEAR(a, b, None, "none", [], "")
 
@@ -86,25 +86,25 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if _goes_to_onednn(a, b):
+    if _use_onednn(a, b):
         return onednn_product(a, b)
     return a @ b.T
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a bᵀ, without gradient: where it can be in the pass that multiplies.
+    """total += a bᵀ, without gradient, fused with the product where the library can do that.
 
     Args:
         total: `[M, N]`, dtype of `a` or wider.
         a, b: `[M, K]` and `[N, K]`, of one dtype, any strides.
     """
-    if total.dtype == a.dtype and not _goes_to_onednn(a, b):
+    if total.dtype == a.dtype and not _use_onednn(a, b):
         torch.addmm(total, a, b.T, out=total)
     else:
         total += product(a, b)
 
 
-def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
+def _use_onednn(a: Tensor, b: Tensor) -> bool:
     return has_onednn(a) and a.numel() > 0 and b.numel() > 0 and _ON_ONEDNN[class_of(a, b)]
 
 

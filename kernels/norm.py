@@ -1,4 +1,4 @@
-"""Norms over the last dimension, in at least fp32, keeping only inputs and statistics of rows."""
+"""Norms over the last dimension, in at least fp32, that save only inputs and row statistics."""
 
 from typing import Any
 
@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.cut import Combine, outside_graphs
 from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.sharding import Reduction, outside_graphs
 
 
 class _RMSNorm(torch.autograd.Function):
     """x / sqrt(Σ x² / width + eps) · (weight + offset) + bias.
 
-    `short` says that rows lack one channel, which would make their sum zero: Σ counts its square.
-    `mean` completes means over the width where rows are cut over ranks; None where they are not.
+    `lacks_channel` says that rows lack the channel that would make their sum zero; Σ includes its
+    square. `mean` turns means over local columns into means over the row where rows are sharded
+    over ranks; None where they are not.
     """
 
     @staticmethod
@@ -27,12 +28,12 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         width: int,
-        short: bool,
-        mean: Combine | None,
+        lacks_channel: bool,
+        mean: Reduction | None,
     ) -> Tensor:
         w = wide(x)
         scale = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
-        total = w.sum(-1, keepdim=True) if short else None  # minus the channel that rows lack
+        total = w.sum(-1, keepdim=True) if lacks_channel else None  # minus the missing channel
         if total is not None:
             scale.addcmul_(total, total)
         scale = scale.div_(width)
@@ -57,14 +58,14 @@ class _RMSNorm(torch.autograd.Function):
         product = g * w
         d_weight = d_bias = None
         if weight is None:
-            along = product.sum(-1, keepdim=True)
+            row_sum = product.sum(-1, keepdim=True)
         else:
             if ctx.bias_dtype is not None:
                 d_bias = g.reshape(-1, *weight.shape).sum(0).to(ctx.bias_dtype)
             factor = _factor(weight, ctx.offset)
-            d_weight, along = _weighted_sums(product, scale, factor.to(product.dtype))
+            d_weight, row_sum = _weighted_sums(product, scale, factor.to(product.dtype))
             d_weight = d_weight.to(weight.dtype)
-        mean = along.mul_(scale).div_(ctx.width)  # of the gradient times the normed row
+        mean = row_sum.mul_(scale).div_(ctx.width)  # of the gradient times the normed row
         if ctx.mean is not None:
             mean = ctx.mean(mean)
         slope = mean.mul(scale).mul_(scale).neg_()  # one by one: a third power could underflow
@@ -75,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _weighted_sums(product: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of rows, each times its scale, and sums over each row's channels times the factor.
+    """Sums over rows, each times its scale, and sums over each row's channels times the factor.
 
     Args:
         product: `[..., *weight]`.
@@ -86,10 +87,10 @@ def _weighted_sums(product: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tens
         the shape of `factor`, and `[..., 1]`.
     """
     if factor.dim() == 1:  # matrix times vector: one pass each
-        of_rows = product.reshape(-1, len(factor)).T @ scale.flatten()
-        return of_rows, (product @ factor)[..., None]
-    of_rows = (product * scale).reshape(-1, *factor.shape).sum(0)
-    return of_rows, (product * factor).sum(-1, keepdim=True)
+        over_rows = product.reshape(-1, len(factor)).T @ scale.flatten()
+        return over_rows, (product @ factor)[..., None]
+    over_rows = (product * scale).reshape(-1, *factor.shape).sum(0)
+    return over_rows, (product * factor).sum(-1, keepdim=True)
 
 
 def _factor(weight: Tensor, offset: float) -> Tensor:
@@ -103,7 +104,7 @@ def rms_norm(
     eps: float,
     bias: Tensor | None = None,
     offset: float = 0.0,
-    mean: Combine | None = None,
+    mean: Reduction | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · (weight + offset) + bias (arXiv:1910.07467, eq. 4).
 
@@ -112,9 +113,9 @@ def rms_norm(
         weight: `[D]` or `[G, W]`, of `x`'s dtype or wider.
         bias: as `weight`, or None.
         offset: 1 for models that store the weight minus 1 (Gemma, Qwen3-Next).
-        mean: where the rows of `x` (with weight and bias) are cut over ranks: completes a mean over
-            this rank's part, `[..., 1]`, into that over the whole row, forward and backward
-            (`kernels.cut.Cut.mean`).
+        mean: where the rows of `x` (with weight and bias) are sharded over ranks, the all-reduce
+            that turns a mean over local columns, `[..., 1]`, into that over the whole row, forward
+            and backward (`kernels.sharding.Sharding.mean_over_ranks`).
 
     Returns:
         the shape and dtype of `x`.
@@ -136,7 +137,7 @@ def rms_norm_reference(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """PyTorch's operators; the backward one would sum the weight's gradient in bf16 beside bf16."""
+    """PyTorch's operators; backward in fp32, as it would sum bf16 rows' weight gradient in bf16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -172,7 +173,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     Returns:
         the shape and dtype of `x`.
     """
-    # PyTorch computes in fp32 inside; beside bf16 rows it takes fp32 parameters on CPU only.
+    # PyTorch computes in fp32 inside; with bf16 rows it takes fp32 parameters on CPU only.
     dtype = x.dtype if x.is_cuda else wide_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if dtype == x.dtype:
@@ -218,7 +219,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
     Returns:
         the shape and dtype of `x`.
     """
-    if x.is_cuda:  # one kernel, and a factor that keeps nothing for backward
+    if x.is_cuda:  # one kernel, and a factor for which backward saves nothing
         D = x.shape[-1]
         return F.rms_norm(x, (D,), None, eps / D) * D**-0.5
     return _RMSNorm.apply(x, None, None, eps, 0.0, 1, False, None)

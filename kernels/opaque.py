@@ -1,4 +1,4 @@
-"""Functions that compilers leave as they are: one operator each inside a compiled graph."""
+"""Functions that torch.compile does not trace: each is one custom operator in a compiled graph."""
 
 import functools
 from collections.abc import Callable
@@ -11,14 +11,14 @@ R = TypeVar("R")
 
 
 def opaque(name: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function one operator of compiled graphs, which they neither look into nor break at.
+    """Makes a function a custom operator in compiled graphs: not traced, and without a graph break.
 
-    For what Inductor cannot express (calls of other libraries) or makes worse (loops over blocks).
-    Eagerly nothing changes: the function is called as it is, without a dispatcher's cost. It has no
-    gradient of its own: it stands inside an `autograd.Function`, which Dynamo traces.
+    For functions that Inductor cannot express (calls of other libraries) or slows down (loops over
+    blocks). In eager mode the function is called directly, without the dispatcher's cost. The
+    operator has no autograd formula: call it inside an `autograd.Function`, which Dynamo traces.
 
     Args:
-        name: of the operator, `colonnade::name`.
+        name: the operator is called `colonnade::name`.
         fake: the same function on tensors without data: shapes, dtypes and devices of its results.
     """
 

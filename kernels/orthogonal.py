@@ -1,4 +1,4 @@
-"""The nearest orthogonal matrix, nearly: Newton-Schulz iteration as Muon uses it."""
+"""Approximate orthogonalisation of a matrix by Newton-Schulz iteration, as Muon uses it."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 # x -> a x + b x³ + c x⁵: steep at 0, and near 1 it stays between 0.7 and 1.2 (K. Jordan, 2024)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-EPS = 1e-7  # least norm that is divided by
+EPS = 1e-7  # lower bound of the norm by which a matrix is divided
 
 
 def orthogonalised(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def orthogonalised(x: Tensor) -> Tensor:
         the shape and dtype of `x`; zero where `x` is.
     """
     tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if tall else x  # the smaller Gram matrix
+    y = x.mT if tall else x  # so that the Gram matrix is the smaller one
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=EPS)
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
@@ -29,7 +29,7 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def orthogonalised_reference(x: Tensor) -> Tensor:
-    """`orthogonalised` on singular values, of one matrix or several."""
+    """`orthogonalised` by its formula on singular values, of one matrix or several."""
     U, S, V = torch.linalg.svd(x, full_matrices=False)
     S = S / torch.linalg.vector_norm(S, dim=-1, keepdim=True).clamp(min=EPS)
     a, b, c = COEFFICIENTS

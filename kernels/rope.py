@@ -1,4 +1,4 @@
-"""Rotary positions, with the scalings that stretch them beyond the trained length."""
+"""Rotary position embeddings, with frequency scalings for sequences beyond the trained length."""
 
 import math
 from dataclasses import dataclass
@@ -16,20 +16,21 @@ class RopeScaling:
     """How rotary frequencies change for sequences longer than the model was trained on.
 
     Attributes:
-        kind: `linear`: position interpolation (arXiv:2306.15595), every frequency divided.
-            `ntk`: a larger base, theta · factor^(P/(P−2)), which leaves the highest frequency as it
-            is and divides the lowest by `factor`. `yarn`: frequencies that turn often are kept,
-            those that turn seldom divided, a ramp between (arXiv:2309.00071). `llama3`: the same
-            idea with a ramp over wavelengths (Llama 3.1).
-        factor: how much longer sequences may become.
-        original: length in tokens that the model was trained on; `yarn` and `llama3`.
-        low, high: `llama3`: turns within `original` up to which a frequency is divided in full, and
-            from which it is kept.
-        fast, slow: `yarn`: turns within `original` from which a frequency is kept, and up to which
-            it is divided in full.
-        mscale, mscale_all: `yarn`: weights of the attention factor (DeepSeek's); 0 is not given.
-        attention_factor: `yarn`: that factor itself; None: from the three fields above.
-        truncate: `yarn`: whether the ramp begins and ends at whole channels.
+        kind: `linear`: position interpolation (arXiv:2306.15595), which divides every frequency by
+            `factor`. `ntk`: a larger base, theta · factor^(P/(P−2)), which does not change the
+            highest frequency and divides the lowest by `factor`. `yarn`: high frequencies are
+            unchanged and low ones divided by `factor`, with a ramp between (arXiv:2309.00071).
+            `llama3`: the same idea with a ramp over wavelengths (Llama 3.1).
+        factor: how much longer than `original` sequences may become.
+        original: length in tokens on which the model was trained; `yarn` and `llama3`.
+        low, high: `llama3`: a frequency is divided by the whole factor up to `low` turns within
+            `original`, and unchanged from `high` turns on.
+        fast, slow: `yarn`: a frequency is unchanged from `fast` turns within `original` on, and
+            divided by the whole factor up to `slow` turns.
+        mscale, mscale_all: `yarn`: weights of the attention factor (DeepSeek's); 0: not set.
+        attention_factor: `yarn`: the attention factor itself; None: computed from `factor`,
+            `mscale` and `mscale_all`.
+        truncate: `yarn`: whether the ends of the ramp are rounded to whole channel pairs.
     """
 
     kind: Literal["linear", "ntk", "yarn", "llama3"]
@@ -46,7 +47,8 @@ class RopeScaling:
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """How much sharper attention gets when sequences grow by `factor` (arXiv:2309.00071).
+    """YaRN's attention factor for sequences longer by `factor`: 0.1 · weight · ln(factor) + 1
+    (arXiv:2309.00071).
 
     DeepSeek-V3 also multiplies the scale of its scores by yarn_mscale(factor, mscale_all)².
     """
@@ -62,7 +64,7 @@ def rope_frequencies(
     """Angle per position of each pair of channels, theta^(−2i/P) before scaling.
 
     Args:
-        width: channels that are rotated P, even.
+        width: number of rotated channels P, even.
 
     Returns:
         `[P/2]` in fp64, and the factor that multiplies cosine and sine (1 except for `yarn`).
@@ -82,26 +84,26 @@ def rope_frequencies(
         case "linear":
             return frequency / scaling.factor, 1.0
         case "yarn":
-            kept = _yarn_kept(frequency, width, theta, scaling)
-            return _blend(frequency, kept, scaling), _yarn_attention_factor(scaling)
+            unscaled = _yarn_unscaled(frequency, width, theta, scaling)
+            return _blend(frequency, unscaled, scaling), _yarn_attention_factor(scaling)
         case "llama3":
             turns = scaling.original * frequency / (2 * math.pi)
-            kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
-            return _blend(frequency, kept, scaling), 1.0
+            unscaled = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+            return _blend(frequency, unscaled, scaling), 1.0
         case other:
             raise ValueError(f"rope scaling {other!r} is not one of linear, ntk, yarn, llama3")
 
 
-def _blend(frequency: Tensor, kept: Tensor, scaling: RopeScaling) -> Tensor:
-    """Each frequency, in part kept and in part divided by the factor."""
-    return frequency * (kept + (1 - kept) / scaling.factor)
+def _blend(frequency: Tensor, unscaled: Tensor, scaling: RopeScaling) -> Tensor:
+    """Interpolates each frequency between itself (`unscaled` 1) and itself / factor (0)."""
+    return frequency * (unscaled + (1 - unscaled) / scaling.factor)
 
 
-def _yarn_kept(frequency: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """The part of each frequency that YaRN keeps: 1 up to a pair, 0 from a later one."""
+def _yarn_unscaled(frequency: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """YaRN's ramp over channel pairs, `[P/2]`: 1 for unchanged frequencies, 0 for divided ones."""
 
     def pair_with(turns: float) -> float:
-        """Index of the pair that turns so often within the trained length; not a whole number."""
+        """Index of the pair that makes `turns` turns within the trained length; a real number."""
         wavelength = scaling.original / turns
         return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -119,8 +121,8 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all:
-        over_all = yarn_mscale(scaling.factor, scaling.mscale_all)
-        return yarn_mscale(scaling.factor, scaling.mscale) / over_all
+        divisor = yarn_mscale(scaling.factor, scaling.mscale_all)
+        return yarn_mscale(scaling.factor, scaling.mscale) / divisor
     return yarn_mscale(scaling.factor)
 
 
@@ -137,7 +139,7 @@ def rope_table(
 
     Args:
         positions: `[S, B]` integers, counted from each document's start.
-        width: channels that are rotated P, even.
+        width: number of rotated channels P, even.
         dtype: of the activations.
 
     Returns:
@@ -150,10 +152,10 @@ def rope_table(
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+w/2}) of the first w channels by the table's angles.
+    """Rotates the pairs (x_i, x_{i+w/2}) of the first w channels by the table's angles.
 
     Args:
-        x: `[S, B, H, P]`; channels from w on stay as they are (partial rotary).
+        x: `[S, B, H, P]`; channels from w on are unchanged (partial rotary).
         table: cosine and sine, `[S, B, 1, w/2]`, from `rope_table`; they get no gradient.
 
     Returns:
@@ -163,12 +165,12 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the gradient rotated back; autograd would keep products."""
+    """Backward rotates the gradient back; autograd would save the products instead."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        # in memory heads come before the sequence: attention's products read rows of one head
+        # Laid out with heads before the sequence: attention's products read rows of one head.
         out = _copy(x.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
         return _rotate_into(out, x, cos, sin)
 
@@ -185,10 +187,10 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`out`, which holds `x`, rotated in place: sums and a concatenation would take more passes."""
+    """Rotates `out`, a copy of `x`, in place: sums and a concatenation would take more passes."""
     half = cos.shape[-1]
     sizes = [half, half, x.shape[-1] - 2 * half]
-    (a, b, _), (turned_a, turned_b, _) = wide(x).split(sizes, -1), out.split(sizes, -1)
-    turned_a.mul_(cos).addcmul_(b, sin, value=-1)
-    turned_b.mul_(cos).addcmul_(a, sin)
+    (a, b, _), (rotated_a, rotated_b, _) = wide(x).split(sizes, -1), out.split(sizes, -1)
+    rotated_a.mul_(cos).addcmul_(b, sin, value=-1)
+    rotated_b.mul_(cos).addcmul_(a, sin)
     return out.to(x.dtype)

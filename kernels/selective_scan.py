@@ -2,11 +2,11 @@
 
 Shape letters: S sequence, B batch, C channels, N state, Q tokens of a chunk, W channels of a block.
 
-Every channel and state forgets at a rate of its own, so products of matrices over tokens do not
-apply. What can be done for a chunk's tokens at once (decays, inputs, reading the states) is; only
+Every channel and state decays at a different rate, so matrix products over tokens do not apply.
+What can be computed for all tokens of a chunk at once is (decays, inputs, outputs); only
 state_t = decay_t state_{t-1} + input_t goes token by token, as one fused operation. Inside,
-channels are last and contiguous, and taken in blocks, so that a chunk's `[Q, B, N, W]` stays in
-cache. Decays are never divided, nor multiplied over tokens: any dt is safe.
+channels are last and contiguous, and processed in blocks, so that a chunk's `[Q, B, N, W]` stays in
+cache. Decays are neither divided nor multiplied over tokens: any dt is safe.
 """
 
 import math
@@ -18,24 +18,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.precision import wide, wide_dtype
-from colonnade.kernels.segments import Passing, Wait, beside, check, in_line
+from colonnade.kernels.segments import (
+    StatePassing,
+    Wait,
+    batch_to_segments,
+    check_segments,
+    segments_to_batch,
+)
 
-# Elements of a token's `[B, N, W]` on CPU: with fewer its operation costs more to call than to do,
-# with more a chunk's leave the cache.
+# Elements of a token's `[B, N, W]` on CPU: with fewer its operation costs more to launch than to
+# run, with more a chunk's tensors leave the cache.
 STEP = 2**14
 
 
 class _Block:
-    """Decays and states of one chunk of a block of channels, in buffers that every chunk reuses."""
+    """Decays and states of one chunk for a block of channels, in buffers that all chunks reuse."""
 
     def __init__(self, A: Tensor, Q: int, batch: int) -> None:
         N, W = A.shape
         self.rate = A * math.log2(math.e)  # base 2: its exponential is several times faster on CPU
         self.decay = A.new_empty(Q, batch, N, W)
         self.states = A.new_empty(Q + 1, batch, N, W)  # before the chunk, then after each token
-        self.decay_of, self.state_of = self.decay.unbind(), self.states.unbind()
+        # Views of each token, made once: the steps are short.
+        self.token_decays, self.token_states = self.decay.unbind(), self.states.unbind()
 
-    def forget(self, dt: Tensor, barrier: Tensor) -> None:
+    def fill_decays(self, dt: Tensor, barrier: Tensor) -> None:
         """Fills the decays from dt `[q, B, W]`."""
         out = self.decay[: len(dt)]
         torch.addcmul(barrier, dt[:, :, None], self.rate, out=out).exp2_()
@@ -43,36 +50,38 @@ class _Block:
     def run(self, dt: Tensor, u: Tensor, B: Tensor, barrier: Tensor, state: Tensor) -> None:
         """Fills the buffers from dt and u = dt·x `[q, B, W]`, B, and `state` before the chunk."""
         q = len(dt)
-        self.states[0] = state  # first: it may be the last row of the chunk before
-        self.forget(dt, barrier)
+        # First, as `state` may be a view of these buffers: the last state of the previous chunk.
+        self.states[0] = state
+        self.fill_decays(dt, barrier)
         torch.mul(u[:, :, None], B[..., None], out=self.states[1 : q + 1])
         for t in range(q):
-            self.state_of[t + 1].addcmul_(self.decay_of[t], self.state_of[t])
+            self.token_states[t + 1].addcmul_(self.token_decays[t], self.token_states[t])
 
 
 class _Gradients(_Block):
-    """The same, and the gradients of the states after each token."""
+    """A block with a buffer for the gradients of the states after each token."""
 
     def __init__(self, A: Tensor, Q: int, batch: int) -> None:
         super().__init__(A, Q, batch)
         self.grads = torch.empty_like(self.decay)
-        self.grad_of = self.grads.unbind()
+        self.token_grads = self.grads.unbind()
 
     def run_back(self, dy: Tensor, C: Tensor, carried: Tensor) -> Tensor:
-        """Fills them from dy `[q, B, W]`, C, and `carried` from the tokens after the chunk."""
+        """Fills the gradients from dy `[q, B, W]`, C and `carried`, the gradient of the state after
+        the chunk through later tokens; returns them, `[q, B, N, W]`."""
         q = len(dy)
         grad = torch.mul(dy[:, :, None], C[..., None], out=self.grads[:q])
-        self.grad_of[q - 1].add_(carried)
+        self.token_grads[q - 1].add_(carried)
         for t in range(q - 1, 0, -1):
-            self.grad_of[t - 1].addcmul_(self.decay_of[t], self.grad_of[t])
+            self.token_grads[t - 1].addcmul_(self.token_decays[t], self.token_grads[t])
         return grad
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Keeps its inputs and the state before each chunk; backward computes the rest again.
+    """Saves its inputs and the state before each chunk; backward computes all else again.
 
-    All floating inputs but x, dt, B and C are wide. `barrier` is 0, or −∞ where the state of the
-    token before is of another document.
+    All floating inputs except x, dt, B and C are in at least fp32. `barrier` is added to the
+    logarithms of the decays: 0, or −∞ where the previous token is of another document.
     """
 
     @staticmethod
@@ -87,16 +96,16 @@ class _SelectiveScan(torch.autograd.Function):
         initial: Tensor,  # [B, N, C]
         barrier: Tensor,  # [S, B, 1, 1]
         Q: int,
-        passing: Passing | None,
+        state_passing: StatePassing | None,
     ) -> tuple[Tensor, Tensor]:
         chunks = _ranges(len(x), Q)
         transition = None
-        if passing is not None:
-            left, transition = _over_segment(x, dt, A, B, barrier, Q)
-            initial = _exchanged(passing.launch, passing.parts, left, transition)
+        if state_passing is not None:
+            final, transition = _final_state_from_zeros(x, dt, A, B, barrier, Q)
+            initial = _exchanged(state_passing.launch, state_passing.segments, final, transition)
         y, final = x.new_empty(x.shape), torch.empty_like(initial)
         before = initial.new_empty(len(chunks), *initial.shape)
-        with torch.inference_mode():  # the steps are so short that views' bookkeeping would show
+        with torch.inference_mode():  # the steps are so short that tracking views would cost time
             for c in _blocks(x, len(A)):
                 block = _Block(A[:, c], Q, x.shape[1])
                 state = initial[..., c]
@@ -106,12 +115,12 @@ class _SelectiveScan(torch.autograd.Function):
                     block.run(dt_s, dt_s * x_s, wide(B[s]), barrier[s], state)
                     states = block.states[1 : len(x_s) + 1]
                     state = states[-1]
-                    y_s = _over_states(wide(C[s]), states)
+                    y_s = _sum_over_states(wide(C[s]), states)
                     y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
                 final[..., c] = state
         ctx.save_for_backward(x, dt, A, B, C, D, barrier, before, transition)
-        ctx.Q, ctx.passing = Q, passing
-        if passing is not None:
+        ctx.Q, ctx.state_passing = Q, state_passing
+        if state_passing is not None:
             ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
         return y, final
 
@@ -119,9 +128,10 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, barrier, before, transition = ctx.saved_tensors
-        if ctx.passing is not None:
-            own = _of_initial(dy, dt, A, C, barrier, ctx.Q)
-            dfinal = _exchanged(ctx.passing.launch_back, ctx.passing.parts, own, transition)
+        passing = ctx.state_passing
+        if passing is not None:
+            dinitial = _initial_state_grad(dy, dt, A, C, barrier, ctx.Q)
+            dfinal = _exchanged(passing.launch_back, passing.segments, dinitial, transition)
         chunks = list(enumerate(_ranges(len(x), ctx.Q)))
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])
@@ -131,8 +141,8 @@ class _SelectiveScan(torch.autograd.Function):
             for c in _blocks(x, len(A)):
                 A_c = A[:, c]
                 block = _Gradients(A_c, ctx.Q, x.shape[1])
-                dA_of = torch.zeros_like(block.decay)
-                carried = dfinal[..., c]  # from the tokens after the chunk
+                dA_tokens = torch.zeros_like(block.decay)  # summed over tokens at the end
+                carried = dfinal[..., c]  # gradient through the tokens after the chunk
                 for i, s in reversed(chunks):
                     x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
                     dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
@@ -140,84 +150,87 @@ class _SelectiveScan(torch.autograd.Function):
 
                     grad = block.run_back(dy_s, wide(C[s]), carried)
 
-                    dC[s] += _over_channels(dy_s, block.states[1 : q + 1])
-                    dB[s] += _over_channels(u, grad)
-                    du = _over_states(B_s, grad)
+                    dC[s] += _sum_over_channels(dy_s, block.states[1 : q + 1])
+                    dB[s] += _sum_over_channels(u, grad)
+                    du = _sum_over_states(B_s, grad)
 
                     carried = grad.mul_(block.decay[:q])[0].clone()
-                    dlog = grad.mul_(block.states[:q])  # of dt·A, the decays' logarithms
-                    dA_of[:q].addcmul_(dlog, dt_s[:, :, None])
+                    dlog = grad.mul_(block.states[:q])  # of dt·A, the logarithm of the decay
+                    dA_tokens[:q].addcmul_(dlog, dt_s[:, :, None])
                     ddt[s, :, c] = dlog.mul_(A_c).sum(2).addcmul_(du, x_s)
                     dx_s = du.mul_(dt_s)
                     if D is not None and dD is not None:
                         dx_s.addcmul_(dy_s, D[c])
                         dD[c] += (dy_s * x_s).sum((0, 1))
                     dx[s, :, c] = dx_s
-                dA[:, c] = dA_of.sum((0, 1))
+                dA[:, c] = dA_tokens.sum((0, 1))
                 dinitial[..., c] = carried
         return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dinitial, None, None, None
 
 
-def _over_segment(
+def _final_state_from_zeros(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, barrier: Tensor, Q: int
 ) -> tuple[Tensor, Tensor]:
-    """The state that the tokens leave that start from zeros, and their transition: `[B, N, C]`."""
+    """The state after the tokens when they start from zeros, and their transition: `[B, N, C]`."""
     total = dt.sum(0, dtype=A.dtype)
     transition = torch.addcmul(barrier.sum(0), total[:, None], A).exp_()
-    left = torch.zeros_like(transition)
+    final = torch.zeros_like(transition)
     with torch.inference_mode():
         for c in _blocks(x, len(A)):
-            block, state = _Block(A[:, c], Q, x.shape[1]), left[..., c]
+            block, state = _Block(A[:, c], Q, x.shape[1]), final[..., c]
             for s in _ranges(len(x), Q):
                 dt_s = wide(dt[s, :, c])
                 block.run(dt_s, dt_s * wide(x[s, :, c]), wide(B[s]), barrier[s], state)
                 state = block.states[len(dt_s)]
-            left[..., c] = state
-    return left, transition
+            final[..., c] = state
+    return final, transition
 
 
-def _of_initial(dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, barrier: Tensor, Q: int) -> Tensor:
+def _initial_state_grad(
+    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, barrier: Tensor, Q: int
+) -> Tensor:
     """Gradient of the state before the tokens through their own outputs, `[B, N, C]`."""
     out = A.new_zeros(dy.shape[1], *A.shape)
     with torch.inference_mode():
         for c in _blocks(dy, len(A)):
             block, carried = _Gradients(A[:, c], Q, dy.shape[1]), out[..., c]
             for s in reversed(_ranges(len(dy), Q)):
-                block.forget(wide(dt[s, :, c]), barrier[s])
+                block.fill_decays(wide(dt[s, :, c]), barrier[s])
                 grad = block.run_back(wide(dy[s, :, c]), wide(C[s]), carried)
-                carried = grad[0] * block.decay_of[0]
+                carried = grad[0] * block.token_decays[0]
             out[..., c] = carried
     return out
 
 
 def _exchanged(
-    launch: Callable[[Tensor, Tensor, bool], Wait], parts: int, state: Tensor, transition: Tensor
+    launch: Callable[[Tensor, Tensor, bool], Wait], segments: int, state: Tensor, transition: Tensor
 ) -> Tensor:
-    """What segments, rows of the batch, get for their states and transitions `[B, N, C]`."""
-    left, kept = (t.unflatten(0, (parts, -1)) for t in (state, transition))
-    return launch(left, kept, False)().reshape(state.shape)
+    """Launches the exchange of states (or gradients) and transitions `[B, N, C]`, in which segments
+    are rows of the batch, and waits for its result, of the same shape."""
+    states, transitions = (t.unflatten(0, (segments, -1)) for t in (state, transition))
+    return launch(states, transitions, False)().reshape(state.shape)
 
 
 def _ranges(length: int, step: int) -> list[slice]:
-    """Slices of at most `step` that make up `length`."""
+    """Slices of at most `step` that cover `length`."""
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _blocks(x: Tensor, N: int) -> list[slice]:
-    """Ranges of channels to work on, one after the other."""
+    """Ranges of channels to process one after the other."""
     _, batch, channels = x.shape
     width = STEP // (batch * N) if x.device.type == "cpu" else channels
     return _ranges(channels, max(1, width))
 
 
-def _over_states(weights: Tensor, t: Tensor) -> Tensor:
-    """`[q, B, N]` and `[q, B, N, W]`, summed over N: `[q, B, W]`."""
+def _sum_over_states(weights: Tensor, t: Tensor) -> Tensor:
+    """Products of `[q, B, N]` and `[q, B, N, W]`, summed over N: `[q, B, W]`."""
     q, batch, N, W = t.shape
     return torch.bmm(weights.reshape(-1, 1, N), t.view(-1, N, W)).view(q, batch, W)
 
 
-def _over_channels(weights: Tensor, t: Tensor) -> Tensor:
-    """`[q, B, W]` and `[q, B, N, W]`, summed over W: `[q, B, N]`."""
+def _sum_over_channels(weights: Tensor, t: Tensor) -> Tensor:
+    """Products of `[q, B, W]` and `[q, B, N, W]`, summed over W: `[q, B, N]`."""
     q, batch, N, W = t.shape
     return torch.bmm(weights.reshape(-1, 1, W), t.view(-1, N, W).mT).view(q, batch, N)
 
@@ -235,7 +248,7 @@ def selective_scan(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """state_t = exp(dt_t A) state_{t-1} + dt_t x_t ⊗ B_t;  y_t = state_t C_t + D x_t, by chunks.
 
@@ -252,31 +265,35 @@ def selective_scan(
         documents: `[S, B]` integers, constant within a document. No state crosses from one
             document into another.
         initial_state: `[B, C, N]` before the first token, of its document; None: zeros.
-        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
-            gives the state before each, of its first token's document. All is run twice: to know
-            what each segment leaves, and from its true state. None: one segment.
+        state_passing: the tokens are its `segments` equal segments, which need not be adjacent in
+            the sequence, and it gives the state before each, of its first token's document. The
+            scan then runs twice: from zeros for each segment's final state, and from the true
+            state. None: one segment.
 
     Returns:
         y `[S, B, C]` in x's dtype, and the state after the last token, `[B, C, N]` in at least
-        fp32; with passing those after each segment, `[parts, B, C, N]`, which have no gradient.
+        fp32; with state_passing the states after each segment, `[segments, B, C, N]`, which have no
+        gradient.
 
     Raises:
-        ValueError: chunk < 1, passing cannot divide S, or there is initial_state beside passing.
+        ValueError: chunk < 1, the segments do not divide S, or both initial_state and state_passing
+            are given.
     """
     if chunk < 1:
         raise ValueError(f"selective_scan: chunks of {chunk} tokens")
-    if passing is not None:
-        check("selective_scan", len(x), passing, initial_state)
-        x, dt, B, C = (beside(t, passing.parts) for t in (x, dt, B, C))
-        documents = None if documents is None else beside(documents, passing.parts)
+    if state_passing is not None:
+        check_segments("selective_scan", len(x), state_passing, initial_state)
+        segments = state_passing.segments
+        x, dt, B, C = (segments_to_batch(t, segments) for t in (x, dt, B, C))
+        documents = None if documents is None else segments_to_batch(documents, segments)
     S, batch, _ = x.shape
     dtype = wide_dtype(x.dtype)
     if initial_state is None:
         initial_state = torch.zeros(batch, *A.shape, dtype=dtype, device=x.device)
     barrier = torch.zeros(S, batch, 1, 1, dtype=dtype, device=x.device)
     if documents is not None:
-        crossed = documents[1:] != documents[:-1]
-        barrier[1:].masked_fill_(crossed[..., None, None], -torch.inf)
+        new_document = documents[1:] != documents[:-1]
+        barrier[1:].masked_fill_(new_document[..., None, None], -torch.inf)
     y, final = _SelectiveScan.apply(
         x,
         dt,
@@ -287,12 +304,12 @@ def selective_scan(
         initial_state.to(dtype).transpose(1, 2).contiguous(),
         barrier,
         min(chunk, max(1, S)),
-        passing,
+        state_passing,
     )
     final = final.transpose(1, 2).contiguous()
-    if passing is None:
+    if state_passing is None:
         return y, final
-    return in_line(y, passing.parts), final.unflatten(0, (passing.parts, -1))
+    return batch_to_segments(y, segments), final.unflatten(0, (segments, -1))
 
 
 def selective_scan_recurrence(

@@ -1,9 +1,9 @@
 """The Mamba-2 scan (SSD, arXiv:2405.21060, section 6): matrix products by chunk, and a recurrence.
 
 Shape letters: S sequence, B batch, H heads, P head width, G groups, R = H / G heads of a group,
-N state, n chunks of Q tokens. Inside, tensors are kept in one of three orders, each contiguous:
-natural [n, Q, B, G, R, P], by head [n·B·G·R, Q, P] and by group [n·B·G, Q, R·P]; B and C are shared
-by the heads of a group and never repeated over them.
+N state, n chunks of Q tokens. Inside, tensors are in one of three orders, each contiguous: natural
+[n, Q, B, G, R, P], by head [n·B·G·R, Q, P] and by group [n·B·G, Q, R·P]; B and C are shared by the
+heads of a group and never repeated over them.
 """
 
 import math
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.cut import outside_graphs
 from colonnade.kernels.precision import wide, wide_dtype
-from colonnade.kernels.segments import Chunking, Passing
+from colonnade.kernels.segments import Chunking, StatePassing
+from colonnade.kernels.sharding import outside_graphs
 
-# exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays here changes no result;
-# it keeps their running sums small enough for differences of them to mean something.
+# exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays changes no result;
+# it keeps their cumulative sums small enough for their differences to be precise.
 LOG_ZERO = -1000.0
 
 
@@ -52,25 +52,25 @@ class _Shape:
         return wide(t).permute(0, 2, 3, 1, 4).reshape(-1, self.Q, self.N)
 
     def from_heads(self, t: Tensor) -> Tensor:
-        """By head -> a natural view."""
+        """By head -> a view in natural order."""
         return t.view(self.n, self.B, self.G, self.R, self.Q, -1).permute(0, 4, 1, 2, 3, 5)
 
     def from_groups(self, t: Tensor) -> Tensor:
-        """By group -> a natural view, `[n, Q, B, G, R, P]`."""
+        """By group -> a view in natural order, `[n, Q, B, G, R, P]`."""
         return t.view(self.n, self.B, self.G, self.Q, self.R, -1).permute(0, 3, 1, 2, 4, 5)
 
     def from_shared(self, t: Tensor) -> Tensor:
-        """A gradient of B or C -> a natural view, `[n, Q, B, G, N]`."""
+        """A gradient of B or C -> a view in natural order, `[n, Q, B, G, N]`."""
         return t.view(self.n, self.B, self.G, self.Q, -1).permute(0, 3, 1, 2, 4)
 
-    def segments(self, t: Tensor, parts: int) -> Tensor:
-        """A state or its decay, `[B, G, R, ...]`, by segment: `[parts, B / parts, H, ...]`."""
-        return t.reshape(parts, -1, self.G * self.R, *t.shape[3:])
+    def by_segment(self, t: Tensor, segments: int) -> Tensor:
+        """A state or its decay, `[B, G, R, ...]`, as `[segments, B / segments, H, ...]`."""
+        return t.reshape(segments, -1, self.G * self.R, *t.shape[3:])
 
 
 @dataclass(frozen=True)
 class _Decays:
-    """What a chunk's tokens, and the states around it, lose on their way."""
+    """The decays between the tokens of a chunk and the states before and after it."""
 
     within: Tensor  # [n, B, G, R, Q, Q] from token s (last) to token t, 0 where t < s
     entering: Tensor  # [n, Q, B, G, R, 1] from the state before the chunk to token t
@@ -79,56 +79,56 @@ class _Decays:
 
 
 def _decays(shape: _Shape, dt: Tensor, A: Tensor, documents: Tensor | None) -> _Decays:
-    """Every decay is the exponential of one masked segment sum.
+    """Computes each decay as the exponential of one masked sum over a range of tokens.
 
-    In fp32 the sums are differences of running sums in fp64, which lose nothing. In fp64 they would
-    behind a strong decay, so that every segment is summed by itself. They are taken to base 2,
-    whose exponential is several times faster on CPU.
+    For fp32 the sums are differences of cumulative sums in fp64, which lose no precision. For fp64
+    such differences would lose it after a strong decay, so each range is summed by itself. The
+    exponentials are to base 2, which is several times faster on CPU.
     """
     dtype, Q = dt.dtype, shape.Q
     logs = (dt * A).clamp_(min=LOG_ZERO).double().mul_(math.log2(math.e))
-    total = logs.cumsum(1)
+    cumulative = logs.cumsum(1)
     if dtype == torch.float64:
         rows = logs.permute(0, 2, 3, 4, 1)[..., None]
         within = rows.expand(*rows.shape[:-1], Q).tril(-1).cumsum(-2)
         leaving = within[..., -1, :].permute(0, 4, 1, 2, 3).exp2()
     else:
-        rows = total.permute(0, 2, 3, 4, 1).contiguous()
+        rows = cumulative.permute(0, 2, 3, 4, 1).contiguous()
         within = torch.empty(*rows.shape, Q, dtype=dtype, device=dt.device)
         torch.sub(rows[..., :, None], rows[..., None, :], out=within)
-        leaving = (total[:, -1:] - total).to(dtype).exp2_()
-    entering = total.to(dtype).exp2()
+        leaving = (cumulative[:, -1:] - cumulative).to(dtype).exp2_()
+    entering = cumulative.to(dtype).exp2()
     across = entering[:, -1, ..., None, None]
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=dt.device).triu_(1)
     if documents is not None:
         d = documents
-        carried = torch.cat([d[:1, :1], d[:-1, -1:]])  # of the state that enters each chunk
-        entering = entering * (d == carried)[..., None, None]
+        before = torch.cat([d[:1, :1], d[:-1, -1:]])  # document of the state before each chunk
+        entering = entering * (d == before)[..., None, None]
         leaving = leaving * (d == d[:, -1:])[..., None, None]
-        across = across * (d[:, -1] == carried[:, 0])[..., None, None, None, None]
+        across = across * (d[:, -1] == before[:, 0])[..., None, None, None, None]
         d = d.transpose(1, 2)
         hidden = (hidden | (d[..., :, None] != d[..., None, :]))[:, :, None, None]
     bias = torch.zeros(hidden.shape, dtype=dtype, device=dt.device).masked_fill_(hidden, -torch.inf)
     return _Decays(within.add_(bias).exp2_(), entering[..., None], leaving[..., None], across)
 
 
-def _states(shape: _Shape, arrived: Tensor, B: Tensor, across: Tensor, initial: Tensor) -> Tensor:
+def _states(shape: _Shape, decayed: Tensor, B: Tensor, across: Tensor, initial: Tensor) -> Tensor:
     """The state before every chunk and after the last one, `[n + 1, B, G, R, P, N]`.
 
-    `arrived` `[n·B·G, Q, R·P]` is dt·x decayed to its chunk's end.
+    `decayed` `[n·B·G, Q, R·P]` is dt·x decayed to its chunk's end.
     """
     states = initial.new_empty(shape.n + 1, *initial.shape)
     states[0] = initial
-    torch.bmm(arrived.transpose(1, 2), B, out=states[1:].view(-1, shape.R * shape.P, shape.N))
+    torch.bmm(decayed.transpose(1, 2), B, out=states[1:].view(-1, shape.R * shape.P, shape.N))
     for c in range(shape.n):
         states[c + 1].addcmul_(states[c], across[c])
     return states
 
 
 class _SSD(torch.autograd.Function):
-    """Keeps its inputs and the states between chunks; backward computes the rest again.
+    """Saves its inputs and the states between chunks; backward computes all else again.
 
-    All floating inputs but x, B and C are wide.
+    All floating inputs except x, B and C are in at least fp32.
     """
 
     @staticmethod
@@ -142,7 +142,7 @@ class _SSD(torch.autograd.Function):
         D: Tensor | None,  # [G, R, 1]
         initial: Tensor,  # [B, G, R, P, N]
         documents: Tensor | None,  # [n, Q, B]
-        passing: Passing | None,
+        state_passing: StatePassing | None,
     ) -> tuple[Tensor, Tensor]:
         n, Q, batch, G, R, P = x.shape
         shape = _Shape(n, Q, batch, G, R, P, N=B.shape[-1])
@@ -150,20 +150,23 @@ class _SSD(torch.autograd.Function):
         b, c, step = shape.shared(B), shape.shared(C), dt[..., None]
         states = _states(shape, shape.groups(x, step * decay.leaving), b, decay.across, initial)
         wait = None
-        if passing is not None:
-            kept = decay.across.cumprod(0)  # of the state before the segment, after each chunk
-            left, transition = (shape.segments(t[-1], passing.parts) for t in (states, kept))
-            wait = passing.launch(left, transition, False)
-        ctx.shape, ctx.passing = shape, passing
+        if state_passing is not None:
+            # The decay from the state before the segment to that after each of its chunks.
+            decays = decay.across.cumprod(0)
+            final_state, transition = (
+                shape.by_segment(t[-1], state_passing.segments) for t in (states, decays)
+            )
+            wait = state_passing.launch(final_state, transition, False)
+        ctx.shape, ctx.state_passing = shape, state_passing
         ctx.save_for_backward(x, dt, A, B, C, D, documents, states)
 
         scores = torch.bmm(c, b.transpose(1, 2)).view(shape.n, shape.B, shape.G, 1, shape.Q, -1)
         weights = decay.within.mul_(scores).view(-1, shape.Q, shape.Q)
-        inner = torch.bmm(weights, shape.heads(x, step))
+        inner = torch.bmm(weights, shape.heads(x, step))  # overlaps the exchange of states
 
         if wait is not None:
             states[0] = wait().reshape(initial.shape)
-            states[1:].addcmul_(kept, states[0])
+            states[1:].addcmul_(decays, states[0])
         flat = states[:-1].view(-1, shape.R * shape.P, shape.N)
         outer = shape.from_groups(torch.bmm(c, flat.transpose(1, 2)))
         y = torch.mul(outer, decay.entering, out=dt.new_empty(x.shape))
@@ -171,7 +174,7 @@ class _SSD(torch.autograd.Function):
         if D is not None:
             y.addcmul_(x, D)
         final = states[-1].clone()
-        if passing is not None:
+        if state_passing is not None:
             ctx.mark_non_differentiable(final)  # backward then gets zeros for its gradient
         return y.to(x.dtype), final
 
@@ -184,27 +187,30 @@ class _SSD(torch.autograd.Function):
         decay = _decays(shape, dt, A, documents)
         b, c, step = shape.shared(B), shape.shared(C), dt[..., None]
 
-        # Through the states: what each received, from the end backwards.
+        # Gradients of the states, from the last chunk to the first.
         dstates = torch.empty_like(states)
         dstates[-1] = dfinal
         before, after = states[:-1], dstates[1:]
-        seen = shape.groups(dy, decay.entering)
-        torch.bmm(seen.transpose(1, 2), c, out=dstates[:-1].view(-1, R * P, N))
+        dy_entering = shape.groups(dy, decay.entering)
+        torch.bmm(dy_entering.transpose(1, 2), c, out=dstates[:-1].view(-1, R * P, N))
         for i in reversed(range(n)):
             dstates[i].addcmul_(dstates[i + 1], decay.across[i])
         wait = None
-        if ctx.passing is not None:
-            kept = decay.across.flip(0).cumprod(0).flip(0)  # of each state, after the segment
-            own, transition = (shape.segments(t[0], ctx.passing.parts) for t in (dstates, kept))
-            wait = ctx.passing.launch_back(own, transition, False)
+        if ctx.state_passing is not None:
+            # The decay from the state before each chunk to that after the segment.
+            decays = decay.across.flip(0).cumprod(0).flip(0)
+            dinitial, transition = (
+                shape.by_segment(t[0], ctx.state_passing.segments) for t in (dstates, decays)
+            )
+            wait = ctx.state_passing.launch_back(dinitial, transition, False)
 
-        # Through what the tokens read of the state before the chunk.
-        seen = shape.heads(dy, decay.entering)
-        dc_head = torch.bmm(seen, before.view(-1, P, N)).view(-1, R, Q, N)
+        # Through the tokens' reads of the state before the chunk.
+        dy_entering = shape.heads(dy, decay.entering)
+        dc_head = torch.bmm(dy_entering, before.view(-1, P, N)).view(-1, R, Q, N)
         dc = dc_head.sum(1)
         ends = dc_head.mul_(c[:, None]).sum(-1).view(n, shape.B, shape.G, R, Q)
 
-        # Through what they read of each other.
+        # Through the tokens' reads of each other.
         scores = torch.bmm(c, b.transpose(1, 2)).view(n, shape.B, shape.G, 1, Q, Q)
         dy_head = shape.heads(dy)
         dweights = torch.bmm(dy_head, shape.heads(x, step).transpose(1, 2))
@@ -220,10 +226,10 @@ class _SSD(torch.autograd.Function):
 
         if wait is not None:
             dstates[-1] = wait().reshape(dfinal.shape)
-            dstates[:-1].addcmul_(kept, dstates[-1])
+            dstates[:-1].addcmul_(decays, dstates[-1])
         dacross = (after * before).sum((-1, -2), keepdim=True).mul_(decay.across)
 
-        # Through what they wrote into the state after the chunk.
+        # Through the tokens' writes into the state after the chunk.
         flat = after.view(-1, R * P, N)
         outer = shape.from_groups(torch.bmm(b, flat.transpose(1, 2)))
         du = torch.mul(outer, decay.leaving, out=dt.new_empty(x.shape))
@@ -232,7 +238,7 @@ class _SSD(torch.autograd.Function):
         db.baddbmm_(dscores.transpose(1, 2), c)
         du.add_(shape.from_heads(inner))
 
-        # Each log-decay stands in the segments that cover it.
+        # A token's log-decay is part of every range of tokens that covers it.
         dlog = ends.flip(-1).cumsum(-1).flip(-1).add_(dacross[..., 0]).permute(0, 4, 1, 2, 3)
         dlog[:, 1:] += dleaving[:, :-1].cumsum(1)
         dlog = dlog.mul(dt * A > LOG_ZERO)
@@ -258,7 +264,7 @@ def ssd(
     chunk: int,
     documents: Tensor | None = None,
     initial_state: Tensor | None = None,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """state_t = exp(dt_t A) state_{t-1} + dt_t x_t ⊗ B_t;  y_t = C_t state_t + D x_t, by chunks.
 
@@ -275,40 +281,45 @@ def ssd(
         documents: `[S, B]` integers, constant within a document and not decreasing along a
             segment. No state crosses from one document into another.
         initial_state: `[B, H, P, N]` before the first token, of its document; None: zeros.
-        passing: the tokens are its `parts` equal segments, not neighbours of each other, and it
-            gives the state before each, of its first token's document. None: one segment.
+        state_passing: the tokens are its `segments` equal segments, which need not be adjacent in
+            the sequence, and it gives the state before each, of its first token's document. None:
+            one segment.
 
     Returns:
         y `[S, B, H, P]` in x's dtype, and the state after the last token, `[B, H, P, N]` in at
-        least fp32; with passing those after each segment, `[parts, B, H, P, N]`, which have no
-        gradient.
+        least fp32; with state_passing the states after each segment, `[segments, B, H, P, N]`,
+        which have no gradient.
 
     Raises:
-        ValueError: G does not divide H, chunk < 1, passing cannot divide S, or there is
-            initial_state beside passing.
+        ValueError: G does not divide H, chunk < 1, the segments do not divide S, or both
+            initial_state and state_passing are given.
     """
     S, batch, H, P = x.shape
     G, N = B.shape[2:]
     if H % G or chunk < 1:
         raise ValueError(f"ssd: {H} heads in {G} groups, chunks of {chunk} tokens")
-    chunks = Chunking("ssd", S, chunk, passing, initial_state)
-    cut, heads, dtype = chunks.cut, (G, H // G), wide_dtype(x.dtype)
+    chunking = Chunking("ssd", S, chunk, state_passing, initial_state)
+    chunks, heads, dtype = chunking.to_chunks, (G, H // G), wide_dtype(x.dtype)
     if initial_state is None:
-        initial_state = torch.zeros(chunks.parts * batch, H, P, N, dtype=dtype, device=x.device)
-    apply = _SSD.apply if passing is None else outside_graphs(_SSD.apply)
+        initial_state = torch.zeros(
+            chunking.segments * batch, H, P, N, dtype=dtype, device=x.device
+        )
+    apply = _SSD.apply if state_passing is None else outside_graphs(_SSD.apply)
     y, final = apply(
-        cut(x).unflatten(3, heads),
-        cut(dt.to(dtype)).unflatten(3, heads),
+        chunks(x).unflatten(3, heads),
+        chunks(dt.to(dtype)).unflatten(3, heads),
         A.to(dtype).view(heads),
-        cut(B),
-        cut(C),
+        chunks(B),
+        chunks(C),
         None if D is None else D.to(dtype).view(*heads, 1),
         initial_state.to(dtype).unflatten(1, heads),
-        None if documents is None else cut(documents, last=True),
-        passing,
+        None if documents is None else chunks(documents, repeat_last=True),
+        state_passing,
     )
-    y, final = chunks.whole(y.flatten(3, 4)), final.flatten(1, 2)
-    return y, final if passing is None else final.unflatten(0, (passing.parts, -1))
+    y, final = chunking.to_tokens(y.flatten(3, 4)), final.flatten(1, 2)
+    if state_passing is None:
+        return y, final
+    return y, final.unflatten(0, (state_passing.segments, -1))
 
 
 def ssd_recurrence(

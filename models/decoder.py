@@ -33,9 +33,9 @@ class Embedding(Part):
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.weight_of("weight")
-        if self.cut.count == 1:
+        if self.sharding.size == 1:
             return F.embedding(tokens, weight)
-        rows = tokens - self.cut.index * len(weight)
+        rows = tokens - self.sharding.rank * len(weight)
         elsewhere = (rows < 0) | (rows >= len(weight))
         found = F.embedding(rows.masked_fill(elsewhere, 0), weight)
         return self.leave(found.masked_fill(elsewhere[..., None], 0))
@@ -69,13 +69,21 @@ class Head(Part):
         if passes == 2:
             one, two = (half.flatten(0, 1) for half in x.chunk(2, dim=1))
             objective, mean, consistency = linear_consistency(
-                one, two, weight, flat, self.chunk, self.alpha, cap=self.cap, z=z, cut=self.cut
+                one,
+                two,
+                weight,
+                flat,
+                self.chunk,
+                self.alpha,
+                cap=self.cap,
+                z=z,
+                sharding=self.sharding,
             )
             second = objective.detach() - mean - consistency  # and z
             return objective, {"consistency": consistency, "second_pass": second}
         rows = x.flatten(0, 1)
         objective, extra = linear_objective(
-            rows, weight, flat, self.chunk, cap=self.cap, z=z, cut=self.cut
+            rows, weight, flat, self.chunk, cap=self.cap, z=z, sharding=self.sharding
         )
         return objective, {"logit_z": extra} if z else {}
 

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from colonnade.kernels.cut import WHOLE
+from colonnade.kernels.sharding import UNSHARDED
 from colonnade.models.names import canonical
 from colonnade.models.parameters import ParameterSpec
 from colonnade.models.seams import Seam
@@ -18,9 +18,9 @@ class Part(nn.Module):
     `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
     `parallel/` replaces it by the rank's shard.
 
-    `specs` has the record of each parameter and buffer, by name. `cut` says which part of all that
-    is split is here. Of the transformed weights `started` have a state, and `due` may advance it at
-    the next use.
+    `specs` has the record of each parameter and buffer, by name. `sharding` says which shard of
+    all split widths is local. Of the transformed weights `started` have a state, and `due` may
+    advance it at the next use.
 
     A half of a sub-block declares its `seams`, `()` where it works token by token; what declares
     none is refused where ranks share sequences.
@@ -34,7 +34,7 @@ class Part(nn.Module):
             setattr(self, seam.name, seam.local)
         self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
         self.specs: dict[str, ParameterSpec] = {}
-        self.cut = WHOLE
+        self.sharding = UNSHARDED
         self.due: set[str] = set()
         self.started: set[str] = set()
         for record in records:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colonnade.kernels.cut import WHOLE, Cut
 from colonnade.kernels.precision import wide
+from colonnade.kernels.sharding import UNSHARDED, Sharding
 from colonnade.models.mup import apply_mup
 from colonnade.models.part import Part
 
@@ -78,47 +78,49 @@ def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
     if name in part.due and part.training:
         iterate(w, left, right, rows, columns, 1)
         part.due.discard(name)
-    ends = rows.mine(left, -1).clone(), columns.mine(right, -1).clone()
+    ends = rows.local(left, -1).clone(), columns.local(right, -1).clone()
     sigma = total(torch.einsum("...o,...oi,...i->...", ends[0], w, ends[1]), rows, columns)
     gain = 1 + wide(part.weight_of(f"{name}_gain")).view(sigma.shape)
     return (w * (gain / sigma)[..., None, None]).to(weight.dtype)
 
 
-def cuts(part: Part, name: str) -> tuple[Cut, Cut]:
+def cuts(part: Part, name: str) -> tuple[Sharding, Sharding]:
     """How the rows and the columns of a weight are cut as it is used here."""
     split = part.specs[name].split
-    if split is None or split.pieces % part.cut.count:
-        return WHOLE, WHOLE
+    if split is None or split.pieces % part.sharding.size:
+        return UNSHARDED, UNSHARDED
     of_rows = split.dim == getattr(part, name).dim() - 2
-    return (part.cut, WHOLE) if of_rows else (WHOLE, part.cut)
+    return (part.sharding, UNSHARDED) if of_rows else (UNSHARDED, part.sharding)
 
 
-def total(t: Tensor, *cuts: Cut) -> Tensor:
+def total(t: Tensor, *cuts: Sharding) -> Tensor:
     """`t` summed over whatever ranks hold the rest."""
     for cut in cuts:
-        t = cut.total(t) if cut.count > 1 else t
+        t = cut.all_reduce(t) if cut.size > 1 else t
     return t
 
 
-def total_once(t: Tensor, *cuts: Cut) -> Tensor:
+def total_once(t: Tensor, *cuts: Sharding) -> Tensor:
     """The same in power iteration."""
     for cut in cuts:
-        t = cut.once(t) if cut.count > 1 else t
+        t = cut.all_reduce_no_grad(t) if cut.size > 1 else t
     return t
 
 
 @torch.no_grad()
-def iterate(w: Tensor, left: Tensor, right: Tensor, rows: Cut, columns: Cut, times: int) -> None:
+def iterate(
+    w: Tensor, left: Tensor, right: Tensor, rows: Sharding, columns: Sharding, times: int
+) -> None:
     """Power iteration on `[..., O, I]`, in place: left `[..., O]`, right `[..., I]`, both whole.
 
     Not by matrix products: selective recomputation counts those, and these do not happen again.
     """
 
-    def advance(vector: Tensor, here: Cut, product: Tensor) -> None:
+    def advance(vector: Tensor, here: Sharding, product: Tensor) -> None:
         vector.zero_()
-        here.mine(vector, -1).copy_(product)
+        here.local(vector, -1).copy_(product)
         vector.copy_(F.normalize(total_once(vector, rows, columns), dim=-1))
 
     for _ in range(times):
-        advance(left, rows, (w * columns.mine(right, -1)[..., None, :]).sum(-1))
-        advance(right, columns, (w * rows.mine(left, -1)[..., None]).sum(-2))
+        advance(left, rows, (w * columns.local(right, -1)[..., None, :]).sum(-1))
+        advance(right, columns, (w * rows.local(left, -1)[..., None]).sum(-2))

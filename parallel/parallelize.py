@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 
-from colonnade.models.blocks.base import SubBlock, conv_here
+from colonnade.models.blocks.base import SubBlock, local_conv
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.part import Part
@@ -93,7 +93,7 @@ def compile_halves(model: Decoder) -> None:
         for half in group:
             assert isinstance(half, Part)
             for name in (seam.name for seam in half.seams or ()):
-                if getattr(half, name) is not conv_here:  # one operator
+                if getattr(half, name) is not local_conv:  # one operator
                     setattr(half, name, torch.compiler.disable(getattr(half, name)))
             half.forward = compiled(half)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from colonnade.kernels.cut import Cut, outside_graphs
+from colonnade.kernels.sharding import Sharding, outside_graphs
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameters import ParameterSpec, Split
@@ -86,7 +86,7 @@ def launched(x: Tensor) -> Tensor:
     return ordered(x, FIRST)
 
 
-def cut_of(group: dist.ProcessGroup) -> Cut:
+def cut_of(group: dist.ProcessGroup) -> Sharding:
     """This rank's part of all widths that the group shares."""
 
     def total(t: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def cut_of(group: dist.ProcessGroup) -> Cut:
         return t
 
     combine = (outside_graphs(f) for f in (total, largest, once))
-    return Cut(group.size(), group.rank(), *combine)
+    return Sharding(group.size(), group.rank(), *combine)
 
 
 def on_stream(model: Decoder) -> Iterator[Part]:
@@ -132,13 +132,13 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
     group = mesh.get_group()
     cut, seams = cut_of(group), Seams(model, group, sequence)
     for part in in_blocks(model):
-        part.cut = cut
+        part.sharding = cut
         for name, _ in list(part.named_parameters(recurse=False)):
             place(part, name, mesh, placement(part, name, cut))
             spec = part.specs[name]
             if spec.split is None:
                 spec.partial = True
-            elif spec.split.pieces % cut.count:
+            elif spec.split.pieces % cut.size:
                 share(part, spec, spec.split)
     for part in on_stream(model):
         for name, _ in list(part.named_parameters(recurse=False)):
@@ -173,7 +173,7 @@ def check_writers(model: Decoder) -> None:
                     )
 
 
-def placement(part: Part, name: str, cut: Cut) -> Placement:
+def placement(part: Part, name: str, cut: Sharding) -> Placement:
     """How a parameter of a sub-block lies at rest.
 
     Raises:
@@ -182,9 +182,9 @@ def placement(part: Part, name: str, cut: Cut) -> Placement:
     split = part.specs[name].split
     if split is None:
         return Replicate()
-    if not split.suits(cut.count):
-        raise ValueError(f"{split.field}: {split.pieces} do not divide over {cut.count} ranks")
-    return Replicate() if split.pieces % cut.count else Shard(split.dim)
+    if not split.suits(cut.size):
+        raise ValueError(f"{split.field}: {split.pieces} do not divide over {cut.size} ranks")
+    return Replicate() if split.pieces % cut.size else Shard(split.dim)
 
 
 def place(part: Part, name: str, mesh: DeviceMesh, where: Placement) -> None:
@@ -202,8 +202,8 @@ def shard_of(p: Tensor) -> Tensor:
 
 def share(part: Part, spec: ParameterSpec, split: Split) -> None:
     """Use of a whole parameter the piece that this rank needs, among others that need it too."""
-    cut = part.cut
-    spec.transforms.append(lambda whole: cut.mine(whole, split.dim, split.pieces))
+    cut = part.sharding
+    spec.transforms.append(lambda whole: cut.local(whole, split.dim, split.pieces))
     spec.partial = True
 
 

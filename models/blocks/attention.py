@@ -44,7 +44,7 @@ class Projected(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor, Softmax, Context], Tensor]
 
 
-def attend_here(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
+def local_attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
     """The `attend` seam's default: all keys and values are on this device."""
     return attention(q, k, v, documents=context.documents, **vars(softmax))
 
@@ -92,7 +92,7 @@ class QKV(Convolving):
             y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
         normed = self.qk_norm != "none" and name != "v"
         if normed and self.qk_norm == "full":
-            weight, mean = self.weight_of(f"{name}_norm"), self.cut.mean()
+            weight, mean = self.weight_of(f"{name}_norm"), self.sharding.mean_over_ranks()
             y = rms_norm(y, weight, self.eps, None, self.offset, mean)
         y = y.unflatten(-1, (-1, self.width))
         if normed and self.qk_norm == "head":
@@ -108,7 +108,7 @@ class QKV(Convolving):
             return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
         if self.gate == "head":
             weight = self.weight_of("gate_w")
-            slices = self.cut.mine(x, -1).unflatten(-1, weight.shape)
+            slices = self.sharding.local(x, -1).unflatten(-1, weight.shape)
             return ((slices * weight).sum(-1) + self.weight_of("gate_b"))[..., None]
         return None
 
@@ -123,7 +123,7 @@ class QKV(Convolving):
 class AttendOut(Part):
     """Attention, gate and output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("attend", attend_here, ATTEND.kinds),)
+    seams = (Seam("attend", local_attend, ATTEND.kinds),)
     attend: Attend
 
     def forward(self, carried: tuple[Projected, Softmax], context: Context) -> Tensor:

@@ -57,7 +57,7 @@ class SubBlock(CanonicalNames):
 Conv = Callable[[Tensor, Tensor, Tensor | None, bool, str, Context], Tensor]
 
 
-def conv_here(
+def local_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, role: str, context: Context
 ) -> Tensor:
     """The `conv` seam's default: the whole sequence is on this device."""
@@ -74,5 +74,5 @@ def conv_here(
 class Convolving(Part):
     """A half with causal convolutions."""
 
-    seams = (Seam("conv", conv_here),)
+    seams = (Seam("conv", local_conv),)
     conv: Conv

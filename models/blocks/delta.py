@@ -10,7 +10,7 @@ from colonnade.kernels.delta import delta_rule
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import l2_norm, rms_norm
 from colonnade.kernels.precision import wide
-from colonnade.kernels.segments import Passing
+from colonnade.kernels.segments import StatePassing
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.base import Card
 from colonnade.models.cards.delta import rule
@@ -34,7 +34,7 @@ class Projected(NamedTuple):
     z: Tensor | None  # [S, B, H, V] gate of the output (gated)
 
 
-def scan_here(
+def local_scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,13 +42,13 @@ def scan_here(
     decay: Tensor | None,
     chunk: int,
     context: Context,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> Tensor:
-    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
+    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
     state = context.cached("state")
     o, state = delta_rule(
         q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state,
-        passing=passing,
+        state_passing=state_passing,
     )  # fmt: skip
     context.put("state", state)
     return o
@@ -93,7 +93,7 @@ class Decay(Part):
 class DeltaOut(Part):
     """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("scan", scan_here, rule(gated=True).kinds),)
+    seams = (Seam("scan", local_scan, rule(gated=True).kinds),)
     scan: Scan
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide
-from colonnade.kernels.segments import Passing
+from colonnade.kernels.segments import StatePassing
 from colonnade.kernels.selective_scan import selective_scan
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.base import Card
@@ -30,15 +30,15 @@ class Projected(NamedTuple):
     x: Tensor  # [S, B, C] convolved
 
 
-def scan_here(
+def local_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
+    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
     state = context.cached("state")
     y, state = selective_scan(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
-        passing=passing,
+        state_passing=state_passing,
     )  # fmt: skip
     context.put("state", state)
     return y
@@ -60,7 +60,7 @@ class Decay(Part):
 class ScanOut(Part):
     """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("scan", scan_here, SCAN.kinds),)
+    seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan
 
     def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
@@ -70,10 +70,10 @@ class ScanOut(Part):
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt within its rank, B and C of every token, from all channels: `[S, B, R or N]`."""
         dt, B, C = (linear(x, self.weight_of(name)) for name in ("dt_a", "B", "C"))
-        if self.cut.count == 1:
+        if self.sharding.size == 1:
             return dt, B, C
         widths = [t.shape[-1] for t in (dt, B, C)]
-        dt, B, C = self.cut.total(torch.cat([dt, B, C], -1)).split(widths, -1)
+        dt, B, C = self.sharding.all_reduce(torch.cat([dt, B, C], -1)).split(widths, -1)
         return dt, B, C
 
     def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
-from colonnade.kernels.segments import Passing
+from colonnade.kernels.segments import StatePassing
 from colonnade.kernels.ssd import ssd
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.base import Card
@@ -34,15 +34,15 @@ class Projected(NamedTuple):
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
 
 
-def scan_here(
+def local_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
-    passing: Passing | None = None,
+    state_passing: StatePassing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default: all of the sequence is here, or `passing` tells of the rest."""
+    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
     state = context.cached("state")
     y, state = ssd(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
-        passing=passing,
+        state_passing=state_passing,
     )  # fmt: skip
     context.put("state", state)
     return y
@@ -66,7 +66,7 @@ class Decay(Part):
 class ScanOut(Part):
     """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("scan", scan_here, SCAN.kinds),)
+    seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
@@ -83,7 +83,8 @@ class ScanOut(Part):
         y = self.scan(x, dt, A, B, C, D, self.chunk, context).flatten(-2) * F.silu(p.z)
         here = B.shape[-2]  # groups, or the part of one that this rank has
         grouped, weight = y.unflatten(-1, (here, -1)), self.weight_of("norm").view(here, -1)
-        normed = rms_norm(grouped, weight, self.eps, mean=self.cut.mean(self.groups))
+        mean = self.sharding.mean_over_ranks(self.groups)
+        normed = rms_norm(grouped, weight, self.eps, mean=mean)
         return linear(normed.flatten(-2), self.weight_of("out"))
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from colonnade.kernels.activation import activated_linear
 from colonnade.kernels.draws import draw_normal
-from colonnade.kernels.experts import Order, combine, dispatch, expert_mlp
+from colonnade.kernels.experts import DispatchOrder, combine, dispatch, expert_mlp
 from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide
 from colonnade.kernels.routing import (
-    Rule,
+    RoutingOptions,
     balance_loss,
     best_experts,
     loads,
@@ -35,7 +35,7 @@ class Dispatched(NamedTuple):
     """Rows sorted by expert, how to undo it, each choice's weight; the shared expert's input."""
 
     rows: Tensor  # [M, D], at most T*k rows
-    order: Order
+    order: DispatchOrder
     weight: Tensor  # [T, k]
     shape: torch.Size  # [S, B, D]
     shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate
@@ -111,12 +111,12 @@ class Experts(Part):
         gate = self.weight_of("gate") if "gate" in self.specs else None
         up, down = self.weight_of("up"), self.weight_of("down")
         counts, kind = sent.order.counts, self.activation
-        rows = expert_mlp(sent.rows, counts, gate, up, down, kind, poly, self.cut)
+        rows = expert_mlp(sent.rows, counts, gate, up, down, kind, poly, self.sharding)
         y = combine(rows, sent.order, sent.weight).view(sent.shape)
         if sent.shared is None:
             return y
         down = self.weight_of("shared_down")
-        shared = activated_linear(*sent.shared, down, self.activation, poly, self.cut)
+        shared = activated_linear(*sent.shared, down, self.activation, poly, self.sharding)
         return y + (shared if sent.opening is None else shared * sent.opening.sigmoid())
 
 
@@ -139,7 +139,7 @@ class Mixture(SubBlock):
         super().__init__(card)
         c = self.config = config
         records = card.records(config, out_std)
-        self.rule = Rule(
+        self.rule = RoutingOptions(
             c.top_k, c.router_score, c.router_normalise, c.router_scale, c.router_groups,
             c.router_top_groups,
         )  # fmt: skip

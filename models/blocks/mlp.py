@@ -35,7 +35,8 @@ class Down(Part):
         self, carried: tuple[tuple[Tensor, Tensor | None], Tensor | None], context: Context
     ) -> Tensor:
         inner, poly = carried
-        return activated_linear(*inner, self.weight_of("down"), self.activation, poly, self.cut)
+        down = self.weight_of("down")
+        return activated_linear(*inner, down, self.activation, poly, self.sharding)
 
 
 class Coefficients(Part):

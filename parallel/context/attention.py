@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.blockwise import Look, LookBack, attend, attend_back
-from colonnade.kernels.pieces import Packing, Rule
+from colonnade.kernels.blockwise import AttendTiles, AttendTilesBackward, attend, attend_backward
 from colonnade.kernels.precision import wide_dtype
+from colonnade.kernels.tiles import DocumentStarts, ScoreOptions
 from colonnade.parallel.context.gathered import Gathered
 from colonnade.parallel.context.hops import group_of
 from colonnade.parallel.context.layout import SequenceCut
@@ -21,15 +21,20 @@ Variant = Literal["ring", "allgather"]
 class Exchange(Protocol):
     """How a rank comes to see other ranks' keys and values."""
 
-    def see(self, k: Tensor, v: Tensor, look: Look) -> None:
+    def see(self, k: Tensor, v: Tensor, look: AttendTiles) -> None:
         """Have all keys and values looked at, this rank's `k` and `v` among them."""
 
-    def back(self, k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
+    def back(self, k: Tensor, v: Tensor, look: AttendTilesBackward) -> tuple[Tensor, Tensor]:
         """The gradients of `k` and `v`, in at least fp32, that all ranks find."""
 
 
 def _exchange(
-    variant: str, rows: int, rule: Rule, packed: bool, group: dist.ProcessGroup, zigzag: bool
+    variant: str,
+    rows: int,
+    rule: ScoreOptions,
+    packed: bool,
+    group: dist.ProcessGroup,
+    zigzag: bool,
 ) -> Exchange:
     """`rows` are a rank's."""
     cut = SequenceCut(group.size(), group.rank(), zigzag)
@@ -55,8 +60,8 @@ def attention_forward(
     zigzag: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, LSE, and under `clip` what backward takes for the output, else nothing."""
-    rule = Rule(scale, window, cap, (clip[0], clip[1]) if clip else None)
-    packing = None if documents is None else Packing(documents)
+    rule = ScoreOptions(scale, window, cap, (clip[0], clip[1]) if clip else None)
+    packing = None if documents is None else DocumentStarts(documents)
     group = group_of(group_name)
     exchange = _exchange(variant, len(q), rule, packing is not None, group, zigzag)
     out, lse, through = attend(q, k, v, sinks, rule, packing, exchange.see)
@@ -84,7 +89,7 @@ class _ContextAttention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         documents: Tensor | None,
-        rule: Rule,
+        rule: ScoreOptions,
         variant: Variant,
         group: dist.ProcessGroup,
         zigzag: bool,
@@ -101,9 +106,9 @@ class _ContextAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, documents, through, lse = ctx.saved_tensors
-        packing = None if documents is None else Packing(documents)
+        packing = None if documents is None else DocumentStarts(documents)
         back = _exchange(*ctx.exchange).back
-        found = attend_back(grad, q, k, v, sinks, through, lse, ctx.rule, packing, back)
+        found = attend_backward(grad, q, k, v, sinks, through, lse, ctx.rule, packing, back)
         return *found, *(None,) * 5
 
 
@@ -113,7 +118,7 @@ def context_attention(
     v: Tensor,
     group: dist.ProcessGroup,
     *,
-    rule: Rule,
+    rule: ScoreOptions,
     variant: Variant = "ring",
     documents: Tensor | None = None,
     sinks: Tensor | None = None,

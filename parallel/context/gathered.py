@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.kernels.blockwise import Look, LookBack
-from colonnade.kernels.pieces import Region
+from colonnade.kernels.blockwise import AttendTiles, AttendTilesBackward
 from colonnade.kernels.precision import wide_dtype
+from colonnade.kernels.tiles import Tile
 from colonnade.parallel.context.layout import SequenceCut
 
 c10d = torch.ops._c10d_functional
@@ -24,16 +24,16 @@ class Gathered:
 
     def __init__(self, cut: SequenceCut, length: int, group: dist.ProcessGroup) -> None:
         self.cut, self.group = cut, group
-        self.own: list[Region] = []
-        self.others: list[Region] = []
+        self.own: list[Tile] = []
+        self.others: list[Tile] = []
         n = length
         for i, query in enumerate(cut.own):
             rows, next_key = slice(i * n, (i + 1) * n), 0
             for j, key in enumerate(cut.own[: i + 1]):
-                self.own.append(Region(rows, query * n, slice(j * n, (j + 1) * n), key * n))
+                self.own.append(Tile(rows, query * n, slice(j * n, (j + 1) * n), key * n))
                 if key > next_key:
                     there = slice(next_key * n, key * n)
-                    self.others.append(Region(rows, query * n, there, there.start))
+                    self.others.append(Tile(rows, query * n, there, there.start))
                 next_key = key + 1
 
     def gather(self, kv: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class Gathered:
         """The same in the order of the sequence."""
         return self.cut.natural(c10d.wait_tensor(coming))
 
-    def see(self, k: Tensor, v: Tensor, look: Look) -> None:
+    def see(self, k: Tensor, v: Tensor, look: AttendTiles) -> None:
         """Have all keys and values looked at."""
         coming = self.gather(torch.cat([k, v], -1))
         look(k, v, self.own)
         keys, values = self.arrived(coming).split([k.shape[3], v.shape[3]], -1)
         look(keys, values, self.others)
 
-    def back(self, k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
+    def back(self, k: Tensor, v: Tensor, look: AttendTilesBackward) -> tuple[Tensor, Tensor]:
         """The gradients of k and v, in at least fp32, that all ranks find."""
         widths, dtype = [k.shape[3], v.shape[3]], wide_dtype(k.dtype)
         coming = self.gather(torch.cat([k, v], -1))

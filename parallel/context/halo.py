@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.conv import causal_conv
-from colonnade.models.blocks.base import Conv, conv_here
+from colonnade.models.blocks.base import Conv, local_conv
 from colonnade.models.context import Context
 from colonnade.parallel.context.hops import along, group_of, send
 from colonnade.parallel.context.layout import SequenceCut
@@ -56,7 +56,7 @@ def context_conv(cut: SequenceCut, group: dist.ProcessGroup) -> Conv:
     ) -> Tensor:
         reach = weight.shape[1] - 1
         if context.cache is not None or not reach:
-            return conv_here(x, weight, bias, activation, role, context)
+            return local_conv(x, weight, bias, activation, role, context)
         parts, documents = x.chunk(cut.parts), context.documents
         before = _HandedOn.apply(torch.stack([part[-reach:] for part in parts]), group, cut.zigzag)
         numbers: tuple[Tensor | None, ...] = (None,) * cut.parts

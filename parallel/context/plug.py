@@ -14,8 +14,8 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.kernels.pieces import Rule
-from colonnade.models.blocks.attention import Attend, Softmax, attend_here
+from colonnade.kernels.tiles import ScoreOptions
+from colonnade.models.blocks.attention import Attend, Softmax, local_attend
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.seams import Seam
@@ -41,7 +41,7 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
     cut = SequenceCut(group.size(), group.rank(), config.zigzag)
     model.mine = cut.mine
     _, block = next(sub_blocks(model))
-    heads = model.config.heads // block.first.cut.count
+    heads = model.config.heads // block.first.sharding.size
     conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
     scans, whole = Scans(cut, group, config.recurrence), partial(gathered, cut, group)
     fills: dict[str, Fill] = {
@@ -76,7 +76,7 @@ class Scans:
         return lambda *args: (scan if args[-1].cache is not None else across)(*args)
 
     def handed(self, scan: Any) -> Any:
-        """Around a scan that takes `Passing` behind the context."""
+        """Around a scan that takes `StatePassing` behind the context."""
         return lambda *args: scan(*args, Handed(self.cut, self.group, goes_on(self.cut, args[-1])))
 
 
@@ -91,13 +91,13 @@ def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Atte
 
     def attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
         if context.cache is not None:
-            return attend_here(q, k, v, softmax, context)
+            return local_attend(q, k, v, softmax, context)
         if inner is not None:
             q, k, v = inner.take(q, k, v)
             if softmax.sinks is not None:
                 softmax = dataclasses.replace(softmax, sinks=inner.mine(softmax.sinks))
         if outer.size() == 1:
-            y = attend_here(q, k, v, softmax, context.whole())
+            y = local_attend(q, k, v, softmax, context.whole())
         else:
             y = across(q, k, v, softmax, context)
         return y if inner is None else inner.give(y)
@@ -119,7 +119,7 @@ def attend_across(
     """Attention over all ranks' keys; the arguments are this rank's part of the sequence."""
     all_of_it = softmax.window is None or softmax.window >= len(q) * group.size()
     window = None if all_of_it else softmax.window
-    rule = Rule(softmax.scale, window, softmax.cap, softmax.clip)
+    rule = ScoreOptions(softmax.scale, window, softmax.cap, softmax.clip)
     return context_attention(
         q, k, v, group, rule=rule, variant=variant, documents=context.whole_documents,
         sinks=softmax.sinks, zigzag=zigzag,

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.kernels.blockwise import Look, LookBack
-from colonnade.kernels.pieces import Region, Rule
+from colonnade.kernels.blockwise import AttendTiles, AttendTilesBackward
 from colonnade.kernels.precision import wide_dtype
+from colonnade.kernels.tiles import ScoreOptions, Tile
 from colonnade.parallel.context.hops import along, round_ring, send
 from colonnade.parallel.context.layout import SequenceCut
 
@@ -30,7 +30,7 @@ class Ring:
         self,
         cut: SequenceCut,
         length: int,
-        rule: Rule,
+        rule: ScoreOptions,
         packed: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class Ring:
             return [s - step if s >= step else None for s in self.cut.own]
         return [*self.cut.of((self.cut.rank - step) % self.cut.ranks)]
 
-    def regions(self, step: int) -> list[Region]:
+    def regions(self, step: int) -> list[Tile]:
         """What is computed: rows of the rank's queries, keys of those at hand.
 
         Without masks only the order counts, and segments that see as much are taken together.
@@ -55,19 +55,19 @@ class Ring:
         held, n = self.held(step), self.length
         if self.masked:
             return [
-                Region(_part(i, n), query * n, _part(j, n), key * n)
+                Tile(_part(i, n), query * n, _part(j, n), key * n)
                 for i, query in enumerate(self.cut.own)
                 for j, key in enumerate(held)
                 if key is not None and key <= query and (i == j or not self.short)
             ]
         all_rows = self.cut.parts * n
         if step == 0:
-            return [Region(slice(0, all_rows), 0, slice(0, all_rows), 0)]
+            return [Tile(slice(0, all_rows), 0, slice(0, all_rows), 0)]
         seen: dict[int, list[int]] = {}  # how many of those at hand: which queries see them
         for i, query in enumerate(self.cut.own):
             seen.setdefault(sum(k < query for k in held if k is not None), []).append(i)
         return [
-            Region(slice(which[0] * n, (which[-1] + 1) * n), all_rows, slice(0, count * n), 0)
+            Tile(slice(which[0] * n, (which[-1] + 1) * n), all_rows, slice(0, count * n), 0)
             for count, which in seen.items()
             if count
         ]
@@ -81,12 +81,12 @@ class Ring:
             if arrived is not None:
                 t = arrived()
 
-    def see(self, k: Tensor, v: Tensor, look: Look) -> None:
+    def see(self, k: Tensor, v: Tensor, look: AttendTiles) -> None:
         """Have all keys and values looked at."""
         for step, kv in self.travel(self.paired(k, v)):
             look(*apart(kv, k), self.regions(step))
 
-    def back(self, k: Tensor, v: Tensor, look: LookBack) -> tuple[Tensor, Tensor]:
+    def back(self, k: Tensor, v: Tensor, look: AttendTilesBackward) -> tuple[Tensor, Tensor]:
         """The gradients of k and v, in at least fp32, that all ranks find."""
         kv = self.paired(k, v)
 

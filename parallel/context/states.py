@@ -20,7 +20,7 @@ Scan = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 class Handed:
-    """`kernels.segments.Passing` between ranks. Collective: every rank launches alike.
+    """`kernels.segments.StatePassing` between ranks. Collective: every rank launches alike.
 
     A rank sends (n − 1) times its states and transitions, in at least fp32, in each direction.
     `same` `[segments − 1, B]`: whether a document goes on from a segment to the next; None: yes.
@@ -28,14 +28,14 @@ class Handed:
 
     def __init__(self, cut: SequenceCut, group: dist.ProcessGroup, same: Tensor | None) -> None:
         self.cut, self.group, self.same = cut, group, same
-        self.parts = cut.parts
+        self.segments = cut.parts
 
     def launch(self, state: Tensor, transition: Tensor, matrix: bool) -> Callable[[], Tensor]:
-        """See `Passing.launch`."""
+        """See `StatePassing.launch`."""
         return self.exchange(states_before, state, transition, matrix)
 
     def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Callable[[], Tensor]:
-        """See `Passing.launch_back`."""
+        """See `StatePassing.launch_back`."""
         return self.exchange(grads_after, grad, transition, matrix)
 
     def exchange(

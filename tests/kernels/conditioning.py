@@ -1,10 +1,10 @@
-"""How far the chunked delta rule and its token recurrence are from 80-bit arithmetic; a script.
+"""A script that measures errors of the chunked delta rule and its recurrence against 80 bits.
 
 python tests/kernels/conditioning.py        a line per case, for EXPERIMENTS.md
 
-Errors are the largest of a tensor's elements, as a share of its largest element, the mean of three
-draws. A line gives the recurrence's worst tensor, and for every chunk the tensor whose error is the
-largest multiple of the recurrence's.
+The error of a tensor is that of its worst element relative to its largest element, as the geometric
+mean over three seeds. A line gives the recurrence's worst tensor, and for every chunk size the
+tensor whose error is the largest multiple of the recurrence's.
 """
 
 from itertools import product
@@ -52,8 +52,8 @@ def exact(t: dict[str, Tensor]) -> Arrays:
         if "decay" in grads:
             grads["decay"][i] = (ds * decayed[i]).sum((-1, -2))
         ds = gates[i][..., None, None] * ds
-    found = {f"d{name}": d for name, d in grads.items()} | {"dinitial_state": ds}
-    return {"y": np.stack(outputs), "state": states[-1], **found}
+    named = {f"d{name}": d for name, d in grads.items()} | {"dinitial_state": ds}
+    return {"y": np.stack(outputs), "state": states[-1], **named}
 
 
 def read(state: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -67,26 +67,26 @@ def outer(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def inputs(S: int, P: int, keys: str, beta: str, gated: bool, seed: int) -> dict[str, Tensor]:
-    """Two rows of four heads; `keys` and `beta` as the lines name them."""
+    """Two samples of four heads; `keys` and `beta` as the printed lines name them."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     k = normal(S, 2, 4, P)
-    alike = {"one": k[:1].expand_as(k), "two": k[:2].repeat(S // 2, 1, 1, 1)}
-    alike |= {"near": k[:1] + 1e-3 * k, "positive": k.abs(), "random": k}
+    kinds = {"one": k[:1].expand_as(k), "two": k[:2].repeat(S // 2, 1, 1, 1)}
+    kinds |= {"near": k[:1] + 1e-3 * k, "positive": k.abs(), "random": k}
     logit = normal(S, 2, 4)
     rates = {"below 1": logit.sigmoid(), "below 2": 2 * logit.sigmoid()}
     rates |= {"0 or 2, nearly": 2 * (4 * logit).sigmoid(), "2": torch.full_like(logit, 2.0)}
     t = {"q": F.normalize(normal(S, 2, 4, P), dim=-1) * P**-0.5, "v": normal(S, 2, 4, 4)}
-    t |= {"k": F.normalize(alike[keys], dim=-1), "beta": rates[beta]}
+    t |= {"k": F.normalize(kinds[keys], dim=-1), "beta": rates[beta]}
     t["initial_state"] = normal(2, 4, P, 4)
     return t | {"decay": F.logsigmoid(normal(S, 2, 4) + 2)} if gated else t
 
 
 def errors(got: dict[str, Tensor], truth: Arrays) -> dict[str, float]:
-    """Each tensor's largest error as a share of its largest element."""
+    """Each tensor's largest error relative to its largest element."""
     return {
         name: float(abs(got[name].double().numpy() - b).max() / abs(b).max())
         for name, b in truth.items()
@@ -99,7 +99,7 @@ def mean(draws: list[dict[str, float]]) -> dict[str, float]:
 
 
 def line(dtype: torch.dtype, S: int, P: int, keys: str, beta: str, gated: bool) -> str:
-    """One case."""
+    """The printed line of one case."""
     plain: list[dict[str, float]] = []
     chunked: dict[int, list[dict[str, float]]] = {Q: [] for Q in CHUNKS}
     for seed in range(3):
@@ -112,9 +112,9 @@ def line(dtype: torch.dtype, S: int, P: int, keys: str, beta: str, gated: bool) 
     words = [f"{dtype} S {S} P {P} keys {keys}, beta {beta}, {'G' if gated else 'D'}:"]
     words.append(f"recurrence {max(base.values()):.0e}")
     for Q, draws in chunked.items():
-        found = mean(draws)
-        worst = max(found, key=lambda n: found[n] / base[n])
-        words.append(f"| Q {Q} {found[worst] / base[worst]:.1f} x ({worst} {found[worst]:.0e})")
+        chunk = mean(draws)
+        worst = max(chunk, key=lambda n: chunk[n] / base[n])
+        words.append(f"| Q {Q} {chunk[worst] / base[worst]:.1f} x ({worst} {chunk[worst]:.0e})")
     return " ".join(words)
 
 

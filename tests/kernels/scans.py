@@ -1,4 +1,4 @@
-"""What the tests of the chunked mixers share: packed rows, and results with their gradients."""
+"""Helpers of the chunked mixers' tests: packed documents, and results with gradients."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ Scan = Callable[..., tuple[Tensor, Tensor]]  # to an output `[S, B, ...]` and th
 
 
 def packed(S: int, B: int, documents: int, seed: int = 0) -> Tensor:
-    """Rows of documents with random bounds, some of them absent."""
+    """Document numbers `[S, B]` with random bounds; some documents are empty."""
     g = torch.Generator().manual_seed(seed)
     return torch.randint(0, documents, (S, B), generator=g, dtype=torch.int32).sort(0).values
 
 
 def call(scan: Scan, t: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor]:
-    """`scan` of the arguments in `t`; Mamba's D, which has no default, is None where absent."""
+    """Calls `scan` with the arguments in `t`; Mamba's D, without a default, is None if absent."""
     absent: dict[str, None] = {"D": None} if "A" in t else {}
     return scan(**{**absent, **t}, **options)
 

@@ -1,4 +1,4 @@
-"""Activations, alone and with the product after them, against PyTorch's own and their formulas."""
+"""Activations, with and without the next product, against PyTorch's and their formulas."""
 
 from collections.abc import Callable
 
@@ -48,7 +48,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def operands(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Inputs:
-    """What the activation takes; coefficients at least in fp32."""
+    """The activation's operands; coefficients in at least fp32."""
     inputs = {"up": 3 * normal(*shape, dtype=dtype)}
     if gated(name):
         inputs["gate"] = 3 * normal(*shape, seed=1, dtype=dtype)
@@ -58,7 +58,7 @@ def operands(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Inpu
 
 
 def results(function: Callable[..., Tensor], inputs: Inputs) -> Inputs:
-    """The output, and the gradients of its product with fixed random numbers."""
+    """The output, and the gradients of all inputs for a fixed random gradient of it."""
     leaves = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
     y = function(**leaves)
     y.backward(normal(*y.shape, seed=9).bfloat16().to(y.dtype))
@@ -67,7 +67,7 @@ def results(function: Callable[..., Tensor], inputs: Inputs) -> Inputs:
 
 
 def named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """`function` of that activation, with None for what is not given."""
+    """`function` for that activation, with None for operands that are not given."""
     return lambda up, gate=None, poly=None, **more: function(
         up=up, gate=gate, name=name, poly=poly, **more
     )
@@ -103,14 +103,14 @@ def test_no_rows(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_activated_linear(name: str) -> None:
     inputs = {**operands(name, 5, 2, 7), "weight": normal(3, 7, seed=3)}
-    expected = results(lambda weight, **rest: OF_TORCH[name](**rest) @ weight.T, inputs)
+    expected = results(lambda weight, **others: OF_TORCH[name](**others) @ weight.T, inputs)
     assert_equal(results(named(activated_linear, name), inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
 def test_activate_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
-    """At most two roundings on the way to each tensor: 2^-8 of a bf16 tensor's largest element."""
+    """Each tensor takes at most two roundings: 2^-8 of a bf16 tensor's largest element."""
     inputs = operands(name, 61, 33, dtype=dtype)
     ours = results(named(activate, name), inputs)
     exact = results(named(activate_reference, name), {k: t.double() for k, t in inputs.items()})
@@ -122,8 +122,8 @@ def test_activate_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("polyrelu", "relu2")])
 def test_activate_of_extreme_rows(name: str, dtype: torch.dtype) -> None:
-    """Zeros, huge and tiny numbers, one huge number among small ones: right, row by row, also where
-    x⁶ is far outside fp32. (Squares and cubes that are themselves too large are infinite.)"""
+    """Zeros, huge and tiny numbers, one huge number among small ones: each row is correct, also
+    where x⁶ is far outside fp32. (Squares and cubes beyond the dtype's range are infinite.)"""
     inputs = operands(name, 6, 33, dtype=dtype)
     x = inputs["gate" if gated(name) else "up"]
     huge = 1e10 if name == "gelu_tanh" else 1e30  # PyTorch squares the former's
@@ -139,34 +139,34 @@ def test_activate_of_extreme_rows(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "polyrelu", "polynorm"])
-def test_activated_linear_keeps_its_inputs(name: str) -> None:
-    """And three numbers per row for PolyNorm; it runs in a checkpoint."""
+def test_activated_linear_saves_its_inputs_only(name: str) -> None:
+    """And three numbers per row for PolyNorm; the same under a checkpoint."""
     inputs = {
         **operands(name, 64, 2, 32, dtype=torch.float32),
         "weight": normal(8, 32, dtype=torch.float32),
     }
-    function, kept = named(activated_linear, name), {}
+    function, saved = named(activated_linear, name), {}
 
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.nbytes
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.nbytes
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         plain = results(function, inputs)
-    given = sum(t.nbytes for t in inputs.values())
-    assert sum(kept.values()) == given + (64 * 2 * 3 * 8 if name == "polynorm" else 0)
+    input_bytes = sum(t.nbytes for t in inputs.values())
+    assert sum(saved.values()) == input_bytes + (64 * 2 * 3 * 8 if name == "polynorm" else 0)
 
-    def again(**leaves: Tensor) -> Tensor:
+    def recomputed(**leaves: Tensor) -> Tensor:
         return checkpoint(lambda: function(**leaves), use_reentrant=False)
 
-    assert all(torch.equal(plain[k], t) for k, t in results(again, inputs).items())
+    assert all(torch.equal(plain[k], t) for k, t in results(recomputed, inputs).items())
 
 
 def test_bad_operands_are_refused() -> None:
     x, weight, poly = normal(2, 3), normal(4, 3), normal(4)
     for call in (
-        lambda name, *rest: activate(x, rest[0], name, rest[1]),
-        lambda name, *rest: activated_linear(x, rest[0], weight, name, rest[1]),
+        lambda name, gate, poly: activate(x, gate, name, poly),
+        lambda name, gate, poly: activated_linear(x, gate, weight, name, poly),
     ):
         for arguments, message in (
             (("tanh", None, None), "unknown activation 'tanh'"),

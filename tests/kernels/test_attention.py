@@ -1,4 +1,4 @@
-"""Attention with every option: blocks against full scores, these against other people's code."""
+"""Attention with every option: tiles against full scores, and these against other libraries."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from colonnade.kernels import pieces as module
+from colonnade.kernels import tiles as module
 from colonnade.kernels.attention import attention, attention_reference
 
 TABLE = [
@@ -84,7 +84,7 @@ def both(named: dict[str, Tensor], **options: Any) -> tuple[dict[str, Tensor], d
 
 
 def visible(rows: Sequence[Sequence[int]], window: int | None) -> Tensor:
-    """`[B, S, S]`, written as it is said: not later, within the window, in the same document."""
+    """`[B, S, S]`, element by element: not later, within the window, in the same document."""
     mask = torch.zeros(len(rows), S, S, dtype=torch.bool)
     for b, lengths in enumerate(rows):
         start = 0
@@ -96,7 +96,7 @@ def visible(rows: Sequence[Sequence[int]], window: int | None) -> Tensor:
     return mask
 
 
-# Blocks against the reference
+# Tiles against the reference
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -125,24 +125,24 @@ def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_queries_are_the_last(packed: bool, window: int | None, option: str) -> None:
-    """Fewer queries than keys: the last rows of the whole result."""
+def test_fewer_queries_than_keys(packed: bool, window: int | None, option: str) -> None:
+    """The queries are those of the last positions: the last rows of the full result."""
     named = tensors()
     sinks = named.pop("sinks")
     options = {"documents": documents(*PACKED) if packed else None, "window": window}
     options |= OPTIONS[option] | ({"sinks": sinks} if OPTIONS[option].get("sinks") else {})
-    whole = attention(**named, **options)
+    full = attention(**named, **options)
     for queries in (1, 2, 5, 12):
         tail = attention(named["q"][-queries:], named["k"], named["v"], **options)
-        assert_equal({"": tail}, {"": whole[-queries:]}, 1e-12)
+        assert_equal({"": tail}, {"": full[-queries:]}, 1e-12)
 
 
-def test_documents_are_as_if_alone() -> None:
+def test_packed_documents_equal_separate_ones() -> None:
     named = tensors()
     packed = attention(named["q"], named["k"], named["v"], documents=documents(*PACKED))
     for start, end in ((0, 5), (5, 6), (6, 13)):
-        alone = attention(*(named[n][start:end] for n in "qkv"))
-        assert_equal({"": packed[start:end, :1]}, {"": alone[:, :1]}, 1e-12)
+        separate = attention(*(named[n][start:end] for n in "qkv"))
+        assert_equal({"": packed[start:end, :1]}, {"": separate[:, :1]}, 1e-12)
 
 
 # The reference against others
@@ -180,7 +180,7 @@ def test_reference_against_torch(
 @pytest.mark.parametrize("rows", [((13,), (13,)), PACKED])
 @pytest.mark.parametrize("model", ["gpt-oss", "gemma2"])
 def test_reference_against_transformers(model: str, rows: Sequence[Sequence[int]]) -> None:
-    """Sinks are gpt-oss's, soft-capping is Gemma 2's; windows are their masks'."""
+    """gpt-oss has sinks, Gemma 2 soft-capping; windows are in their masks."""
     bias = torch.zeros(B, 1, S, S, dtype=torch.float64)
     bias = bias.masked_fill(~visible(rows, 4)[:, None], -torch.inf)
 
@@ -207,7 +207,7 @@ def test_reference_against_transformers(model: str, rows: Sequence[Sequence[int]
 
 
 def test_clipped_weights() -> None:
-    """With the identity as values the output is the weights: the paper's formula of the softmax."""
+    """With the identity as values the output is the weights: compared with the paper's formula."""
     gamma, zeta = -0.1, 1.3
     named = tensors(heads=4, kv_heads=4)
     identity = torch.eye(S, dtype=torch.float64)[:, None, None].expand(S, B, 4, S)
@@ -224,8 +224,8 @@ def test_clipped_weights() -> None:
 # Memory and cost
 
 
-class Made(TorchDispatchMode):
-    """Elements of every tensor that an operator makes: views of others count as well."""
+class CreatedElements(TorchDispatchMode):
+    """Counts the elements of every tensor that an operator returns, views included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Made(TorchDispatchMode):
 
 
 def footprint(length: int, **options: Any) -> tuple[int, int, int]:
-    """Elements: saved between the passes, of the largest tensor ever made, and made in all."""
+    """Elements: saved for backward, of the largest tensor created, and created in total."""
     q, k, v = (normal(length, 1, 2, 2, seed=i).requires_grad_() for i in range(3))
     saved: dict[int, int] = {}
 
@@ -249,16 +249,16 @@ def footprint(length: int, **options: Any) -> tuple[int, int, int]:
         saved[t.untyped_storage().data_ptr()] = t.numel()
         return t
 
-    with Made() as made:
+    with CreatedElements() as created:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = attention(q, k, v, **options)
         out.backward(torch.ones_like(out))
-    return sum(saved.values()), made.largest, made.total
+    return sum(saved.values()), created.largest, created.total
 
 
 @pytest.mark.parametrize("option", [n for n in OPTIONS if n != "sinks"])
 def test_windows_are_linear(option: str) -> None:
-    """Twice the sequence: twice what is saved, twice the work but for slices at its start."""
+    """Twice the sequence: twice the saved memory and the work, except for slices at its start."""
     for packed in (False, True):
         short, long = (
             footprint(
@@ -275,17 +275,17 @@ def test_windows_are_linear(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["none", "cap"])
-def test_no_square_is_ever_made(option: str) -> None:
-    """Without a window each block sees all keys before it; still, one block at a time."""
+def test_memory_is_never_quadratic(option: str) -> None:
+    """Without a window each block of queries sees all earlier keys, but one block at a time."""
     n = 256
     rows = torch.arange(n)[:, None] // 10
     saved, largest, _ = footprint(n, documents=rows, **OPTIONS[option])
     assert saved <= 4 * n * 2 * 2 + 2 * n  # inputs, output, and one number a query and head
-    assert largest <= 2 * module.BLOCK * n  # one block's scores, two heads
+    assert largest <= 2 * module.BLOCK * n  # one block's scores of two heads
 
 
-def test_generation_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One query, no mask, and of the keys only the window's."""
+def test_generation_is_one_fused_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single query takes no mask, and only the keys of its window."""
     calls = []
     fused = F.scaled_dot_product_attention
 
@@ -330,14 +330,14 @@ def test_extreme_inputs_stay_finite(dtype: torch.dtype, option: str) -> None:
         options = {**OPTIONS[option], "documents": documents(*PACKED)}
         if not options.pop("sinks", False):
             del named["sinks"]
-        found = results(lambda _o=options, **t: attention(**t, **_o), named)
-        assert all(t.isfinite().all() for t in found.values())
+        ours = results(lambda _o=options, **t: attention(**t, **_o), named)
+        assert all(t.isfinite().all() for t in ours.values())
 
 
 # Autograd and compilers
 
 
-def test_only_the_gradients_asked_for() -> None:
+def test_frozen_inputs_get_no_gradient() -> None:
     named = tensors()
     options = {"documents": documents(*PACKED), "cap": 2.0}
     exact = results(lambda **t: attention_reference(**t, **options), named)
@@ -364,16 +364,16 @@ def test_recomputation_and_no_grad() -> None:
 
 @pytest.mark.parametrize("option", ["none", "all"])
 def test_compiled(option: str) -> None:
-    """What stands around the blocks is compiled, with its gradients; the blocks are left alone."""
+    """Code around attention is compiled, with its gradients; the loop over tiles is not traced."""
     options = {k: o for k, o in OPTIONS[option].items() if k != "sinks"}
 
-    def around(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         out = attention(2 * q, k, v, sinks=sinks, documents=documents(*PACKED), **options)
         return out.sin()
 
     torch.compiler.reset()
-    compiled = torch.compile(around, backend="aot_eager")
-    assert_equal(results(compiled, tensors()), results(around, tensors()), 1e-12)
+    compiled = torch.compile(function, backend="aot_eager")
+    assert_equal(results(compiled, tensors()), results(function, tensors()), 1e-12)
     torch.compiler.reset()
 
 

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution against its formula and torch's own."""
+"""The causal depthwise convolution against its formula and PyTorch's."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -63,7 +63,7 @@ def test_optional_arguments() -> None:
         assert_equal(results(causal_conv, t, activation=True, documents=ids), expected, of_all=0)
 
 
-def test_documents_equal_conv1d_alone() -> None:
+def test_documents_equal_separate_conv1d() -> None:
     t, bounds = inputs(30, B=1), [0, 1, 3, 14, 30]
     ids = torch.zeros(30, 1, dtype=torch.int32)
     for start in bounds[1:-1]:
@@ -72,19 +72,21 @@ def test_documents_equal_conv1d_alone() -> None:
     for start, stop in pairwise(bounds):
         head = torch.zeros_like(t["before"]) if start else t["before"]
         rows = torch.cat([head, t["x"][start:stop]]).permute(1, 2, 0)
-        alone = F.silu(F.conv1d(rows, t["weight"][:, None], t["bias"], groups=5)).permute(2, 0, 1)
-        assert_equal({"y": y[start:stop]}, {"y": alone}, of_all=0)
+        separate = F.silu(F.conv1d(rows, t["weight"][:, None], t["bias"], groups=5)).permute(
+            2, 0, 1
+        )
+        assert_equal({"y": y[start:stop]}, {"y": separate}, of_all=0)
 
 
-def test_chained_halves_equal_the_whole() -> None:
+def test_chained_halves_equal_one_call() -> None:
     t = inputs(20)
 
     def halves(x: Tensor, before: Tensor, **others: Tensor) -> Tensor:
         first = causal_conv(x[:8], before=before, **others)
         return torch.cat([first, causal_conv(x[8:], before=x[5:8], **others)])
 
-    whole = results(causal_conv, t, activation=True)
-    assert_equal(results(halves, t, activation=True), whole, of_all=0)
+    expected = results(causal_conv, t, activation=True)
+    assert_equal(results(halves, t, activation=True), expected, of_all=0)
 
 
 def test_gradcheck() -> None:
@@ -100,7 +102,7 @@ def test_gradcheck() -> None:
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only."""
     ids = packed(40, 2, 3)
     t = {k: v.to(dtype) for k, v in inputs(40).items()}
     got = results(causal_conv, t, activation=True, documents=ids)

@@ -96,35 +96,35 @@ def test_equals_transformers(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_documents_equal_alone(gated: bool) -> None:
-    """A packed row gives what its documents give alone, the first with the initial state."""
+def test_packed_documents_equal_separate_ones(gated: bool) -> None:
+    """Outputs are those of each document by itself, the first with the initial state."""
     t, bounds = inputs(40, B=1, gated=gated), [0, 3, 16, 17, 40]
     ids = torch.zeros(40, 1, dtype=torch.int32)
     for start in bounds[1:-1]:
         ids[start:] += 2
     o, state = delta_rule(**t, chunk=8, documents=ids)
     for start, stop in pairwise(bounds):
-        alone = {k: v[start:stop] if k in ROWS else v for k, v in t.items()}
+        separate = {k: v[start:stop] if k in ROWS else v for k, v in t.items()}
         if start:
-            del alone["initial_state"]
-        o_alone, state_alone = delta_rule_recurrence(**alone)
-        assert_equal({"o": o[start:stop]}, {"o": o_alone}, of_all=0)
-    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+            del separate["initial_state"]
+        expected_o, expected_state = delta_rule_recurrence(**separate)
+        assert_equal({"o": o[start:stop]}, {"o": expected_o}, of_all=0)
+    assert_equal({"state": state}, {"state": expected_state}, of_all=0)
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_chained_halves_equal_the_whole(gated: bool) -> None:
-    t, ids, cut = inputs(33, gated=gated), packed(33, 2, 3), 18
+def test_chained_halves_equal_one_call(gated: bool) -> None:
+    t, ids, middle = inputs(33, gated=gated), packed(33, 2, 3), 18
 
     def halves(initial_state: Tensor, **rows: Tensor) -> tuple[Tensor, Tensor]:
         outputs, state = [], initial_state
-        for part in (slice(None, cut), slice(cut, None)):
+        for tokens in (slice(None, middle), slice(middle, None)):
             # The second half's initial state belongs to its first token's document: pass it only
             # where the first half's last token is of that document.
-            if part.start:
-                state = state * (ids[cut] == ids[cut - 1])[:, None, None, None]
-            here = {name: v[part] for name, v in rows.items()}
-            o, state = delta_rule(**here, chunk=8, documents=ids[part], initial_state=state)
+            if tokens.start:
+                state = state * (ids[middle] == ids[middle - 1])[:, None, None, None]
+            half = {name: v[tokens] for name, v in rows.items()}
+            o, state = delta_rule(**half, chunk=8, documents=ids[tokens], initial_state=state)
             outputs.append(o)
         return torch.cat(outputs), state
 
@@ -146,20 +146,20 @@ def test_gradcheck(gated: bool) -> None:
 def test_under_checkpoint(gated: bool) -> None:
     t = inputs(19, gated=gated)
 
-    def again(**t: Tensor) -> tuple[Tensor, Tensor]:
+    def recomputed(**t: Tensor) -> tuple[Tensor, Tensor]:
         return checkpoint(delta_rule, **t, chunk=8, use_reentrant=False)
 
-    assert_equal(results(again, t), results(delta_rule, t, chunk=8), relative=0, of_all=0)
+    assert_equal(results(recomputed, t), results(delta_rule, t, chunk=8), relative=0, of_all=0)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes_over_10000_tokens(dtype: torch.dtype, gated: bool) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own.
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only.
 
     No step expands the state (keys of norm 1 or less, 0 <= beta <= 2), so that one token's rounding
-    is carried on at most as it is, and those of S tokens in fp32 lose at most S · 2⁻²⁴ of the
-    largest value; gradients go through two such chains. Every result is rounded to its dtype once.
+    error does not grow, and the errors of S tokens in fp32 are at most S · 2⁻²⁴ of the largest
+    value; gradients go through two such chains. Every result is rounded to its dtype once.
     """
     S = 10_000
     t, ids = inputs(S, B=1, H=2, K=1, P=8, V=4, gated=gated), packed(S, 1, 2)
@@ -183,11 +183,11 @@ def test_narrow_dtypes_over_10000_tokens(dtype: torch.dtype, gated: bool) -> Non
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("keys", ["random", "alike", "repeated"])
-def test_narrow_keys_round_as_the_recurrence_does(keys: str, gated: bool) -> None:
-    """In fp32 chunks of few tokens lose about what the token recurrence loses, beta up to 2.
+def test_fp32_keys_round_as_the_recurrence_does(keys: str, gated: bool) -> None:
+    """In fp32 the errors of short chunks are about those of the token recurrence, beta up to 2.
 
-    Errors beside fp64, of the largest element: over 512 tokens chunks of 2 and 4 came to at most
-    3.4 times the recurrence's.
+    Errors against fp64, relative to the largest element: over 512 tokens those of chunks of 2 and 4
+    were at most 3.4 times the recurrence's.
     """
     t = inputs(96, P=4, V=4, gated=gated)
     if keys == "alike":
@@ -207,20 +207,20 @@ def test_narrow_keys_round_as_the_recurrence_does(keys: str, gated: bool) -> Non
 
 
 def test_fp32_decays_late_in_a_chunk() -> None:
-    """Between neighbours far into a chunk, decays are small differences of large sums."""
+    """Between adjacent tokens late in a chunk, decays are small differences of large sums."""
     t = {k: v.float() for k, v in inputs(256).items()}
     t["decay"] = torch.full_like(t["decay"], -0.6)
     t["decay"][..., 1] = -4.8
-    t["decay"][5] = -1e6  # and one that forgets everything
+    t["decay"][5] = -1e6  # and one that decays the state to zero
     expected = delta_rule_recurrence(**{k: v.double() for k, v in t.items()})[0][6:]
     o = delta_rule(**t, chunk=256)[0][6:]
     assert_equal({"o": o}, {"o": expected}, relative=2e-6, of_all=0)
 
 
 def test_fp64_decays_behind_a_strong_one() -> None:
-    """They are no differences of sums that hold the strong one: the token recurrence's digits.
+    """They are not differences of sums that include the strong one: as precise as the recurrence.
 
-    What crosses a strong decay is as small as it is strong, and so is the initial state's gradient.
+    A strong decay makes the initial state's gradient tiny, so it is left out.
     """
     t = inputs(64)
     t["decay"] = t["decay"] * 0.1
@@ -231,7 +231,7 @@ def test_fp64_decays_behind_a_strong_one() -> None:
 
 
 def test_fp32_gradient_of_strong_decays() -> None:
-    """It is tiny beside the terms of a token with itself, which cancel: they must not be summed."""
+    """It is tiny against the terms of a token with itself, which cancel, so must not be summed."""
     t = {k: v.float() for k, v in inputs(32).items()}
     t["decay"] = torch.full_like(t["decay"], -20.0)
     expected = results(delta_rule_recurrence, {k: v.double() for k, v in t.items()})["ddecay"]
@@ -240,7 +240,7 @@ def test_fp32_gradient_of_strong_decays() -> None:
 
 
 def test_fp32_gradient_of_endless_decay_is_zero() -> None:
-    """What is forgotten, whatever the number that says so, moves nothing."""
+    """Where the state decays to zero, the size of the log-decay does not matter."""
     t = {k: v.float() for k, v in inputs(32).items()}
     t["decay"][5], t["decay"][17] = -1e10, -torch.inf
     assert not results(delta_rule, t, chunk=8)["ddecay"][[5, 17]].any()
@@ -286,7 +286,7 @@ def test_extreme_values_are_finite(dtype: torch.dtype, gated: bool) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operator makes."""
+    """Records the bytes of the largest tensor that any operator returns."""
 
     bytes = 0
 
@@ -294,27 +294,30 @@ class _Largest(TorchDispatchMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
-        made = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out)]
-        self.bytes = max(self.bytes, *made)
+        sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out)]
+        self.bytes = max(self.bytes, *sizes)
         return out
 
 
 def test_memory_is_linear() -> None:
-    """Backward keeps the inputs and one state per chunk; nothing on the way is quadratic in S."""
-    kept, largest = {}, {}
+    """Backward saves the inputs and one state per chunk; no tensor is quadratic in S."""
+    saved, largest = {}, {}
     for n in (4, 16):
         storages: dict[int, int] = {}
 
-        def note(t: Tensor, storages: dict[int, int] = storages) -> Tensor:
+        def pack(t: Tensor, storages: dict[int, int] = storages) -> Tensor:
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
         t = inputs(8 * n)
-        given = sum(v.nbytes for k, v in t.items() if k in ROWS)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), _Largest() as made:
+        input_bytes = sum(v.nbytes for k, v in t.items() if k in ROWS)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            _Largest() as largest_tensor,
+        ):
             results(delta_rule, t, chunk=8)
-        kept[n], largest[n] = sum(storages.values()) - given, made.bytes
-        assert kept[n] == (n + 1) * t["initial_state"].nbytes
+        saved[n], largest[n] = sum(storages.values()) - input_bytes, largest_tensor.bytes
+        assert saved[n] == (n + 1) * t["initial_state"].nbytes
     assert largest[16] <= 4 * largest[4]
 
 

@@ -1,4 +1,4 @@
-"""Keyed random draws: frozen values, SplitMix64 in plain integers, and what chance looks like."""
+"""Keyed random numbers: frozen values, SplitMix64 in Python integers, and statistical tests."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ COUNT = 100_000
 MASK = 2**64 - 1
 
 
-def plainly_hashed(*keys: int) -> int:
-    """`hashed` in Python's integers."""
+def python_hashed(*keys: int) -> int:
+    """`hashed` in Python integers."""
 
     def mixed(x: int) -> int:
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -34,7 +34,7 @@ def uniform(*keys: int | Tensor) -> Tensor:
 
 
 def kolmogorov(probabilities: Tensor) -> float:
-    """√n · sup |F_n − F| of cumulative probabilities of n draws: above 1.95 once in a thousand."""
+    """√n · sup |F_n − F| of cumulative probabilities of n draws: above 1.95 in 1 case of 1000."""
     n = len(probabilities)
     step = torch.arange(n, dtype=torch.float64)
     x = probabilities.sort().values
@@ -59,18 +59,18 @@ def test_splitmix64_as_published() -> None:
     ]
 
 
-def test_equals_plain_integers() -> None:
+def test_equals_python_integers() -> None:
     values = [0, 1, -1, 2, 12345, 2**63 - 1, -(2**63), 2**31, -(2**40)]
     for keys in [(v,) for v in values] + list(itertools.product(values, repeat=2)):
-        assert hashed(*keys).item() == plainly_hashed(*keys)
+        assert hashed(*keys).item() == python_hashed(*keys)
     first, second = torch.tensor(values), torch.tensor(values)[:, None]
     table = hashed(7, first, second)
     for i, j in itertools.product(range(len(values)), repeat=2):
-        assert table[j, i].item() == plainly_hashed(7, values[i], values[j])
+        assert table[j, i].item() == python_hashed(7, values[i], values[j])
 
 
 def test_frozen_values() -> None:
-    """What runs have drawn, they draw for ever."""
+    """Values must never change: runs that resume would get other numbers."""
     assert hashed(1, 2, 3).item() == -8634215444751041720
     assert draw_integers(8, 1, 2, torch.arange(10)).tolist() == [0, 4, 2, 4, 0, 1, 4, 3, 4, 5]
     normal = draw_normal(1, 2, torch.arange(4), dtype=torch.float64)
@@ -83,17 +83,17 @@ def test_order_and_number_of_keys_matter() -> None:
     assert len({hashed(*k).item() for k in keys}) == len(keys)
 
 
-def test_broadcasting_and_company() -> None:
+def test_broadcasting_and_independence_of_other_draws() -> None:
     step, layer = torch.arange(5)[:, None], torch.arange(3)
     for draw in (hashed, lambda *k: draw_integers(7, *k), draw_normal):
-        whole = draw(9, step, layer)
-        assert whole.shape == (5, 3)
+        table = draw(9, step, layer)
+        assert table.shape == (5, 3)
         for s, n in itertools.product(range(5), range(3)):
-            assert whole[s, n] == draw(9, s, n)
-        assert torch.equal(whole, draw(9, step.int(), layer.expand(5, 3)))
+            assert table[s, n] == draw(9, s, n)
+        assert torch.equal(table, draw(9, step.int(), layer.expand(5, 3)))
         before = torch.get_rng_state()
         torch.manual_seed(3)
-        assert torch.equal(whole, draw(9, step, layer))
+        assert torch.equal(table, draw(9, step, layer))
         torch.set_rng_state(before)
 
 
@@ -119,7 +119,7 @@ def test_integers_are_uniform(keys: tuple[int | Tensor, ...], n: int) -> None:
     assert x.min() >= 0
     assert x.max() < n
     assert abs(chi_square(x.bincount(minlength=n))) < 4
-    pairs = x[:-1] * n + x[1:]  # and so are neighbours, jointly
+    pairs = x[:-1] * n + x[1:]  # and so are pairs of adjacent ones
     assert abs(chi_square(pairs.bincount(minlength=n * n))) < 4
 
 
@@ -129,7 +129,7 @@ def test_every_bit_is_fair_and_independent() -> None:
     bound = 5 / math.sqrt(COUNT)
     assert signs.mean(0).abs().max() < bound
     assert (signs.T @ signs / COUNT - torch.eye(64)).abs().max() < bound
-    assert (signs[:-1].T @ signs[1:] / COUNT).abs().max() < bound  # and of neighbouring keys
+    assert (signs[:-1].T @ signs[1:] / COUNT).abs().max() < bound  # and between adjacent keys
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -142,7 +142,7 @@ def test_a_bit_of_a_key_flips_half_the_bits(position: int) -> None:
         assert 31 < changed.sum(1).double().mean() < 33
 
 
-def test_neighbouring_keys_are_uncorrelated() -> None:
+def test_adjacent_keys_are_uncorrelated() -> None:
     x = draw_normal(torch.arange(300)[:, None], torch.arange(301), dtype=torch.float64)
     bound = 4 / math.sqrt(x.numel())
     for down, right in [(0, 1), (1, 0), (1, 1), (2, 0), (0, 2), (7, 3)]:

@@ -1,4 +1,4 @@
-"""Dropless experts against every expert run on every token and masked."""
+"""Dropless experts against every expert on every token, masked."""
 
 from collections.abc import Callable
 
@@ -45,10 +45,10 @@ def test_equals_reference(T: int, k: int, activation: str) -> None:
 
 
 def dropping(t: Inputs, activation: str, share: float = 0.4) -> Inputs:
-    """The same with choices dropped, all of token 0's among them, and what the activation needs."""
+    """The inputs with a share of choices dropped, all of token 0's among them, and with `poly`."""
     g = torch.Generator().manual_seed(2)
-    t = dict(t, kept=torch.rand(t["chosen"].shape, generator=g) > share)
-    t["kept"][0] = False
+    t = dict(t, keep_mask=torch.rand(t["chosen"].shape, generator=g) > share)
+    t["keep_mask"][0] = False
     if activation != "swiglu":
         del t["gate"]
     if activation.startswith("poly"):
@@ -64,27 +64,28 @@ def test_dropped_choices_add_nothing(T: int, k: int, activation: str) -> None:
     assert_equal(got, results(experts_reference, t, activation), of_all=0)
     assert (got["y"][0] == 0).all()
     assert (got["dx"][0] == 0).all()
-    assert (got["dweight"][~t["kept"]] == 0).all()
+    assert (got["dweight"][~t["keep_mask"]] == 0).all()
     if T > 1:  # dropped choices take no part in the products, nor in the gradients
-        rows, order = dispatch(t["x"], t["chosen"], 5, t["kept"])
-        assert order.counts.sum() == t["kept"].sum() < len(rows)
+        rows, order = dispatch(t["x"], t["chosen"], 5, t["keep_mask"])
+        assert order.counts.sum() == t["keep_mask"].sum() < len(rows)
 
 
-def test_all_kept_is_bit_equal_to_none_dropped() -> None:
+def test_mask_that_keeps_all_is_bit_equal_to_none() -> None:
     t = inputs()
-    kept = dict(t, kept=torch.ones(20, 2, dtype=torch.bool))
-    assert_equal(results(experts, kept, "swiglu"), results(experts, t, "swiglu"), 0, 0)
+    masked = dict(t, keep_mask=torch.ones(20, 2, dtype=torch.bool))
+    assert_equal(results(experts, masked, "swiglu"), results(experts, t, "swiglu"), 0, 0)
 
 
 def test_all_dropped() -> None:
-    got = results(experts, dict(inputs(), kept=torch.zeros(20, 2, dtype=torch.bool)), "swiglu")
+    t = dict(inputs(), keep_mask=torch.zeros(20, 2, dtype=torch.bool))
+    got = results(experts, t, "swiglu")
     assert all((v == 0).all() for v in got.values())
 
 
-def rubbish_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-    """torch's `grouped_mm` in any dtype, NaN wherever CUDA writes nothing."""
+def uninitialised_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+    """PyTorch's `grouped_mm` in any dtype, with NaN wherever CUDA writes nothing."""
     ends = offs.tolist()
-    if b.dim() == 2:  # a gradient of weights: the inner dimension is cut
+    if b.dim() == 2:  # a gradient of weights: the inner dimension is split
         y = a.new_full((len(ends), a.shape[0], b.shape[1]), torch.nan)
     else:
         y = a.new_full((a.shape[0], b.shape[2]), torch.nan)
@@ -98,24 +99,24 @@ def rubbish_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2", "polyrelu", "polynorm"])
-def test_grouped_products_read_no_rubbish(
+def test_grouped_products_read_no_uninitialised_rows(
     activation: str, drop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", rubbish_grouped_mm)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", uninitialised_grouped_mm)
     t = dropping(inputs(), activation, 0.4 if drop else -1)
     if not drop:
-        t["kept"][0] = True
+        t["keep_mask"][0] = True
     assert_equal(
         results(experts, t, activation), results(experts_reference, t, activation), of_all=0
     )
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "polynorm"])
-def test_grouped_path_never_asks_for_counts(
+def test_grouped_path_copies_no_counts_to_the_host(
     activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On meta tensors, which have no values to wait for."""
+    """It runs on meta tensors, which have no values to copy."""
     monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
     t = dropping(inputs(D=8, F=8), activation)
     t = {k: (v.bfloat16() if v.is_floating_point() else v).to("meta") for k, v in t.items()}
@@ -125,7 +126,7 @@ def test_grouped_path_never_asks_for_counts(
 
 
 def test_one_expert_for_all_is_an_mlp() -> None:
-    """As THOR draws it: the others have gradients of zeros."""
+    """As in THOR: the other experts' gradients are zeros."""
     t = inputs(k=1)
     t["chosen"], t["weight"] = torch.full((20, 1), 3), torch.ones(20, 1, dtype=torch.float64)
     got = results(experts, t, "swiglu")
@@ -179,8 +180,8 @@ def test_dispatch_sorts_stably_and_combine_undoes_it() -> None:
     assert order.assignments.tolist() == [i for _, i in pairs]
     assert order.counts.tolist() == [int((flat == e).sum()) for e in range(5)]
     assert torch.equal(rows, t["x"][order.assignments // 3])
-    back = combine(rows, order, torch.full_like(t["weight"], 0.25))
-    assert_equal({"x": back}, {"x": 0.75 * t["x"]}, relative=1e-14, of_all=0)
+    combined = combine(rows, order, torch.full_like(t["weight"], 0.25))
+    assert_equal({"x": combined}, {"x": 0.75 * t["x"]}, relative=1e-14, of_all=0)
 
 
 def test_gradcheck() -> None:
@@ -199,7 +200,7 @@ def test_gradcheck() -> None:
 def test_narrow_dtypes(
     dtype: torch.dtype, bound: float, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth; by either product."""
+    """Against fp64 of the same rounded inputs; with a product per expert, and grouped."""
     monkeypatch.setattr(module, "_grouped", lambda rows, up: grouped)
     for seed in range(3):
         t = inputs(T=64, D=16, F=24, seed=seed)
@@ -213,16 +214,16 @@ def test_narrow_dtypes(
 
 
 def test_grouped_product_takes_any_gradient() -> None:
-    """Also one that is not contiguous, which torch's own derivative refuses."""
+    """Also one that is not contiguous, which PyTorch's backward refuses."""
     t = {k: v if k == "chosen" else v.float() for k, v in inputs(D=8, F=8).items()}
     rows, order = dispatch(t["x"], t["chosen"], 5)
     weights = [t[k].requires_grad_() for k in ("gate", "up", "down")]
-    found = []
+    grads = []
     for path in (expert_mlp, module._grouped_mlp):
         y = path(rows, order.counts, *weights, "swiglu")
-        found.append(torch.autograd.grad(y.sum(), weights))
+        grads.append(torch.autograd.grad(y.sum(), weights))
     names = ("gate", "up", "down")
-    loop, grouped = (dict(zip(names, f, strict=True)) for f in found)
+    loop, grouped = (dict(zip(names, g, strict=True)) for g in grads)
     assert_equal(grouped, loop, relative=1e-5, of_all=0)
 
 

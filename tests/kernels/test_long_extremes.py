@@ -1,8 +1,8 @@
-"""Every chunked mixer in bf16 over 10,000 tokens with extreme inputs, beside fp64's recurrence.
+"""Every chunked mixer in bf16 over 10,000 tokens with extreme inputs, against fp64's recurrence.
 
-The inputs are rounded to their dtype first, so what is lost is the kernel's own. No step expands
-the state, so that the roundings of S tokens in fp32 lose at most S · 2⁻²⁴ of the largest value, and
-gradients, which go through two such chains, twice that; results are rounded to their dtype once.
+The inputs are rounded to their dtype first, so the errors are those of the kernel only. No step
+expands the state, so the roundings of S tokens in fp32 lose at most S · 2⁻²⁴ of the largest value,
+and gradients, which go through two such chains, twice that; results are rounded once.
 """
 
 import pytest
@@ -25,32 +25,33 @@ TABLE = [
     ),
 ]
 
-S, HUGE, AT = 10_000, 1e6, 5_003
+S, HUGE, HUGE_POSITION = 10_000, 1e6, 5_003
 
 
-def drawn(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def normal(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Standard normal tensors."""
     g = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def mamba2() -> dict[str, Tensor]:
-    t = drawn(x=(S, 1, 2, 3), dt=(S, 1, 2), A=(2,), B=(S, 1, 1, 4), C=(S, 1, 1, 4), D=(2,))
+    t = normal(x=(S, 1, 2, 3), dt=(S, 1, 2), A=(2,), B=(S, 1, 1, 4), C=(S, 1, 1, 4), D=(2,))
     return t | {"dt": F.softplus(t["dt"] - 2), "A": -t["A"].exp()}
 
 
 def mamba1() -> dict[str, Tensor]:
-    t = drawn(x=(S, 1, 3), dt=(S, 1, 3), A=(3, 4), B=(S, 1, 4), C=(S, 1, 4), D=(3,))
+    t = normal(x=(S, 1, 3), dt=(S, 1, 3), A=(3, 4), B=(S, 1, 4), C=(S, 1, 4), D=(3,))
     return t | {"dt": F.softplus(t["dt"] - 2), "A": -t["A"].exp()}
 
 
 def delta() -> dict[str, Tensor]:
-    t = drawn(q=(S, 1, 2, 4), k=(S, 1, 2, 4), v=(S, 1, 2, 3), beta=(S, 1, 2), decay=(S, 1, 2))
+    t = normal(q=(S, 1, 2, 4), k=(S, 1, 2, 4), v=(S, 1, 2, 3), beta=(S, 1, 2), decay=(S, 1, 2))
     k = F.normalize(t["k"], dim=-1) * (1 - 2**-7)  # so that rounding leaves no norm above 1
     return t | {"k": k, "beta": t["beta"].sigmoid(), "decay": -F.softplus(t["decay"] - 3)}
 
 
-# the kernel, its recurrence, its inputs; names of what is mixed, of the step, and of fp32 inputs
+# the kernel, its recurrence, its inputs; names of the input whose tokens are mixed, of the step,
+# and of fp32 inputs
 MIXERS: dict[str, tuple[Scan, Scan, dict[str, Tensor], str, str, tuple[str, ...]]] = {
     "M": (ssd, ssd_recurrence, mamba2(), "x", "dt", ("dt", "A", "D")),
     "m": (selective_scan, selective_scan_recurrence, mamba1(), "x", "dt", ("dt", "A", "D")),
@@ -63,12 +64,12 @@ LIMITS = {"dt": (0.0, 1e4), "decay": (0.0, -1e4), "beta": (0.0, 2.0)}
 
 
 def extreme(inputs: dict[str, Tensor], kind: str, mixed: str, step: str) -> dict[str, Tensor]:
-    """The inputs with one extreme in them."""
+    """The inputs with extreme values of one kind."""
     t = {name: value.clone() for name, value in inputs.items()}
     if kind == "zeros":
         return {n: v if n in ("A", "dt", "beta", "decay") else v * 0 for n, v in t.items()}
     if kind == "one huge value":
-        t[mixed][AT, 0, 0] = HUGE
+        t[mixed][HUGE_POSITION, 0, 0] = HUGE
     else:
         low, high = LIMITS[step]
         t[step][::7], t[step][3::7] = low, high

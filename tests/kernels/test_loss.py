@@ -1,4 +1,4 @@
-"""Chunked losses of the vocabulary projection against all logits at once, and PyTorch's own."""
+"""Chunked losses of the vocabulary projection against all logits at once, and PyTorch's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,12 @@ from colonnade.kernels.loss import (
 Outputs = dict[str, Tensor]
 V, D = 17, 7
 CHUNKS = [1, 4, 13, 1000]
-TOKENS = [(13, 0.3), (29, 0.0), (5, 1.0), (1, 0.0)]  # how many, and the share without a loss
+TOKENS = [
+    (13, 0.3),
+    (29, 0.0),
+    (5, 1.0),
+    (1, 0.0),
+]  # number of tokens, and the share without a loss
 OPTIONS = [{}, {"cap": 1.5}, {"z": 0.3}, {"cap": 1.5, "z": 0.3}]
 
 
@@ -32,14 +37,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def labels_of(T: int, V: int, ignored: float) -> Tensor:
-    """Labels, a share of them without loss."""
+    """Labels, a share of them ignored."""
     g = torch.Generator().manual_seed(T)
     labels = torch.randint(V, (T,), generator=g)
     return labels.masked_fill(torch.rand(T, generator=g) < ignored, -100)
 
 
 def results(function: Callable[..., Any], *inputs: Tensor) -> Outputs:
-    """All outputs, and the gradients of the first one's product with a fixed number."""
+    """All outputs, and the gradients of all inputs for a fixed gradient of the first output."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -49,7 +54,7 @@ def results(function: Callable[..., Any], *inputs: Tensor) -> Outputs:
     return named | {f"gradient {i}": g for i, g in enumerate(grads)}
 
 
-def two(T: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def two_passes(T: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """The inputs of two passes, and the weight."""
     return normal(T, D, dtype=dtype), normal(T, D, seed=5, dtype=dtype), normal(V, D, dtype=dtype)
 
@@ -85,9 +90,9 @@ def test_objective(T: int, ignored: float, options: dict[str, float], chunk: int
         logits, valid = x @ w.T, labels != -100
         if "cap" in options:
             logits = options["cap"] * torch.tanh(logits / options["cap"])
-        norm = logits.exp().sum(-1).log()
-        nll = norm - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        z = options.get("z", 0) * norm**2
+        lse = logits.exp().sum(-1).log()
+        nll = lse - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        z = options.get("z", 0) * lse**2
         return (nll + z).where(valid, 0).sum(), z.detach().where(valid, 0).sum()
 
     assert_equal(ours, results(by_formula, x, weight))
@@ -95,14 +100,14 @@ def test_objective(T: int, ignored: float, options: dict[str, float], chunk: int
 
 def test_cross_entropy_is_the_objective_without_z() -> None:
     x, weight, labels = normal(9, D), normal(V, D, seed=1), labels_of(9, V, 0.3)
-    whole, z = linear_objective(x, weight, labels, 4, cap=2.0, z=0.1)
+    objective, z = linear_objective(x, weight, labels, 4, cap=2.0, z=0.1)
     nll = linear_objective(x, weight, labels, 4, cap=2.0)[0]
-    assert_equal({"nll": nll}, {"nll": whole - z})
+    assert_equal({"nll": nll}, {"nll": objective - z})
     assert linear_objective(x, weight, labels, 4)[1].item() == 0
 
 
 def test_cross_entropy_of_large_logits() -> None:
-    """No overflow, and the loss of a certain token is 0."""
+    """No overflow, and the loss of a token of probability 1 is 0."""
     x = torch.eye(3, dtype=torch.float64)
     assert linear_objective(x, 1e4 * x, torch.tensor([0, 1, 0]), 2)[0].item() == 1e4
 
@@ -137,32 +142,32 @@ def test_consistency(T: int, ignored: float, options: dict[str, float], chunk: i
         mean = (sum(objectives) - sum(zs)).detach() / 2
         return sum(objectives) + divergence, mean, divergence.detach()
 
-    assert_equal(results(ours, *two(T)), results(by_kl_div, *two(T)))
-    assert_equal(results(ours, *two(T)), results(by_formula, *two(T)))
+    assert_equal(results(ours, *two_passes(T)), results(by_kl_div, *two_passes(T)))
+    assert_equal(results(ours, *two_passes(T)), results(by_formula, *two_passes(T)))
 
 
 def test_consistency_of_equal_passes() -> None:
-    """One expert, no dropout: no divergence, twice the loss, and exactly equal gradients."""
-    x, _, weight = two(13)
+    """Equal passes: no divergence, twice the loss, and exactly equal gradients."""
+    x, _, weight = two_passes(13)
     labels = labels_of(13, V, 0.3)
-    once = results(lambda x, w: linear_objective(x, w, labels, 4)[0], x, weight)
+    single = results(lambda x, w: linear_objective(x, w, labels, 4)[0], x, weight)
     both = results(lambda a, b, w: linear_consistency(a, b, w, labels, 4, 5.0), x, x, weight)
     assert both["output 2"].item() == 0
     assert_equal(
         {k: both[f"output {i}"] for i, k in enumerate(("sum", "mean"))},
-        {"sum": 2 * once["output 0"], "mean": once["output 0"]},
+        {"sum": 2 * single["output 0"], "mean": single["output 0"]},
     )
-    assert_equal({"dx": both["gradient 0"]}, {"dx": once["gradient 0"]})
-    assert_equal({"dw": both["gradient 2"]}, {"dw": 2 * once["gradient 1"]})
+    assert_equal({"dx": both["gradient 0"]}, {"dx": single["gradient 0"]})
+    assert_equal({"dw": both["gradient 2"]}, {"dw": 2 * single["gradient 1"]})
     assert torch.equal(both["gradient 0"], both["gradient 1"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_consistency_of_certain_passes(dtype: torch.dtype) -> None:
-    """Distributions whose other probabilities are 0 in the dtype: finite, and the formula's limit.
+def test_consistency_of_one_hot_passes(dtype: torch.dtype) -> None:
+    """One-hot distributions (in the dtype) give finite losses, equal to the formula's limit.
 
-    With p and q certain of different tokens, ½ Σ (p − q)(log p − log q) is the difference of their
-    logits, here 1e4.
+    Where p and q have probability 1 at different tokens, ½ Σ (p − q)(log p − log q) is the
+    difference of their logits, here 1e4.
     """
     x = torch.eye(2, dtype=dtype)
     weight, labels = 1e4 * x, torch.tensor([0, 1])
@@ -173,7 +178,7 @@ def test_consistency_of_certain_passes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_of_zeros_and_huge_inputs(dtype: torch.dtype) -> None:
-    """Zeros: log V each, no divergence. Huge logits: all finite, and bounded where capped."""
+    """Zeros: log V a token, no divergence. Huge logits: all finite, and bounded where capped."""
     zeros, weight = torch.zeros(5, D, dtype=dtype), normal(V, D, dtype=dtype)
     labels = labels_of(5, V, 0.0)
     log_v = torch.tensor(float(V)).log()
@@ -200,15 +205,15 @@ def test_losses_of_zeros_and_huge_inputs(dtype: torch.dtype) -> None:
 def test_losses_in_fp32(options: dict[str, float]) -> None:
     labels = labels_of(29, V, 0.3)
     ours = results(
-        lambda *t: linear_consistency(*t, labels, 8, 5.0, **options), *two(29, torch.float32)
+        lambda *t: linear_consistency(*t, labels, 8, 5.0, **options), *two_passes(29, torch.float32)
     )
     exact = results(
         lambda *t: linear_consistency_reference(*t, labels, 5.0, **options),
-        *(t.double() for t in two(29, torch.float32)),
+        *(t.double() for t in two_passes(29, torch.float32)),
     )
     assert {t.dtype for t in ours.values()} == {torch.float32}
     assert_equal(ours, exact, 1e-5)
-    x, _, weight = two(29, torch.float32)
+    x, _, weight = two_passes(29, torch.float32)
     ours = results(lambda *t: linear_objective(*t, labels, 8, **options), x, weight)
     exact = results(
         lambda *t: linear_objective_reference(*t, labels, **options), x.double(), weight.double()
@@ -220,8 +225,8 @@ def test_losses_in_fp32(options: dict[str, float]) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_objective_in_bf16(options: dict[str, float]) -> None:
     """Logits are rounded to bf16, by at most 2^-9 of each. A loss changes by at most twice the
-    largest change of its logits, z · n² by 2 z n times it (and capping brings logits no further
-    apart); gradients pass through two roundings, 1% of the largest."""
+    largest change of its logits, z · n² by 2 z n times it (and capping does not increase the
+    change); gradients take two roundings, 1% of the largest."""
     x, weight = normal(61, 33).bfloat16(), (normal(41, 33, seed=1) / 4).bfloat16()
     labels = labels_of(61, 41, 0.3)
     ours = results(lambda x, w: linear_objective(x, w, labels, 8, **options), x, weight)
@@ -265,7 +270,7 @@ def test_consistency_in_bf16() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operator returned."""
+    """Records the number of elements of the largest tensor that an operator returns."""
 
     elements = 0
 
@@ -287,34 +292,34 @@ def test_at_most_a_chunk_of_logits_exists() -> None:
     assert largest.elements == 8 * 50
 
 
-def test_only_gradients_asked_for() -> None:
-    """A frozen weight or input gets no gradient, the others the right ones."""
-    inputs, labels = two(9), labels_of(9, V, 0.3)
+def test_frozen_inputs_get_no_gradient() -> None:
+    """A frozen weight or input gets no gradient, and the others' do not change."""
+    inputs, labels = two_passes(9), labels_of(9, V, 0.3)
     ours = results(lambda *t: linear_consistency(*t, labels, 4, 2.0, z=0.1), *inputs)
-    seed = normal(seed=9)
+    grad = normal(seed=9)
     for frozen in range(3):
         leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
-        (linear_consistency(*leaves, labels, 4, 2.0, z=0.1)[0] * seed).backward()
+        (linear_consistency(*leaves, labels, 4, 2.0, z=0.1)[0] * grad).backward()
         assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(3)]
-        right = {f"gradient {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
-        assert_equal(right, {k: ours[k] for k in right})
+        others = {f"gradient {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
+        assert_equal(others, {k: ours[k] for k in others})
 
 
-def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation: one product per chunk and pass, though the weight is a Parameter."""
-    x1, x2, weight = two(10)
+def test_no_grad_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In validation there is one product per chunk and pass, though the weight is a Parameter."""
+    x1, x2, weight = two_passes(10)
     weight, labels = torch.nn.Parameter(weight), torch.arange(10) % V
     trained = linear_objective(x1, weight, labels, 5, cap=2.0, z=0.1)
     both = linear_consistency(x1, x2, weight, labels, 5, 2.0, cap=2.0, z=0.1)
     calls = []
     monkeypatch.setattr(loss, "product", lambda a, b: calls.append(1) or a @ b.T)
     with torch.no_grad():
-        again = linear_objective(x1, weight, labels, 5, cap=2.0, z=0.1)
+        validated = linear_objective(x1, weight, labels, 5, cap=2.0, z=0.1)
         assert len(calls) == 2
-        assert all(torch.equal(a, b) for a, b in zip(trained, again, strict=True))
-        again = linear_consistency(x1, x2, weight, labels, 5, 2.0, cap=2.0, z=0.1)
+        assert all(torch.equal(a, b) for a, b in zip(trained, validated, strict=True))
+        validated = linear_consistency(x1, x2, weight, labels, 5, 2.0, cap=2.0, z=0.1)
         assert len(calls) == 6
-        assert_equal(dict(enumerate(again)), dict(enumerate(both)))
+        assert_equal(dict(enumerate(validated)), dict(enumerate(both)))
 
 
 def test_backward_twice_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Norms against PyTorch's own, their formulas, and each other."""
+"""Norms against PyTorch's, their formulas, and each other."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ BF16 = 2.0**-8  # twice the rounding error of a bf16 number: one rounding, and r
 EPS = 0.03
 SHAPES = [(7,), (1, 2), (5, 3, 13), (4, 2, 3, 5)]
 
-# name: our operator, its reference; x, weight and bias in, those not wanted ignored.
+# name: our operator, its reference; both take x, weight and bias, and ignore those they do not use.
 NORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "rms": (
         lambda x, weight, **_: rms_norm(x, weight, EPS),
@@ -60,7 +60,7 @@ NORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def last_channel(x: Tensor) -> Tensor:
-    """The vectors of zero mean that `crms_norm` means."""
+    """`x` with the last channel that makes its mean zero, which `crms_norm` leaves out."""
     return torch.cat([x, -x.sum(-1, keepdim=True)], -1)
 
 
@@ -84,14 +84,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """x in `dtype`, weight and bias at least in fp32."""
+    """x in `dtype`, weight and bias in at least fp32."""
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = (normal(*shape[-1:], seed=i, dtype=wide) for i in (1, 2))
     return {"x": normal(*shape, dtype=dtype), "weight": weight, "bias": bias}
 
 
 def results(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output, and the gradients of its product with fixed random numbers."""
+    """The output, and the gradients of all inputs for a fixed random gradient of it."""
     leaves = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
     y = function(**leaves)
     y.backward(normal(*y.shape, seed=9).bfloat16().to(y.dtype))
@@ -113,8 +113,8 @@ def test_rms_norm_in_groups() -> None:
     ours = results(NORMS["rms, bias"][0], inputs)
     assert_equal(ours, results(NORMS["rms, bias"][1], inputs))
     for g in range(3):
-        alone = {k: t[..., g, :] for k, t in inputs.items()}
-        assert_equal({"y": ours["y"][:, :, g]}, {"y": OF_TORCH["rms, bias"](**alone)})
+        one_group = {k: t[..., g, :] for k, t in inputs.items()}
+        assert_equal({"y": ours["y"][:, :, g]}, {"y": OF_TORCH["rms, bias"](**one_group)})
 
 
 def test_crms_norm_is_layer_norm() -> None:
@@ -128,8 +128,8 @@ def test_crms_norm_is_layer_norm() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
-    """Computed wide and rounded once: 2^-8 of a bf16 tensor's largest element; parameters are wider
-    and so are their gradients."""
+    """Computed in at least fp32 and rounded once: 2^-8 of a bf16 tensor's largest element;
+    parameters are in fp32, as are their gradients."""
     inputs = operands((37, 129), dtype)
     ours = results(NORMS[name][0], inputs)
     exact = results(NORMS[name][1], {k: t.double() for k, t in inputs.items()})
@@ -142,7 +142,7 @@ def test_norm_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
 
 
 def test_offset_is_added_before_rounding() -> None:
-    """A weight too small beside 1 for bf16 still counts."""
+    """A weight that 1 + weight in bf16 would lose has its effect."""
     x, weight = torch.ones(4, 1024), torch.full((1024,), 2.0**-10, dtype=torch.bfloat16)
     assert torch.equal(rms_norm(x, weight, 0.0, offset=1), torch.full_like(x, 1 + 2.0**-10))
 
@@ -163,21 +163,21 @@ def test_norm_of_extreme_rows(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_norm_keeps_inputs_and_statistics(name: str) -> None:
-    """For backward: x, the parameters, at most two numbers per row; and it runs in a checkpoint."""
+def test_norm_saves_inputs_and_statistics(name: str) -> None:
+    """Saved are x, the parameters and at most two numbers per row; the same under a checkpoint."""
     inputs = operands((64, 2, 32), torch.bfloat16)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.nbytes
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.nbytes
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         plain = results(NORMS[name][0], inputs)
     rows = 64 * 2
-    assert sum(kept.values()) <= rows * (32 * 2 + 2 * 4) + 2 * 32 * 4
+    assert sum(saved.values()) <= rows * (32 * 2 + 2 * 4) + 2 * 32 * 4
 
-    def again(**leaves: Tensor) -> Tensor:
+    def recomputed(**leaves: Tensor) -> Tensor:
         return checkpoint(lambda: NORMS[name][0](**leaves), use_reentrant=False)
 
-    assert all(torch.equal(plain[k], t) for k, t in results(again, inputs).items())
+    assert all(torch.equal(plain[k], t) for k, t in results(recomputed, inputs).items())

@@ -10,11 +10,11 @@ from colonnade.kernels.orthogonal import orthogonalised, orthogonalised_referenc
 @pytest.mark.parametrize("shape", [(5, 5), (3, 8), (9, 4), (2, 3, 6, 4), (1, 7)])
 def test_orthogonalised(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = orthogonalised(x)
-    assert_equal({"": found}, {"": orthogonalised_reference(x)}, 1e-10)
-    assert found.shape == x.shape
-    # it is near the polar factor: directions that have some weight come out near length 1
-    S = torch.linalg.svdvals(found)
+    y = orthogonalised(x)
+    assert_equal({"": y}, {"": orthogonalised_reference(x)}, 1e-10)
+    assert y.shape == x.shape
+    # It approximates the polar factor: singular values that are not tiny become about 1.
+    S = torch.linalg.svdvals(y)
     assert ((S > 0.6) & (S < 1.3)).all()
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions: rotation against complex numbers, every scaling against transformers."""
+"""Rotary embeddings: rotation against complex numbers, every scaling against transformers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ TABLE = [
     )
 ]
 
-BF16 = 2.0**-8  # of the largest: one rounding of bf16, and room
+BF16 = 2.0**-8  # of the largest element: twice the error of one rounding to bf16
 POSITIONS = torch.tensor([[0, 3], [1, 4], [2, 0], [3, 1], [4, 2], [0, 3], [1, 900]])
 
 
@@ -41,7 +41,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def results(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The function's output, and the gradient of its product with fixed random numbers."""
+    """The function's output, and the gradient of `x` for a fixed random gradient of it."""
     x = x.clone().requires_grad_()
     out = function(x)
     return {"out": out.detach(), "x": torch.autograd.grad(out, x, normal(*out.shape, seed=9))[0]}
@@ -51,29 +51,29 @@ def results(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor
 
 
 def test_rotate() -> None:
-    """A pair (x_i, x_{i + P/2}) is a complex number, turned by position · theta^(−2i/P)."""
+    """A pair (x_i, x_{i + P/2}) is a complex number, rotated by position · theta^(−2i/P)."""
     S, B, H, P, theta = 7, 2, 3, 10, 77.0
     x = normal(S, B, H, P)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         i = torch.arange(P // 2, dtype=torch.float64)
         angle = POSITIONS[..., None, None] * theta ** (-2 * i / P)
         z = torch.complex(x[..., : P // 2], x[..., P // 2 :]) * torch.polar(angle * 0 + 1, angle)
         return torch.cat([z.real, z.imag], -1)
 
     table = rope_table(POSITIONS, P, theta, torch.float64)
-    assert_equal(results(lambda x: rotate(x, table), x), results(turned, x), 1e-12)
+    assert_equal(results(lambda x: rotate(x, table), x), results(rotated, x), 1e-12)
 
     narrow = rope_table(POSITIONS, P, theta, torch.bfloat16)
     assert narrow[0].dtype == narrow[1].dtype == torch.float32
     rounded = rotate(x.bfloat16(), narrow)
     assert rounded.dtype == torch.bfloat16
-    assert_equal({"": rounded}, {"": turned(x.bfloat16().double())}, BF16)
+    assert_equal({"": rounded}, {"": rotated(x.bfloat16().double())}, BF16)
 
 
 @pytest.mark.parametrize("rotated", [2, 4, 10])
 def test_partial_rotary(rotated: int) -> None:
-    """The first channels turn in pairs of their own; the rest stays, as in GPT-NeoX."""
+    """As in GPT-NeoX the first channels are rotated among themselves, and the others unchanged."""
     x, theta = normal(7, 2, 3, 10), 500.0
     table = rope_table(POSITIONS, rotated, theta, torch.float64)
 
@@ -87,7 +87,7 @@ def test_partial_rotary(rotated: int) -> None:
     assert torch.equal(rotate(x, table)[..., rotated:], x[..., rotated:])
 
 
-def test_far_positions_keep_their_angle() -> None:
+def test_angles_of_far_positions_are_precise() -> None:
     """At position 10^6 the fp32 table is the fp64 one, rounded."""
     positions = torch.arange(1_000_000, 1_000_064)[:, None]
     exact = rope_table(positions, 64, 1e4, torch.float64)
@@ -108,7 +108,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], RopeScaling]] = {
         {"rope_type": "yarn", "factor": 8.0, "beta_fast": 5.0, "beta_slow": 0.3},
         RopeScaling("yarn", 8.0, 64, fast=5.0, slow=0.3),
     ),
-    "yarn-step": (  # a ramp that begins where it ends
+    "yarn-step": (  # a ramp of width zero
         {"rope_type": "yarn", "factor": 8.0, "beta_fast": 100.0, "beta_slow": 50.0},
         RopeScaling("yarn", 8.0, 64, fast=100.0, slow=50.0),
     ),
@@ -120,7 +120,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], RopeScaling]] = {
         {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3},
         RopeScaling("yarn", 40.0, 64, mscale=0.7, mscale_all=1.3),
     ),
-    "yarn-one-mscale": (  # without the other it does not count
+    "yarn-one-mscale": (  # without `mscale_all` it has no effect
         {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7},
         RopeScaling("yarn", 40.0, 64, mscale=0.7),
     ),
@@ -189,9 +189,9 @@ def test_scaled_table(name: str | None) -> None:
         module = LlamaRotaryEmbedding(llama_config(parameters, 12, 1e4))
         theirs = module(normal(1), POSITIONS.T)
     ours = rope_table(POSITIONS, 12, 1e4, torch.float64, scaling)
-    for mine, other in zip(ours, theirs, strict=True):  # theirs: [B, S, P], each angle twice
-        twice = torch.cat([mine, mine], -1).squeeze(2).transpose(0, 1)
-        assert_equal({"": twice}, {"": other}, 1e-11)  # angles near 900 are off by up to 1e-13
+    for table, expected in zip(ours, theirs, strict=True):  # theirs: [B, S, P], each angle twice
+        twice = torch.cat([table, table], -1).squeeze(2).transpose(0, 1)
+        assert_equal({"": twice}, {"": expected}, 1e-11)  # angles near 900 are off by up to 1e-13
 
 
 def test_yarn_mscale() -> None:

@@ -1,4 +1,4 @@
-"""Sequences cut into segments that run at once, against the token recurrence over the whole row."""
+"""Segments of a sequence that run at once, against the token recurrence over the full sequence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
-from colonnade.kernels.segments import Here, Wait, grads_after, states_before
+from colonnade.kernels.segments import LocalStatePassing, Wait, grads_after, states_before
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
 from colonnade.kernels.ssd import ssd, ssd_recurrence
 
@@ -28,7 +28,7 @@ KERNELS: dict[str, tuple[Scan, Scan]] = {
     "D": (delta_rule, delta_rule_recurrence),
     "G": (delta_rule, delta_rule_recurrence),
 }
-WIDE = ("dt", "A", "D", "beta", "decay")  # fp32 beside bf16
+WIDE = ("dt", "A", "D", "beta", "decay")  # fp32 where the others are bf16
 
 
 def inputs(name: str, S: int, B: int = 2) -> dict[str, Tensor]:
@@ -58,21 +58,21 @@ def inputs(name: str, S: int, B: int = 2) -> dict[str, Tensor]:
     return {key: limits[key](v) if key in limits else v for key, v in t.items()}
 
 
-def rows(length: int, parts: int, B: int) -> Tensor:
-    """Documents `[S, B]`: bounds in segments and between them, one over three segments and more."""
-    S = length * parts
+def rows(length: int, segments: int, B: int) -> Tensor:
+    """Documents `[S, B]` that start within segments and between them; one spans over three."""
+    S = length * segments
     bounds = [(3, length, 4 * length + 2), (length - 1, 2 * length, 2 * length + 1, S - 1)]
-    at = torch.arange(S)
-    return torch.stack([sum((at >= b).int() for b in bounds[row]) for row in range(B)], 1)
+    position = torch.arange(S)
+    return torch.stack([sum((position >= b).int() for b in bounds[row]) for row in range(B)], 1)
 
 
-def numbered_locally(documents: Tensor, parts: int) -> Tensor:
-    """The same, every segment's from 0: their numbers say nothing of each other."""
-    segments = documents.unflatten(0, (parts, -1))
-    return (segments - segments[:, :1]).flatten(0, 1)
+def numbered_locally(documents: Tensor, segments: int) -> Tensor:
+    """The same, numbered from 0 in every segment: no number relates to those of other segments."""
+    by_segment = documents.unflatten(0, (segments, -1))
+    return (by_segment - by_segment[:, :1]).flatten(0, 1)
 
 
-def outcome(scan: Scan, t: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+def results(scan: Scan, t: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
     """Outputs, and gradients of a random function of them, the same in every dtype."""
     t = {key: v.detach().requires_grad_() for key, v in t.items()}
     y, _ = call(scan, t, **options)
@@ -84,17 +84,19 @@ def outcome(scan: Scan, t: dict[str, Tensor], **options: object) -> dict[str, Te
 
 @pytest.mark.parametrize(("length", "chunk", "B"), [(11, 4, 2), (12, 5, 1), (10, 5, 2), (4, 64, 2)])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", KERNELS)
 def test_equals_recurrence(
-    name: str, parts: int, packed: bool, length: int, chunk: int, B: int
+    name: str, segments: int, packed: bool, length: int, chunk: int, B: int
 ) -> None:
     kernel, recurrence = KERNELS[name]
-    t = inputs(name, parts * length, B)
-    ids = rows(length, parts, B) if packed else None
-    local = None if ids is None else numbered_locally(ids, parts)
-    got = outcome(kernel, t, chunk=chunk, documents=local, passing=Here(parts, ids))
-    assert_equal(got, outcome(recurrence, t, documents=ids), of_all=0)
+    t = inputs(name, segments * length, B)
+    ids = rows(length, segments, B) if packed else None
+    local = None if ids is None else numbered_locally(ids, segments)
+    got = results(
+        kernel, t, chunk=chunk, documents=local, state_passing=LocalStatePassing(segments, ids)
+    )
+    assert_equal(got, results(recurrence, t, documents=ids), of_all=0)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -102,7 +104,7 @@ def test_states_after_each_segment(name: str) -> None:
     kernel, recurrence = KERNELS[name]
     t, ids = inputs(name, 44), rows(11, 4, 2)
     t = {key: v.requires_grad_() for key, v in t.items()}
-    _, states = call(kernel, t, chunk=4, documents=ids, passing=Here(4, ids))
+    _, states = call(kernel, t, chunk=4, documents=ids, state_passing=LocalStatePassing(4, ids))
     assert not states.requires_grad
     for j, state in enumerate(states):
         end = 11 * (j + 1)
@@ -111,11 +113,11 @@ def test_states_after_each_segment(name: str) -> None:
         assert_equal({"state": state}, {"state": expected.detach()}, of_all=0)
 
 
-class Recorded(Here):
-    """Notes what is called and given, and that the kernel leaves it as it is until it waits."""
+class Recorded(LocalStatePassing):
+    """Records calls and arguments; checks that the kernel does not change these until it waits."""
 
-    def __init__(self, parts: int, documents: Tensor | None = None) -> None:
-        super().__init__(parts, documents)
+    def __init__(self, segments: int, documents: Tensor | None = None) -> None:
+        super().__init__(segments, documents)
         self.events: list[str] = []
         self.given: dict[str, tuple[Tensor, ...]] = {}
         self.returned: dict[str, Tensor] = {}
@@ -142,7 +144,7 @@ class Recorded(Here):
 
 
 class Products(TorchDispatchMode):
-    """Notes matrix products among the events."""
+    """Records matrix products among the events."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__()
@@ -158,98 +160,106 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_exchange_is_launched_once_and_hides_behind_products(name: str) -> None:
-    passing = Recorded(2)
-    with Products(passing.events):
-        outcome(KERNELS[name][0], inputs(name, 24), chunk=4, passing=passing)
-    exchanges = [e for e in passing.events if e != "product"]
+    state_passing = Recorded(2)
+    with Products(state_passing.events):
+        results(KERNELS[name][0], inputs(name, 24), chunk=4, state_passing=state_passing)
+    exchanges = [e for e in state_passing.events if e != "product"]
     assert exchanges == ["launch", "launch waited", "launch_back", "launch_back waited"]
     for direction in ("launch", "launch_back"):
-        start, stop = (passing.events.index(e) for e in (direction, f"{direction} waited"))
-        assert name == "m" or "product" in passing.events[start:stop]
+        start, stop = (state_passing.events.index(e) for e in (direction, f"{direction} waited"))
+        assert name == "m" or "product" in state_passing.events[start:stop]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", KERNELS)
-def test_segments_that_are_no_neighbours(name: str, rank: int) -> None:
-    """A rank of a zigzag over two sends its share of what all segments send, and gets its own."""
+def test_segments_that_are_not_adjacent(name: str, rank: int) -> None:
+    """A rank of a zigzag over two sends the states of its two segments, and gets those before."""
     kernel, _ = KERNELS[name]
-    t, ids, here = inputs(name, 44), rows(11, 4, 2), [rank, 3 - rank]
+    t, ids, held = inputs(name, 44), rows(11, 4, 2), [rank, 3 - rank]
 
-    def mine(v: Tensor) -> Tensor:
-        return v.unflatten(0, (4, 11))[here].flatten(0, 1) if len(v) == 44 else v
+    def local(v: Tensor) -> Tensor:
+        return v.unflatten(0, (4, 11))[held].flatten(0, 1) if len(v) == 44 else v
 
-    def weighted(passing: Here, t: dict[str, Tensor], ids: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    def with_gradients(
+        state_passing: LocalStatePassing, t: dict[str, Tensor], ids: Tensor, dy: Tensor
+    ) -> dict[str, Tensor]:
         t = {key: v.requires_grad_() for key, v in t.items()}
-        y, states = call(kernel, t, chunk=4, documents=ids, passing=passing)
+        y, states = call(kernel, t, chunk=4, documents=ids, state_passing=state_passing)
         gradients = torch.autograd.grad(y, list(t.values()), dy)
         return {"y": y, "states": states} | dict(zip(t, gradients, strict=True))
 
     class Rank(Recorded):
-        """Gets what all segments together were given."""
+        """Returns the local segments' share of what a device with all segments was returned."""
 
         def launch(self, state: Tensor, transition: Tensor, matrix: bool) -> Wait:
-            return self.record("launch", lambda: every.returned["launch"][here], state, transition)
+            before = every.returned["launch"]
+            return self.record("launch", lambda: before[held], state, transition)
 
         def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
             after = every.returned["launch_back"]
-            return self.record("launch_back", lambda: after[here], grad, transition)
+            return self.record("launch_back", lambda: after[held], grad, transition)
 
-    every, alone = Recorded(4, ids), Rank(2)
+    every, one_rank = Recorded(4, ids), Rank(2)
     dy = torch.randn(call(kernel, t, chunk=4)[0].shape, dtype=torch.float64)
-    whole = weighted(every, t, ids, dy)
-    got = weighted(alone, {key: mine(v.detach()) for key, v in t.items()}, mine(ids), mine(dy))
-    for key, v in whole.items():
+    full = with_gradients(every, t, ids, dy)
+    local_t = {key: local(v.detach()) for key, v in t.items()}
+    got = with_gradients(one_rank, local_t, local(ids), local(dy))
+    for key, v in full.items():
         if key not in ("A", "D"):  # whose gradients are sums over the ranks
-            expected = v[here] if key == "states" else mine(v)
+            expected = v[held] if key == "states" else local(v)
             assert_equal({key: got[key]}, {key: expected}, of_all=0)
-    for direction, sent in alone.given.items():
+    for direction, sent in one_rank.given.items():
         for a, b in zip(sent, every.given[direction], strict=True):
-            assert_equal({direction: a}, {direction: b[here]}, of_all=0)
+            assert_equal({direction: a}, {direction: b[held]}, of_all=0)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_bf16(name: str) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only."""
     kernel, recurrence = KERNELS[name]
     t, ids = inputs(name, 88), rows(22, 4, 2)
     if "k" in t:
         t["k"] *= 1 - 2**-7  # so that rounding leaves no norm above 1
     narrow = {k: v.to(torch.float32 if k in WIDE else torch.bfloat16) for k, v in t.items()}
-    passing = Recorded(4, ids)
-    got = outcome(kernel, narrow, chunk=8, documents=ids, passing=passing)
+    state_passing = Recorded(4, ids)
+    got = results(kernel, narrow, chunk=8, documents=ids, state_passing=state_passing)
     assert got["y"].dtype == torch.bfloat16
     assert all(got[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
-    assert all(v.dtype == torch.float32 for sent in passing.given.values() for v in sent)
-    expected = outcome(recurrence, {k: v.double() for k, v in narrow.items()}, documents=ids)
+    assert all(v.dtype == torch.float32 for sent in state_passing.given.values() for v in sent)
+    expected = results(recurrence, {k: v.double() for k, v in narrow.items()}, documents=ids)
     for key, v in got.items():
         bound = 1e-2 if v.dtype == torch.bfloat16 else 1e-4
         assert_equal({key: v}, {key: expected[key]}, relative=bound, of_all=0)
 
 
 @pytest.mark.parametrize("name", ["M", "m", "G"])
-def test_tokens_that_forget_everything(name: str) -> None:
+def test_tokens_that_decay_the_state_to_zero(name: str) -> None:
     kernel, recurrence = KERNELS[name]
     t = inputs(name, 44)
     if name == "G":
         t["decay"][[5, 11, 32]] = -torch.inf
     else:
         t["dt"][[5, 11, 32]] = 1e10
-    assert_equal(outcome(kernel, t, chunk=4, passing=Here(4)), outcome(recurrence, t), of_all=0)
+    assert_equal(
+        results(kernel, t, chunk=4, state_passing=LocalStatePassing(4)),
+        results(recurrence, t),
+        of_all=0,
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_grad_and_recomputation(name: str) -> None:
     kernel, _ = KERNELS[name]
     t, ids = inputs(name, 44), rows(11, 4, 2)
-    options = {"chunk": 4, "documents": ids, "passing": Here(4, ids)}
-    expected = outcome(kernel, t, **options)
+    options = {"chunk": 4, "documents": ids, "state_passing": LocalStatePassing(4, ids)}
+    expected = results(kernel, t, **options)
     with torch.no_grad():
         assert torch.equal(call(kernel, t, **options)[0], expected["y"])
 
     def recomputed(**args: Any) -> tuple[Tensor, Tensor]:
         return checkpoint(kernel, use_reentrant=False, **args)
 
-    assert_equal(outcome(recomputed, t, **options), expected, relative=0, of_all=0)
+    assert_equal(results(recomputed, t, **options), expected, relative=0, of_all=0)
 
 
 @pytest.mark.parametrize("matrix", [False, True])
@@ -281,7 +291,7 @@ def test_scan_over_segments_equals_autograd(n: int, packed: bool, matrix: bool) 
 def test_bad_calls(name: str) -> None:
     kernel, t = KERNELS[name][0], inputs(name, 10)
     with pytest.raises(ValueError, match="10 tokens in 4 equal segments"):
-        call(kernel, t, chunk=2, passing=Here(4))
+        call(kernel, t, chunk=2, state_passing=LocalStatePassing(4))
     _, state = call(kernel, t, chunk=2)
-    with pytest.raises(ValueError, match="initial_state beside passing"):
-        call(kernel, t, chunk=2, passing=Here(2), initial_state=state)
+    with pytest.raises(ValueError, match="initial_state together with state_passing"):
+        call(kernel, t, chunk=2, state_passing=LocalStatePassing(2), initial_state=state)

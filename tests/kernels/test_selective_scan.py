@@ -67,40 +67,40 @@ def test_optional_arguments() -> None:
     )
 
 
-def test_documents_equal_alone() -> None:
-    """A packed row gives what its documents give alone, the first with the initial state."""
+def test_packed_documents_equal_separate_ones() -> None:
+    """Outputs are those of each document by itself, the first with the initial state."""
     t, bounds = inputs(40, B=1), [0, 3, 16, 17, 40]
     ids = torch.zeros(40, 1, dtype=torch.int32)
     for start in bounds[1:-1]:
         ids[start:] += 2
     y, state = call(selective_scan, t, chunk=8, documents=ids)
     for start, stop in pairwise(bounds):
-        alone = {k: v[start:stop] if k in SEQUENCES else v for k, v in t.items()}
+        separate = {k: v[start:stop] if k in SEQUENCES else v for k, v in t.items()}
         if start:
-            del alone["initial_state"]
-        y_alone, state_alone = call(selective_scan_recurrence, alone)
-        assert_equal({"y": y[start:stop]}, {"y": y_alone}, of_all=0)
-    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+            del separate["initial_state"]
+        expected_y, expected_state = call(selective_scan_recurrence, separate)
+        assert_equal({"y": y[start:stop]}, {"y": expected_y}, of_all=0)
+    assert_equal({"state": state}, {"state": expected_state}, of_all=0)
 
 
-def test_chained_halves_equal_the_whole() -> None:
+def test_chained_halves_equal_one_call() -> None:
     t, ids = inputs(33), packed(33, 2, 3)
 
-    def halves(initial_state: Tensor, **whole: Tensor) -> tuple[Tensor, Tensor]:
-        cut, outputs, state = 18, [], initial_state
-        for part in (slice(None, cut), slice(cut, None)):
+    def halves(initial_state: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        middle, outputs, state = 18, [], initial_state
+        for tokens in (slice(None, middle), slice(middle, None)):
             # The second half's initial state belongs to its first token's document: pass it only
             # where the first half's last token is of that document.
-            if part.start:
-                state = state * (ids[cut] == ids[cut - 1])[:, None, None]
-            half = {k: v[part] if k in SEQUENCES else v for k, v in whole.items()}
+            if tokens.start:
+                state = state * (ids[middle] == ids[middle - 1])[:, None, None]
+            half = {k: v[tokens] if k in SEQUENCES else v for k, v in others.items()}
             half["initial_state"] = state
-            y, state = call(selective_scan, half, chunk=8, documents=ids[part])
+            y, state = call(selective_scan, half, chunk=8, documents=ids[tokens])
             outputs.append(y)
         return torch.cat(outputs), state
 
-    whole = results(selective_scan, t, chunk=8, documents=ids)
-    assert_equal(results(halves, t), whole, of_all=0)
+    expected = results(selective_scan, t, chunk=8, documents=ids)
+    assert_equal(results(halves, t), expected, of_all=0)
 
 
 def test_gradcheck() -> None:
@@ -116,7 +116,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only."""
     t, ids = inputs(100, C=16, N=16), packed(100, 2, 3)
     narrow = {k: v.to(dtype if k in SEQUENCES else torch.float32) for k, v in t.items()}
     got = results(selective_scan, narrow, chunk=16, documents=ids)
@@ -129,12 +129,12 @@ def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
 
 
 def test_ten_thousand_bf16_tokens() -> None:
-    """Within what rounding allows, of the recurrence in fp64 on the same bf16 inputs.
+    """Errors against the recurrence in fp64 on the same bf16 inputs are within rounding bounds.
 
-    A term of y is a product that meets at most 6 fp32 roundings per token it is carried over (the
-    log-decay's three, its exponential's, the product's and the sum's), each at most 2^-24, so it
-    loses at most 6 S 2^-24 of its magnitude. Rounding the result to bf16 adds 2^-8 of it. Of a
-    gradient, the same is asked in proportion to its largest element.
+    A term of y is a product that takes at most 6 fp32 roundings per token it is carried over (the
+    log-decay's three, its exponential's, the product's and the sum's), each at most 2^-24, so its
+    error is at most 6 S 2^-24 of its magnitude. Rounding the result to bf16 adds 2^-8 of it. For a
+    gradient the same bound is relative to its largest element.
     """
     S = 10_000
     t = {k: v.to(torch.bfloat16) for k, v in inputs(S, B=1, C=4, N=4).items()}
@@ -144,16 +144,16 @@ def test_ten_thousand_bf16_tokens() -> None:
 
     magnitudes = {k: v if k == "A" else v.abs() for k, v in exact.items()}
     terms, _ = call(selective_scan, magnitudes, chunk=32)
-    lost = 6 * S * 2**-24
-    allowed = 2**-8 * expected["y"].abs() + lost * terms
-    assert ((got["y"] - expected["y"]).abs() <= allowed).all()
-    assert_equal(got, expected, relative=2**-8 + lost, of_all=0)
+    bound = 6 * S * 2**-24
+    y_bound = 2**-8 * expected["y"].abs() + bound * terms
+    assert ((got["y"] - expected["y"]).abs() <= y_bound).all()
+    assert_equal(got, expected, relative=2**-8 + bound, of_all=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dt", [0.0, 1e-44, 1e-30, 100.0, 1e4, 1e10])
 def test_extreme_steps_are_finite_and_right(dt: float, dtype: torch.dtype) -> None:
-    """1e-44 and 100 are about what softplus makes of -100 and 100."""
+    """1e-44 and 100 are about softplus(-100) and softplus(100)."""
     t = inputs(20)
     t["dt"][::3] = dt
     t = {k: v.to(dtype) for k, v in t.items()}
@@ -163,10 +163,10 @@ def test_extreme_steps_are_finite_and_right(dt: float, dtype: torch.dtype) -> No
 
 
 def test_decays_vanish_within_a_chunk() -> None:
-    """Decays whose running products are 0 in fp32 leave the tokens after them exact."""
+    """Tokens after decays whose cumulative products are 0 in fp32 are exact."""
     t = {k: v.float() for k, v in inputs(64).items()}
     t["dt"] = torch.full_like(t["dt"], 0.3)
-    t["dt"][5] = 1e6  # forgets everything
+    t["dt"][5] = 1e6  # decays the state to zero
     t["A"] = torch.full_like(t["A"], -16.0)
     expected = call(selective_scan_recurrence, {k: v.double() for k, v in t.items()})[0][6:]
     y = call(selective_scan, t, chunk=64)[0][6:]
@@ -209,7 +209,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory() -> None:
-    """Backward keeps the inputs and one state per chunk; no tensor is larger than x on the way."""
+    """Backward saves the inputs and one state per chunk; no tensor is larger than x."""
     chunk, B, C, N = 16, 2, 32, 8
     for S in (256, 512):
         t = inputs(S, B=B, C=C, N=N)

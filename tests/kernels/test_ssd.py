@@ -52,43 +52,43 @@ def test_groups_and_optional_arguments(G: int) -> None:
     assert_equal(results(ssd, t, chunk=8), results(ssd_recurrence, t), of_all=0)
 
 
-def test_documents_equal_alone() -> None:
-    """A packed row gives what its documents give alone, the first with the initial state."""
+def test_packed_documents_equal_separate_ones() -> None:
+    """Outputs are those of each document by itself, the first with the initial state."""
     t, bounds = inputs(40, B=1), [0, 3, 16, 17, 40]
     ids = torch.zeros(40, 1, dtype=torch.int32)
     for start in bounds[1:-1]:
         ids[start:] += 2
     y, state = call(ssd, t, chunk=8, documents=ids)
     for start, stop in pairwise(bounds):
-        alone = {k: v[start:stop] if k in ("x", "dt", "B", "C") else v for k, v in t.items()}
+        separate = {k: v[start:stop] if k in ("x", "dt", "B", "C") else v for k, v in t.items()}
         if start:
-            del alone["initial_state"]
-        y_alone, state_alone = call(ssd_recurrence, alone)
-        assert_equal({"y": y[start:stop]}, {"y": y_alone}, of_all=0)
-    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+            del separate["initial_state"]
+        expected_y, expected_state = call(ssd_recurrence, separate)
+        assert_equal({"y": y[start:stop]}, {"y": expected_y}, of_all=0)
+    assert_equal({"state": state}, {"state": expected_state}, of_all=0)
 
 
-def test_chained_halves_equal_the_whole() -> None:
+def test_chained_halves_equal_one_call() -> None:
     t, ids = inputs(33), packed(33, 2, 3)
 
     def halves(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        cut, outputs, state = 18, [], initial_state
-        for part in (slice(None, cut), slice(cut, None)):
+        middle, outputs, state = 18, [], initial_state
+        for tokens in (slice(None, middle), slice(middle, None)):
             # The second half's initial state belongs to its first token's document: pass it only
             # where the first half's last token is of that document.
-            if part.start:
-                state = state * (ids[cut] == ids[cut - 1])[:, None, None, None]
+            if tokens.start:
+                state = state * (ids[middle] == ids[middle - 1])[:, None, None, None]
             y, state = ssd(
-                x[part],
-                dt[part],
+                x[tokens],
+                dt[tokens],
                 A,
-                B[part],
-                C[part],
+                B[tokens],
+                C[tokens],
                 D,
                 chunk=8,
-                documents=ids[part],
+                documents=ids[tokens],
                 initial_state=state,
             )
             outputs.append(y)
@@ -109,7 +109,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only."""
     t, ids = inputs(100, P=16, N=16), packed(100, 2, 3)
     narrow = {k: v.to(dtype if k in ("x", "B", "C") else torch.float32) for k, v in t.items()}
     got = results(ssd, narrow, chunk=16, documents=ids)
@@ -123,7 +123,7 @@ def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes_over_10000_tokens(dtype: torch.dtype) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own.
+    """Against fp64 of the same rounded inputs: the errors are those of the kernel only.
 
     No step expands the state, so that S tokens' roundings in fp32 lose at most S · 2⁻²⁴ of the
     largest value; gradients go through two such chains. Every result is rounded to its dtype once.
@@ -146,10 +146,10 @@ def test_narrow_dtypes_over_10000_tokens(dtype: torch.dtype) -> None:
 
 
 def test_fp32_decays_late_in_a_chunk() -> None:
-    """Between neighbours far into a chunk, decays are small differences of large sums."""
+    """Between adjacent tokens late in a chunk, decays are small differences of large sums."""
     t = {k: v.float() for k, v in inputs(256, H=2, G=1).items()}
     t["dt"] = torch.full_like(t["dt"], 0.3)
-    t["dt"][5] = 1e6  # and one that forgets everything
+    t["dt"][5] = 1e6  # and one that decays the state to zero
     t["A"] = torch.tensor([-2.0, -16.0])
     expected = call(ssd_recurrence, {k: v.double() for k, v in t.items()})[0][6:]
     y = call(ssd, t, chunk=256)[0][6:]
@@ -157,9 +157,9 @@ def test_fp32_decays_late_in_a_chunk() -> None:
 
 
 def test_fp64_decays_behind_a_strong_one() -> None:
-    """They are no differences of sums that hold the strong one: the token recurrence's digits.
+    """They are not differences of sums that include the strong one: as precise as the recurrence.
 
-    Of the gradients those that no strong step multiplies.
+    It compares the gradients that no strong step multiplies.
     """
     t = inputs(64)
     t["dt"] = t["dt"] * 0.1
@@ -171,7 +171,7 @@ def test_fp64_decays_behind_a_strong_one() -> None:
 
 
 def test_fp32_gradient_of_strong_decays() -> None:
-    """It is tiny beside the terms of a token with itself, which cancel: they must not be summed."""
+    """It is tiny against the terms of a token with itself, which cancel, so must not be summed."""
     t = {k: v.float() for k, v in inputs(32).items()}
     t["dt"], t["A"] = torch.ones_like(t["dt"]), torch.full_like(t["A"], -20.0)
     expected = results(ssd_recurrence, {k: v.double() for k, v in t.items()})

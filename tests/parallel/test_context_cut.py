@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade.kernels.pieces import Packing, Region, Rule, pieces
+from colonnade.kernels.tiles import DocumentStarts, ScoreOptions, Tile, masked_tiles
 from colonnade.parallel.context.hops import along, round_ring
 from colonnade.parallel.context.layout import SequenceCut
 from colonnade.parallel.context.ring import Ring
@@ -50,7 +50,7 @@ def test_hops(ranks: int, zigzag: bool) -> None:
             assert hop.back().back() == hop
 
 
-def positions(region: Region, cut: SequenceCut, held: list[int | None], n: int) -> Tensor:
+def positions(region: Tile, cut: SequenceCut, held: list[int | None], n: int) -> Tensor:
     """Which scores of the whole a region is, `[S, S]`, by what rows and keys really are."""
     seen = torch.zeros(cut.segments * n, cut.segments * n, dtype=torch.bool)
     own = torch.cat([torch.arange(s * n, (s + 1) * n) for s in cut.own])
@@ -59,7 +59,7 @@ def positions(region: Region, cut: SequenceCut, held: list[int | None], n: int) 
     rows, keys = own[region.rows], there[region.keys]
     assert (keys >= 0).all()
     shown = torch.ones(len(rows), len(keys), dtype=torch.bool)
-    if region.at == region.seen and len(rows) == len(keys):
+    if region.query_start == region.key_start and len(rows) == len(keys):
         shown = shown.tril()
     seen[rows[:, None].expand_as(shown)[shown], keys.expand_as(shown)[shown]] = True
     return seen
@@ -71,7 +71,7 @@ def positions(region: Region, cut: SequenceCut, held: list[int | None], n: int) 
 def test_ring_looks_at_everything_once(
     ranks: int, zigzag: bool, window: int | None, packed: bool
 ) -> None:
-    n, rule = 3, Rule(1.0, window)
+    n, rule = 3, ScoreOptions(1.0, window)
     total = torch.zeros((n * ranks * (2 if zigzag else 1),) * 2, dtype=torch.int)
     for cut in cuts(ranks, zigzag):
         ring = Ring(cut, n, rule, packed)
@@ -94,7 +94,7 @@ def test_zigzag_shares_the_work() -> None:
     longest = {}
     for zigzag in (True, False):
         n = 16 if zigzag else 32
-        rings = [Ring(cut, n, Rule(1.0), False) for cut in cuts(4, zigzag)]
+        rings = [Ring(cut, n, ScoreOptions(1.0), False) for cut in cuts(4, zigzag)]
         work = [sum(map(ring.scores, range(ring.steps))) for ring in rings]
         assert sum(work) == (8 * 16) ** 2 / 2
         assert (len(set(work)) == 1) == zigzag
@@ -125,14 +125,14 @@ def test_pieces(
     if documents:
         wanted &= rows == rows.T
     at, seen = min(cut[0], S - 1), min(cut[0] + cut[1], S) // 3
-    region = Region(slice(0, S - at), at, slice(0, S - seen), seen)
+    region = Tile(slice(0, S - at), at, slice(0, S - seen), seen)
     found = torch.zeros(S, S, dtype=torch.int)
-    import colonnade.kernels.pieces as module
+    import colonnade.kernels.tiles as module
 
     before, module.BLOCK = module.BLOCK, block
     try:
-        options: Any = Rule(1.0, window), Packing(rows) if documents else None, fused
-        for piece in pieces(region, *options):
+        options: Any = ScoreOptions(1.0, window), DocumentStarts(rows) if documents else None, fused
+        for piece in masked_tiles(region, *options):
             r, k = torch.arange(S - at)[piece.rows] + at, torch.arange(S - seen)[piece.keys] + seen
             shown = torch.ones(len(r), len(k), dtype=torch.bool)
             if piece.causal:

@@ -27,8 +27,8 @@ from colonnade.kernels.loss import linear_consistency, linear_objective
 from colonnade.kernels.routing import balance_loss, loads, router_z_loss
 from colonnade.models import reparam
 from colonnade.models.blocks import delta, mamba1, mamba2
-from colonnade.models.blocks.attention import AttendOut, attend_here
-from colonnade.models.blocks.base import Convolving, conv_here
+from colonnade.models.blocks.attention import AttendOut, local_attend
+from colonnade.models.blocks.base import Convolving, local_conv
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
@@ -177,11 +177,11 @@ def test_logits(meshes: Meshes, variant: str) -> None:
 
 Fault = Callable[[Decoder], None]
 PLAIN: dict[type[Part], tuple[str, Callable[..., Any]]] = {
-    AttendOut: ("attend", attend_here),
-    Convolving: ("conv", conv_here),
-    mamba1.ScanOut: ("scan", mamba1.scan_here),
-    mamba2.ScanOut: ("scan", mamba2.scan_here),
-    delta.DeltaOut: ("scan", delta.scan_here),
+    AttendOut: ("attend", local_attend),
+    Convolving: ("conv", local_conv),
+    mamba1.ScanOut: ("scan", mamba1.local_scan),
+    mamba2.ScanOut: ("scan", mamba2.local_scan),
+    delta.DeltaOut: ("scan", delta.local_scan),
 }
 
 
@@ -273,7 +273,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
     "places of a part": (
         choices_of_a_part, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
     "places of all": (
-        places_of_all, dict(pattern="E", capacity=1.0), RING, "dispatch: kept is R"),
+        places_of_all, dict(pattern="E", capacity=1.0), RING, "dispatch: keep_mask is R"),
     "loss summed": (summed_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
     "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
     "documents of a part": (
@@ -364,7 +364,7 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
     ),
     balance_loss: dict(probabilities=LOGITS.softmax(-1), chosen=CHOSEN, samples=2),
     router_z_loss: dict(logits=LOGITS, samples=1),
-    loads: dict(chosen=CHOSEN, kept=None, experts=4),
+    loads: dict(chosen=CHOSEN, keep_mask=None, experts=4),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typed import CONTRACTS, parameter_types, stamp, type_of, typechecked
 from typed.rules import register
 
 from colonnade.kernels import activation, experts, linear, norm, rope
-from colonnade.kernels.cut import WHOLE, Cut
+from colonnade.kernels.sharding import UNSHARDED, Sharding
 from colonnade.models import context, reparam
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
@@ -169,7 +169,7 @@ def repeated(ranks: int) -> Callable[[Tensor], Tensor]:
 
 
 def ranks_of(model: Decoder) -> int:
-    return model.head.cut.count if model.wiring.gathers else 1
+    return model.head.sharding.size if model.wiring.gathers else 1
 
 
 def without_leave(model: Decoder) -> None:
@@ -200,10 +200,10 @@ def of_second(model: Decoder, total: Callable[[Tensor], Tensor], mean: bool = Tr
     for block in model.wiring.blocks.values():
         assert isinstance(block, SubBlock)
         for half in (block.first, block.second):
-            cut = half.cut
-            half.cut = Cut(cut.count, cut.index, total, cut.largest)
+            cut = half.sharding
+            half.sharding = Sharding(cut.size, cut.rank, total, cut.all_reduce_max)
             if not mean:
-                object.__setattr__(half.cut, "mean", lambda pieces=1: None)
+                object.__setattr__(half.sharding, "mean_over_ranks", lambda groups=1: None)
 
 
 def without_totals(model: Decoder) -> None:
@@ -211,12 +211,12 @@ def without_totals(model: Decoder) -> None:
 
 
 def twice_totalled(model: Decoder) -> None:
-    total = model.wiring.block(0).second.cut.total
+    total = model.wiring.block(0).second.sharding.all_reduce
     of_second(model, lambda t: total(total(t)))
 
 
 def without_means(model: Decoder) -> None:
-    of_second(model, model.head.cut.total, mean=False)
+    of_second(model, model.head.sharding.all_reduce, mean=False)
 
 
 def on_every_rank(model: Decoder) -> None:
@@ -226,11 +226,11 @@ def on_every_rank(model: Decoder) -> None:
 
 def uncut(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
-        block.second.cut = WHOLE
+        block.second.sharding = UNSHARDED
 
 
 def whole_vocabulary(model: Decoder) -> None:
-    model.head.cut = WHOLE
+    model.head.sharding = UNSHARDED
 
 
 def one_norm_left_out(model: Decoder) -> None:
@@ -348,7 +348,9 @@ def plain(*values: Any) -> list[tuple[Any, Any]]:
     return [(value, None) for value in values]
 
 
-ORDER = experts.Order(torch.tensor([4, 4]), torch.arange(8), torch.arange(8).view(4, 2), None)
+ORDER = experts.DispatchOrder(
+    torch.tensor([4, 4]), torch.arange(8), torch.arange(8).view(4, 2), None
+)
 RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
     "columns": (linear._Linear, [(drawn(3, 4, 6), R), (drawn(8, 6), S(0))], S(2)),
     "rows": (linear._Linear, [(drawn(3, 4, 6), S(2)), (drawn(8, 6), S(1))], P),
@@ -366,14 +368,14 @@ RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
         (drawn(3, 2, 4, 6), S(2)), (drawn(3, 2, 1, 2), R), (drawn(3, 2, 1, 2), R),
     ], S(2)),
     "gate": (activation._Activate, [
-        (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), *plain("swiglu", None, WHOLE),
+        (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), *plain("swiglu", None, UNSHARDED),
     ], S(1)),
     "polynorm": (activation._Activate, [
-        (drawn(4, 6), S(0)), *plain(None, "polynorm"), (drawn(4), R), *plain(WHOLE),
+        (drawn(4, 6), S(0)), *plain(None, "polynorm"), (drawn(4), R), *plain(UNSHARDED),
     ], S(0)),
     "gate and product": (activation._ActivatedLinear, [
         (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), (drawn(5, 6), S(1)),
-        *plain("swiglu", None, WHOLE),
+        *plain("swiglu", None, UNSHARDED),
     ], P),
     "combine": (experts._Combine, [(drawn(8, 6), P), (drawn(4, 2), R), *plain(ORDER)], P),
     "attach": (context._Attach, [(drawn(4, 2), R), (drawn(), P)], R),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor
 
-from colonnade.kernels import pieces
+from colonnade.kernels import tiles
 from colonnade.kernels.attention import attention_reference
-from colonnade.kernels.pieces import Rule
+from colonnade.kernels.tiles import ScoreOptions
 from colonnade.parallel.context.attention import context_attention
 from colonnade.parallel.context.layout import SequenceCut
 
@@ -58,7 +58,7 @@ def shared(
     rank: int, size: int, named: dict[str, Tensor], rows: Tensor | None, cases: list[dict[str, Any]]
 ) -> list[dict[str, Tensor]]:
     """The same of this rank's part, for each case."""
-    pieces.BLOCK = 4
+    tiles.BLOCK = 4
     found = []
     for case in cases:
         options = dict(case)
@@ -68,7 +68,7 @@ def shared(
         leaves = {n: cut.mine(named[n]).requires_grad_() for n in "qkv"}
         if sinks:
             leaves["sinks"] = named["sinks"].clone().requires_grad_()
-        rule = Rule(P**-0.5, options.get("window"), options.get("cap"), options.get("clip"))
+        rule = ScoreOptions(P**-0.5, options.get("window"), options.get("cap"), options.get("clip"))
         group = dist.group.WORLD
         assert group is not None
         out = context_attention(
@@ -183,7 +183,7 @@ def narrow(rank: int, size: int, named: dict[str, Tensor], variant: str) -> dict
     leaves = [cut.mine(named[n]).bfloat16().requires_grad_() for n in "qkv"]
     group = dist.group.WORLD
     assert group is not None
-    out = context_attention(*leaves, group, rule=Rule(P**-0.5), variant=variant)
+    out = context_attention(*leaves, group, rule=ScoreOptions(P**-0.5), variant=variant)
     grads = torch.autograd.grad(out, leaves, cut.mine(named["grad"]).bfloat16())
     return {"out": out.detach(), **dict(zip("qkv", grads, strict=True))}
 

@@ -52,7 +52,7 @@ class Undeclared(OtherScan):
 
     def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
         super().__init__(records, chunk)
-        self.scan = mamba1.scan_here
+        self.scan = mamba1.local_scan
 
 
 class WithoutSeam(Undeclared):
@@ -64,7 +64,7 @@ class WithoutSeam(Undeclared):
 class Unknown(OtherScan):
     """The same with a seam of a name that nothing fills."""
 
-    seams = (Seam("shuffle", mamba1.scan_here),)
+    seams = (Seam("shuffle", mamba1.local_scan),)
 
 
 class Nested(OtherScan):
@@ -80,7 +80,7 @@ class Nested(OtherScan):
 class Silent(OtherScan):
     """The same, which does not say how the scan's arguments lie over channels."""
 
-    seams = (Seam("scan", mamba1.scan_here),)
+    seams = (Seam("scan", mamba1.local_scan),)
 
 
 class Other(SubBlock):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels import attention, conv, delta, experts, loss, routing, selective_scan, ssd
-from colonnade.kernels.segments import Passing
+from colonnade.kernels.segments import StatePassing
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel import context
@@ -42,18 +42,18 @@ from typed.types import Type, along, expect, stamp, type_of
 # Of a rank's tokens, which experts reorder; sums over them are parts of sums over all tokens.
 TOKENS: dict[Function, Contract] = {
     experts.dispatch: Contract(
-        sharded(0, "x", "kept") | {"chosen": (S(0), R)}, (S(0), None)  # drawn: for all tokens
+        sharded(0, "x", "keep_mask") | {"chosen": (S(0), R)}, (S(0), None)  # drawn: for all tokens
     ),
     experts.expert_mlp: Contract(sharded(0, "rows") | {"counts": None}, (S(0),)),
     experts.combine: Contract(sharded(0, "rows") | {"weight": (S(0), R)}, (S(0),)),
-    routing.loads: Contract(sharded(0, "chosen", "kept"), (P,)),
+    routing.loads: Contract(sharded(0, "chosen", "keep_mask"), (P,)),
     routing.within_capacity: Contract({}, (R,)),  # first come, first served: among all
     routing.balance_loss: Contract(sharded(0, "probabilities"), (P,)),
     routing.router_z_loss: Contract(sharded(0, "logits"), (P,)),
     loss.linear_objective: Contract(sharded(0, "x", "labels"), (P, P)),
     loss.linear_consistency: Contract(sharded(0, "x1", "x2", "labels"), (P, P, P)),
 }  # fmt: skip
-# With `passing`, which completes states between segments.
+# With `state_passing`, which completes states between segments.
 PASSED: dict[Function, Contract] = {
     scan: Contract(over_tokens(symbol) | sharded(0, "documents"), (S(0), V))
     for symbol, scan in (
@@ -140,8 +140,10 @@ def completed(scan: Function) -> Function:
     whole, passed = held(scan, CONTRACTS[scan]), held(scan, PASSED[scan])
 
     @functools.wraps(scan)
-    def call(*args: Any, passing: Passing | None = None, **options: Any) -> Any:
-        return (whole if passing is None else passed)(*args, passing=passing, **options)
+    def call(*args: Any, state_passing: StatePassing | None = None, **options: Any) -> Any:
+        return (whole if state_passing is None else passed)(
+            *args, state_passing=state_passing, **options
+        )
 
     return call
 

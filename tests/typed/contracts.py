@@ -24,13 +24,13 @@ Function = Callable[..., Any]
 class Contract(NamedTuple):
     """Types of a function's arguments by name, R where none is given, and of its results.
 
-    None is whatever type, and a result that is no tensor. `cut` says that without the ranks' `Cut`
-    the result would be another.
+    None is whatever type, and a result that is no tensor. `sharding` says that without the ranks'
+    `Sharding` the result would be another.
     """
 
     arguments: dict[str, Type]
     results: tuple[Type, ...]
-    cut: bool = False
+    sharding: bool = False
 
 
 def sharded(dim: int, *names: str) -> dict[str, Type]:
@@ -69,7 +69,7 @@ CONTRACTS: dict[Function, Contract] = {
     delta.delta_rule: Contract(over_heads("G"), (S(2), S(1))),
     # over the inner width of every expert, which the last product sums
     experts.expert_mlp: Contract(
-        sharded(1, "gate", "up") | sharded(2, "down"), (P,), cut=True
+        sharded(1, "gate", "up") | sharded(2, "down"), (P,), sharding=True
     ),
 }  # fmt: skip
 
@@ -86,8 +86,8 @@ def held(function: Function, contract: Contract) -> Function:
             wanted = contract.arguments.get(argument, R)
             if isinstance(value, Tensor) and wanted is not None:
                 expect(value, wanted, f"{name}: {argument}")
-            elif argument == "cut" and contract.cut and value.count == 1:
-                raise SpmdTypeError(f"{name} is not told of the cut")
+            elif argument == "sharding" and contract.sharding and value.size == 1:
+                raise SpmdTypeError(f"{name} is not told of the sharding")
         with spmd.no_typecheck():
             results = function(*args, **kwargs)
         several = results if isinstance(results, tuple) else (results,)

@@ -16,7 +16,7 @@ from spmd_types import I, P, R, S, SpmdTypeError, rules
 
 from colonnade import kernels
 from colonnade.kernels import activation, experts, linear, loss, norm
-from colonnade.kernels.cut import Cut
+from colonnade.kernels.sharding import Sharding
 from colonnade.models import context
 from typed.types import axis, expect, type_of
 
@@ -39,9 +39,9 @@ def _layer_norm(*, x: Any, weight: Any, bias: Any) -> Any:
     return _rms_norm(x=x, weight=weight, bias=bias, mean=None)
 
 
-def _activate(*, up: Any, gate: Any, name: str, poly: Any, cut: Cut) -> Any:
-    """PolyNorm's rows are whole, or the cut completes their sums of powers."""
-    row = "_" if name == "polynorm" and cut.count == 1 else "f"
+def _activate(*, up: Any, gate: Any, name: str, poly: Any, sharding: Sharding) -> Any:
+    """PolyNorm's rows are whole, or the ranks all-reduce their sums of powers."""
+    row = "_" if name == "polynorm" and sharding.size == 1 else "f"
     if gate is not None:
         return rules.einsum(f"...{row},...{row}->...{row}", up, gate)
     if poly is not None:
@@ -49,30 +49,36 @@ def _activate(*, up: Any, gate: Any, name: str, poly: Any, cut: Cut) -> Any:
     return rules.einsum(f"...{row}->...{row}", up)
 
 
-def _activated_linear(*, up: Any, gate: Any, weight: Any, name: str, poly: Any, cut: Cut) -> Any:
-    return _linear(x=_activate(up=up, gate=gate, name=name, poly=poly, cut=cut), weight=weight)
+def _activated_linear(
+    *, up: Any, gate: Any, weight: Any, name: str, poly: Any, sharding: Sharding
+) -> Any:
+    return _linear(
+        x=_activate(up=up, gate=gate, name=name, poly=poly, sharding=sharding), weight=weight
+    )
 
 
 def _combine(*, rows: Any, weight: Any) -> Any:
     return rules.einsum("md,__->_d", rows, weight, linear_in=(0,))
 
 
-def _objective(outputs: Any, *, x: Any, weight: Any, labels: Any, cut: Cut) -> None:
+def _objective(outputs: Any, *, x: Any, weight: Any, labels: Any, sharding: Sharding) -> None:
     """All sums over the vocabulary are completed inside, so the gradient of x is a partial sum."""
-    _scalars(outputs, (x,), weight, labels, cut)
+    _scalars(outputs, (x,), weight, labels, sharding)
 
 
-def _consistency(outputs: Any, *, x1: Any, x2: Any, weight: Any, labels: Any, cut: Cut) -> None:
-    _scalars(outputs, (x1, x2), weight, labels, cut)
+def _consistency(
+    outputs: Any, *, x1: Any, x2: Any, weight: Any, labels: Any, sharding: Sharding
+) -> None:
+    _scalars(outputs, (x1, x2), weight, labels, sharding)
 
 
-def _scalars(outputs: Any, inputs: Any, weight: Any, labels: Any, cut: Cut) -> None:
+def _scalars(outputs: Any, inputs: Any, weight: Any, labels: Any, sharding: Sharding) -> None:
     for x in (*inputs, labels):
         expect(x, R, "an input of the loss")
-    expect(weight, S(0) if cut.count > 1 else R, "the vocabulary's weight")
+    expect(weight, S(0) if sharding.size > 1 else R, "the vocabulary's weight")
     rules.ignore(*inputs, weight, labels)
     for scalar in outputs:
-        spmd.assert_type(scalar, {axis(): I if cut.count > 1 else R})
+        spmd.assert_type(scalar, {axis(): I if sharding.size > 1 else R})
 
 
 def _attach(*, x: Any, term: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from colonnade.kernels.cut import Cut
+from colonnade.kernels.sharding import Sharding
 from colonnade.models.blocks import mamba2
 from colonnade.models.decoder import Decoder, Embedding
 from colonnade.models.part import declared
@@ -22,10 +22,10 @@ from typed.model import checked
 from typed.types import Type, as_shard, stamp
 
 
-def mine(self: Cut, whole: Tensor, dim: int, pieces: int | None = None) -> Tensor:
-    """`Cut.mine`, whose result differs between ranks: a shard, of repeated pieces where shared."""
-    own = _mine(self, whole, dim, pieces)
-    if self.count == 1 or not spmd.is_type_checking():
+def local(self: Sharding, full: Tensor, dim: int, shards: int | None = None) -> Tensor:
+    """`Sharding.local`, whose result differs between ranks: a shard, maybe held by several."""
+    own = _local(self, full, dim, shards)
+    if self.size == 1 or not spmd.is_type_checking():
         return own
     return as_shard(own, dim)
 
@@ -46,7 +46,7 @@ def looked_up(self: Embedding, tokens: Tensor) -> Tensor:
         self.leave = leave
 
 
-_mine, _looked_up = Cut.mine, Embedding.forward
+_local, _looked_up = Sharding.local, Embedding.forward
 
 
 def parameter_types(model: Decoder) -> dict[str, Type]:
@@ -92,14 +92,14 @@ def typechecked(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
         return I if whole else known[id(p)]
 
     patches = [
-        patch.object(Cut, "mine", mine),
+        patch.object(Sharding, "local", local),
         patch.object(Embedding, "forward", looked_up),
         *in_models({kernel: held(kernel, contract) for kernel, contract in CONTRACTS.items()}),
         *exchanges(model, shared=False),
     ]
     with checked(model, mesh, parameter, patches) as operators, ExitStack() as stack:
         for part in model.modules():
-            if isinstance(part, mamba2.ScanOut) and part.groups % part.cut.count:
+            if isinstance(part, mamba2.ScanOut) and part.groups % part.sharding.size:
                 stack.enter_context(
                     patch.object(part, "forward", operators.in_pieces(part.forward))
                 )
