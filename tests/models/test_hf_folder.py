@@ -18,7 +18,7 @@ from torch import Tensor
 from colonnade.launcher.convert.huggingface.families import FAMILIES
 from colonnade.launcher.convert.huggingface.folder import CONFIG, INDEX, SINGLE, read_hf, write_hf
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.unused import used_alone
+from colonnade.launcher.recipe.unused import without_unused
 from colonnade.models.config import ModelConfig
 
 BUILDS: list[Callable[..., Any]] = [llama, qwen3, olmo2, mixtral, qwen3_moe, deepseek]
@@ -41,7 +41,7 @@ def test_what_transformers_writes_is_read(build: Any, shard: int, tmp_path: Path
     assert (tmp_path / INDEX).exists() == (shard == SHARD)
 
     config, ours = read_hf(tmp_path)
-    assert config == used_alone(oracle.our_config(theirs))
+    assert config == without_unused(oracle.our_config(theirs))
     expected = oracle.in_our_names(theirs.state_dict(), config, theirs, state=True)
     assert same_bits(ours, expected)
 
@@ -67,7 +67,7 @@ def test_transformers_reads_what_is_written(build: Any, shard: int, tmp_path: Pa
     assert_equal(*logits)
 
     config_again, ours_again = read_hf(folder)
-    assert config_again == used_alone(config)
+    assert config_again == without_unused(config)
     assert same_bits(ours_again, dict(ours))
 
 

@@ -26,7 +26,7 @@ from colonnade.launcher.convert.huggingface.folder import CONFIG, SINGLE, read_h
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import used_alone
+from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.recipe.validate import validate
 
 BASE = {
@@ -211,9 +211,9 @@ def test_quantized_folders_advise_what_helps(method: str, words: list[str]) -> N
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_config_that_was_read_is_a_recipe(case: Case, tmp_path: Path) -> None:
-    """`read_hf` returns `used_alone` of what a family reads (test_hf_folder)."""
+    """`read_hf` returns `without_unused` of what a family reads (test_hf_folder)."""
     read = oracle.our_config(case.build())
-    config = used_alone(read)
+    config = without_unused(read)
     assert function_of(config) == function_of(read)
     recipe = Recipe(model=config.model_copy(update={"vocab": 300}))  # bytes are the default tokens
     assert [str(fault) for fault in validate(recipe, 1)] == []

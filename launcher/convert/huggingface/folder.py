@@ -26,7 +26,7 @@ from colonnade.launcher.convert.huggingface.family import (
 )
 from colonnade.launcher.convert.huggingface.fields import FP8
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.unused import used_alone
+from colonnade.launcher.recipe.unused import without_unused
 from colonnade.models.config import ModelConfig
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def read_hf(
             raise UserError(f"{folder}: {error}") from None
         for sentence in unread(family, shards):
             tell_of_folder(sentence)
-        return used_alone(config), tensors
+        return without_unused(config), tensors
 
 
 def family_in(folder: Path, theirs: Mapping[str, Any]) -> Family:
