@@ -15,8 +15,8 @@ from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
 
 
-class UnusedUnless(NamedTuple):
-    """A condition without which some fields are unused.
+class UsedIf(NamedTuple):
+    """A condition under which some fields are used; otherwise they have no effect.
 
     Attributes:
         fields: their dotted names, separated by spaces; those of `data.sources.N` are written
@@ -52,61 +52,61 @@ _ROW_FIELDS = "model.pattern model.mtp model.mtp_pattern"
 
 # fmt: off
 CONDITIONS = (
-    UnusedUnless("parallel.sequence", lambda r: r.parallel.tp > 1,
+    UsedIf("parallel.sequence", lambda r: r.parallel.tp > 1,
            "with parallel.tp = 1", "parallel.tp"),
-    UnusedUnless("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
+    UsedIf("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
            lambda r: r.parallel.cp > 1, "with parallel.cp = 1", "parallel.cp"),
-    UnusedUnless("parallel.context parallel.ulysses", lambda r: r.model.unclear or r.model.has("*"),
+    UsedIf("parallel.context parallel.ulysses", lambda r: r.model.unclear or r.model.has("*"),
            "without attention (`*` in model.pattern)", _ROW_FIELDS),
-    UnusedUnless("parallel.ulysses", lambda r: r.parallel.context == "ring+ulysses",
+    UsedIf("parallel.ulysses", lambda r: r.parallel.context == "ring+ulysses",
            "unless parallel.context = ring+ulysses", "parallel.context"),
-    UnusedUnless("parallel.recurrence",
+    UsedIf("parallel.recurrence",
            lambda r: r.model.unclear or any(map(is_recurrent, r.model.sub_blocks())),
            "unless a sub-block with a state, such as Mamba or DeltaNet, stands in model.pattern",
            _ROW_FIELDS),
-    UnusedUnless("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
+    UsedIf("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
            "without experts or with parallel.tp = 1", "parallel.tp model.pattern"),
-    UnusedUnless("optimizer.momentum", lambda r: r.optimizer.name == "muon",
+    UsedIf("optimizer.momentum", lambda r: r.optimizer.name == "muon",
            "unless optimizer.name = muon", "optimizer.name"),
-    UnusedUnless("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",
+    UsedIf("optimizer.decay", lambda r: r.optimizer.schedule == "wsd",
            "unless optimizer.schedule = wsd", "optimizer.schedule"),
-    UnusedUnless("optimizer.min_lr", lambda r: r.optimizer.schedule != "constant",
+    UsedIf("optimizer.min_lr", lambda r: r.optimizer.schedule != "constant",
            "with optimizer.schedule = constant", "optimizer.schedule"),
-    UnusedUnless("data.cache", lambda r: _indexes_text(r.data),
+    UsedIf("data.cache", lambda r: _indexes_text(r.data),
            "where every source holds tokens already or is streamed", "data.sources"),
-    UnusedUnless("data.eod data.special_tokens",
+    UsedIf("data.eod data.special_tokens",
            lambda r: r.data.tokenizer_name not in (None, "bytes"),
            "unless data.tokenizer is a tokenizer.json", "data.tokenizer data.sources"),
-    UnusedUnless("data.bos",
+    UsedIf("data.bos",
            lambda r: r.data.tokenizer_name not in (None, "bytes") and _reads_text(r.data),
            "unless text is read and data.tokenizer is a tokenizer.json",
            "data.tokenizer data.sources"),
-    UnusedUnless("data.validation train.validate_rows train.validate_every",
+    UsedIf("data.validation train.validate_rows train.validate_every",
            lambda r: not all(s.stream for s in r.data.sources),
            "where every source is streamed: nothing is held out of a stream", "data.sources"),
-    UnusedUnless("train.validate_rows train.validate_every", lambda r: r.data.validation > 0,
+    UsedIf("train.validate_rows train.validate_every", lambda r: r.data.validation > 0,
            "with data.validation = 0", "data.validation"),
-    UnusedUnless("train.validate_every", lambda r: r.train.validate_rows > 0,
+    UsedIf("train.validate_every", lambda r: r.train.validate_rows > 0,
            "with train.validate_rows = 0", "train.validate_rows"),
-    UnusedUnless("source.path", lambda data, s: s.format != "stdlib",
+    UsedIf("source.path", lambda data, s: s.format != "stdlib",
            "with format = stdlib, which reads Python's own library", "source.format"),
-    UnusedUnless("source.column source.prompt",
+    UsedIf("source.column source.prompt",
            lambda data, s: s.format in ("auto", "jsonl", "parquet", "hub"),
            "unless format is jsonl, parquet or hub: other formats have no columns",
            "source.format source.path"),
-    UnusedUnless("source.subset source.split", lambda data, s: s.format == "hub",
+    UsedIf("source.subset source.split", lambda data, s: s.format == "hub",
            "unless format = hub", "source.format source.path"),
-    UnusedUnless("source.stream",
+    UsedIf("source.stream",
            lambda data, s: s.format in ("auto", "text", "jsonl", "parquet", "hub"),
            "unless format is text, jsonl, parquet or hub", "source.format source.path"),
-    UnusedUnless("source.weight", lambda data, s: len(data.sources) > 1,
+    UsedIf("source.weight", lambda data, s: len(data.sources) > 1,
            "with one source", "data.sources"),
 )
 # fmt: on
 
 
-def unused_setting(recipe: Recipe, field: str) -> UnusedUnless | None:
-    """Returns the condition by which a dotted field is unused in this recipe; None: it is used."""
+def unused_setting(recipe: Recipe, field: str) -> UsedIf | None:
+    """Returns the first condition that leaves a dotted field unused; None: the field is used."""
     arguments: tuple[object, ...] = (recipe,)
     match field.split("."):
         case ["data", "sources", index, name]:
@@ -128,16 +128,16 @@ def conditions() -> Iterator[tuple[str, str]]:
         yield from ((field, condition.otherwise) for field in condition.fields.split())
 
 
-def unused_model_setting(model: ModelConfig, name: str) -> UnusedUnless | None:
+def unused_model_setting(model: ModelConfig, name: str) -> UsedIf | None:
     """As `unused_setting`, for a field of `[model]`: its card defines the conditions."""
     need = model.unused(name) if name in NEEDS else None
     if need is None:
         return None
     involves = " ".join(f"model.{field}" for field in need.involves)
-    return UnusedUnless(f"model.{name}", lambda r: need.holds(r.model), need.otherwise, involves)
+    return UsedIf(f"model.{name}", lambda r: need.holds(r.model), need.otherwise, involves)
 
 
-def involved_fields(condition: UnusedUnless, field: str) -> Iterator[str]:
+def involved_fields(condition: UsedIf, field: str) -> Iterator[str]:
     """Yields the full dotted names of the fields that decide whether `field` is used."""
     table = field.rpartition(".")[0]
     for name in condition.involves.split():

@@ -102,7 +102,7 @@ def why_unsuited(r: Recipe, heads: list[Split], ranks: int) -> str:
 def exchange_remedy(r: Recipe, heads: list[Split], world_size: int | None, setting: str) -> str:
     """Writes why the context group cannot exchange these heads, and which cp could.
 
-    The sentence ends where the caller adds the other value of `setting`.
+    The caller completes the sentence with another value of `setting`, such as parallel.context.
     """
     p = r.parallel
     count = math.gcd(*(split.pieces for split in heads if not split.shared))
