@@ -20,19 +20,19 @@ from colonnade.launcher.errors import UserError
 
 
 def benchmarks() -> Any:
-    """The benchmarks' package: they import the launcher, so it imports them by name alone."""
+    """Imports the package of benchmarks by name, because it imports the launcher itself."""
     return importlib.import_module("colonnade.bench")
 
 
 Verb = Callable[[argparse.Namespace], int]
 
-# Seconds before a rank tells of an exception: if another one failed first, which breaks the
-# connection, the launcher tells that one's error and ends this rank in the meantime.
-GRACE = 5.0
+# Seconds before a rank reports an exception. If another rank failed first and broke the connection,
+# the launcher reports that rank's error and ends this one in the meantime.
+GRACE_PERIOD = 5.0
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """`colonnade train`."""
+    """Runs `colonnade train`; returns the exit status."""
     from colonnade.launcher.train.run import describe, resume, train
 
     a, overrides = arguments, list(arguments.overrides)
@@ -40,7 +40,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         unused = [name for name in ("dry_run", "runs") if getattr(a, name)]
         if unused:
             options = " ".join(f"--{name.replace('_', '-')}" for name in unused)
-            raise UserError(f"train --resume goes on in the run's own folder: leave out {options}")
+            raise UserError(f"train --resume continues in the run's folder: leave out {options}")
         if a.recipe:
             overrides.insert(0, a.recipe)
         run = resume(a.resume, overrides, nproc=a.nproc, until=a.until)
@@ -52,14 +52,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     else:
         folder = a.runs or "runs"
         run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
-    place = RankEnvironment.from_environment()
-    if a.json and (place is None or place.rank == 0):
+    if is_rank_zero() and a.json:
         a.report(run.summary())
     return run.status
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
-    """A rank that `colonnade train` started."""
+    """Runs one rank that `colonnade train` started."""
     from colonnade.launcher.cluster.ranks import end_with_launcher
     from colonnade.launcher.train.start import be_started_rank
 
@@ -69,7 +68,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """`colonnade generate`."""
+    """Runs `colonnade generate`; returns the exit status."""
     from colonnade.launcher.generate import generate
 
     a = arguments
@@ -79,7 +78,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def run_data(arguments: argparse.Namespace) -> int:
-    """`colonnade data`."""
+    """Runs `colonnade data`; returns the exit status."""
     from colonnade.launcher.data import data
 
     a = arguments
@@ -100,20 +99,19 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """`colonnade verify`."""
+    """Runs `colonnade verify`; returns the exit status, 1 if the runs differ."""
     from colonnade.launcher.verify.run import verify
     from colonnade.launcher.verify.table import table
 
     a = arguments
     report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
-    place = RankEnvironment.from_environment()
-    if place is None or place.rank == 0:
+    if is_rank_zero():
         print(table(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
 
 
 def run_verify_rank(arguments: argparse.Namespace) -> int:
-    """A rank that `colonnade verify` started."""
+    """Runs one rank that `colonnade verify` started."""
     from colonnade.launcher.cluster.ranks import end_with_launcher
     from colonnade.launcher.verify.run import be_started_rank
 
@@ -123,7 +121,7 @@ def run_verify_rank(arguments: argparse.Namespace) -> int:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """`colonnade doctor`."""
+    """Runs `colonnade doctor`; returns the exit status."""
     from colonnade.launcher.cluster.doctor import doctor
 
     arguments.report(doctor())
@@ -131,45 +129,46 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """`colonnade bench`."""
+    """Runs `colonnade bench`; returns the exit status."""
     arguments.report(benchmarks().bench(arguments.name))
     return 0
 
 
 @contextmanager
 def reporting(target: str | None) -> Iterator[Callable[[dict], None]]:
-    """A function that prints a report as aligned lines, or writes it as JSON to `target`.
+    """Yields a function that prints a report as aligned lines, or writes it as JSON to `target`.
 
-    With `-` the report is all that stdout gets: what is printed in the meantime, by this process or
-    those it starts, goes to stderr.
+    With `-` the report is the only output on stdout: other output of this process and of those that
+    it starts goes to stderr.
     """
     if target != "-":
         yield lambda report: emit(report, target)
         return
+    # Redirect the file descriptor, not only `sys.stdout`: started processes inherit it.
     sys.stdout.flush()
-    before, stream = os.dup(1), sys.stdout
+    stdout_copy, stdout = os.dup(1), sys.stdout
     os.dup2(2, 1)
     sys.stdout = sys.stderr
 
-    def alone(report: dict) -> None:
+    def write_to_stdout(report: dict) -> None:
         sys.stderr.flush()
-        with open(before, "w", encoding="utf-8", closefd=False) as out:
+        with open(stdout_copy, "w", encoding="utf-8", closefd=False) as out:
             out.write(json.dumps(report, indent=2) + "\n")
 
     try:
-        yield alone
+        yield write_to_stdout
     finally:
         sys.stderr.flush()
-        sys.stdout = stream
-        os.dup2(before, 1)
-        os.close(before)
+        sys.stdout = stdout
+        os.dup2(stdout_copy, 1)
+        os.close(stdout_copy)
 
 
 def emit(report: dict, target: str | None) -> None:
-    """Print a report as aligned lines, or write it as JSON to a file."""
+    """Prints a report as aligned lines, or writes it as JSON to a file."""
     if target is None:
         width = max(len(key) for key in report)
-        print("\n".join(f"{key:<{width}}  {figure(value)}" for key, value in report.items()))
+        print("\n".join(f"{key:<{width}}  {format_value(value)}" for key, value in report.items()))
         return
     try:
         Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -177,8 +176,8 @@ def emit(report: dict, target: str | None) -> None:
         raise UserError(f"--json {target}: cannot write it: {error.strerror}") from error
 
 
-def figure(value: object) -> str:
-    """A value for people: `1,234,567`, `0.8123`, `1.2e+21`."""
+def format_value(value: object) -> str:
+    """Formats a value for people: `1,234,567`, `0.8123`, `1.2e+21`."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
@@ -187,21 +186,21 @@ def figure(value: object) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 to 2²⁰: more than there are ranks, or tokens in a text."""
+    """Parses an integer from 1 to 2²⁰, more than any number of ranks or of generated tokens."""
     if not 1 <= (number := int(text)) <= 2**20:
         raise argparse.ArgumentTypeError("must be at least 1 and at most 1048576")
     return number
 
 
 def not_negative(text: str) -> float:
-    """A number from 0."""
+    """Parses a number of at least 0."""
     if not (number := float(text)) >= 0:
         raise argparse.ArgumentTypeError("must be at least 0")
     return number
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every verb with its options."""
+    """Returns the parser of all verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="colonnade",
         description="Train language models on anything from a laptop to a cluster.",
@@ -247,10 +246,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
-    generate.add_argument("--prompt", default="", help="the text to go on from")
-    generate.add_argument("--tokens", type=positive, default=200, help="how many at most")
-    generate.add_argument("--temperature", type=not_negative, default=0.8, help="0: the likeliest")
-    generate.add_argument("--top-k", type=positive, help="draw among the k likeliest only")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--tokens", type=positive, default=200, help="largest number of tokens")
+    generate.add_argument(
+        "--temperature", type=not_negative, default=0.8, help="0: the likeliest token"
+    )
+    generate.add_argument("--top-k", type=positive, help="sample among the k likeliest tokens only")
     generate.add_argument("--seed", type=int, default=0)
 
     data = add("data", run_data)
@@ -259,10 +260,10 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--format",
         choices=["text", "jsonl", "parquet", "hub", "stdlib"],
-        help="default: what the files are",
+        help="default: detected by the files",
     )
     data.add_argument(
-        "--tokenizer", default="bytes", help="`bytes`, or a tokenizer.json or its folder"
+        "--tokenizer", default="bytes", help="`bytes`, a tokenizer.json, or its folder"
     )
     data.add_argument("--column", default="text", help="column that holds the text")
     data.add_argument("--prompt", help="column put before the text, without loss")
@@ -271,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--special-tokens",
         action="store_true",
-        help="the spelling of a special token in a text is that token",
+        help="the spelling of a special token in a text becomes that token",
     )
     data.add_argument("--overwrite", action="store_true")
 
@@ -283,20 +284,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# The verbs that there are, with what they do; and those to come.
+# The verbs with their descriptions, and those that are planned.
 VERBS = {
     "train": "train a recipe, or resume a run",
-    "verify": "compare layouts with one process, at test size",
-    "generate": "text from a trained model",
-    "data": "text to packed tokens in Megatron's .bin/.idx format",
-    "doctor": "devices, backends, and which kernel serves each operator",
-    "bench": "a benchmark, beside its reference in one run",
+    "verify": "compare parallel layouts with one process, at test size",
+    "generate": "sample text from a trained model",
+    "data": "convert text to packed tokens in Megatron's .bin/.idx format",
+    "doctor": "show devices, backends, and which kernel serves each operator",
+    "bench": "run a benchmark beside its reference",
 }
 PLANNED = ("convert", "inspect", "logs", "plan", "report", "status", "submit", "sweep")
 
 
 def unknown_verb(word: str) -> str:
-    """What to say of a verb that does not exist."""
+    """Returns the message for a verb that does not exist."""
     if word in PLANNED:
         hint = f"`{word}` is planned and not built yet."
     elif near := difflib.get_close_matches(word, [*VERBS, *PLANNED], 1):
@@ -304,60 +305,66 @@ def unknown_verb(word: str) -> str:
         hint = f"there is no verb `{word}`; did you mean `{near[0]}`{planned}?"
     else:
         hint = f"there is no verb `{word}`."
-    return f"{hint} The verbs are {', '.join(VERBS)}; --help tells of each."
+    return f"{hint} The verbs are {', '.join(VERBS)}; --help describes each."
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments as given; a recipe's overrides may stand before or after options."""
+    """Parses the arguments; overrides of a recipe may come before or after options."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank", "_verify"):
         parser.error(unknown_verb(words[0]))
-    chosen, rest = parser.parse_known_args(arguments)
-    takes = chosen.verb in ("train", "verify")
-    if rest and (not takes or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        chosen.overrides = [*chosen.overrides, *rest]
-    return chosen
+    parsed, unparsed = parser.parse_known_args(arguments)
+    has_overrides = parsed.verb in ("train", "verify")
+    if unparsed and (not has_overrides or any(word.startswith("-") for word in unparsed)):
+        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
+    if unparsed:
+        parsed.overrides = [*parsed.overrides, *unparsed]
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit status."""
+    """Runs one verb and returns its exit status."""
     with tolerate_closed_streams():
-        chosen = parse(arguments)
-        with reporting(getattr(chosen, "json", None)) as chosen.report:
-            status = run(chosen)
-        if status and among_ranks():
+        parsed = parse(arguments)
+        with reporting(getattr(parsed, "json", None)) as parsed.report:
+            status = run(parsed)
+        if status and is_one_of_several_ranks():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # other ranks may wait in a collective: leave without its clean-up
+            os._exit(status)  # skips clean-up, which could wait for ranks in a collective
     return status
 
 
-def run(chosen: argparse.Namespace) -> int:
-    """Run a verb; what ends it early becomes an exit status and a message."""
+def run(parsed: argparse.Namespace) -> int:
+    """Runs a verb; turns exceptions into an exit status and a message."""
     try:
-        return chosen.action(chosen)
+        return parsed.action(parsed)
     except UserError as mistake:
-        report_failure(str(mistake), started=chosen.verb.startswith("_"))
+        report_failure(str(mistake), started=parsed.verb.startswith("_"))
         return USER_MISTAKE
     except KeyboardInterrupt:
-        if not chosen.verb.startswith("_"):
+        if not parsed.verb.startswith("_"):
             print("\ncolonnade: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception:  # of our own making, or that of a peer which is gone
-        if not among_ranks():
+    except Exception:  # an error of this rank, or the consequence of another rank's failure
+        if not is_one_of_several_ranks():
             raise
-        time.sleep(GRACE)
+        time.sleep(GRACE_PERIOD)
         sys.excepthook(*sys.exc_info())
         return 1
 
 
-def among_ranks() -> bool:
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, or was started without a launcher of ranks."""
+    rank_env = RankEnvironment.from_environment()
+    return rank_env is None or rank_env.rank == 0
+
+
+def is_one_of_several_ranks() -> bool:
     """Whether this process is one of several ranks."""
     try:
-        place = RankEnvironment.from_environment()
-    except UserError:  # which was told
+        rank_env = RankEnvironment.from_environment()
+    except UserError:  # was reported already
         return False
-    return place is not None and place.size > 1
+    return rank_env is not None and rank_env.size > 1

@@ -1,6 +1,6 @@
-"""The reference of all fields, docs/recipe.md, made of the tables of a recipe.
+"""Generates docs/recipe.md, the reference of all fields, from the tables of a recipe.
 
-python tests/fields.py          # prints it; with --write it goes into the file
+python tests/fields.py          # prints the reference; --write writes the file
 """
 
 import sys
@@ -25,7 +25,7 @@ where it is given; the last column says when that is.
 
 
 def kind(location: tuple[str | int, ...]) -> str:
-    """What a field takes, in words."""
+    """Describes the type and the bounds of a field."""
     schema: dict[str, Any] = schema_of(location) or {}
     if values := schema.get("enum") or ([schema["const"]] if "const" in schema else None):
         return ", ".join(f"`{value}`" for value in values)
@@ -42,7 +42,7 @@ def kind(location: tuple[str | int, ...]) -> str:
 
 
 def default(info: Any) -> str:
-    """The default of a field; an empty cell where the description tells of it, or there is none."""
+    """Returns the default of a field; empty if there is none or only the description gives it."""
     value = info.default
     if value is None or value is PydanticUndefined or isinstance(value, BaseModel | tuple):
         return ""
@@ -50,12 +50,12 @@ def default(info: Any) -> str:
 
 
 def unused(field: str) -> str:
-    """When a field has no effect."""
-    return "; ".join(told for name, told in conditions() if name == field)
+    """Returns the conditions under which a field is unused."""
+    return "; ".join(reason for name, reason in conditions() if name == field)
 
 
 def lines(table: type[BaseModel], name: str, fields: list[str], prefix: str) -> str:
-    """A table in Markdown."""
+    """Returns the Markdown table of some fields."""
     location = ("data", "sources", 0) if prefix == "source" else (name,)
     text = "| field | takes | default | what it is | no effect |\n|---|---|---|---|---|\n"
     for field in fields:
@@ -68,7 +68,7 @@ def lines(table: type[BaseModel], name: str, fields: list[str], prefix: str) -> 
 
 
 def reference() -> str:
-    """The whole file."""
+    """Returns the text of the reference."""
     text = HEAD
     for name, info in Recipe.model_fields.items():
         table = info.annotation
@@ -77,13 +77,13 @@ def reference() -> str:
         elif table is ModelConfig:
             text += "\n## `[model]`\n\nThe whole model; widths of sub-blocks in their groups.\n"
             for options in reversed([c for c in ModelConfig.__bases__ if issubclass(c, Options)]):
-                own = [field for field in table.model_fields if field in options.model_fields]
+                names = [field for field in table.model_fields if field in options.model_fields]
                 text += f"\n### {(options.__doc__ or '').rstrip('.')}\n\n"
-                text += lines(table, name, own, "model")
+                text += lines(table, name, names, "model")
         else:
-            own = [f for f in table.model_fields if SourceConfig not in get_args_of(table, f)]
-            text += f"\n## `[{name}]`\n\n" + lines(table, name, own, name)
-            if own != list(table.model_fields):
+            names = [f for f in table.model_fields if SourceConfig not in types_inside(table, f)]
+            text += f"\n## `[{name}]`\n\n" + lines(table, name, names, name)
+            if names != list(table.model_fields):
                 text += "\n## `[[data.sources]]`\n\n"
                 text += lines(
                     SourceConfig, "data.sources", list(SourceConfig.model_fields), "source"
@@ -91,8 +91,8 @@ def reference() -> str:
     return text
 
 
-def get_args_of(table: type[BaseModel], field: str) -> tuple[Any, ...]:
-    """The types inside a field's type."""
+def types_inside(table: type[BaseModel], field: str) -> tuple[Any, ...]:
+    """Returns the type arguments of a field's type."""
     return get_args(table.model_fields[field].annotation)
 
 

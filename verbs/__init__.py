@@ -1,4 +1,4 @@
-"""Training, verification and what else the command line does, as functions.
+"""The verbs of the command line as functions.
 
 >>> from colonnade import train
 >>> run = train("quickstart", ["train.steps=20"], nproc=2)  # doctest: +SKIP
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from colonnade.launcher.train.run import train as train
     from colonnade.launcher.verify.run import verify as verify
 
-_HOMES = {
+_MODULES = {
     "data": "launcher.data",
     "doctor": "launcher.cluster.doctor",
     "generate": "launcher.generate",
@@ -29,9 +29,9 @@ __all__ = ["data", "doctor", "generate", "load_recipe", "resume", "train", "veri
 
 
 def __getattr__(name: str) -> Any:
-    """Import a verb when it is first asked for: `colonnade --help` need not wait for torch."""
+    """Imports a verb on first access, so that `colonnade --help` does not wait for torch."""
     from importlib import import_module
 
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

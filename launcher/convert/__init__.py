@@ -1,1 +1,1 @@
-"""Checkpoints of other systems, and conversions between models that compute the same function."""
+"""Converts checkpoints of other systems, and models into others that compute the same function."""

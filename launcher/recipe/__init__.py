@@ -1,1 +1,1 @@
-"""A recipe: its tables, how it is read, what is valid, and what has no effect."""
+"""Recipes: their tables, reading and writing, validity rules, unused settings and hints."""

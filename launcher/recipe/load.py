@@ -1,4 +1,4 @@
-"""Reads recipes: TOML and overrides become a `Recipe`, or one error with every mistake in it."""
+"""Reads and writes recipes: TOML and overrides become a `Recipe`, or one error lists all faults."""
 
 import copy
 import json
@@ -15,12 +15,12 @@ from colonnade.launcher.recipe.hints import (
     Location,
     dotted,
     nearest,
-    remedy_for,
     schema_of,
-    unknown,
+    unknown_field,
+    wrong_value,
 )
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import given, no_effect
+from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
 from colonnade.launcher.recipe.validate import findings
 from colonnade.models.options import Formula
 
@@ -29,41 +29,57 @@ def load_recipe(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),
     world_size: int | None = None,
-    tell: Callable[[str], object] | None = None,
+    notify: Callable[[str], object] | None = None,
 ) -> Recipe:
-    """The recipe in a TOML file, or the shipped one of that name, with overrides applied.
+    """Loads a recipe from a TOML file, or the shipped one of that name, and applies overrides.
 
-    An override is `table.field=value`: a TOML value, or text that is none (`train.precision=bf16`);
-    entries of a list by their number (`data.sources.0.path=…`); without a value (`model.experts=`)
-    it takes the field out, so that its default holds. `world_size` as in `validate`.
+    Args:
+        name_or_path: of the recipe.
+        overrides: each is `table.field=value`. The value is TOML, or text that is not valid TOML
+            (`train.precision=bf16`). Entries of a list go by their index (`data.sources.0.path=…`).
+            Without a value (`model.experts=`) the override removes the field, so that its default
+            holds. Fields that are used in the file and unused with these overrides are removed: a
+            file may set the heads of an attention that an override of the pattern removes. Warm-up,
+            decay and batch ramp of the file are shortened in proportion where an override of
+            `train.steps` makes the run too short for them.
+        world_size: number of ranks, as in `validate`.
+        notify: is called with one line about the fields that were removed, and with one about those
+            that were shortened.
 
-    What has an effect in the file, and none with these overrides, is taken out: a file may set the
-    heads of an attention that an override of the pattern removes. `tell` gets a line that names it.
-
-    Raises RecipeError with all mistakes at once, UserError if there is nothing to read.
+    Raises:
+        RecipeError: the recipe is invalid; lists all faults at once.
+        UserError: there is no such recipe, or the file cannot be read as TOML.
     """
     document = _read(name_or_path)
-    mistakes = _Mistakes()
-    at_rest = _effective(document) if overrides else set()
-    steps_at_rest = _integer(document, "train", "steps")
-    typed = [_override(document, text, mistakes) for text in overrides]
-    shortened = _in_proportion(document, steps_at_rest, {field for field in typed if field})
-    at_rest -= {f for f in at_rest for t in typed if t and f"{f}.".startswith(f"{t}.")}
-    recipe, unused = _without_unused(_parse(document, mistakes), document, at_rest)
-    # A rule that looks at a refused field, whose default is in its place now, has nothing to say.
-    faults = [f for f, involves in findings(recipe, world_size) if not mistakes.touch(involves)]
-    if mistakes.faults or faults:
-        raise RecipeError([*mistakes.faults, *faults])
-    if tell is not None:
+    faulty_fields = _FaultyFields()
+    # What the file itself uses has to be known before the overrides change the document.
+    used_in_file = _used_fields(document) if overrides else set()
+    steps_in_file = _integer(document, "train", "steps")
+    overridden = [_override(document, text, faulty_fields) for text in overrides]
+    shortened = _shorten_schedules(document, steps_in_file, {f for f in overridden if f})
+    # An override that is unused is a fault, also where the file set the same field.
+    used_in_file -= {
+        f for f in used_in_file for o in overridden if o and f"{f}.".startswith(f"{o}.")
+    }
+    recipe, unused = _without_unused(_parse(document, faulty_fields), document, used_in_file)
+    # The default stands in for a field that was refused; rules that look at it prove nothing.
+    faults = [
+        fault
+        for fault, involves in findings(recipe, world_size)
+        if not faulty_fields.overlap(involves)
+    ]
+    if faulty_fields.faults or faults:
+        raise RecipeError([*faulty_fields.faults, *faults])
+    if notify is not None:
         if unused:
-            tell(f"not used with these overrides: {', '.join(unused)}")
+            notify(f"not used with these overrides: {', '.join(unused)}")
         if shortened:
-            tell(f"in proportion to train.steps: {', '.join(shortened)}")
+            notify(f"in proportion to train.steps: {', '.join(shortened)}")
     return recipe
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Returns the names of the shipped recipes, sorted."""
     folder = resources.files("colonnade.launcher.recipes")
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
@@ -71,6 +87,7 @@ def recipe_names() -> list[str]:
 
 
 def _read(name_or_path: str | Path) -> dict[str, Any]:
+    """Reads the TOML document of a shipped recipe or of a file."""
     path, names = Path(name_or_path), recipe_names()
     try:
         if str(name_or_path) in names:
@@ -106,19 +123,20 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-class _Mistakes:
-    """The faults of single fields, and the fields that were refused or meant."""
+class _FaultyFields:
+    """Collects faults of single fields, and the names of those fields and of the ones meant."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
         self.fields: set[str] = set()
 
     def add(self, field: str, value: object, remedy: str, meant: str | None = None) -> None:
+        """Records a fault of `field`; `meant` is the field that a wrong name was meant to be."""
         self.faults.append(Fault(field, copy.deepcopy(value), remedy))
         self.fields.update([field, meant or field])
 
-    def touch(self, involves: Iterable[str]) -> bool:
-        """Whether one of the fields, the table around it or a field in it is among them."""
+    def overlap(self, involves: Iterable[str]) -> bool:
+        """Whether one of these fields, a table that holds it or a field inside it is faulty."""
         return any(
             f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
             for a in involves
@@ -126,32 +144,32 @@ class _Mistakes:
         )
 
 
-def _parse(document: dict[str, Any], mistakes: _Mistakes) -> Recipe:
-    """The recipe without the fields that pydantic refuses, which become mistakes."""
+def _parse(document: dict[str, Any], faulty_fields: _FaultyFields) -> Recipe:
+    """Parses the document; fields that pydantic refuses are recorded as faults and dropped."""
     while True:
         try:
             return Recipe.model_validate(document)
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        around = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
+        parents = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
         for e in errors:
-            location = e["loc"]
-            if location in around or e["type"] == "default_factory_not_called":
-                continue  # only says that something inside, or in a formula, was wrong
+            location, value = e["loc"], e["input"]
+            if location in parents or e["type"] == "default_factory_not_called":
+                continue  # only repeats that a field inside, or one of a formula, is wrong
             if e["type"] == "extra_forbidden":
-                mistakes.add(dotted(location), e["input"], *unknown(location))
+                faulty_fields.add(dotted(location), value, *unknown_field(location))
             else:
-                mistakes.add(dotted(location), e["input"], remedy_for(location, e["input"]))
+                faulty_fields.add(dotted(location), value, wrong_value(location, value))
             _drop(document, location)
 
 
 def _drop(document: Any, location: Location) -> None:
-    """Takes a field out; for an entry of a list the whole list, as others keep their number."""
+    """Removes a field; for an entry of a list the entire list, so that no other index shifts."""
     while isinstance(location[-1], int):
         location = location[:-1]
     for key in location[:-1]:
         if key not in (document if isinstance(document, dict) else range(len(document))):
-            return  # gone with another mistake
+            return  # already removed with another fault
         document = document[key]
     document.pop(location[-1], None)
 
@@ -159,110 +177,122 @@ def _drop(document: Any, location: Location) -> None:
 # Overrides
 
 
-def _effective(document: dict[str, Any]) -> set[str]:
-    """The fields that a file sets and that have an effect in it."""
-    recipe = _parse(copy.deepcopy(document), _Mistakes())
-    return {field for field, _ in given(recipe) if not no_effect(recipe, field)}
+def _used_fields(document: dict[str, Any]) -> set[str]:
+    """Returns the fields that a file sets and that are used in it."""
+    recipe = _parse(copy.deepcopy(document), _FaultyFields())
+    return {field for field, _ in explicit_fields(recipe) if not unused_setting(recipe, field)}
 
 
 def _without_unused(
     recipe: Recipe, document: dict[str, Any], fields: set[str]
 ) -> tuple[Recipe, list[str]]:
-    """The recipe without those of the fields that have no effect in it, and their names."""
-    out: list[str] = []
-    while unused := [f for f, _ in given(recipe) if f in fields and no_effect(recipe, f)]:
+    """Removes those of `fields` that are unused; returns the recipe and the removed fields."""
+    removed: list[str] = []
+    # Removing one field may make another one unused, so repeat until nothing changes.
+    while unused := [
+        f for f, _ in explicit_fields(recipe) if f in fields and unused_setting(recipe, f)
+    ]:
         for field in unused:
             _drop(document, _location(field))
-        out += unused
+        removed += unused
         recipe = Recipe.model_validate(document)
-    return recipe, out
+    return recipe, removed
 
 
 def _integer(document: dict[str, Any], table: str, name: str) -> int | None:
-    """The whole number that a document sets for a field, if it is one."""
+    """Returns the value that a document sets for a field; None if it is not an integer."""
     fields = document.get(table)
     value = fields.get(name) if isinstance(fields, dict) else None
     return value if type(value) is int else None
 
 
-def _in_proportion(document: dict[str, Any], before: int | None, typed: set[str]) -> list[str]:
-    """Shortens what a file sets for a number of steps, where an override makes them too few.
+def _shorten_schedules(
+    document: dict[str, Any], steps_in_file: int | None, overridden: set[str]
+) -> list[str]:
+    """Shortens warm-up, decay and batch ramp of a file where overridden `train.steps` are too few.
 
-    Returns the fields, with their new values. A field that was typed stays as it is.
+    They keep their share of the steps. Overridden fields stay as they are. Returns the fields that
+    changed, with their new values.
     """
     steps = _integer(document, "train", "steps")
-    if "train.steps" not in typed or not steps or not before or not 0 < steps < before:
+    if "train.steps" not in overridden or not steps or not steps_in_file:
+        return []
+    if not 0 < steps < steps_in_file:
         return []
     fields = (("optimizer", "warmup"), ("optimizer", "decay"), ("train", "ramp_steps"))
     lengths = {field: _integer(document, *field) or 0 for field in fields}
     warmup, decay, ramp = lengths.values()
     if warmup + decay <= steps and ramp <= steps:
         return []
-    lengths = {f: length for f, length in lengths.items() if length and ".".join(f) not in typed}
+    lengths = {f: n for f, n in lengths.items() if n and ".".join(f) not in overridden}
     for (table, name), length in lengths.items():
-        document[table][name] = max(length * steps // before, 1 if name == "decay" else 0)
-    if document.get("train", {}).get("ramp_steps") == 0:  # no ramp is left of it
+        document[table][name] = max(length * steps // steps_in_file, 1 if name == "decay" else 0)
+    if document.get("train", {}).get("ramp_steps") == 0:  # a ramp of no steps has no first batch
         document["train"].pop("ramp_batch", None)
     return [f"{table}.{name} = {document[table][name]}" for table, name in lengths]
 
 
 def _location(field: str) -> Location:
+    """Parses a dotted field; parts that are digits become indices of a list."""
     return tuple(int(key) if key.isdecimal() else key for key in field.split("."))
 
 
-def _override(document: dict[str, Any], text: str, mistakes: _Mistakes) -> str | None:
-    """Writes one override into the document; returns the field, if it set one."""
+def _override(document: dict[str, Any], text: str, faulty_fields: _FaultyFields) -> str | None:
+    """Writes one override into the document; returns the field if it set one, else None."""
     field, equals, value = text.partition("=")
     location = _location(field.strip())
     if not equals or "" in location:
-        mistakes.add("override", text, "write it as table.field=value, such as train.steps=20")
+        faulty_fields.add("override", text, "write it as table.field=value, such as train.steps=20")
         return None
     if schema_of(location) is None:
-        mistakes.add(dotted(location), _value(value, location), *unknown(location))
+        faulty_fields.add(dotted(location), _value(value, location), *unknown_field(location))
         return None
     node: Any = document
     for depth, key in enumerate(location, start=1):
         fits = isinstance(node, list) if isinstance(key, int) else isinstance(node, dict)
         if not fits:
-            return None  # the file has something else there, which is a mistake by itself
+            return None  # the file has a value of another type, which is a fault by itself
         if isinstance(key, int) and key > len(node):
             remedy = f"there are {len(node)} entries; {len(node)} would add the next"
-            mistakes.add(dotted(location), value, remedy)
+            faulty_fields.add(dotted(location), value, remedy)
             return None
-        there = key < len(node) if isinstance(key, int) else key in node
-        if not there and not value:
-            return None  # nothing to take out
-        if not there and depth < len(location):
-            _put(node, key, _default(location[: depth + 1]))
+        exists = key < len(node) if isinstance(key, int) else key in node
+        if not exists and not value:
+            return None  # there is no field to remove
+        if not exists and depth < len(location):
+            _set_entry(node, key, _empty_container(location[: depth + 1]))
         if depth < len(location):
             node = node[key]
         elif value:
-            _put(node, key, _value(value, location))
+            _set_entry(node, key, _value(value, location))
         else:
             del node[key]
     return dotted(location) if value else None
 
 
-def _put(node: Any, key: int | str, value: Any) -> None:
-    """Sets an entry of a table or a list, or adds the next of a list."""
+def _set_entry(node: Any, key: int | str, value: Any) -> None:
+    """Sets an entry of a table or a list; the index after the last appends to the list."""
     if isinstance(key, int) and key == len(node):
         node.append(value)
     else:
         node[key] = value
 
 
-def _default(location: Location) -> Any:
-    """What holds the entry at a location before anything is set: an empty table, or a list."""
+def _empty_container(location: Location) -> Any:
+    """Returns what an unset entry at a location is set into: an empty table or a list.
+
+    A list of tables (`data.sources`) starts with one empty table, which is its default.
+    """
     if isinstance(location[-1], str):
         return {}
     return [{}] if (schema_of(location) or {}).get("type") == "object" else []
 
 
 def _value(text: str, location: Location) -> Any:
-    """The value of an override: TOML, or the text itself if it is none or the field holds text."""
+    """Parses the value of an override as TOML; invalid TOML, or a text field's, stays text."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except ValueError:  # no TOML, or a number of thousands of digits
+    except ValueError:  # invalid TOML, or a number of thousands of digits
         return text
     is_text = (schema_of(location) or {}).get("type") == "string"
     if parsed.keys() != {"value"} or (is_text and not isinstance(parsed["value"], str)):
@@ -274,46 +304,50 @@ def _value(text: str, location: Location) -> Any:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe in full as TOML, without fields that have no effect in it.
+    """Writes the complete recipe, defaults included, as TOML without unused settings.
 
-    `load_recipe` reads an equal recipe from it, if `recipe` is valid.
+    `load_recipe` reads an equal recipe from it if `recipe` is valid.
     """
     return "\n".join(_lines(recipe, recipe, ())).lstrip("\n") + "\n"
 
 
 def _lines(recipe: Recipe, table: BaseModel, location: Location) -> Iterator[str]:
-    names = (name for name in type(table).model_fields if not _follows(table, name))
+    """Yields the TOML lines of a table at a location; its plain fields come before its tables."""
+    names = (name for name in type(table).model_fields if not _is_derived(table, name))
     values = {name: getattr(table, name) for name in names}
     for name, value in values.items():
         field = dotted((*location, name))
-        if value is None or _tables(value) or no_effect(recipe, field):
+        if value is None or _is_table(value) or unused_setting(recipe, field):
             continue
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if not no_effect(recipe, f"{field}.{k}")}
+            value = {k: v for k, v in value.items() if not unused_setting(recipe, f"{field}.{k}")}
         yield f"{name} = {_toml(value)}"
     for name, value in values.items():
         inner = (*location, name)
         if isinstance(value, BaseModel):
             yield from ("", f"[{dotted(inner)}]", *_lines(recipe, value, inner))
-        elif _tables(value):
+        elif _is_table(value):
             for index, entry in enumerate(value):
                 yield from ("", f"[[{dotted(inner)}]]", *_lines(recipe, entry, (*inner, index)))
 
 
-def _follows(table: BaseModel, name: str) -> bool:
-    """Whether a field follows from others again when it is read, in a base of muP from its own."""
-    formula = isinstance(type(table).model_fields[name].default_factory, Formula)
-    return formula and name not in table.model_fields_set
+def _is_derived(table: BaseModel, name: str) -> bool:
+    """Whether a formula derives a field from others when the recipe is read.
+
+    Such a field is not written, because muP's base model derives it from its own sizes.
+    """
+    has_formula = isinstance(type(table).model_fields[name].default_factory, Formula)
+    return has_formula and name not in table.model_fields_set
 
 
-def _tables(value: object) -> bool:
-    """Whether a value is written as tables of its own."""
+def _is_table(value: object) -> bool:
+    """Whether a value is written as a TOML table, or as an array of tables."""
     entries = value if isinstance(value, tuple) else (value,)
     return any(isinstance(entry, BaseModel) for entry in entries)
 
 
 def _toml(value: object) -> str:
-    """A value on one line; JSON and TOML write scalars alike, but TOML wants DEL escaped."""
+    """Writes a value on one line; JSON and TOML share scalars, but TOML wants DEL escaped."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A recipe: what is trained, on what, and how, as frozen tables. Read by `launcher.recipe.load`."""
+"""The tables of a recipe, as frozen pydantic models; `launcher.recipe.load` reads them."""
 
 from typing import Annotated, Literal
 
@@ -9,16 +9,16 @@ from colonnade.parallel.config import ParallelConfig
 
 
 class Table(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """One table of a recipe: immutable, no unknown fields, no silent conversions."""
+    """One table of a recipe: immutable, without unknown fields or silent type conversions."""
 
 
 class OptimizerConfig(Table):
-    """`[optimizer]`: an update rule, with a warm-up and a decay."""
+    """`[optimizer]`: the update rule and the schedule of its learning rate."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="the rule of an update; muon: Muon on linear weights (arXiv:2502.16982), AdamW "
-        "on embedding, head and all else, at one learning rate",
+        description="update rule; muon: Muon on linear weights (arXiv:2502.16982), AdamW on "
+        "embedding, head and all other parameters, at one learning rate",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
@@ -32,11 +32,11 @@ class OptimizerConfig(Table):
     )
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
     eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squares")
     momentum: float = Field(0.95, ge=0, lt=1, description="muon: decay of the mean of gradients")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    weight_decay: float = Field(0.1, ge=0, description="on weight matrices only")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 
 class SourceConfig(Table):
@@ -44,15 +44,15 @@ class SourceConfig(Table):
 
     format: Literal["stdlib", "text", "jsonl", "parquet", "hub", "tokens", "auto"] = Field(
         "stdlib",
-        description="what is read: stdlib is the source code of Python's own library, auto (the "
-        "default where a path is given) is what the files there are: text, jsonl or parquet",
+        description="what is read: stdlib is the source code of Python's standard library; auto "
+        "(the default where a path is given) detects whether files are text, jsonl or parquet",
     )
     path: str | None = Field(
         None, description="file, folder or glob; hub: the data set's name; tokens: prefix of .bin"
     )
     weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the others")
     column: str = Field("text", description="column that holds the text")
-    prompt: str | None = Field(None, description="column that is put before the text, without loss")
+    prompt: str | None = Field(None, description="column put before the text, without loss")
     subset: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: split of the data set")
     stream: bool = Field(False, description="read while training instead of indexing first")
@@ -60,14 +60,14 @@ class SourceConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, fields: object) -> object:
-        """A path without a format says itself what is read."""
+        """Sets the format to `auto` where a path is given without a format."""
         if isinstance(fields, dict) and fields.get("path") is not None and "format" not in fields:
             return {**fields, "format": "auto"}
         return fields
 
 
 class DataConfig(Table):
-    """`[data]`: where rows of tokens come from."""
+    """`[data]`: the sources of tokens and how they become rows."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)] = (
         SourceConfig(),
@@ -79,35 +79,33 @@ class DataConfig(Table):
     )
     eod: str | None = Field(
         None,
-        description="token that ends a document; default: the end of text that "
-        "tokenizer_config.json, generation_config.json or a common name tells",
+        description="token that ends a document; default: the end-of-text token, found by "
+        "tokenizer_config.json, generation_config.json or a common name",
     )
-    bos: str | None = Field(
-        None, description="token that is put before every document; default: none"
-    )
+    bos: str | None = Field(None, description="token put before every document; default: none")
     special_tokens: bool = Field(
-        False, description="whether a special token that is spelt in a text is that token"
+        False, description="whether the spelling of a special token in a text becomes that token"
     )
     validation: float = Field(
-        0.05, ge=0, lt=1, description="share of the documents kept for validation"
+        0.05, ge=0, lt=1, description="share of the documents held out for validation"
     )
     packing: Literal["stream", "whole"] = Field(
         "stream",
-        description="stream cuts rows out of all documents one after the other; whole puts whole "
-        "documents together in a row by best fit and pads the rest, so that no answer is trained "
-        "without its prompt (longer than a row: split, or cut if there is a prompt)",
+        description="stream splits the concatenated documents into rows; whole packs whole "
+        "documents into rows by best fit and pads the remainder, so that no answer is trained "
+        "without its prompt (longer than a row: split, or truncated if there is a prompt)",
     )
     cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
 
     @property
     def tokenizer_name(self) -> str | None:
-        """The tokenizer in force; None where all sources are tokens and none is named."""
+        """The tokenizer that is used; None if all sources are tokens and none is named."""
         text = any(source.format != "tokens" for source in self.sources)
         return self.tokenizer or ("bytes" if text else None)
 
 
 class TrainConfig(Table):
-    """`[train]`: batch, precision, length of the run."""
+    """`[train]`: length, batch, precision and reports of the run."""
 
     steps: int = Field(100, ge=1, le=2**40, description="optimizer steps of the whole run")
     global_batch: int = Field(16, ge=1, le=2**24, description="rows per step, over all ranks")
@@ -119,22 +117,24 @@ class TrainConfig(Table):
     seq_len: int = Field(256, ge=1, le=2**31 - 1, description="tokens per row")
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32",
-        description="of products; bf16 keeps weights, optimizer state, norms and sums of gradients "
-        "in fp32",
+        description="of matrix products; bf16 keeps weights, optimizer state, norms and sums of "
+        "gradients in fp32",
     )
     recompute: Literal["none", "selective", "block"] = Field(
         "none",
-        description="what backward makes again instead of keeping: all but products and "
-        "attention (selective), or all but each sub-block's input (block)",
+        description="activations that backward recomputes instead of storing: all but matrix "
+        "products and attention (selective), or all but each sub-block's input (block)",
     )
     compile: bool = Field(
         False, description="compile the sub-blocks' halves (needs a C++ compiler)"
     )
-    deterministic: bool = Field(False, description="only deterministic operators")
+    deterministic: bool = Field(False, description="use only deterministic operators")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU for each rank where there are enough, else the CPU"
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="of weights, data order and draws")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="of initial weights, data order and random draws"
+    )
     validate_every: int = Field(
         0, ge=0, le=2**40, description="steps between validations; 0: at the end"
     )
@@ -145,11 +145,11 @@ class TrainConfig(Table):
         5, ge=1, le=2**40, description="non-finite steps in a row that end the run"
     )
     loss_chunk: int = Field(
-        1024, ge=1, le=2**31 - 1, description="tokens whose logits exist at one time"
+        1024, ge=1, le=2**31 - 1, description="tokens whose logits are in memory at one time"
     )
     sample: int = Field(0, ge=0, le=2**31 - 1, description="tokens of text generated at the end")
-    tensorboard: bool = Field(False, description="write to RUN/tensorboard too")
-    wandb: bool = Field(False, description="report to Weights & Biases, project colonnade, too")
+    tensorboard: bool = Field(False, description="also write to RUN/tensorboard")
+    wandb: bool = Field(False, description="also report to Weights & Biases, project colonnade")
 
 
 class CheckpointConfig(Table):
@@ -158,11 +158,11 @@ class CheckpointConfig(Table):
     every: int = Field(
         0, ge=0, le=2**40, description="steps between checkpoints; 0: only at the end"
     )
-    keep: int = Field(2, ge=1, le=2**31 - 1, description="newest checkpoints kept")
+    keep: int = Field(2, ge=1, le=2**31 - 1, description="number of newest checkpoints to keep")
 
 
 class Recipe(Table):
-    """One run. Tables as in the TOML file; see `launcher/recipes/` for examples."""
+    """One run, in the tables of its TOML file; `launcher/recipes/` has examples."""
 
     name: str = Field("run", pattern=r"^[\w.-]+$", description="letters, digits, `_`, `.` and `-`")
     model: ModelConfig = ModelConfig()

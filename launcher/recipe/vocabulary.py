@@ -1,8 +1,8 @@
-"""How many tokens there are, and how many a model may have. Imports no torch, as rules need it."""
+"""Vocabulary sizes: of the byte tokenizer, and how large a model's may be. Imports no torch."""
 
-BYTE_TOKENS = 257  # the 256 bytes, and the end of a document
+BYTE_TOKENS = 257  # the 256 bytes and the end-of-document token
 
 
 def far_above(vocab: int, size: int) -> bool:
-    """Whether a model's vocabulary is larger than any padding explains for so many tokens."""
+    """Whether a model's vocabulary exceeds a tokenizer's `size` by more than padding explains."""
     return vocab > 2 * size + 1024

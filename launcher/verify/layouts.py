@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.hints import remedy_for
+from colonnade.launcher.recipe.hints import wrong_value
 from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import given, no_effect
+from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
 from colonnade.parallel.config import ParallelConfig
 
 Layout = dict[str, object]  # fields of the `[parallel]` table
@@ -43,7 +43,7 @@ def parse_layout(text: str) -> Layout:
         ParallelConfig.model_validate(layout)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        remedy = remedy_for(("parallel", name), layout[name])
+        remedy = wrong_value(("parallel", name), layout[name])
         raise UserError(f"--layout {text}: {name} = {layout[name]!r}: {remedy}") from None
     return layout
 
@@ -59,11 +59,11 @@ def laid_out(recipe: Recipe, layout: Layout) -> Recipe:
 
     Of the recipe's own `[parallel]` table there remains what is no degree and has an effect.
     """
-    own = {n: value for n, value in given(recipe.parallel) if n not in DEGREES | {*layout}}
+    own = {n: v for n, v in explicit_fields(recipe.parallel) if n not in DEGREES | {*layout}}
     while True:
         parallel = ParallelConfig.model_validate(own | layout)
         made = recipe.model_copy(update={"parallel": parallel})
-        idle = [name for name in own if no_effect(made, f"parallel.{name}")]
+        idle = [name for name in own if unused_setting(made, f"parallel.{name}")]
         if not idle:
             return made
         for name in idle:

@@ -24,7 +24,7 @@ from colonnade.launcher.cluster.ranks import (
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import given
+from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.judgement import Pass, beside, judge
 from colonnade.launcher.verify.layouts import (
@@ -157,7 +157,7 @@ def planned(
         recipe = load_recipe(recipe, overrides, None, tell)
     elif overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
-    parallel = ParallelConfig.model_validate(dict(given(recipe.parallel)) | shared)
+    parallel = ParallelConfig.model_validate(dict(explicit_fields(recipe.parallel)) | shared)
     recipe = recipe.model_copy(update={"parallel": parallel})
     if chosen:
         faults = [f for layout in chosen for f in validate(laid_out(recipe, layout), size)]

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from colonnade.launcher.recipe.rules.context import reaches
+from colonnade.launcher.recipe.rules.context import convolution_reach
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
-from colonnade.launcher.recipe.unused import given, no_effect
+from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
 from colonnade.launcher.verify.layouts import Layout, data_ranks, laid_out
 from colonnade.launcher.verify.narrow import narrow_model
 
@@ -42,7 +42,7 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
         "loss_chunk": 17,
     }
     cut = max((2 * r.parallel.cp for r in laid if r.parallel.cp > 1), default=0)
-    tokens = max(ROW, cut * max([SEGMENT, *reaches(recipe).values()]))
+    tokens = max(ROW, cut * max([SEGMENT, *convolution_reach(recipe).values()]))
     train |= {"seq_len": -(-tokens // (2 * sharers)) * 2 * sharers, "sample": 0}
     own = recipe.optimizer
     steady = {
@@ -85,7 +85,9 @@ def changed(table: AnyTable, update: dict[str, object], out: Iterable[str] = ())
 
 def effective(recipe: Recipe) -> Recipe:
     """The recipe without those given fields of the model that change nothing in it."""
-    while idle := [f for f, _ in given(recipe.model, "model.") if no_effect(recipe, f)]:
+    while idle := [
+        f for f, _ in explicit_fields(recipe.model, "model.") if unused_setting(recipe, f)
+    ]:
         model = recipe.model
         if base := {f.rpartition(".")[2] for f in idle if f.startswith("model.mup_base.")}:
             kept = {k: v for k, v in (model.mup_base or {}).items() if k not in base}

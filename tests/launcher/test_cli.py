@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit statuses, one readable message, no traceback."""
+"""The command line: exit statuses, one readable message for a user's mistake, no traceback."""
 
 import json
 import os
@@ -35,26 +35,27 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and caches of these tests lie in a folder of their own."""
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes into a temporary folder, which holds the runs and the cache of a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
 
 
 def source(path: str = "corpus.txt") -> list[str]:
+    """Returns overrides that read a text file, without validation."""
     return ["data.sources.0.format=text", f"data.sources.0.path={path}", "data.validation=0"]
 
 
 def quick(*overrides: str) -> list[str]:
-    """`train` of a tiny model on the corpus, which has no validation part."""
-    kept = [o for o in TINY if not o.startswith("train.validate")]
-    dropped = ["train.validate_every=", "train.validate_rows="]
-    return ["train", "quickstart", *kept, *source(), *dropped, *overrides]
+    """Returns arguments that train a tiny model on the corpus, without validation."""
+    tiny = [o for o in TINY if not o.startswith("train.validate")]
+    removed = ["train.validate_every=", "train.validate_rows="]
+    return ["train", "quickstart", *tiny, *source(), *removed, *overrides]
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
-    """The same in a process of its own."""
+    """Starts `colonnade` in another process."""
     return subprocess.Popen(
         [sys.executable, "-m", "colonnade.launcher", *arguments],
         stdout=subprocess.PIPE,
@@ -64,26 +65,27 @@ def command(*arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_a_step(process: subprocess.Popen[str]) -> None:
-    """Read what it prints until it has trained."""
+    """Reads the output of a process until it reports a step."""
     assert process.stdout is not None
     assert any(line.startswith("step") for line in process.stdout)
 
 
 def only_run() -> Path:
+    """Returns the folder of the only run."""
     (run,) = Path("runs").iterdir()
     return run
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("train", "generate", "data", "doctor", "bench"):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             build_parser().parse_args([verb, "--help"])
-        assert ended.value.code == 0
+        assert exit_info.value.code == 0
         assert verb in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("verb", "said"),
+    ("verb", "message"),
     [
         ("plan", "`plan` is planned and not built yet"),
         ("trian", "did you mean `train`?"),
@@ -92,29 +94,29 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_verb_that_does_not_exist(
-    verb: str, said: str, capsys: pytest.CaptureFixture[str]
+    verb: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([verb])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
-    assert said in error
-    assert "doctor" in error  # one of the verbs that there are
+    assert message in error
+    assert "doctor" in error  # one of the existing verbs
 
 
-def test_a_mistake_is_told_before_torch_is_imported() -> None:
-    """A refusal would otherwise take seconds."""
+def test_an_invalid_recipe_is_refused_before_torch_is_imported() -> None:
+    """Importing torch takes seconds."""
     code = (
         "import sys; from colonnade.launcher.cli import main; "
         "status = main(['train', 'quickstart', 'model.heads=6']); "
         "sys.exit(status if 'torch' not in sys.modules else 1)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert ended.returncode == 2
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert process.returncode == 2
 
 
 def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
-    """One process: a run, its files, two more steps of it, and text from it."""
+    """In one process: trains, checks the files of the run, resumes it, samples text twice."""
     assert main(quick("train.steps=4", "--until", "2")) == 0
     run = only_run()
     assert "go on with" in capfd.readouterr().out
@@ -131,7 +133,7 @@ def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_ranks_and_ctrl_c() -> None:
-    """SIGINT to the launcher alone: the ranks save, and the run can go on."""
+    """SIGINT to the launcher alone: the ranks save a checkpoint to resume from."""
     process = command(*quick("train.steps=100000", "--nproc", "2"))
     wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
@@ -139,13 +141,13 @@ def test_two_ranks_and_ctrl_c() -> None:
     assert process.returncode == 128 + signal.SIGINT, err
     assert "saved; go on with" in out
     assert "Traceback" not in err
-    assert "death signal" not in err  # torchrun's own words
+    assert "death signal" not in err  # torchrun's message
     (checkpoint,) = (only_run() / "checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["step"] == int(checkpoint.name.removeprefix("step-")) > 0
 
 
-def test_five_mistakes_at_once() -> None:
+def test_five_faults_are_reported_at_once() -> None:
     process = command(
         *["train", "quickstart", "model.heads=6", "train.sed=1", "optimizer.lr=-1"],
         *["model.pattern=M-*EX", "train.global_batch=7"],
@@ -164,8 +166,8 @@ def test_five_mistakes_at_once() -> None:
     assert "Traceback" not in err
 
 
-def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
-    """A token beyond the vocabulary, deep in a file, read by a rank: said once, status 2."""
+def test_a_user_error_that_only_a_rank_can_detect(tmp_path: Path) -> None:
+    """A token beyond the vocabulary, far into a file: reported once, with status 2."""
     assert main(["data", "corpus.txt", "tokens"]) == 0
     content = bytearray(Path("tokens.bin").read_bytes())
     content[3000:3002] = (999).to_bytes(2, "little")
@@ -181,7 +183,7 @@ def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["train", "quikstart"], "quickstart"),
         (["train"], "name a recipe"),
@@ -193,13 +195,11 @@ def test_a_mistake_that_only_a_rank_can_see(tmp_path: Path) -> None:
         (quick("data.sources.0.path=empty.txt", "--dry-run"), "empty.txt"),
     ],
 )
-def test_mistakes_of_a_user(
-    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     Path("empty.txt").touch()
     assert main(arguments) == 2
     error = capfd.readouterr().err
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
 
 
@@ -210,7 +210,7 @@ from colonnade.launcher.cluster import ranks
 from colonnade.launcher.train import job
 
 def fail(*_):
-    raise ArithmeticError("of our own making")
+    raise ArithmeticError("raised by the test")
 
 if ranks.RankEnvironment.from_environment().rank == 1:
     job.train_step = fail
@@ -218,8 +218,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_an_error_of_one_rank_is_told_and_its_peers_are_not(tmp_path: Path) -> None:
-    """Under a torchrun of the user's own."""
+def test_the_error_of_the_failing_rank_alone_is_reported(tmp_path: Path) -> None:
+    """Under a torchrun that the user started."""
     Path("failing.py").write_text(FAILING, encoding="utf-8")
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     process = subprocess.run(
@@ -227,13 +227,13 @@ def test_an_error_of_one_rank_is_told_and_its_peers_are_not(tmp_path: Path) -> N
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert process.returncode == 1
-    assert process.stderr.count("ArithmeticError: of our own making") == 1
+    assert process.stderr.count("ArithmeticError: raised by the test") == 1
     assert "Connection closed" not in process.stderr
 
 
 @pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2"])
 def test_other_failures_exit_with_1(layout: str) -> None:
-    """A rank that dies: its status is not a user's mistake, and the others do not hang."""
+    """A killed rank: the status is not that of a user's mistake, and other ranks do not hang."""
     process = command(*quick("train.steps=100000", f"parallel.{layout}", "--nproc", "2"))
     wait_for_a_step(process)
     children = subprocess.run(
@@ -247,18 +247,18 @@ def test_other_failures_exit_with_1(layout: str) -> None:
     assert time.monotonic() - start < 45
 
 
-def test_options_may_stand_before_overrides(capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_may_come_before_overrides(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", "--nproc", "2", "train.steps=21", "--dry-run"]) == 0
     assert "dp_shard" in capfd.readouterr().out
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "quickstart", "--nprocs", "2"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
 
 
 @pytest.mark.parametrize(
     "arguments", [["--resume", "RUN", "--dry-run"], ["--resume", "RUN", "--runs", "elsewhere"]]
 )
-def test_options_without_effect_are_refused(
+def test_unused_options_are_refused(
     arguments: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *arguments]) == 2
@@ -277,16 +277,18 @@ def test_report_as_json(capfd: pytest.CaptureFixture[str]) -> None:
 def test_resume_keeps_the_model_and_the_order_of_data(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A refused change leaves the run as it was."""
+    """A refused change leaves recipe.toml unchanged."""
     assert main(quick("train.steps=3", "--until", "1")) == 0
     run = only_run()
-    before = (run / "recipe.toml").read_text()
+    recipe_text = (run / "recipe.toml").read_text()
     changes = ["model.hidden=32", "train.global_batch=8", "train.seed=4"]
     assert main(["train", "--resume", str(run), *changes]) == 2
     error = capfd.readouterr().err
     assert all(change.split("=")[0] in error for change in changes)
-    assert main(["train", "--resume", str(run), "train.precision=fp64"]) == 2  # the checkpoint's no
-    assert (run / "recipe.toml").read_text() == before
+    assert (
+        main(["train", "--resume", str(run), "train.precision=fp64"]) == 2
+    )  # refused by the checkpoint
+    assert (run / "recipe.toml").read_text() == recipe_text
     assert main(["train", "--resume", str(run), "optimizer.lr=0.1"]) == 0
     assert "lr = 0.1" in (run / "recipe.toml").read_text()
     assert main(["train", "--resume", str(run), "train.steps=2"]) == 2
@@ -297,15 +299,15 @@ def test_resume_keeps_the_model_and_the_order_of_data(
 def test_tokens_train_and_validate_without_a_tokenizer(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """What made the tokens of a file is not known: no bits per byte, and no text."""
+    """Token files do not record their tokenizer: no bits per byte, and no sampled text."""
     Path("corpus").mkdir()
     for number in range(40):
         Path(f"corpus/{number}.txt").write_text(f"{number} green bottles\n" * 9)
     assert main(["data", "corpus", "tokens"]) == 0
     overrides = ["data.sources.0.format=tokens", "data.sources.0.path=tokens", "train.sample="]
-    kept = [o for o in TINY if o != "train.sample=5"]
-    wide = ["model.vocab=1000", "train.steps=2", "train.validate_every=1", "data.validation=0.2"]
-    assert main(["train", "quickstart", *kept, *overrides, *wide]) == 0
+    tiny = [o for o in TINY if o != "train.sample=5"]
+    larger = ["model.vocab=1000", "train.steps=2", "train.validate_every=1", "data.validation=0.2"]
+    assert main(["train", "quickstart", *tiny, *overrides, *larger]) == 0
     rows = [json.loads(line) for line in (only_run() / "metrics.jsonl").open()]
     assert any("validation_loss" in row for row in rows)
     assert not any("validation_bits_per_byte" in row for row in rows)
@@ -313,8 +315,8 @@ def test_tokens_train_and_validate_without_a_tokenizer(
     assert "data.tokenizer" in capfd.readouterr().err
 
 
-def test_every_command_of_the_readme_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
-    """Recipes and options in the README parse; what needs no run is checked to the end."""
+def test_every_command_of_the_readme_is_valid(capfd: pytest.CaptureFixture[str]) -> None:
+    """All commands in the README parse, and those that train pass a dry run."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     lines = re.findall(r"^\.venv/bin/colonnade ([^#\n]*)", readme, re.MULTILINE)
     Path("mine.toml").write_text(re.findall(r"^# mine.toml.*?(?=^```)", readme, re.M | re.S)[0])
@@ -326,8 +328,10 @@ def test_every_command_of_the_readme_is_understood(capfd: pytest.CaptureFixture[
             assert main([*words, *dry]) == 0, words
 
 
-def test_dry_run_counts_without_building(capfd: pytest.CaptureFixture[str]) -> None:
-    """The published size of the 8B hybrid is 8.66 B parameters; the data need not be there."""
+def test_a_dry_run_counts_parameters_without_building_the_model(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The published size of the 8B hybrid is 8.66 B parameters; the data need not exist."""
     assert main(["train", "mamba2-hybrid-8b", "--dry-run", "--nproc", "8", "--json", "-"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["parameters"] == pytest.approx(8.66e9, rel=0.01)
@@ -335,8 +339,8 @@ def test_dry_run_counts_without_building(capfd: pytest.CaptureFixture[str]) -> N
     assert not Path("runs").exists()
 
 
-def test_python_function_trains_as_the_verb_does() -> None:
-    """Twice the same run, with only deterministic operators, TensorBoard and a ramp."""
+def test_the_python_functions_train_and_resume() -> None:
+    """Two equal runs with deterministic operators, TensorBoard and a batch ramp; one resumes."""
     overrides = ["train.steps=4", "train.deterministic=true", "train.tensorboard=true"]
     overrides += ["train.ramp_batch=2", "train.ramp_steps=2", "optimizer.schedule=wsd"]
     overrides += ["optimizer.decay=2", "train.precision=bf16", "train.recompute=selective"]
@@ -351,22 +355,24 @@ def test_python_function_trains_as_the_verb_does() -> None:
     assert any((first.path / "tensorboard").iterdir())
     saved = load_recipe(first.path / "recipe.toml")
     assert saved.train.ramp_batch == 2
-    more = resume(first.path, ["train.steps=6", "optimizer.decay=3"])
-    assert len(more.losses) == 6
+    resumed = resume(first.path, ["train.steps=6", "optimizer.decay=3"])
+    assert len(resumed.losses) == 6
 
 
 @pytest.mark.slow
 def test_under_torchrun() -> None:
-    """Started by torchrun itself: the same run, and a mistake said by every rank that met it."""
+    """Started by torchrun: the run succeeds, and every rank that finds a user error reports it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     words = [*torchrun, "-m", "colonnade.launcher", *quick("train.steps=2")]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
+    process = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stderr
     written = list(only_run().glob("checkpoints/*/rank-*.safetensors"))
     assert len(written) == 2
     assert {path.stat().st_mode for path in written} == {
         (only_run() / "recipe.toml").stat().st_mode
     }
-    ended = subprocess.run([*words, "train.seq_len=0"], capture_output=True, text=True, check=False)
-    assert ended.returncode != 0
-    assert "train.seq_len = 0" in ended.stderr
+    process = subprocess.run(
+        [*words, "train.seq_len=0"], capture_output=True, text=True, check=False
+    )
+    assert process.returncode != 0
+    assert "train.seq_len = 0" in process.stderr

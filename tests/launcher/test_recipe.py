@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, reading, overrides, and writing them back."""
+"""Loads shipped recipes and recipe files, applies overrides, and writes recipes back."""
 
 import tomllib
 from collections.abc import Callable
@@ -19,20 +19,20 @@ Faults = Callable[..., list[Fault]]
 # Shipped recipes
 
 
-def test_the_shipped_recipes_are_these() -> None:
+def test_the_names_of_the_shipped_recipes() -> None:
     large = {"llama-1b", "mixtral-8x1b", "mamba2-hybrid-8b", "ladder-1b"}
     assert set(recipe_names()) == {"quickstart"} | large
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_shipped_recipes_are_valid_wherever_they_are_run(name: str) -> None:
+def test_shipped_recipes_are_valid_on_several_world_sizes(name: str) -> None:
     for world_size in (None, 1, 2) if name == "quickstart" else (None, 8, 64):
         recipe = load_recipe(name, world_size=world_size)
         assert recipe.name == name
         assert validate(recipe, world_size) == []
 
 
-def test_shipped_shapes() -> None:
+def test_the_rows_of_the_shipped_recipes() -> None:
     hybrid = load_recipe("mamba2-hybrid-8b").model.symbols
     assert (len(hybrid), hybrid.count("M"), hybrid.count("-")) == (56, 24, 28)
     assert [i for i, s in enumerate(hybrid) if s == "*"] == [10, 22, 33, 45]
@@ -43,7 +43,7 @@ def test_shipped_shapes() -> None:
     assert ladder.train.global_batch * ladder.train.seq_len == 2**22  # 4.19 M tokens a step
 
 
-# Mistakes
+# Faults
 
 
 FIVE = """
@@ -58,11 +58,11 @@ global_batch = 12
 """
 
 
-def test_five_mistakes_are_told_at_once(write: Write) -> None:
+def test_five_faults_are_reported_at_once(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(FIVE), world_size=1)
-    told = {f.field: f for f in caught.value.faults}
-    assert {field: f.value for field, f in told.items()} == {
+    faults = {f.field: f for f in caught.value.faults}
+    assert {field: f.value for field, f in faults.items()} == {
         "model.hiden": 64,
         "model.heads": "eight",
         "model.residual": "lader",
@@ -70,12 +70,12 @@ def test_five_mistakes_are_told_at_once(write: Write) -> None:
         "train.global_batch": 12,
     }
     assert len(caught.value.faults) == 5
-    assert "model.hidden" in told["model.hiden"].remedy
-    assert "whole number of at least 1, without quotes" in told["model.heads"].remedy
-    assert "standard, ladder" in told["model.residual"].remedy
-    assert "mean ladder?" in told["model.residual"].remedy
-    assert "above 0" in told["optimizer.lr"].remedy
-    assert "8 or 16" in told["train.global_batch"].remedy
+    assert "model.hidden" in faults["model.hiden"].remedy
+    assert "whole number of at least 1, without quotes" in faults["model.heads"].remedy
+    assert "standard, ladder" in faults["model.residual"].remedy
+    assert "mean ladder?" in faults["model.residual"].remedy
+    assert "above 0" in faults["optimizer.lr"].remedy
+    assert "8 or 16" in faults["train.global_batch"].remedy
     message = str(caught.value)
     assert all(f"{f.field} = {f.value!r}: {f.remedy}" in message for f in caught.value.faults)
 
@@ -112,7 +112,7 @@ def test_five_mistakes_are_told_at_once(write: Write) -> None:
         ("model.mup_base={hidden = true}", "whole number"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_is_allowed(
+def test_the_remedy_for_a_wrong_value_says_what_is_allowed(
     faults: Faults, override: str, remedy: str
 ) -> None:
     (fault,) = faults(override)
@@ -134,16 +134,18 @@ def test_a_wrong_value_is_told_with_what_is_allowed(
         ("data.column", "data.sources.0.column"),
     ],
 )
-def test_an_unknown_field_is_told_with_the_nearest(faults: Faults, given: str, meant: str) -> None:
+def test_the_remedy_for_an_unknown_field_is_the_nearest(
+    faults: Faults, given: str, meant: str
+) -> None:
     table, _, name = given.rpartition(".")
     header = {"": "", "data.sources.0": "[[data.sources]]"}.get(table, f"[{table}]")
-    for told in (faults(text=f"{header}\n{name} = 3"), faults(f"{given}=3")):
-        (fault,) = told
+    for found in (faults(text=f"{header}\n{name} = 3"), faults(f"{given}=3")):
+        (fault,) = found
         assert (fault.field, fault.value) == (given, 3)
         assert fault.remedy.endswith(f"did you mean {meant}?")
 
 
-def test_an_unknown_field_without_a_near_one_is_told_with_all(faults: Faults) -> None:
+def test_the_remedy_for_an_unknown_field_without_a_similar_one_lists_all(faults: Faults) -> None:
     (fault,) = faults("checkpoint.zzz=1")
     assert "[checkpoint] are every, keep" in fault.remedy
     (fault,) = faults(text="[trian]\nsteps = 4")
@@ -151,7 +153,7 @@ def test_an_unknown_field_without_a_near_one_is_told_with_all(faults: Faults) ->
     assert "did you mean train?" in fault.remedy
 
 
-def test_no_conclusions_from_a_field_that_was_refused(faults: Faults) -> None:
+def test_rules_do_not_use_a_field_that_was_refused(faults: Faults) -> None:
     # With the default pattern `*-` in place of these, mamba_state would have no effect.
     for wrong in ("pattern = 7", 'patern = "M"'):
         (fault,) = faults(text=f"[model]\n{wrong}\nmamba_state = 16")
@@ -160,14 +162,14 @@ def test_no_conclusions_from_a_field_that_was_refused(faults: Faults) -> None:
     assert fault.field == "model.pattern"
     (fault,) = faults("data.sources.0.format=txt", "data.sources.0.path=x")
     assert fault.field == "data.sources.0.format"
-    told = faults(text='[[data.sources]]\nformat = 3\n[[data.sources]]\nformat = "jsonl"')
-    assert [f.field for f in told] == ["data.sources.0.format", "data.sources.1.path"]
+    found = faults(text='[[data.sources]]\nformat = 3\n[[data.sources]]\nformat = "jsonl"')
+    assert [f.field for f in found] == ["data.sources.0.format", "data.sources.1.path"]
 
 
 # Overrides
 
 
-def test_overrides_take_the_place_of_what_the_file_says(write: Write) -> None:
+def test_overrides_replace_the_values_of_the_file(write: Write) -> None:
     path = write('[model]\nhidden = 64\n[[data.sources]]\nformat = "text"\npath = "a"\n')
     overrides = (
         "model.hidden=128",
@@ -190,7 +192,7 @@ def test_overrides_take_the_place_of_what_the_file_says(write: Write) -> None:
     assert (recipe.parallel.dp_shard, recipe.name) == (1, "7")
 
 
-def test_an_override_without_a_value_takes_the_field_out(write: Write) -> None:
+def test_an_override_without_a_value_removes_the_field(write: Write) -> None:
     path = write("[model]\nhidden = 64\n[[data.sources]]\n[[data.sources]]\nweight = 2.0\n")
     recipe = load_recipe(path, ("model.hidden=", "data.sources.0=", "data.sources.0.weight="))
     assert recipe == Recipe()
@@ -233,7 +235,7 @@ def test_a_wrong_override_is_a_fault(faults: Faults, override: str, field: str, 
     assert words in fault.remedy
 
 
-# What only overrides leave without effect
+# Settings of the file that overrides leave unused
 
 
 @pytest.mark.parametrize(
@@ -250,25 +252,25 @@ def test_a_wrong_override_is_a_fault(faults: Faults, override: str, field: str, 
     ],
 )
 def test_quickstart_with_another_pattern(write: Write, pattern: str, unused: str) -> None:
-    told: list[str] = []
-    recipe = load_recipe("quickstart", [f"model.pattern={pattern}"], 1, told.append)
+    notified: list[str] = []
+    recipe = load_recipe("quickstart", [f"model.pattern={pattern}"], 1, notified.append)
     fields = {f"model.{name}" for name in unused.split()}
     if fields:
-        (line,) = told
+        (line,) = notified
         start, _, names = line.partition(": ")
         assert start == "not used with these overrides"
         assert sorted(names.split(", ")) == sorted(fields)
     else:
-        assert told == []
+        assert notified == []
     assert not {f"model.{f}" for f in recipe.model.model_fields_set} & fields
     assert recipe.model.hidden == load_recipe("quickstart").model.hidden  # the rest stays
     assert validate(recipe, 1) == []
-    assert load_recipe(write(dump_recipe(recipe)), tell=told.append) == recipe
+    assert load_recipe(write(dump_recipe(recipe)), notify=notified.append) == recipe
     assert not fields & {f"model.{f}" for f in tomllib.loads(dump_recipe(recipe))["model"]}
-    assert len(told) == bool(fields)
+    assert len(notified) == bool(fields)
 
 
-def test_what_the_overrides_themselves_give_must_have_an_effect(faults: Faults) -> None:
+def test_an_unused_override_is_a_fault(faults: Faults) -> None:
     text = '[model]\npattern = "*-E"\nheads = 8\nkv_heads = 2\nexperts = 4\n'
     assert faults("model.pattern=-", text=text) == []
     (fault,) = faults("model.pattern=-", "model.kv_heads=4", text=text)
@@ -279,7 +281,7 @@ def test_what_the_overrides_themselves_give_must_have_an_effect(faults: Faults) 
     assert faults("model.pattern=-", "model.kv_heads=4", "model.kv_heads=", text=text) == []
 
 
-def test_what_has_no_effect_in_the_file_is_its_mistake(faults: Faults) -> None:
+def test_a_setting_that_is_unused_in_the_file_itself_is_a_fault(faults: Faults) -> None:
     text = '[model]\npattern = "*-"\nheads = 8\nmamba_state = 16\n'
     for overrides in ((), ("train.steps=3",), ("model.pattern=-",)):
         (fault,) = faults(*overrides, text=text)
@@ -287,35 +289,35 @@ def test_what_has_no_effect_in_the_file_is_its_mistake(faults: Faults) -> None:
     assert faults("model.pattern=*M", text=text) == []
 
 
-def test_other_tables_and_several_steps(write: Write) -> None:
-    told: list[str] = []
+def test_removing_unused_settings_in_other_tables_and_in_several_steps(write: Write) -> None:
+    notified: list[str] = []
     path = write(
         '[optimizer]\nmin_lr = 1e-4\n[[data.sources]]\nformat = "jsonl"\npath = "a"\n'
         'column = "c"\nweight = 2.0\n[[data.sources]]\n'
         "[model]\nwindow = 8\nrepeat = 2\nfull_attention = [1]\nmup_base = {hidden = 64, heads = 2}"
     )
     overrides = ("optimizer.schedule=constant", "data.sources.0.format=stdlib", "data.sources.1=")
-    recipe = load_recipe(path, (*overrides, "model.pattern=-"), tell=told.append)
-    gone = "model.window, model.full_attention, model.mup_base.heads, optimizer.min_lr"
-    gone += ", data.sources.0.path, data.sources.0.column, data.sources.0.weight"
-    (line,) = told
-    assert sorted(line.partition(": ")[2].split(", ")) == sorted(gone.split(", "))
+    recipe = load_recipe(path, (*overrides, "model.pattern=-"), notify=notified.append)
+    removed = "model.window, model.full_attention, model.mup_base.heads, optimizer.min_lr"
+    removed += ", data.sources.0.path, data.sources.0.column, data.sources.0.weight"
+    (line,) = notified
+    assert sorted(line.partition(": ")[2].split(", ")) == sorted(removed.split(", "))
     assert recipe.model.mup_base == {"hidden": 64}
     assert recipe.data == Recipe().data
 
 
-def test_nothing_is_told_of_a_recipe_with_mistakes(write: Write) -> None:
-    told: list[str] = []
+def test_an_invalid_recipe_notifies_of_nothing(write: Write) -> None:
+    notified: list[str] = []
     with pytest.raises(RecipeError) as caught:
-        load_recipe("quickstart", ("model.pattern=*-", "train.steps=0"), 1, told.append)
+        load_recipe("quickstart", ("model.pattern=*-", "train.steps=0"), 1, notified.append)
     assert [f.field for f in caught.value.faults] == ["train.steps"]
-    assert told == []
+    assert notified == []
 
 
 # Files
 
 
-def test_what_cannot_be_read_is_a_mistake_of_the_user(tmp_path: Path, write: Write) -> None:
+def test_an_unreadable_recipe_is_a_user_error(tmp_path: Path, write: Write) -> None:
     with pytest.raises(UserError, match=r"did you mean quickstart\?.*ladder-1b, llama-1b"):
         load_recipe("quikstart")
     with pytest.raises(UserError, match="no such file"):
@@ -340,7 +342,7 @@ def test_a_file_from_windows(tmp_path: Path) -> None:
 # Writing
 
 
-NASTY = 'a "b" \\c\td\x7f\x01é漢😀 #[x]\n'
+ESCAPED = 'a "b" \\c\td\x7f\x01é漢😀 #[x]\n'
 
 
 @pytest.mark.parametrize(
@@ -355,9 +357,7 @@ NASTY = 'a "b" \\c\td\x7f\x01é漢😀 #[x]\n'
         ("model.mup_base={hidden = 128, heads = 2}", "model.mup_zero_init=true"),
     ],
 )  # fmt: skip
-def test_a_recipe_that_is_written_and_read_is_the_same(
-    write: Write, overrides: tuple[str, ...]
-) -> None:
+def test_a_recipe_survives_writing_and_reading(write: Write, overrides: tuple[str, ...]) -> None:
     recipe = load_recipe(write(""), overrides)
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
@@ -368,7 +368,7 @@ def test_shipped_recipes_survive_writing(write: Write, name: str) -> None:
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
-def test_lists_and_tables_of_numbers_as_written(write: Write) -> None:
+def test_how_lists_and_tables_of_numbers_are_written(write: Write) -> None:
     fields = {"repeat": 4, "window": 8, "full_attention": [1, 3], "mup_base": {"hidden": 128}}
     text = dump_recipe(Recipe.model_validate({"model": fields}))
     assert "full_attention = [1, 3]\n" in text
@@ -381,14 +381,14 @@ def test_lists_and_tables_of_numbers_as_written(write: Write) -> None:
 
 
 def test_text_survives_writing(write: Write) -> None:
-    source = {"format": "jsonl", "path": NASTY, "column": NASTY}
-    recipe = Recipe.model_validate({"data": {"sources": [source, source], "tokenizer": NASTY}})
+    source = {"format": "jsonl", "path": ESCAPED, "column": ESCAPED}
+    recipe = Recipe.model_validate({"data": {"sources": [source, source], "tokenizer": ESCAPED}})
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
-def test_a_written_recipe_holds_what_has_an_effect_and_nothing_else() -> None:
+def test_a_written_recipe_holds_all_used_settings_and_no_others() -> None:
     written = tomllib.loads(dump_recipe(load_recipe("quickstart", ["model.positions=none"])))
-    assert written["optimizer"]["beta2"] == 0.95  # a default with an effect
+    assert written["optimizer"]["beta2"] == 0.95  # a default that is used
     assert written["data"]["sources"] == [{"format": "stdlib"}]
     assert "decay" not in written["optimizer"]
     assert "rope_theta" not in written["model"]

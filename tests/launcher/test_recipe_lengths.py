@@ -1,4 +1,4 @@
-"""Sizes beyond reason, and schedules that a shorter run shortens."""
+"""Upper bounds of sizes, and schedules that an override of train.steps shortens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ Faults = Callable[..., list[Fault]]
         f"optimizer.warmup=1{'0' * 5000}",  # more digits than Python turns into a number
     ],
 )
-def test_sizes_that_no_machine_has_are_refused_at_once(faults: Faults, override: str) -> None:
+def test_sizes_above_the_bounds_are_faults(faults: Faults, override: str) -> None:
     field, value = override.split("=", 1)
     text = 'model.pattern = "M-*EM"\n' if value == "4096" else ""
     (fault,) = faults(override, text=text)
@@ -38,15 +38,15 @@ def test_sizes_that_no_machine_has_are_refused_at_once(faults: Faults, override:
 def test_a_shorter_run_shortens_its_schedule(
     write: Write, steps: int, warmup: int, decay: int, ramp: int
 ) -> None:
-    """Only where it no longer fits, and never what was typed."""
+    """Shortens only where the schedule no longer fits, and never an overridden field."""
     path = write(
         'optimizer = {schedule = "wsd", warmup = 20, decay = 30}\n'
         "train = {steps = 100, ramp_batch = 4, ramp_steps = 50, global_batch = 16, micro_batch = 4}"
     )
-    told: list[str] = []
-    recipe = load_recipe(path, [f"train.steps={steps}"], tell=told.append)
+    notified: list[str] = []
+    recipe = load_recipe(path, [f"train.steps={steps}"], notify=notified.append)
     lengths = recipe.optimizer.warmup, recipe.optimizer.decay, recipe.train.ramp_steps
     assert lengths == ((20, 30, 50) if steps == 60 else (warmup, decay, ramp))
-    assert bool(told) == (steps == 2)
+    assert bool(notified) == (steps == 2)
     with pytest.raises(RecipeError, match="warmup"):
         load_recipe(path, ["train.steps=10", "optimizer.warmup=20"])

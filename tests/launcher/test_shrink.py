@@ -9,7 +9,7 @@ import pytest
 from colonnade.launcher.recipe.load import load_recipe, recipe_names
 from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import given
+from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import (
     Layout,
@@ -192,14 +192,14 @@ def test_settings_of_context_stay_with_a_layout() -> None:
     recipe = RECIPES["two of ranks in a ring"]
 
     def on(layout: str) -> dict[str, object]:
-        return dict(given(laid_out(recipe, parse_layout(layout)).parallel))
+        return dict(explicit_fields(laid_out(recipe, parse_layout(layout)).parallel))
 
     assert on("cp=4") == {"cp": 4, "context": "ring+ulysses", "ulysses": 2}
     named = {"cp": 4, "tp": 2, "context": "ulysses"}
     assert on("cp=4,tp=2,context=ulysses") == named
     assert not validate(laid_out(recipe, named), 8)
     assert on("dp_shard=8") == {"dp_shard": 8}
-    assert dict(given(alone(shrink(recipe, 8, [named])).parallel)) == {}
+    assert dict(explicit_fields(alone(shrink(recipe, 8, [named])).parallel)) == {}
     heads = laid_out(RECIPES["heads exchanged"], {"cp": 8, "recurrence": "states"}).parallel
     assert (heads.context, heads.recurrence) == ("ulysses", "states")
 

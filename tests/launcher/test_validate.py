@@ -1,4 +1,4 @@
-"""What is valid: every rule, failing and mended."""
+"""Validation: every rule reports its fault, and its remedy removes it."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from colonnade.launcher.recipe.validate import RULES, validate
 Faults = Callable[..., list[Fault]]
 
 
-# Rules: name, overrides, ranks, the field named, an override from the remedy that mends it
+# Rules: name, overrides, ranks, the reported field, an override from the remedy ({f}: that field)
 
 RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("symbols", "model.pattern=*Z-", None, "model.pattern", "{f}=*-"),
@@ -23,28 +23,28 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
      "model.ladder_last", "{f}=2"),
     ("ladder_length", "model.residual=ladder model.ladder_last=3", None,
      "model.ladder_last", "{f}="),
-    ("further_rows", "model.norm=pre_rms model.mtp=1", None, "model.mtp", "model.norm=layer"),
-    ("further_rows", "model.mtp=1 model.mtp_pattern=*T", None,
+    ("mtp_modules", "model.norm=pre_rms model.mtp=1", None, "model.mtp", "model.norm=layer"),
+    ("mtp_modules", "model.mtp=1 model.mtp_pattern=*T", None,
      "model.mtp_pattern", "model.pattern=*T"),
-    ("scaled_by_base", "model.mup_base.hidden=128 model.sigma_reparam=true", None,
+    ("mup_conflicts", "model.mup_base.hidden=128 model.sigma_reparam=true", None,
      "model.sigma_reparam", "{f}=false"),
-    ("scaled_by_base", "model.mup_base.hidden=128 model.mup_zero_init=true model.qk_norm=head",
+    ("mup_conflicts", "model.mup_base.hidden=128 model.mup_zero_init=true model.qk_norm=head",
      None, "model.mup_zero_init", "{f}=false"),
-    ("scaled_by_base", "model.mup_base.hidden=128 model.attention_gate=head", None,
+    ("mup_conflicts", "model.mup_base.hidden=128 model.attention_gate=head", None,
      "model.attention_gate", "{f}=channel"),
     ("centred_stream", "model.norm=pre_rms model.norm_position=both", None,
      "model.norm_position", "{f}=before"),
     ("centred_stream", "model.norm=pre_rms model.norm_position=after", None,
      "model.norm_position", "model.norm=layer"),
-    ("bias_of_norms", "model.norm=crms model.norm_bias=true", None,
+    ("norm_bias", "model.norm=crms model.norm_bias=true", None,
      "model.norm_bias", "model.norm=pre_rms"),
-    ("bias_of_norms", "model.norm=crms model.norm_bias=true", None,
+    ("norm_bias", "model.norm=crms model.norm_bias=true", None,
      "model.norm_bias", "{f}=false"),
-    ("further_tokens", "train.seq_len=4 model.mtp=4", None, "model.mtp", "{f}=3"),
-    ("divisors_of_sizes", "model.heads=8 model.kv_heads=3", None, "model.kv_heads", "{f}=4"),
-    ("divisors_of_sizes", "model.heads=4 model.kv_heads=8", None, "model.kv_heads", "{f}=4"),
-    ("whole_quotients", "model.hidden=96 model.heads=5", None, "model.heads", "{f}=6"),
-    ("whole_quotients", "model.attention=mla model.hidden=81 model.heads=5", None,
+    ("mtp_length", "train.seq_len=4 model.mtp=4", None, "model.mtp", "{f}=3"),
+    ("group_divisors", "model.heads=8 model.kv_heads=3", None, "model.kv_heads", "{f}=4"),
+    ("group_divisors", "model.heads=4 model.kv_heads=8", None, "model.kv_heads", "{f}=4"),
+    ("integer_quotients", "model.hidden=96 model.heads=5", None, "model.heads", "{f}=6"),
+    ("integer_quotients", "model.attention=mla model.hidden=81 model.heads=5", None,
      "model.heads", "{f}=3"),
     ("gate_slices", "model.hidden=96 model.heads=5 model.head_dim=16 model.attention_gate=head",
      None, "model.heads", "{f}=6"),
@@ -83,19 +83,19 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
      "model.rope_slow", "{f}=31"),
     ("rope_scaling", "model.rope_scaling=llama3 model.rope_factor=2 model.rope_high=0.5", None,
      "model.rope_low", "model.rope_high=4"),
-    ("whole_quotients", "model.pattern=M model.mamba_head_dim=48", None,
+    ("integer_quotients", "model.pattern=M model.mamba_head_dim=48", None,
      "model.mamba_head_dim", "{f}=32"),
-    ("divisors_of_sizes", "model.pattern=M model.mamba_groups=3", None,
+    ("group_divisors", "model.pattern=M model.mamba_groups=3", None,
      "model.mamba_groups", "{f}=4"),
-    ("divisors_of_sizes", "model.pattern=M model.mamba_heads=6 model.mamba_groups=4", None,
+    ("group_divisors", "model.pattern=M model.mamba_heads=6 model.mamba_groups=4", None,
      "model.mamba_groups", "{f}=3"),
-    ("whole_quotients", "model.pattern=D model.delta_key_dim=48", None,
+    ("integer_quotients", "model.pattern=D model.delta_key_dim=48", None,
      "model.delta_key_dim", "{f}=32"),
-    ("whole_quotients", "model.pattern=D model.delta_key_dim=48", None,
+    ("integer_quotients", "model.pattern=D model.delta_key_dim=48", None,
      "model.delta_key_dim", "model.delta_heads=3"),
-    ("divisors_of_sizes", "model.pattern=G model.delta_key_heads=3", None,
+    ("group_divisors", "model.pattern=G model.delta_key_heads=3", None,
      "model.delta_key_heads", "{f}=2"),
-    ("divisors_of_sizes",
+    ("group_divisors",
      "model.mtp=1 model.mtp_pattern=G model.delta_heads=6 model.delta_key_heads=4",
      None, "model.delta_key_heads", "{f}=3"),
     ("routing", "model.pattern=E model.experts=4 model.top_k=5", None, "model.top_k", "{f}=4"),
@@ -149,16 +149,16 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("tensor_parallel", "parallel.tp=2", None, "parallel.tp", "model.vocab=258"),
     ("tensor_parallel", "parallel.tp=4 model.pattern=M- model.vocab=264 model.mamba_groups=2 "
      "model.ffn=702", None, "parallel.tp", "{f}=2"),
-    ("sequence_parts", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
+    ("sequence_shards", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
      "train.seq_len", "{f}=254"),
-    ("sequence_parts", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
+    ("sequence_shards", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,
      "train.seq_len", "parallel.sequence=false"),
-    ("sequence_parts", "parallel.cp=4 train.seq_len=252", None, "train.seq_len", "{f}=248"),
-    ("sequence_parts", "model.pattern=M- parallel.cp=3 parallel.zigzag=false", None,
+    ("sequence_shards", "parallel.cp=4 train.seq_len=252", None, "train.seq_len", "{f}=248"),
+    ("sequence_shards", "model.pattern=M- parallel.cp=3 parallel.zigzag=false", None,
      "train.seq_len", "{f}=255"),
-    ("sequence_parts", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
+    ("sequence_shards", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
      "train.seq_len", "{f}=248"),
-    ("sequence_parts", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
+    ("sequence_shards", "parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
      "train.seq_len", "parallel.sequence=false"),
     ("convolutions", "model.pattern=M- parallel.cp=8 train.seq_len=32", None,
      "train.seq_len", "{f}=48"),
@@ -167,14 +167,14 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("convolutions", "model.pattern=m parallel.cp=2 parallel.zigzag=false train.seq_len=4", None,
      "train.seq_len", "{f}=6"),
     *(
-        ("convolutions", f"{model} parallel.cp=2 train.seq_len=16", None, "train.seq_len", mend)
+        ("convolutions", f"{model} parallel.cp=2 train.seq_len=16", None, "train.seq_len", remedy)
         for model in ("model.attention_conv=6", "model.pattern=*G model.delta_conv=6",
                       "model.mtp=1 model.mtp_pattern=D model.delta_conv=6")
-        for mend in ("{f}=20", "parallel.cp=1")
+        for remedy in ("{f}=20", "parallel.cp=1")
     ),
     *(
-        ("ulysses", f"{given} parallel.context=ulysses", None, "parallel.cp", mend)
-        for given, mend in (
+        ("ulysses", f"{given} parallel.context=ulysses", None, "parallel.cp", remedy)
+        for given, remedy in (
             ("parallel.cp=8", "{f}=4"),
             ("parallel.cp=8", "parallel.context=ring"),
             ("parallel.cp=8", "parallel.context=allgather"),
@@ -187,8 +187,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
         )
     ),
     *(
-        ("ulysses_in_ring", f"{given} parallel.context=ring+ulysses", None, field, mend)
-        for given, field, mend in (
+        ("ulysses_in_ring", f"{given} parallel.context=ring+ulysses", None, field, remedy)
+        for given, field, remedy in (
             ("parallel.cp=2 model.hidden=96 model.heads=3", "parallel.context", "{f}=ring"),
             ("parallel.cp=4 model.hidden=96 model.heads=3", "parallel.context", "{f}=allgather"),
             ("parallel.cp=8 model.hidden=384 model.heads=12 model.kv_heads=6", "parallel.context",
@@ -200,8 +200,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
         )
     ),
     *(
-        ("recurrent_heads", f"{given} parallel.recurrence=heads", None, "parallel.cp", mend)
-        for given, mend in (
+        ("recurrent_heads", f"{given} parallel.recurrence=heads", None, "parallel.cp", remedy)
+        for given, remedy in (
             ("parallel.cp=16 model.pattern=M-", "{f}=8"),
             ("parallel.cp=16 model.pattern=M-", "parallel.recurrence=states"),
             ("parallel.cp=8 parallel.tp=2 model.pattern=M- model.vocab=264", "{f}=4"),
@@ -233,7 +233,7 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("schedule", "optimizer.schedule=wsd", None, "optimizer.decay", "{f}=100"),
     ("schedule", "optimizer.schedule=wsd optimizer.warmup=60 optimizer.decay=41", None,
      "optimizer.decay", "{f}=40"),
-    ("rates_of_muon", "optimizer.name=muon model.mup_base.hidden=128", None,
+    ("mup_optimizer", "optimizer.name=muon model.mup_base.hidden=128", None,
      "optimizer.name", "{f}=adamw"),
     ("decayed_rate", "optimizer.lr=1e-3 optimizer.min_lr=2e-3", None,
      "optimizer.min_lr", "{f}=0.001"),
@@ -247,15 +247,15 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "overrides", "ranks", "field", "mend"), RULE_CASES)
+@pytest.mark.parametrize(("name", "overrides", "ranks", "field", "remedy"), RULE_CASES)
 def test_a_rule(
-    faults: Faults, name: str, overrides: str, ranks: int | None, field: str, mend: str
+    faults: Faults, name: str, overrides: str, ranks: int | None, field: str, remedy: str
 ) -> None:
     (fault,) = faults(*overrides.split(), world_size=ranks)
     assert fault.field == field
-    mend = mend.format(f=field)
-    assert mend.partition("=")[0] in fault.remedy or field == mend.partition("=")[0]
-    assert faults(*overrides.split(), mend, world_size=ranks) == []
+    remedy = remedy.format(f=field)
+    assert remedy.partition("=")[0] in fault.remedy or field == remedy.partition("=")[0]
+    assert faults(*overrides.split(), remedy, world_size=ranks) == []
 
 
 def test_every_rule_has_a_case() -> None:
@@ -268,7 +268,7 @@ def test_every_rule_has_a_case() -> None:
         ("model.heads=8 model.kv_heads=3", None, "one of 1, 2, 4, 8"),
         ("model.pattern=*Z-Q", None, "`Z` at position 2, `Q` at position 4"),
         ("model.window=8 model.full_attention=[0,3,2]", None, "1 attentions, 0..0; take out 2, 3"),
-        ("model.rope_fraction=0.3", None, "of 64 channels it turns 19"),
+        ("model.rope_fraction=0.3", None, "of 64 channels it rotates 19"),
         ("model.pattern=E model.router_groups=4 model.router_top_groups=1 model.top_k=3", None,
          "hold 1 x 2 = 2 experts"),
         ("model.mup_base={hidden=130}", None, "in the base model.heads = 4: model.hidden = 130"),
@@ -283,7 +283,7 @@ def test_every_rule_has_a_case() -> None:
         ("parallel.cp=4 train.seq_len=252", None,
          "4 ranks share it in 8 segments; set it to 248 or 256"),
         ("parallel.tp=4 parallel.cp=2 model.vocab=264 train.seq_len=252", None,
-         "cuts each rank's part over parallel.tp = 4 ranks; set it to 248 or 256, or"),
+         "shards each rank's tokens over parallel.tp = 4 ranks; set it to 248 or 256, or"),
         ("model.pattern=M- parallel.cp=8 train.seq_len=32", None,
          "model.mamba_conv = 4 taps read 3 tokens of the segment before, and one of 16 segments "
          "has 2; set train.seq_len to at least 48, or parallel.cp to at most 4"),
@@ -306,11 +306,11 @@ def test_every_rule_has_a_case() -> None:
          "ring+ulysses with parallel.zigzag = true"),
         ("parallel.cp=2 parallel.zigzag=false model.hidden=96 model.heads=3", None,
          "more work in attention; set it to true"),
-        ("parallel.pp=2 model.residual=ladder", None, "ladder, which hands two tensors on"),
+        ("parallel.pp=2 model.residual=ladder", None, "ladder, whose stages send two tensors"),
         ("train.global_batch=40", 2, "8 x 2 = 16; set train.global_batch to 32 or 48"),
     ],
 )  # fmt: skip
-def test_a_remedy_has_the_numbers(
+def test_a_remedy_contains_the_numbers(
     faults: Faults, overrides: str, ranks: int | None, words: str
 ) -> None:
     (fault,) = faults(*overrides.split(), world_size=ranks)
@@ -339,7 +339,7 @@ def test_a_remedy_has_the_numbers(
         "model.pattern=M- parallel.cp=8 parallel.recurrence=heads model.mamba_groups=2",
     ],
 )
-def test_what_a_rule_lets_pass(faults: Faults, overrides: str) -> None:
+def test_recipes_that_the_rules_accept(faults: Faults, overrides: str) -> None:
     assert faults(*overrides.split()) == []
 
 
@@ -355,7 +355,7 @@ def test_what_a_rule_lets_pass(faults: Faults, overrides: str) -> None:
         ("model.pattern=*Z model.mup_base={hidden=128}", "model.pattern"),
     ],
 )  # fmt: skip
-def test_one_mistake_is_one_fault(faults: Faults, overrides: str, field: str) -> None:
+def test_one_mistake_is_reported_once(faults: Faults, overrides: str, field: str) -> None:
     assert [fault.field for fault in faults(*overrides.split())] == [field]
 
 
@@ -367,18 +367,23 @@ def test_without_ranks_the_rules_about_them_are_skipped(faults: Faults) -> None:
 
 
 def test_layouts_and_batches_are_valid_exactly_when_they_divide() -> None:
-    draw = random.Random(0)
+    generator = random.Random(0)
     for _ in range(500):
-        world, replicate, shard = (draw.choice((1, 2, 3, 4, 6, 8)) for _ in range(3))
-        rows, micro = draw.choice((4, 8, 12, 16, 24, 48)), draw.choice((1, 2, 3, 4))
+        world, replicate, shard = (generator.choice((1, 2, 3, 4, 6, 8)) for _ in range(3))
+        rows = generator.choice((4, 8, 12, 16, 24, 48))
+        micro = generator.choice((1, 2, 3, 4))
         recipe = Recipe.model_validate(
             {
-                "parallel": {"dp_replicate": replicate, "dp_shard": draw.choice((shard, None))},
+                "parallel": {
+                    "dp_replicate": replicate,
+                    "dp_shard": generator.choice((shard, None)),
+                },
                 "train": {"global_batch": rows, "micro_batch": micro},
             }
         )
         fixed = recipe.parallel.dp_shard
         fits = any(replicate * s == world for s in ([fixed] if fixed else range(1, world + 1)))
-        whole = any(micro * (world if fits else 1) * n == rows for n in range(1, rows + 1))
-        told = {fault.field.partition(".")[0] for fault in validate(recipe, world)}
-        assert told == ({"parallel"} if not fits else set()) | ({"train"} if not whole else set())
+        divides = any(micro * (world if fits else 1) * n == rows for n in range(1, rows + 1))
+        tables = {fault.field.partition(".")[0] for fault in validate(recipe, world)}
+        expected = {"parallel"} if not fits else set()
+        assert tables == expected | ({"train"} if not divides else set())

@@ -1,4 +1,4 @@
-"""What is valid of exchanges of heads: rules against formulas, on random numbers."""
+"""Validation of all-to-all exchanges of heads: the rules against formulas, on random sizes."""
 
 import random
 from typing import Any
@@ -10,14 +10,15 @@ from colonnade.launcher.recipe.validate import validate
 from colonnade.parallel.config import ParallelConfig
 
 
-def test_heads_are_exchanged_exactly_when_every_rank_gets_as_many() -> None:
-    draw = random.Random(0)
+def test_an_exchange_of_heads_is_valid_exactly_if_every_rank_gets_equally_many() -> None:
+    generator = random.Random(0)
     refused = 0
     for _ in range(200):
-        tp, cp, groups = draw.choice((1, 2, 4)), draw.choice((2, 3, 4, 6, 8)), draw.choice((1, 2))
-        kv = draw.choice((1, 2, 3, 4, 6, 8))
-        heads = kv * draw.choice((1, 2, 3, 4))
-        own, shared = heads // tp, max(1, kv // tp)
+        tp, cp = generator.choice((1, 2, 4)), generator.choice((2, 3, 4, 6, 8))
+        groups = generator.choice((1, 2))
+        kv = generator.choice((1, 2, 3, 4, 6, 8))
+        heads = kv * generator.choice((1, 2, 3, 4))
+        local_heads, local_kv = heads // tp, max(1, kv // tp)
         if heads % tp or (kv % tp and tp % kv):
             continue
         recipe = Recipe.model_validate(
@@ -29,13 +30,13 @@ def test_heads_are_exchanged_exactly_when_every_rank_gets_as_many() -> None:
                 "train": {"seq_len": 24 * 24},
             }
         )  # fmt: skip
-        in_group = max(1, groups // tp)
-        wrong = own % cp > 0 or (shared % cp > 0 and cp % shared > 0)
-        wrong_state = 8 * groups // tp % cp > 0 or (in_group % cp > 0 and cp % in_group > 0)
-        told = [f.remedy for f in validate(recipe, None)]
-        assert any("parallel.context = ulysses" in t for t in told) == wrong
-        assert any("parallel.recurrence = heads" in t for t in told) == wrong_state
-        assert len(told) == wrong + wrong_state
+        local_groups = max(1, groups // tp)
+        wrong = local_heads % cp > 0 or (local_kv % cp > 0 and cp % local_kv > 0)
+        wrong_state = 8 * groups // tp % cp > 0 or (local_groups % cp > 0 and cp % local_groups > 0)
+        remedies = [f.remedy for f in validate(recipe, None)]
+        assert any("parallel.context = ulysses" in r for r in remedies) == wrong
+        assert any("parallel.recurrence = heads" in r for r in remedies) == wrong_state
+        assert len(remedies) == wrong + wrong_state
         refused += wrong
     assert 20 < refused < 150
 
@@ -56,5 +57,5 @@ def test_heads_are_exchanged_exactly_when_every_rank_gets_as_many() -> None:
         ({"cp": 1, "context": "ring+ulysses"}, 8, 1),
     ],
 )
-def test_ranks_that_exchange_heads(given: dict[str, Any], heads: int, degree: int) -> None:
+def test_the_degree_of_ulysses(given: dict[str, Any], heads: int, degree: int) -> None:
     assert ParallelConfig.model_validate(given).ulysses_degree(heads) == degree

@@ -1,7 +1,7 @@
-"""Hugging Face's models as oracles: all their arithmetic in fp64, their tensors under our names.
+"""Hugging Face models as oracles: computed in fp64, with tensors converted to native names.
 
-with fp64(): theirs = LlamaForCausalLM(config)
-assert_same_function(theirs, seed=1)
+with fp64(): hf_model = LlamaForCausalLM(config)
+assert_same_function(hf_model, seed=1)
 """
 
 import json
@@ -19,19 +19,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from colonnade.launcher.convert.huggingface.families import family_of
-from colonnade.launcher.convert.huggingface.family import Family, to_ours, to_theirs
+from colonnade.launcher.convert.huggingface.family import Family, from_hf, to_hf
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 
-# transformers takes these wherever they are installed, and they cannot run fp64 on a CPU: the test
-# process does not see them. Import this file before transformers.
+# transformers uses these packages if they are installed, and they cannot run fp64 on a CPU, so they
+# are hidden from the test process. Import this file before transformers.
 for name in ("mamba_ssm", "causal_conv1d", "fla"):
     sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _Lifted(TorchFunctionMode):
-    """Every cast to fp32 becomes one to fp64; an fp32 result that still appears is an error."""
+    """Turns every cast to fp32 into one to fp64; any fp32 result that remains is an error."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -50,10 +50,10 @@ class _Lifted(TorchFunctionMode):
 
 @contextmanager
 def fp64() -> Iterator[None]:
-    """Build and run a transformers model inside this: it computes in fp64 throughout.
+    """Makes a transformers model that is built and run inside compute in fp64 throughout.
 
     Its modules cast rotary angles, norms, softmax and router to fp32 whatever their parameters'
-    dtype, which would leave errors of 1e-7. Backward passes need no cover: autograd keeps dtypes.
+    dtype, which would cause errors of 1e-7. Backward needs no such cast: autograd keeps dtypes.
     """
     assert not torch.is_autocast_enabled("cpu")
     before = torch.get_default_dtype()
@@ -67,8 +67,11 @@ def fp64() -> Iterator[None]:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Weights with which no parameter hides: norms and D off 1, biases off 0, decays slow enough
-    that a state is carried over many tokens. Biases of routers are state, and random as well."""
+    """Draws weights under which every parameter matters.
+
+    Norms and D differ from 1 and biases from 0; decays are slow enough for a state to last many
+    tokens. Biases of routers are state, not parameters, and random as well.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith("A_log") or name.endswith("dt_bias"):
@@ -89,9 +92,9 @@ class Case:
     Attributes:
         name: of the test.
         symbols: of the pattern.
-        options: what is switched on, in words.
-        oracle: what it is compared with.
-        build: makes the oracle, inside of `fp64()`.
+        options: the tested options, in words.
+        oracle: name of the model that it is compared with.
+        build: returns the oracle, built inside `fp64()`.
     """
 
     name: str
@@ -101,50 +104,50 @@ class Case:
     build: Callable[[], Any]
 
     def __str__(self) -> str:
-        """The test's id."""
+        """Returns the id of the test."""
         return self.name
 
 
-def family(theirs: nn.Module) -> Family:
-    """The map of this transformers model."""
-    return family_of(type(theirs).__name__)
+def family(hf_model: nn.Module) -> Family:
+    """Returns the family of a transformers model."""
+    return family_of(type(hf_model).__name__)
 
 
-def our_config(theirs: Any) -> ModelConfig:
-    """Our config of this transformers model, which has no modules for further tokens."""
-    config = family(theirs).config_from(theirs.config.to_dict())
+def native_config(hf_model: Any) -> ModelConfig:
+    """Returns the native config of a transformers model, without multi-token prediction."""
+    config = family(hf_model).config_from_hf(hf_model.config.to_dict())
     return config.model_copy(update={"mtp": 0})
 
 
-def in_our_names(
-    values: Mapping[str, Tensor], config: ModelConfig, theirs: nn.Module, state: bool = False
+def in_native_names(
+    values: Mapping[str, Tensor], config: ModelConfig, hf_model: nn.Module, state: bool = False
 ) -> dict[str, Tensor]:
-    """Parameters or gradients of `theirs` (with `state`, its state_dict) as our decoder's."""
-    return to_ours(family(theirs), config, values, state=state)
+    """Converts parameters or gradients of a transformers model (with `state`, its state_dict)."""
+    return from_hf(family(hf_model), config, values, state=state)
 
 
 def empty(config: ModelConfig) -> Decoder:
-    """Our model in fp64, its weights yet to be filled; computes its loss seven tokens at a time."""
+    """Returns an fp64 decoder with uninitialised weights; its loss has chunks of 7 tokens."""
     with torch.device("meta"):
         model = Decoder(config, loss_chunk=7)
     return model.to(torch.float64).to_empty(device="cpu")
 
 
 def decoder(config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
-    """Our model in fp64 with these weights."""
+    """Returns an fp64 decoder with these weights."""
     model = empty(config)
-    model.load_state_dict(dict(weights))  # strict: names and shapes agree, or it raises
+    model.load_state_dict(dict(weights))  # strict: raises unless names and shapes agree
     return model
 
 
-def copied(config: ModelConfig, theirs: Any, seed: int) -> Decoder:
-    """Random weights for theirs; ours with the same."""
-    randomise(theirs, seed)
-    return decoder(config, in_our_names(theirs.state_dict(), config, theirs, state=True))
+def with_random_weights(config: ModelConfig, hf_model: Any, seed: int) -> Decoder:
+    """Draws random weights for a transformers model; returns a decoder with the same weights."""
+    randomise(hf_model, seed)
+    return decoder(config, in_native_names(hf_model.state_dict(), config, hf_model, state=True))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's gradient, by name; one that has none is an error."""
+    """Returns the gradient of every parameter by name; fails if one has none."""
     named = {}
     for name, p in model.named_parameters():
         assert p.grad is not None, f"{name} has no gradient"
@@ -152,77 +155,80 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-S, B = 41, 4  # of the data below
+S, B = 41, 4  # shape of the data that `data` returns
 
 
 def data(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, `[S, B]`, a fifth of the labels without loss."""
+    """Returns random tokens and labels, `[S, B]`; a fifth of the labels have no loss."""
     g = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(vocab, (2, S, B), generator=g)
     return tokens, labels.where(torch.rand(S, B, generator=g) > 0.2, -100)
 
 
-def whole_rows(groups: float = 1.0) -> Context:
-    """Every row is one document."""
+def one_document_per_row(groups: float = 1.0) -> Context:
+    """Returns a context in which every row is one document."""
     return Context(torch.arange(S)[:, None].expand(S, B), groups=groups)
 
 
-def run_theirs(theirs: Any, tokens: Tensor) -> Any:
-    """Their output, over `[B, S]` as they have it."""
+def run_hf(hf_model: Any, tokens: Tensor) -> Any:
+    """Runs a transformers model in fp64 on tokens `[S, B]`, which it takes as `[B, S]`."""
     with fp64():
-        return theirs(tokens.T)
+        return hf_model(tokens.T)
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over valid labels, of their `[B, S, V]` logits."""
+    """Returns the mean cross entropy over valid labels, of `[B, S, V]` logits."""
     return F.cross_entropy(logits.flatten(0, 1), labels.T.flatten(), ignore_index=-100)
 
 
-def assert_same_function(theirs: Any, seed: int) -> None:
-    """Ours, by its maps, has the logits, the loss and all gradients of `theirs`."""
-    config = our_config(theirs)
-    ours = copied(config, theirs, seed)
+def assert_same_function(hf_model: Any, seed: int) -> None:
+    """Checks that the converted model has the same logits, loss and gradients."""
+    config = native_config(hf_model)
+    native = with_random_weights(config, hf_model, seed)
     tokens, labels = data(config.vocab, seed)
 
-    logits = run_theirs(theirs, tokens).logits
+    logits = run_hf(hf_model, tokens).logits
     with torch.no_grad():
-        mine = {"logits": ours(tokens, whole_rows())}
-    assert_equal(mine, {"logits": logits.detach().transpose(0, 1)})
+        actual = {"logits": native(tokens, one_document_per_row())}
+    assert_equal(actual, {"logits": logits.detach().transpose(0, 1)})
 
     loss = mean_loss(logits, labels)
     loss.backward()
-    my_loss = ours(tokens, whole_rows(), labels)[0] / (labels != -100).sum()
-    my_loss.backward()
-    assert_equal({"loss": my_loss.detach()}, {"loss": loss.detach()})
-    assert_equal(gradients(ours), in_our_names(gradients(theirs), config, theirs))
+    native_loss = native(tokens, one_document_per_row(), labels)[0] / (labels != -100).sum()
+    native_loss.backward()
+    assert_equal({"loss": native_loss.detach()}, {"loss": loss.detach()})
+    assert_equal(gradients(native), in_native_names(gradients(hf_model), config, hf_model))
 
 
-def assert_config_round_trip(theirs: Any) -> None:
-    """Our config written as theirs is read as the same model, by us and by transformers."""
-    config = our_config(theirs)
-    written = json.loads(json.dumps(family(theirs).config_to(config)))
-    assert family(theirs).config_from(written) == config
+def assert_config_round_trip(hf_model: Any) -> None:
+    """Checks that native code and transformers read a written config as the same model."""
+    config = native_config(hf_model)
+    written = json.loads(json.dumps(family(hf_model).config_to_hf(config)))
+    assert family(hf_model).config_from_hf(written) == config
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with fp64():
-        again = type(theirs)(type(theirs.config).from_dict(written, **eager))
-        again.load_state_dict(theirs.state_dict())  # the same names and shapes
+        rebuilt = type(hf_model)(type(hf_model.config).from_dict(written, **eager))
+        rebuilt.load_state_dict(hf_model.state_dict())  # the same names and shapes
     tokens, _ = data(config.vocab, seed=0)
     with torch.no_grad():
-        logits = [{"logits": run_theirs(model, tokens).logits} for model in (again, theirs)]
+        logits = [{"logits": run_hf(model, tokens).logits} for model in (rebuilt, hf_model)]
     assert_equal(*logits)
 
 
-def assert_weight_round_trips(theirs: Any, dtype: torch.dtype) -> None:
-    """Theirs to ours and back, as in memory and as in a checkpoint, gives the same bits."""
-    config, table = our_config(theirs), family(theirs)
-    weights = {name: t.to(dtype) for name, t in theirs.state_dict().items()}
+def assert_weight_round_trips(hf_model: Any, dtype: torch.dtype) -> None:
+    """Checks that weights survive conversion from Hugging Face and back bit for bit.
+
+    Both with tensors as in transformers' memory and as in a checkpoint.
+    """
+    config, table = native_config(hf_model), family(hf_model)
+    weights = {name: t.to(dtype) for name, t in hf_model.state_dict().items()}
     weights = {n: t for n, t in weights.items() if n not in table.copies(config)}
-    ours = to_ours(table, config, weights)
+    native = from_hf(table, config, weights)
     for packed, expected in ((True, weights), (False, None)):
-        back = to_theirs(table, config, ours, packed=packed)
+        back = to_hf(table, config, native, packed=packed)
         assert expected is None or _same_bits(back, expected)
-        assert _same_bits(to_ours(table, config, back), ours)
+        assert _same_bits(from_hf(table, config, back), native)
 
 
 def _same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

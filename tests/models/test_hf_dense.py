@@ -1,4 +1,4 @@
-"""Llama 3, Qwen3 and OLMo-2 equal Hugging Face's in fp64: logits, loss, gradients; both maps."""
+"""Llama 3, Qwen3 and OLMo-2 against transformers in fp64: conversion of configs and weights."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from colonnade.launcher.convert.huggingface.families import family_of
-from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours
+from colonnade.launcher.convert.huggingface.family import Unsupported, from_hf
 from colonnade.models.config import ModelConfig
 
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
@@ -32,7 +32,7 @@ YARN = {
 
 
 def shape(rope: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A tiny transformer of odd sizes."""
+    """Returns the config of a tiny transformer with odd sizes."""
     return {
         "vocab_size": 97, "hidden_size": 20, "intermediate_size": 23, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-4,
@@ -42,25 +42,25 @@ def shape(rope: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def llama(rope: dict[str, Any] = PLAIN, **more: Any) -> Any:
-    """Head width that is not hidden / heads."""
+    """Builds a Llama whose head width is not hidden / heads."""
     with fp64():
         return LlamaForCausalLM(LlamaConfig(**shape(rope, **{"head_dim": 8, **more})))
 
 
 def qwen3(rope: dict[str, Any] = PLAIN, **more: Any) -> Any:
-    """Norms of queries and keys in each head."""
+    """Builds a Qwen3, which has QK-norm in each head."""
     with fp64():
         return Qwen3ForCausalLM(Qwen3Config(**shape(rope, **{"head_dim": 6, **more})))
 
 
 def olmo2(rope: dict[str, Any] = PLAIN, **more: Any) -> Any:
-    """Head width hidden / heads."""
+    """Builds an OLMo-2 whose head width is hidden / heads."""
     with fp64():
         return Olmo2ForCausalLM(Olmo2Config(**shape(rope, **{"hidden_size": 24, **more})))
 
 
 def case(name: str, options: str, model: str, build: Any) -> Case:
-    """All of these are rows of attention and MLP."""
+    """Returns a case whose row is attention and MLPs."""
     return Case(name, "*-", options, f"transformers {model}", build)
 
 
@@ -116,13 +116,13 @@ LLAMA_31 = {
 
 
 def test_transformers_4_spelling() -> None:
-    c = family_of("LlamaForCausalLM").config_from(LLAMA_31)
+    c = family_of("LlamaForCausalLM").config_from_hf(LLAMA_31)
     assert (c.symbols, c.hidden, c.ffn, c.vocab) == ("*-" * 32, 4096, 14336, 128256)
     assert (c.heads, c.kv_heads, c.norm_eps, c.activation) == (32, 8, 1e-5, "swiglu")
     rope = c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original, c.rope_low, c.rope_high
     assert rope == (500000.0, "llama3", 8.0, 8192, 1.0, 4.0)
     old = LLAMA_31 | {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    c = family_of("LlamaForCausalLM").config_from(old)
+    c = family_of("LlamaForCausalLM").config_from_hf(old)
     assert (c.rope_scaling, c.rope_factor) == ("linear", 2.0)
 
 
@@ -153,7 +153,7 @@ REFUSED = [
 @pytest.mark.parametrize(("field", "change"), REFUSED, ids=[str(c) for _, c in REFUSED])
 def test_unknown_fields_are_refused(field: str, change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of("LlamaForCausalLM").config_from(LLAMA_31 | change)
+        family_of("LlamaForCausalLM").config_from_hf(LLAMA_31 | change)
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field} = ")
     assert caught.value.remedy
@@ -175,27 +175,27 @@ def test_unknown_fields_are_refused(field: str, change: dict[str, Any]) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_ours_that_they_cannot_represent(field: str, change: dict[str, Any]) -> None:
+def test_native_fields_that_llama_cannot_represent(field: str, change: dict[str, Any]) -> None:
     config = ModelConfig(**({"pattern": "*-", "repeat": 2} | change))
     with pytest.raises(Unsupported) as caught:
-        family_of("LlamaForCausalLM").config_to(config)
+        family_of("LlamaForCausalLM").config_to_hf(config)
     assert caught.value.field == field
 
 
 def test_training_fields_need_no_counterpart() -> None:
     config = ModelConfig(pattern="*-*-", logit_z=1e-4, balance=0.3, mamba_chunk=64, experts=7)
-    family_of("LlamaForCausalLM").config_to(config)
+    family_of("LlamaForCausalLM").config_to_hf(config)
 
 
-def test_every_tensor_finds_its_place_once() -> None:
-    theirs = llama()
-    table, config = oracle.family(theirs), oracle.our_config(theirs)
-    weights = dict(theirs.state_dict())
+def test_missing_unknown_and_misshapen_tensors_are_refused() -> None:
+    hf_model = llama()
+    table, config = oracle.family(hf_model), oracle.native_config(hf_model)
+    weights = dict(hf_model.state_dict())
     name = "model.layers.1.mlp.up_proj.weight"
 
     def refused(changed: dict[str, torch.Tensor], field: str) -> None:
         with pytest.raises(Unsupported) as caught:
-            to_ours(table, config, changed)
+            from_hf(table, config, changed)
         assert caught.value.field == field
 
     refused({n: t for n, t in weights.items() if n != name}, name)
@@ -205,23 +205,23 @@ def test_every_tensor_finds_its_place_once() -> None:
             "model.layers.3.mlp.up_proj.weight")  # fmt: skip
     refused(weights | {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)},
             "model.layers.1.self_attn.q_proj.bias")  # fmt: skip
-    to_ours(
+    from_hf(
         table, config, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     )
 
 
-def test_a_tied_head_may_be_there_if_equal() -> None:
-    theirs = llama(tie_word_embeddings=True)
-    table, config = oracle.family(theirs), oracle.our_config(theirs)
-    weights = dict(theirs.state_dict())
+def test_a_tied_head_may_be_in_a_checkpoint_if_equal() -> None:
+    hf_model = llama(tie_word_embeddings=True)
+    table, config = oracle.family(hf_model), oracle.native_config(hf_model)
+    weights = dict(hf_model.state_dict())
     assert "lm_head.weight" in weights
-    ours = to_ours(table, config, weights)
+    native = from_hf(table, config, weights)
     without = {n: t for n, t in weights.items() if n != "lm_head.weight"}
-    assert to_ours(table, config, without).keys() == ours.keys()
+    assert from_hf(table, config, without).keys() == native.keys()
     with pytest.raises(Unsupported, match=r"lm_head\.weight"):
-        to_ours(table, config, weights | {"lm_head.weight": weights["lm_head.weight"] + 1})
+        from_hf(table, config, weights | {"lm_head.weight": weights["lm_head.weight"] + 1})
 
 
-def test_an_unknown_architecture_tells_near_ones() -> None:
+def test_the_error_for_an_unknown_architecture_names_similar_ones() -> None:
     with pytest.raises(Unsupported, match="Qwen3ForCausalLM"):
         family_of("Qwen33ForCausalLM")

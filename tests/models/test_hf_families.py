@@ -1,4 +1,4 @@
-"""Every family of Hugging Face's: the same function as theirs, and maps that lose nothing."""
+"""Every Hugging Face family: the converted model computes the same, and maps lose nothing."""
 
 import oracle
 import pytest

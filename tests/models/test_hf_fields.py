@@ -1,8 +1,8 @@
-"""Every field of every family's config, off its value: read as transformers reads it, or refused.
+"""Changes every field of every family's config: it is read as transformers reads it, or refused.
 
-The oracle is transformers: it makes a model of the changed config, and its logits say whether the
-field matters. Ours either has the same logits, or refuses the field by name; where nothing of our
-config changes, neither do transformers' logits.
+The oracle is transformers: it builds a model of the changed config, and its logits show whether the
+field matters. The native model either has the same logits, or refuses the field by name; where the
+native config does not change, neither do transformers' logits.
 """
 
 import copy
@@ -22,7 +22,7 @@ from test_hf_moe import deepseek, mixtral, qwen3_moe
 from torch import Tensor
 from transformers.generation import GenerationConfig
 
-from colonnade.launcher.convert.huggingface.config import function_of
+from colonnade.launcher.convert.huggingface.config import function_fields
 from colonnade.launcher.convert.huggingface.family import Unsupported
 from colonnade.launcher.convert.huggingface.fields import HARMLESS
 from colonnade.models.config import ModelConfig
@@ -34,8 +34,14 @@ BUILDS: dict[str, Any] = {
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", BUILDS)
-# How to run, not what: our tests choose these.
-RUN = {"attn_implementation", "experts_implementation", "architectures", "model_type", "dtype"}
+# Fields about execution, which the tests set themselves.
+EXECUTION_FIELDS = {
+    "attn_implementation",
+    "experts_implementation",
+    "architectures",
+    "model_type",
+    "dtype",
+}
 CHOICES: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "relu"], "mlp_hidden_act": ["silu", "tanh"], 
     "mamba_hidden_act": ["gelu"],
@@ -51,8 +57,8 @@ CHOICES: dict[str, list[Any]] = {
         {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 0.5},
     ],
 }  # fmt: skip
-# Beside what transformers' classes have: what older folders have, and other families.
-OLD: dict[str, list[Any]] = {
+# Fields that transformers' classes do not have: of older folders, and of other families.
+FOREIGN: dict[str, list[Any]] = {
     "rope_theta": [33.0], "partial_rotary_factor": [0.5, 1.0], "rope_scaling": [
         None, {"type": "linear", "factor": 3.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
@@ -73,7 +79,7 @@ OLD: dict[str, list[Any]] = {
 
 
 def values_of(name: str, value: Any) -> Iterator[Any]:
-    """Values of a field that are not this one."""
+    """Yields values of a field that differ from the given one."""
     if name in CHOICES:
         yield from (choice for choice in CHOICES[name] if choice != value)
     elif isinstance(value, bool):
@@ -90,53 +96,58 @@ def values_of(name: str, value: Any) -> Iterator[Any]:
 
 
 def changes(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each field of this config at other values, and others beside it."""
+    """Yields each field of a config with other values, and the foreign fields."""
     for name, value in given.items():
-        if name not in RUN:
+        if name not in EXECUTION_FIELDS:
             yield from ((name, other) for other in values_of(name, value))
-    for name, others in OLD.items():
+    for name, others in FOREIGN.items():
         yield from ((name, other) for other in others if (name, other) not in given.items())
 
 
-def made(theirs: Any, config: dict[str, Any]) -> Any:
-    """Transformers' model of another config (it alters tables in place); None if it makes none."""
+def built(hf_model: Any, config: dict[str, Any]) -> Any:
+    """Returns transformers' model of a config, or None if it refuses the config.
+
+    The config is with_random_weights, because transformers alters its tables in place.
+    """
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     try:
         with fp64():
-            return type(theirs)(type(theirs.config).from_dict(copy.deepcopy(config), **eager))
-    except Exception:  # whatever is wrong with it
+            return type(hf_model)(type(hf_model.config).from_dict(copy.deepcopy(config), **eager))
+    except Exception:  # transformers raises errors of many types
         return None
 
 
-def logits_of(theirs: Any, tokens: Tensor) -> Tensor | None:
-    """Transformers' logits in evaluation; None if it cannot."""
+def logits_of(hf_model: Any, tokens: Tensor) -> Tensor | None:
+    """Returns transformers' logits in evaluation mode, or None if it fails."""
     try:
         with torch.no_grad():
-            return oracle.run_theirs(theirs.eval(), tokens).logits
-    except Exception:  # a config that it takes, and does not run
+            return oracle.run_hf(hf_model.eval(), tokens).logits
+    except Exception:  # a config that transformers accepts and cannot run
         return None
 
 
-def ours_or_refusal(theirs: Any, config: dict[str, Any]) -> ModelConfig | Unsupported:
+def config_or_refusal(hf_model: Any, config: dict[str, Any]) -> ModelConfig | Unsupported:
+    """Returns the native config, or the error by which it is refused."""
     try:
-        return oracle.family(theirs).config_from(config).model_copy(update={"mtp": 0})
+        return oracle.family(hf_model).config_from_hf(config).model_copy(update={"mtp": 0})
     except Unsupported as error:
         return error
 
 
 def differing(a: ModelConfig, b: ModelConfig) -> dict[str, Any]:
-    """What decides the function of one and is another in the other."""
-    one, two = function_of(a), function_of(b)
-    return {n: (one.get(n), two.get(n)) for n in one | two if one.get(n) != two.get(n)}
+    """Returns the fields that decide the function in which two configs differ."""
+    fields_a, fields_b = function_fields(a), function_fields(b)
+    names = [n for n in fields_a | fields_b if fields_a.get(n) != fields_b.get(n)]
+    return {n: (fields_a.get(n), fields_b.get(n)) for n in names}
 
 
-def difference(theirs: Any, changed: dict[str, Any], tokens: Tensor) -> str | None:
-    """How ours of this config differs from transformers'; None where they are equal.
+def difference(hf_model: Any, changed: dict[str, Any], tokens: Tensor) -> str | None:
+    """Returns how the native model of this config differs from transformers'; None: they are equal.
 
-    So it is where one of both has no such model: a field is refused by its name (tested below),
-    sizes that do not fit each other by the rules of recipes.
+    Also None if one of the two cannot be built: a field is refused by its name (tested below), or
+    sizes contradict each other by the rules of recipes.
     """
-    config, other = ours_or_refusal(theirs, changed), made(theirs, changed)
+    config, other = config_or_refusal(hf_model, changed), built(hf_model, changed)
     if isinstance(config, Unsupported) or other is None:
         return None
     oracle.randomise(other, seed=1)
@@ -144,9 +155,11 @@ def difference(theirs: Any, changed: dict[str, Any], tokens: Tensor) -> str | No
         return None
     context = Context(torch.arange(len(tokens))[:, None].expand_as(tokens))
     try:
-        ours = oracle.decoder(config, oracle.in_our_names(other.state_dict(), config, theirs, True))
+        native = oracle.decoder(
+            config, oracle.in_native_names(other.state_dict(), config, hf_model, True)
+        )
         with torch.no_grad():
-            logits = ours(tokens, context)
+            logits = native(tokens, context)
         assert_equal({"logits": logits}, {"logits": expected.transpose(0, 1)})
     except (AssertionError, Unsupported) as error:
         return str(error)
@@ -157,40 +170,40 @@ def difference(theirs: Any, changed: dict[str, Any], tokens: Tensor) -> str | No
 
 @each
 def test_every_field(name: str) -> None:
-    theirs = BUILDS[name]()
-    given, tokens = theirs.config.to_dict(), oracle.data(90, seed=1)[0][:12, :2]
-    assert isinstance(ours_or_refusal(theirs, given), ModelConfig)
-    free = HARMLESS | oracle.family(theirs).harmless
-    harmless = {field: value for field, value in changes(given) if field in free and value}
-    harmless.pop("return_dict", None)  # a tuple in place of a record
-    single = [{f: value} for f, value in changes(given) if f not in free]
-    found = {
+    hf_model = BUILDS[name]()
+    given, tokens = hf_model.config.to_dict(), oracle.data(90, seed=1)[0][:12, :2]
+    assert isinstance(config_or_refusal(hf_model, given), ModelConfig)
+    ignored = HARMLESS | oracle.family(hf_model).harmless
+    harmless = {field: value for field, value in changes(given) if field in ignored and value}
+    harmless.pop("return_dict", None)  # it makes transformers return a tuple
+    single = [{f: value} for f, value in changes(given) if f not in ignored]
+    differences = {
         str(change): message
         for change in [harmless, *single]
-        if (message := difference(theirs, given | change, tokens))
+        if (message := difference(hf_model, given | change, tokens))
     }
-    assert not found
+    assert not differences
 
 
 @each
 def test_every_absent_field(name: str) -> None:
-    """What holds where a field is absent is what transformers' class takes, or it is refused."""
-    theirs = BUILDS[name]()
-    given, wrong = theirs.config.to_dict(), []
+    """The value of an absent field is the default of transformers' class, or it is refused."""
+    hf_model = BUILDS[name]()
+    given, wrong = hf_model.config.to_dict(), []
     for field in given:
         config = {n: v for n, v in given.items() if n != field}
-        ours = ours_or_refusal(theirs, config)
-        if isinstance(ours, Unsupported) or field in RUN:
+        native = config_or_refusal(hf_model, config)
+        if isinstance(native, Unsupported) or field in EXECUTION_FIELDS:
             continue
         try:
-            full = type(theirs.config).from_dict(copy.deepcopy(config)).to_dict()
-        except StrictDataclassError:  # sizes that do not fit each other
+            full = type(hf_model.config).from_dict(copy.deepcopy(config)).to_dict()
+        except StrictDataclassError:  # sizes that contradict each other
             continue
-        expected = ours_or_refusal(theirs, full)
+        expected = config_or_refusal(hf_model, full)
         if isinstance(expected, Unsupported):
             wrong.append(f"{field}: read without it, and refused at its default: {expected}")
-        elif found := differing(ours, expected):
-            wrong.append(f"{field}: {found}")
+        elif differences := differing(native, expected):
+            wrong.append(f"{field}: {differences}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -199,16 +212,16 @@ def test_every_absent_field(name: str) -> None:
     "value", ["text", -1, 0, 1.5, True, [], ["x"], {}, {"x": 1}, [None]], ids=str
 )
 def test_a_field_of_another_type(name: str, value: Any) -> None:
-    """It is refused by name with a remedy, or it is a config: never another exception."""
-    theirs = BUILDS[name]()
-    given = theirs.config.to_dict()
-    for field in {*given, *OLD}:
-        result = ours_or_refusal(theirs, given | {field: value})
+    """The field is refused by name with a remedy, or accepted: never another exception."""
+    hf_model = BUILDS[name]()
+    given = hf_model.config.to_dict()
+    for field in {*given, *FOREIGN}:
+        result = config_or_refusal(hf_model, given | {field: value})
         if isinstance(result, Unsupported):
             assert result.field
             assert result.remedy
 
 
-def test_what_transformers_drops_is_harmless() -> None:
-    """Settings of text generation, which older folders have in config.json."""
+def test_settings_of_text_generation_are_harmless() -> None:
+    """Older folders have them in config.json, and transformers drops them."""
     assert set(GenerationConfig._get_default_generation_params()) <= HARMLESS

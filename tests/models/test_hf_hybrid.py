@@ -1,4 +1,4 @@
-"""Nemotron-H and Qwen3-Next equal Hugging Face's in fp64: logits, loss, gradients; both maps."""
+"""Nemotron-H and Qwen3-Next against transformers in fp64: conversion of configs and weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from transformers import (
 )
 
 from colonnade.launcher.convert.huggingface.families import family_of
-from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours, to_theirs
+from colonnade.launcher.convert.huggingface.family import Unsupported, from_hf, to_hf
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 
 
 def nemotron(pattern: str, **more: Any) -> Any:
-    """Odd widths. At `time_step_min` transformers holds dt, which Nemotron-H itself does not."""
+    """Builds a Nemotron-H of odd widths.
+
+    `time_step_min` is so small that transformers clamps no dt, as Nemotron-H's own code does not.
+    """
     shape = {
         "vocab_size": 97, "hidden_size": 20, "hybrid_override_pattern": pattern,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 23,
@@ -39,7 +42,10 @@ def nemotron(pattern: str, **more: Any) -> Any:
 
 
 def qwen3_next(kinds: str, **more: Any) -> Any:
-    """Odd widths, two value heads to a key head; a layer for each of `kinds`, `G` or `*`."""
+    """Builds a Qwen3-Next of odd widths, two value heads per key head.
+
+    It has a layer for each of `kinds`, `G` or `*`.
+    """
     names = {"G": "linear_attention", "*": "full_attention"}
     shape = {
         "vocab_size": 97, "hidden_size": 20, "intermediate_size": 23, "num_attention_heads": 4,
@@ -109,55 +115,55 @@ CASES = [
 
 @pytest.mark.parametrize("name", ["nemotron", "qwen3-next"])
 def test_several_chunks(name: str) -> None:
-    """Theirs takes three chunks of 64 (Qwen3-Next) or nine of 16, ours chunks of 10 tokens."""
-    theirs = next(case for case in CASES if case.name == name).build()
+    """Transformers has chunks of 64 (Qwen3-Next) or 16 tokens, the native model of 10."""
+    hf_model = next(case for case in CASES if case.name == name).build()
     chunks = {"mamba_chunk": 10, "delta_chunk": 10}
-    config = oracle.our_config(theirs).model_copy(update=chunks)
-    ours = oracle.copied(config, theirs, seed=2)
+    config = oracle.native_config(hf_model).model_copy(update=chunks)
+    native = oracle.with_random_weights(config, hf_model, seed=2)
     tokens = torch.randint(97, (135, 2), generator=torch.Generator().manual_seed(2))
     weight = torch.randn(135, 2, 97, generator=torch.Generator().manual_seed(3)).double()
 
-    expected = oracle.run_theirs(theirs, tokens).logits.transpose(0, 1)
-    logits = ours(tokens, Context(torch.arange(135)[:, None].expand(135, 2)))
+    expected = oracle.run_hf(hf_model, tokens).logits.transpose(0, 1)
+    logits = native(tokens, Context(torch.arange(135)[:, None].expand(135, 2)))
     assert_equal({"logits": logits.detach()}, {"logits": expected.detach()})
     (expected * weight).sum().backward()
     (logits * weight).sum().backward()
-    found = oracle.in_our_names(oracle.gradients(theirs), config, theirs)
-    assert_equal(oracle.gradients(ours), found)
+    expected_gradients = oracle.in_native_names(oracle.gradients(hf_model), config, hf_model)
+    assert_equal(oracle.gradients(native), expected_gradients)
 
 
 @pytest.mark.parametrize("name", ["nemotron-experts", "qwen3-next-dense"])
-def test_files_of_transformers(name: str, tmp_path: Path) -> None:
-    """What transformers saves we read; what we write it loads: names of tensors in files."""
-    theirs = next(case for case in CASES if case.name == name).build()
-    oracle.randomise(theirs, seed=4)
-    theirs.save_pretrained(tmp_path)
-    table, config = oracle.family(theirs), oracle.our_config(theirs)
+def test_names_of_tensors_in_files(name: str, tmp_path: Path) -> None:
+    """Reads the tensors that transformers saves, and it loads those that are written."""
+    hf_model = next(case for case in CASES if case.name == name).build()
+    oracle.randomise(hf_model, seed=4)
+    hf_model.save_pretrained(tmp_path)
+    table, config = oracle.family(hf_model), oracle.native_config(hf_model)
     saved = load_file(tmp_path / "model.safetensors")
-    ours = to_ours(table, config, saved)
-    assert ours.keys() == oracle.empty(config).state_dict().keys()
+    native = from_hf(table, config, saved)
+    assert native.keys() == oracle.empty(config).state_dict().keys()
 
-    written = to_theirs(table, config, ours)
+    written = to_hf(table, config, native)
     assert same(written, saved)
     save_file({n: t.contiguous() for n, t in written.items()}, tmp_path / "model.safetensors")
     with fp64():  # some versions build routers in fp32 whatever dtype is asked for
-        again = type(theirs).from_pretrained(tmp_path, dtype=torch.float64)
-    assert same(again.state_dict(), theirs.state_dict())
+        loaded = type(hf_model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert same(loaded.state_dict(), hf_model.state_dict())
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b)
 
 
-def test_transformers_holds_dt_up_where_nemotron_does_not() -> None:
-    """Nemotron-H's own code takes `time_step_limit`, and Megatron none: nor do we."""
-    held, free = nemotron("M", time_step_min=0.5), nemotron("M")
-    assert oracle.our_config(held) == oracle.our_config(free)
+def test_transformers_clamps_dt_where_nemotron_does_not() -> None:
+    """Nemotron-H's own code applies `time_step_limit`; Megatron and the native model no limit."""
+    clamped, unclamped = nemotron("M", time_step_min=0.5), nemotron("M")
+    assert oracle.native_config(clamped) == oracle.native_config(unclamped)
     with pytest.raises(AssertionError, match="logits differs"):
-        oracle.assert_same_function(held, seed=1)
+        oracle.assert_same_function(clamped, seed=1)
 
 
-# Published configs, as far as they matter.
+# Published configs, without fields that do not matter.
 NEMOTRON_8B = {
     "architectures": ["NemotronHForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "attention_head_dim": 128, "chunk_size": 128, "conv_kernel": 4, "expand": 2,
@@ -191,10 +197,10 @@ PUBLISHED = {"NemotronHForCausalLM": NEMOTRON_8B, "Qwen3NextForCausalLM": QWEN3_
 
 
 def test_transformers_4_spelling() -> None:
-    c = family_of("NemotronHForCausalLM").config_from(NEMOTRON_8B)
+    c = family_of("NemotronHForCausalLM").config_from_hf(NEMOTRON_8B)
     assert c.symbols == NEMOTRON_8B["hybrid_override_pattern"]
     assert (c.positions, c.activation, c.head_dim, c.kv_heads) == ("none", "relu2", 128, 8)
-    c = family_of("Qwen3NextForCausalLM").config_from(QWEN3_NEXT_80B)
+    c = family_of("Qwen3NextForCausalLM").config_from_hf(QWEN3_NEXT_80B)
     assert (c.pattern, c.repeat) == ("GEGEGE*E", 12)
     assert (c.delta_heads, c.delta_key_heads, c.rope_fraction) == (32, 16, 0.25)
     assert (c.norm, c.attention_gate, c.shared_gate) == ("rms_offset", "channel", True)
@@ -239,7 +245,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "field", "change"), REFUSED, ids=[str(c) for *_, c in REFUSED])
 def test_unknown_fields_are_refused(name: str, field: str, change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of(name).config_from(PUBLISHED[name] | change)
+        family_of(name).config_from_hf(PUBLISHED[name] | change)
     assert caught.value.field == field
     assert caught.value.remedy
 
@@ -263,7 +269,9 @@ def test_unknown_fields_are_refused(name: str, field: str, change: dict[str, Any
     ],
     ids=str,
 )  # fmt: skip
-def test_ours_that_they_cannot_represent(name: str, field: str, change: dict[str, Any]) -> None:
+def test_native_fields_that_a_family_cannot_represent(
+    name: str, field: str, change: dict[str, Any]
+) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of(name).config_to(ModelConfig(**change))
+        family_of(name).config_to_hf(ModelConfig(**change))
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""Mamba, Mamba2 and Bamba equal Hugging Face's in fp64: logits, loss, gradients; both maps."""
+"""Mamba, Mamba2 and Bamba against transformers in fp64: conversion of configs and weights."""
 
 import math
 from typing import Any
@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from colonnade.launcher.convert.huggingface.families import family_of
-from colonnade.launcher.convert.huggingface.family import Unsupported, to_ours
+from colonnade.launcher.convert.huggingface.family import Unsupported, from_hf
 from colonnade.models.config import ModelConfig
 
 
 def mamba(**more: Any) -> Any:
-    """Odd widths; our chunks of 32 tokens do not divide the 41."""
+    """Builds a Mamba of odd widths; native chunks of 32 tokens do not divide the 41 of a row."""
     shape = {
         "vocab_size": 97, "hidden_size": 15, "num_hidden_layers": 2, "state_size": 5,
         "time_step_rank": 3, "conv_kernel": 3, "layer_norm_epsilon": 1e-4,
@@ -33,7 +33,7 @@ def mamba(**more: Any) -> Any:
 
 
 def mamba2(**more: Any) -> Any:
-    """Odd widths, heads that share B and C, chunks of 16 tokens."""
+    """Builds a Mamba2 of odd widths, with groups of heads that share B and C."""
     shape = {
         "vocab_size": 97, "hidden_size": 15, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 5,
         "state_size": 7, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
@@ -44,7 +44,7 @@ def mamba2(**more: Any) -> Any:
 
 
 def bamba(**more: Any) -> Any:
-    """Attention in one layer of three, with positions on half of its channels."""
+    """Builds a Bamba with attention in one of three layers, RoPE on half of its channels."""
     shape = {
         "vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 17,
         "num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_indices": [1],
@@ -118,21 +118,21 @@ PUBLISHED = {
 
 
 def test_transformers_4_spelling() -> None:
-    c = family_of("MambaForCausalLM").config_from(MAMBA_130M)
+    c = family_of("MambaForCausalLM").config_from_hf(MAMBA_130M)
     assert (c.symbols, c.hidden, c.vocab, c.tied, c.norm_eps) == ("m" * 24, 768, 50280, True, 1e-5)
-    inside = c.mamba1_inner, c.mamba1_state, c.mamba1_rank, c.mamba1_conv
-    assert inside == (1536, 16, 48, 4)
-    c = family_of("Mamba2ForCausalLM").config_from(MAMBA2_SMALL)
+    sizes = c.mamba1_inner, c.mamba1_state, c.mamba1_rank, c.mamba1_conv
+    assert sizes == (1536, 16, 48, 4)
+    c = family_of("Mamba2ForCausalLM").config_from_hf(MAMBA2_SMALL)
     assert (c.symbols, c.hidden, c.tied) == ("M" * 24, 768, True)
     assert (c.mamba_heads, c.mamba_head_dim, c.mamba_state, c.mamba_groups) == (24, 64, 128, 1)
-    c = family_of("BambaForCausalLM").config_from(BAMBA_9B)
+    c = family_of("BambaForCausalLM").config_from_hf(BAMBA_9B)
     assert [i for i, s in enumerate(c.symbols[::2]) if s == "*"] == [9, 18, 27]
     assert (c.rope_fraction, c.head_dim, c.kv_heads, c.mamba_state) == (0.5, 128, 8, 128)
 
 
 def test_an_infinite_limit_in_json() -> None:
     written = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}  # as transformers 5 has it
-    family_of("Mamba2ForCausalLM").config_from(MAMBA2_SMALL | written)
+    family_of("Mamba2ForCausalLM").config_from_hf(MAMBA2_SMALL | written)
 
 
 REFUSED = [
@@ -162,7 +162,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "field", "change"), REFUSED, ids=[str(c) for *_, c in REFUSED])
 def test_unknown_fields_are_refused(name: str, field: str, change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of(name).config_from(PUBLISHED[name] | change)
+        family_of(name).config_from_hf(PUBLISHED[name] | change)
     assert caught.value.field == field
     assert caught.value.remedy
 
@@ -180,16 +180,18 @@ def test_unknown_fields_are_refused(name: str, field: str, change: dict[str, Any
     ],
     ids=str,
 )
-def test_ours_that_they_cannot_represent(name: str, field: str, change: dict[str, Any]) -> None:
+def test_native_fields_that_a_family_cannot_represent(
+    name: str, field: str, change: dict[str, Any]
+) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of(name).config_to(ModelConfig(**change))
+        family_of(name).config_to_hf(ModelConfig(**change))
     assert caught.value.field == field
 
 
-def test_every_tensor_finds_its_place_once() -> None:
-    theirs = mamba2()
-    table, config = oracle.family(theirs), oracle.our_config(theirs)
-    weights = dict(theirs.state_dict())
+def test_missing_unknown_and_misshapen_tensors_are_refused() -> None:
+    hf_model = mamba2()
+    table, config = oracle.family(hf_model), oracle.native_config(hf_model)
+    weights = dict(hf_model.state_dict())
     name = "backbone.layers.1.mixer.conv1d.weight"
     for changed, field in (
         ({n: t for n, t in weights.items() if n != name}, name),
@@ -198,5 +200,5 @@ def test_every_tensor_finds_its_place_once() -> None:
          "backbone.layers.1.mixer.in_proj.bias"),
     ):  # fmt: skip
         with pytest.raises(Unsupported) as caught:
-            to_ours(table, config, changed)
+            from_hf(table, config, changed)
         assert caught.value.field == field

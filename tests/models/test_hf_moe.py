@@ -1,4 +1,4 @@
-"""Mixtral, Qwen3-MoE, DeepSeek-V3 equal Hugging Face's in fp64: logits, loss, gradients; maps."""
+"""Mixtral, Qwen3-MoE, DeepSeek-V3 against transformers in fp64: conversion, losses."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from colonnade.launcher.convert.huggingface.family import (
     Unsupported,
-    to_ours,
-    to_theirs,
-    without_absent,
+    from_hf,
+    to_hf,
+    without_absent_mtp,
 )
 
 YARN = {
@@ -34,7 +34,7 @@ YARN = {
 
 
 def shape(**more: Any) -> dict[str, Any]:
-    """A tiny transformer of odd sizes."""
+    """Returns the config of a tiny transformer with odd sizes."""
     return {
         "vocab_size": 97, "hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-4,
@@ -45,21 +45,21 @@ def shape(**more: Any) -> dict[str, Any]:
 
 
 def mixtral(**more: Any) -> Any:
-    """Five experts of an odd width."""
+    """Builds a Mixtral with five experts of an odd width."""
     options = {"head_dim": 6, "num_local_experts": 5, "output_router_logits": True, **more}
     with fp64():
         return MixtralForCausalLM(MixtralConfig(**shape(**options)))
 
 
 def qwen3_moe(**more: Any) -> Any:
-    """QK-norm in each head."""
+    """Builds a Qwen3-MoE, which has QK-norm in each head."""
     options = {"head_dim": 6, "num_experts": 5, "moe_intermediate_size": 7, **more}
     with fp64():
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape(**options)))
 
 
 def deepseek(**more: Any) -> Any:
-    """The first of three layers dense, one of two groups of experts."""
+    """Builds a DeepSeek-V3: one dense layer of three, one of two groups of experts chosen."""
     options = {
         "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
         "rms_norm_eps": 1e-6, "kv_lora_rank": 5, "q_lora_rank": 7, "qk_rope_head_dim": 4,
@@ -130,25 +130,25 @@ CASES = [
 
 @pytest.mark.parametrize("samples", [1, 2, B])
 def test_balance_equals_transformers(samples: int) -> None:
-    """Balancing loss and z-loss, in value and in every gradient.
+    """Balancing loss and z-loss have equal values and gradients.
 
-    transformers has one balancing loss for all it is given: it averages the experts' shares and
-    probabilities over all layers and samples before it multiplies them, and its shares sum to k.
-    Ours is per sub-block and balance group, with shares that sum to 1. So theirs is called on one
-    layer's logits of one group at a time, and divided by k.
+    transformers has one balancing loss: it averages the experts' shares and probabilities over all
+    layers and samples before it multiplies them, and its shares sum to k. The native loss is per
+    sub-block and balance group, with shares that sum to 1. So transformers' function is called on
+    the logits of one layer and one group at a time, and its result divided by k.
     """
     weight, z_weight, groups = 0.7, 0.03, 5.0
-    theirs = mixtral()
+    hf_model = mixtral()
     losses = {"balance": weight, "router_z": z_weight, "balance_samples": samples}
-    config = oracle.our_config(theirs).model_copy(update=losses)
-    ours = oracle.copied(config, theirs, seed=3)
+    config = oracle.native_config(hf_model).model_copy(update=losses)
+    native = oracle.with_random_weights(config, hf_model, seed=3)
     tokens, labels = oracle.data(config.vocab, 3)
 
-    output = oracle.run_theirs(theirs, tokens)
+    output = oracle.run_hf(hf_model, tokens)
     terms = {}
     for layer, flat in enumerate(output.router_logits):
         term = flat.new_zeros(())
-        for group in flat.view(B // samples, samples * S, config.experts):  # samples stand in order
+        for group in flat.view(B // samples, samples * S, config.experts):  # samples are in order
             with fp64():
                 balance = load_balancing_loss_func((group,), config.experts, config.top_k)
             z = torch.logsumexp(group, -1).square().mean()
@@ -157,88 +157,89 @@ def test_balance_equals_transformers(samples: int) -> None:
     objective = oracle.mean_loss(output.logits, labels) + sum(terms.values())
     objective.backward()
 
-    my_objective, passed = ours(tokens, oracle.whole_rows(groups), labels)
-    (my_objective / (labels != -100).sum()).backward()
+    context = oracle.one_document_per_row(groups)
+    native_objective, report = native(tokens, context, labels)
+    (native_objective / (labels != -100).sum()).backward()
     assert_equal(
-        {str(t): term for t, term in passed.terms.items()},
+        {str(t): term for t, term in report.terms.items()},
         {t: term.detach() for t, term in terms.items()},
     )
-    theirs_as_ours = oracle.in_our_names(oracle.gradients(theirs), config, theirs)
-    assert_equal(oracle.gradients(ours), theirs_as_ours)
+    expected = oracle.in_native_names(oracle.gradients(hf_model), config, hf_model)
+    assert_equal(oracle.gradients(native), expected)
 
 
 def checkpoint_names(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Tensors of transformers' modules for further tokens, named as in a checkpoint."""
+    """Renames tensors of transformers' multi-token prediction modules as in a checkpoint."""
     named = {}
     for name, tensor in tensors.items():
-        number, rest = name.split(".", 1)
-        rest = rest.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
-        named[f"model.layers.{layers + int(number)}.{rest}"] = tensor
+        index, suffix = name.split(".", 1)
+        suffix = suffix.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        named[f"model.layers.{layers + int(index)}.{suffix}"] = tensor
     return named
 
 
-def theirs_further(
-    theirs: Any, modules: Any, hidden: Tensor, tokens: Tensor, labels: Tensor
+def hf_mtp_loss(
+    hf_model: Any, modules: Any, hidden: Tensor, tokens: Tensor, labels: Tensor
 ) -> Tensor:
-    """Sum of transformers' losses of further tokens, averaged over modules."""
+    """Returns the sum over tokens of transformers' losses of its modules, averaged over modules."""
     loss = hidden.new_zeros(())
     positions = torch.arange(S).expand(B, S)
     for depth, module in enumerate(modules, start=1):
-        ahead, wanted = tokens.roll(-depth, 0).T, labels.roll(-depth, 0).T.clone()
-        wanted[:, S - depth :] = -100
-        embedded = theirs.model.embed_tokens(ahead)
+        inputs, targets = tokens.roll(-depth, 0).T, labels.roll(-depth, 0).T.clone()
+        targets[:, S - depth :] = -100
+        embedded = hf_model.model.embed_tokens(inputs)
         causal = torch.full((S, S), -torch.inf, dtype=hidden.dtype).triu(1).expand(B, 1, S, S)
-        rope = theirs.model.rotary_emb(embedded, position_ids=positions)
+        rope = hf_model.model.rotary_emb(embedded, position_ids=positions)
         hidden = module(embedded, hidden, rope, causal, positions, None)
-        logits = theirs.lm_head(hidden).flatten(0, 1)
-        loss = loss + F.cross_entropy(logits, wanted.flatten(), ignore_index=-100, reduction="sum")
+        logits = hf_model.lm_head(hidden).flatten(0, 1)
+        loss = loss + F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
     return loss / len(modules)
 
 
 @pytest.mark.parametrize("depths", [1, 2])
-def test_further_tokens_equal_transformers(depths: int) -> None:
-    """DeepSeek-V3's modules for further tokens: objective, every gradient, and both maps."""
-    theirs = deepseek(num_mtp_layers=depths)
+def test_multi_token_prediction_equals_transformers(depths: int) -> None:
+    """DeepSeek-V3's multi-token prediction: objective, every gradient, and both conversions."""
+    hf_model = deepseek(num_mtp_layers=depths)
     with fp64():
-        modules = MtpModel(theirs, depths).layers
-    oracle.randomise(theirs, seed=4)
+        modules = MtpModel(hf_model, depths).layers
+    oracle.randomise(hf_model, seed=4)
     oracle.randomise(modules, seed=5)
-    weights = theirs.state_dict() | checkpoint_names(modules.state_dict(), layers=3)
-    table = oracle.family(theirs)
-    config = table.config_from(theirs.config.to_dict())
+    weights = hf_model.state_dict() | checkpoint_names(modules.state_dict(), layers=3)
+    table = oracle.family(hf_model)
+    config = table.config_from_hf(hf_model.config.to_dict())
     assert (config.mtp, config.mtp_pattern) == (depths, "*E")
-    assert without_absent(table, config, weights) == config
-    assert without_absent(table, config, theirs.state_dict()).mtp == 0
-    assert table.config_from(table.config_to(config)) == config
+    assert without_absent_mtp(table, config, weights) == config
+    assert without_absent_mtp(table, config, hf_model.state_dict()).mtp == 0
+    assert table.config_from_hf(table.config_to_hf(config)) == config
 
-    mine = to_ours(table, config, weights)
-    back = to_theirs(table, config, mine, packed=True)
+    native_weights = from_hf(table, config, weights)
+    back = to_hf(table, config, native_weights, packed=True)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[n], weights[n]) for n in weights)
-    ours = oracle.decoder(config, mine)
+    native = oracle.decoder(config, native_weights)
 
     tokens, labels = oracle.data(config.vocab, 4)
     with fp64():
-        hidden = theirs.model(tokens.T).last_hidden_state
-        logits = theirs.lm_head(hidden).flatten(0, 1)
+        hidden = hf_model.model(tokens.T).last_hidden_state
+        logits = hf_model.lm_head(hidden).flatten(0, 1)
         sum_of_losses = F.cross_entropy(logits, labels.T.flatten(), reduction="sum")
-        more = theirs_further(theirs, modules, hidden, tokens, labels)
-        objective = sum_of_losses + config.mtp_weight * more
+        mtp_loss = hf_mtp_loss(hf_model, modules, hidden, tokens, labels)
+        objective = sum_of_losses + config.mtp_weight * mtp_loss
     objective.backward()
-    my_objective, _ = ours(tokens, oracle.whole_rows(), labels)
-    my_objective.backward()
-    assert_equal({"objective": my_objective.detach()}, {"objective": objective.detach()})
+    native_objective, _ = native(tokens, oracle.one_document_per_row(), labels)
+    native_objective.backward()
+    assert_equal({"objective": native_objective.detach()}, {"objective": objective.detach()})
 
-    gradients = oracle.gradients(theirs) | checkpoint_names(oracle.gradients(modules), layers=3)
-    assert_equal(oracle.gradients(ours), to_ours(table, config, gradients, state=False))
+    gradients = oracle.gradients(hf_model) | checkpoint_names(oracle.gradients(modules), layers=3)
+    assert_equal(oracle.gradients(native), from_hf(table, config, gradients, state=False))
 
-    # copies of embedding and head may stand in a checkpoint, if they are equal
+    # a checkpoint may have copies of embedding and head, if they are equal
     copies = {copy: weights[name] for copy, name in table.copies(config).items()}
     assert len(copies) == 2 * depths
-    to_ours(table, config, weights | copies)
+    from_hf(table, config, weights | copies)
     first = min(copies)
     with pytest.raises(Unsupported, match=first):
-        to_ours(table, config, weights | copies | {first: copies[first] + 1})
+        from_hf(table, config, weights | copies | {first: copies[first] + 1})
 
 
 REFUSED = [
@@ -264,10 +265,10 @@ REFUSED = [
     ("build", "field", "change"), REFUSED, ids=[f"{b.__name__}-{f}" for b, f, _ in REFUSED]
 )
 def test_unknown_fields_are_refused(build: Any, field: str, change: dict[str, Any]) -> None:
-    theirs = build()
-    given = theirs.config.to_dict()
+    hf_model = build()
+    given = hf_model.config.to_dict()
     with pytest.raises(Unsupported) as caught:
-        oracle.family(theirs).config_from(given | change)
+        oracle.family(hf_model).config_from_hf(given | change)
     assert caught.value.field == field
     assert caught.value.remedy
 
@@ -287,26 +288,28 @@ def test_unknown_fields_are_refused(build: Any, field: str, change: dict[str, An
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_ours_that_they_cannot_represent(build: Any, field: str, change: dict[str, Any]) -> None:
-    theirs = build()
-    config = oracle.our_config(theirs).model_copy(update=change)
+def test_native_fields_that_a_family_cannot_represent(
+    build: Any, field: str, change: dict[str, Any]
+) -> None:
+    hf_model = build()
+    config = oracle.native_config(hf_model).model_copy(update=change)
     with pytest.raises(Unsupported) as caught:
-        oracle.family(theirs).config_to(config)
+        oracle.family(hf_model).config_to_hf(config)
     assert caught.value.field == field
 
 
-def test_every_expert_finds_its_place() -> None:
-    """A checkpoint has a tensor per expert; one too few or too many is refused by name."""
-    theirs = qwen3_moe()
-    table, config = oracle.family(theirs), oracle.our_config(theirs)
-    disk = to_theirs(table, config, to_ours(table, config, theirs.state_dict()))
+def test_missing_and_unknown_experts_are_refused() -> None:
+    """A checkpoint has a tensor per expert; a missing or an extra one is refused by name."""
+    hf_model = qwen3_moe()
+    table, config = oracle.family(hf_model), oracle.native_config(hf_model)
+    checkpoint = to_hf(table, config, from_hf(table, config, hf_model.state_dict()))
     name = "model.layers.1.mlp.experts.{}.down_proj.weight"
-    assert name.format(4) in disk
+    assert name.format(4) in checkpoint
     with pytest.raises(Unsupported, match=r"experts\.4\.down_proj\.weight = 'missing'"):
-        to_ours(table, config, {n: t for n, t in disk.items() if n != name.format(4)})
+        from_hf(table, config, {n: t for n, t in checkpoint.items() if n != name.format(4)})
     with pytest.raises(Unsupported, match=r"experts\.5\.down_proj"):
-        to_ours(table, config, disk | {name.format(5): disk[name.format(4)]})
-    mine = to_ours(table, config, disk)
-    del mine["blocks.3.router"]
+        from_hf(table, config, checkpoint | {name.format(5): checkpoint[name.format(4)]})
+    native = from_hf(table, config, checkpoint)
+    del native["blocks.3.router"]
     with pytest.raises(Unsupported, match=r"router"):
-        to_theirs(table, config, mine)
+        to_hf(table, config, native)

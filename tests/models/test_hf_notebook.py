@@ -1,4 +1,4 @@
-"""The README's way from a folder to logits and a loop, run as it stands there."""
+"""The README's example of a folder, logits and a training loop; and models made in notebooks."""
 
 from pathlib import Path
 
@@ -18,20 +18,20 @@ from colonnade.parallel.materialise import load_decoder, new_decoder
 
 @pytest.mark.parametrize("build", [llama, deepseek], ids=["llama", "deepseek"])
 def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
-    theirs = build()
-    oracle.randomise(theirs, seed=1)
-    theirs.save_pretrained(tmp_path / "model")
+    hf_model = build()
+    oracle.randomise(hf_model, seed=1)
+    hf_model.save_pretrained(tmp_path / "model")
     config, tensors = read_hf(str(tmp_path / "model"), lambda sentence: None)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    original = {name: tensor.clone() for name, tensor in tensors.items()}
     model = load_decoder(config, tensors)
-    assert_equal(dict(model.state_dict()), before)
+    assert_equal(dict(model.state_dict()), original)
 
     tokens = torch.randint(config.vocab, (13, 2), generator=torch.Generator().manual_seed(0))
     inputs, labels = tokens[:-1], tokens[1:]
     model.eval()
     with torch.no_grad():
         logits = model(inputs, Context.of_rows(inputs))
-        expected = oracle.run_theirs(theirs, inputs).logits.transpose(0, 1)
+        expected = oracle.run_hf(hf_model, inputs).logits.transpose(0, 1)
     assert_equal({"logits": logits}, {"logits": expected})
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -47,36 +47,36 @@ def test_from_a_folder_to_a_loop(build, tmp_path: Path) -> None:
         model.end_step(report.loads)
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    assert all(torch.equal(tensors[name], before[name]) for name in before)  # they were copied
+    assert all(torch.equal(tensors[name], original[name]) for name in original)  # copied
 
     write_hf(str(tmp_path / "new"), config, model.state_dict(), like=tmp_path / "model")
-    _, again = read_hf(tmp_path / "new", lambda sentence: None)
-    assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
+    _, written = read_hf(tmp_path / "new", lambda sentence: None)
+    assert all(torch.equal(written[name], model.state_dict()[name]) for name in written)
 
 
 def test_a_model_without_weights_refuses_to_compute() -> None:
     config = ModelConfig(pattern="*-E", vocab=11, hidden=8, heads=2, ffn=6, experts=2)
     tokens = torch.zeros(3, 2, dtype=torch.long)
     with torch.device("meta"):
-        bare = Decoder(config)
+        model = Decoder(config)
     with pytest.raises(RuntimeError, match="no weights yet"):
-        bare(tokens, Context.of_rows(tokens))
+        model(tokens, Context.of_rows(tokens))
     one, two, other = (new_decoder(config, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
 
 
-def test_a_model_made_by_itself_draws_its_weights() -> None:
-    """From PyTorch's generator, by the distributions that a run's first weights have."""
+def test_a_decoder_draws_its_initial_weights() -> None:
+    """By PyTorch's generator, from the distributions of a run's initial weights."""
     config = ModelConfig(
         pattern="*-MmDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
         mamba_head_dim=32, delta_key_dim=32,
     )  # fmt: skip
-    made = []
+    states = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        made.append(Decoder(config).state_dict())
-    one, two, other = made
+        states.append(Decoder(config).state_dict())
+    one, two, other = states
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
     for name, first in new_decoder(config).state_dict().items():
@@ -85,7 +85,7 @@ def test_a_model_made_by_itself_draws_its_weights() -> None:
             assert torch.allclose(one[name].std(), first.std(), rtol=0.15), name
 
 
-def test_weights_that_do_not_fit_are_named() -> None:
+def test_the_error_for_a_missing_weight_names_it() -> None:
     config = ModelConfig(pattern="*-", vocab=11, hidden=8, heads=2, ffn=6)
     tensors = dict(new_decoder(config).state_dict())
     tensors.pop("final.weight")

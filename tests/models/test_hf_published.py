@@ -1,4 +1,4 @@
-"""Folders as they are published: what is read, what is left out and said, what is refused."""
+"""Published Hugging Face folders: what is read, left out with a notice, or refused."""
 
 import copy
 import json
@@ -19,14 +19,14 @@ from test_hf_hybrid import NEMOTRON, nemotron, qwen3_next
 from test_hf_mamba import MAMBA2_SMALL
 from test_hf_moe import deepseek
 
-from colonnade.launcher.convert.huggingface.config import function_of
+from colonnade.launcher.convert.huggingface.config import function_fields
 from colonnade.launcher.convert.huggingface.families import family_of
 from colonnade.launcher.convert.huggingface.family import Unsupported
 from colonnade.launcher.convert.huggingface.folder import CONFIG, SINGLE, read_hf, write_hf
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import used_alone
+from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.recipe.validate import validate
 
 BASE = {
@@ -49,22 +49,22 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "given"), PUBLISHED, ids=str)
-def test_a_field_that_alters_nothing_is_said(name: str, given: dict[str, Any]) -> None:
-    told: list[str] = []
+def test_a_notice_names_a_field_that_alters_nothing(name: str, given: dict[str, Any]) -> None:
+    notices: list[str] = []
     family = family_of(name)
-    config = family.config_from(BASE | given, told.append)
+    config = family.config_from_hf(BASE | given, notices.append)
     field = list(given)[-1]
-    assert sum(field in sentence for sentence in told) == 1
+    assert sum(field in sentence for sentence in notices) == 1
     without = {n: v for n, v in (BASE | given).items() if n != field}
-    assert config == family.config_from(without)
+    assert config == family.config_from_hf(without)
 
 
-def test_bookkeeping_is_not_worth_a_sentence() -> None:
-    told: list[str] = []
+def test_no_notice_of_bookkeeping_fields() -> None:
+    notices: list[str] = []
     more = {"tokenizer_class": "X", "max_length": 20, "_commit_hash": "0", "is_decoder": False}
-    family_of("LlamaForCausalLM").config_from(BASE | more, told.append)
-    assert told == []
-    family_of("Mamba2ForCausalLM").config_from(MAMBA2_SMALL | {"rms_norm": True})
+    family_of("LlamaForCausalLM").config_from_hf(BASE | more, notices.append)
+    assert notices == []
+    family_of("Mamba2ForCausalLM").config_from_hf(MAMBA2_SMALL | {"rms_norm": True})
 
 
 @pytest.mark.parametrize(
@@ -81,15 +81,15 @@ def test_bookkeeping_is_not_worth_a_sentence() -> None:
 )
 def test_contradictions_and_nulls_are_refused(name: str, field: str, given: dict) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of(name).config_from(BASE | given)
+        family_of(name).config_from_hf(BASE | given)
     assert caught.value.field == field
 
 
 def test_a_null_boolean_is_false() -> None:
-    """As with transformers 4, whose code asks for its truth; 5 refuses most of them."""
-    config = family_of("MambaForCausalLM").config_from({"tie_word_embeddings": None})
+    """As in transformers 4, which tests its truth; transformers 5 refuses most of them."""
+    config = family_of("MambaForCausalLM").config_from_hf({"tie_word_embeddings": None})
     assert not config.tied
-    assert family_of("MambaForCausalLM").config_from({}).tied
+    assert family_of("MambaForCausalLM").config_from_hf({}).tied
 
 
 @pytest.mark.parametrize(
@@ -108,42 +108,42 @@ def test_a_null_boolean_is_false() -> None:
     ids=["yarn-beside-parameters", "latent-norms"],
 )  # fmt: skip
 def test_logits_of_published_fields(build: Any, change: dict[str, Any]) -> None:
-    """Which of both tables of rotary positions holds, and for how many channels; which epsilon."""
-    theirs = build()
+    """Checks which table of rotary positions and which epsilon transformers uses."""
+    hf_model = build()
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with fp64():
-        changed = type(theirs.config).from_dict(
-            theirs.config.to_dict() | copy.deepcopy(change), **eager
+        changed = type(hf_model.config).from_dict(
+            hf_model.config.to_dict() | copy.deepcopy(change), **eager
         )
-        other = type(theirs)(changed)
-    config = oracle.family(theirs).config_from(theirs.config.to_dict() | change)
+        other = type(hf_model)(changed)
+    config = oracle.family(hf_model).config_from_hf(hf_model.config.to_dict() | change)
     config = config.model_copy(update={"mtp": 0})
-    ours = oracle.copied(config, other, seed=3)
+    native = oracle.with_random_weights(config, other, seed=3)
     tokens, _ = oracle.data(config.vocab, seed=3)
     with torch.no_grad():
-        logits = ours(tokens, oracle.whole_rows())
-        expected = oracle.run_theirs(other, tokens).logits.transpose(0, 1)
-        usual = oracle.run_theirs(oracle_with(theirs, other), tokens).logits.transpose(0, 1)
+        logits = native(tokens, oracle.one_document_per_row())
+        expected = oracle.run_hf(other, tokens).logits.transpose(0, 1)
+        unchanged = oracle.run_hf(oracle_with(hf_model, other), tokens).logits.transpose(0, 1)
     assert_equal({"logits": logits}, {"logits": expected})
-    assert (usual - expected).abs().max() > 1e-3  # the change matters
+    assert (unchanged - expected).abs().max() > 1e-3  # the change matters
 
 
-def oracle_with(theirs: Any, other: Any) -> Any:
-    """`theirs` with the weights of `other`."""
-    theirs.load_state_dict(other.state_dict())
-    return theirs
+def oracle_with(hf_model: Any, other: Any) -> Any:
+    """Copies the weights of `other` into a transformers model; returns it."""
+    hf_model.load_state_dict(other.state_dict())
+    return hf_model
 
 
-def saved(theirs: Any, folder: Path, **fields: Any) -> Path:
-    """A folder of this model, with further fields in config.json."""
-    oracle.randomise(theirs, seed=1)
-    theirs.save_pretrained(folder)
+def saved(hf_model: Any, folder: Path, **fields: Any) -> Path:
+    """Saves a model with random weights and additional fields in config.json."""
+    oracle.randomise(hf_model, seed=1)
+    hf_model.save_pretrained(folder)
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return folder
 
 
-def test_tensors_that_transformers_ignores_are_left_out_and_said(tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_are_left_out_with_a_notice(tmp_path: Path) -> None:
     saved(qwen3_next("G*"), tmp_path)
     _, expected = read_hf(tmp_path, lambda sentence: None)
     tensors = load_file(tmp_path / SINGLE)
@@ -168,28 +168,30 @@ TABLE = [
 ]
 
 
-def test_the_floor_of_dt_is_said_and_measured(tmp_path: Path) -> None:
-    """With transformers' own first weights, as wide as those of 4096 channels make dt vary."""
+def test_the_notice_of_clamped_dt_has_the_measured_difference(tmp_path: Path) -> None:
+    """With transformers' initial weights, scaled so that dt varies as with 4096 channels."""
     torch.manual_seed(0)
     std = 0.02 * math.sqrt(4096 / 20)
-    theirs = nemotron("M-M*-", time_step_min=FLOOR, initializer_range=std)
-    told: list[str] = []
-    config = oracle.family(theirs).config_from(theirs.config.to_dict(), told.append)
-    assert len(told) == 1
-    assert "time_step_min = 0.001" in told[0]
-    assert "5e-4" in told[0]
-    ours = oracle.decoder(config, oracle.in_our_names(theirs.state_dict(), config, theirs, True))
+    hf_model = nemotron("M-M*-", time_step_min=FLOOR, initializer_range=std)
+    notices: list[str] = []
+    config = oracle.family(hf_model).config_from_hf(hf_model.config.to_dict(), notices.append)
+    assert len(notices) == 1
+    assert "time_step_min = 0.001" in notices[0]
+    assert "5e-4" in notices[0]
+    native = oracle.decoder(
+        config, oracle.in_native_names(hf_model.state_dict(), config, hf_model, True)
+    )
     tokens, _ = oracle.data(config.vocab, seed=0)
     with torch.no_grad():
-        logits = ours(tokens, oracle.whole_rows())
-        expected = oracle.run_theirs(theirs, tokens).logits.transpose(0, 1)
+        logits = native(tokens, oracle.one_document_per_row())
+        expected = oracle.run_hf(hf_model, tokens).logits.transpose(0, 1)
     assert 1e-4 < (logits - expected).abs().max() / expected.abs().max() < 5e-3
-    told.clear()
-    oracle.family(theirs).config_from(
-        nemotron("M", time_step_min=1e-30).config.to_dict(), told.append
+    notices.clear()
+    oracle.family(hf_model).config_from_hf(
+        nemotron("M", time_step_min=1e-30).config.to_dict(), notices.append
     )
-    oracle.family(theirs).config_from(nemotron("*-").config.to_dict(), told.append)
-    assert told == []
+    oracle.family(hf_model).config_from_hf(nemotron("*-").config.to_dict(), notices.append)
+    assert notices == []
 
 
 @pytest.mark.parametrize(
@@ -199,9 +201,9 @@ def test_the_floor_of_dt_is_said_and_measured(tmp_path: Path) -> None:
         ("gptq", ["dequantize"]),
     ],
 )
-def test_quantized_folders_advise_what_helps(method: str, words: list[str]) -> None:
+def test_the_remedy_for_quantized_folders(method: str, words: list[str]) -> None:
     with pytest.raises(Unsupported) as caught:
-        family_of("LlamaForCausalLM").config_from(
+        family_of("LlamaForCausalLM").config_from_hf(
             BASE | {"quantization_config": {"quant_method": method}}
         )
     assert caught.value.field == "quantization_config"
@@ -210,11 +212,11 @@ def test_quantized_folders_advise_what_helps(method: str, words: list[str]) -> N
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_a_config_that_was_read_is_a_recipe(case: Case, tmp_path: Path) -> None:
-    """`read_hf` returns `used_alone` of what a family reads (test_hf_folder)."""
-    read = oracle.our_config(case.build())
-    config = used_alone(read)
-    assert function_of(config) == function_of(read)
+def test_a_config_that_was_read_is_valid_in_a_recipe(case: Case, tmp_path: Path) -> None:
+    """`read_hf` returns `without_unused` of the config that a family reads (test_hf_folder)."""
+    read = oracle.native_config(case.build())
+    config = without_unused(read)
+    assert function_fields(config) == function_fields(read)
     recipe = Recipe(model=config.model_copy(update={"vocab": 300}))  # bytes are the default tokens
     assert [str(fault) for fault in validate(recipe, 1)] == []
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
@@ -240,11 +242,11 @@ def test_an_export_keeps_the_tokenizer_and_its_tokens(tmp_path: Path) -> None:
     write_hf(tmp_path / "plain", config, tensors)
     written = json.loads((tmp_path / "plain" / CONFIG).read_text())
     assert {n: written[n] for n in tokens} == dict.fromkeys(tokens)  # not the class's defaults
-    again = type(llama()).from_pretrained(tmp_path / "plain")
-    assert again.config.bos_token_id is None
+    loaded = type(llama()).from_pretrained(tmp_path / "plain")
+    assert loaded.config.bos_token_id is None
 
     small = config.model_copy(update={"vocab": 6})
-    cut = {n: t[:6] if t.shape[0] == config.vocab else t for n, t in tensors.items()}
+    truncated = {n: t[:6] if t.shape[0] == config.vocab else t for n, t in tensors.items()}
     with pytest.raises(UserError, match=r"eos_token_id = \[6, 7\].*6 tokens"):
-        write_hf(tmp_path / "small", small, cut, like=source)
+        write_hf(tmp_path / "small", small, truncated, like=source)
     assert not (tmp_path / "small").exists()

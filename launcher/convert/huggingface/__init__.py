@@ -1,1 +1,1 @@
-"""Folders of Hugging Face's, one file for each kind of family: configs and weights, both ways."""
+"""Converts Hugging Face folders, configs and weights, in both directions."""

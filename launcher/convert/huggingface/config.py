@@ -1,4 +1,4 @@
-"""What Hugging Face's families share in reading and writing configs: rotary positions, rows."""
+"""Reads and writes config fields that Hugging Face families share: rotary positions, patterns."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from colonnade.launcher.convert.huggingface.fields import REQUIRED, Fields, Unsupported
 from colonnade.models.config import FACTS, ModelConfig
 
-# Our spelling of rotary scalings beside theirs: (our field, their field, their default).
+# Fields of each kind of rotary scaling: (native field, Hugging Face field, its default).
 SCALINGS: dict[str, tuple[tuple[str, str, Any], ...]] = {
     "linear": (("rope_factor", "factor", REQUIRED),),
     "llama3": (
@@ -31,54 +31,56 @@ SCALINGS: dict[str, tuple[tuple[str, str, Any], ...]] = {
 def read_rope(
     fields: Fields, theta: float = 10000.0, fraction: float | None = None
 ) -> dict[str, Any]:
-    """Our fields of rotary positions.
+    """Reads the native fields of rotary positions.
 
-    Transformers 5 has them in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`. Where both
-    tables are given, transformers 5 takes `rope_scaling` alone, and so do we.
+    Transformers 5 has them in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`.
+    Where both tables are given, `rope_scaling` alone is read, as in transformers 5.
 
     Args:
-        fields: their config.
-        theta: the base, where none is given.
-        fraction: share of each head's channels that turns, where none is given; None: the family
-            turns all channels always.
+        fields: the Hugging Face config.
+        theta: the default of the base.
+        fraction: the default of the share of each head's channels that is rotated; None: the family
+            always rotates all channels.
     """
     scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
     if scaling and parameters and scaling != parameters:
-        fields.tell("rope_parameters is left out: as in transformers, rope_scaling goes before it")
-    rope = Fields(scaling or parameters, "rope_scaling.", fields.tell)
+        fields.notify(
+            "rope_parameters is left out: as in transformers, rope_scaling takes precedence"
+        )
+    rope = Fields(scaling or parameters, "rope_scaling.", fields.notify)
     theta = rope.number("rope_theta", default=fields.number("rope_theta", default=theta))
     length = fields.get("max_position_embeddings", default=None)
-    ours: dict[str, Any] = {"rope_theta": theta}
+    native: dict[str, Any] = {"rope_theta": theta}
     if length is not None:
-        ours["rope_original"] = length
+        native["rope_original"] = length
     outer = fields.number("partial_rotary_factor", default=fraction or 1.0)
-    share = rope.number("partial_rotary_factor", default=outer)
+    rotated = rope.number("partial_rotary_factor", default=outer)
     if fraction is not None:
-        ours["rope_fraction"] = share
-    elif share != 1.0:
-        raise Unsupported("partial_rotary_factor", share, "this family rotates all channels")
+        native["rope_fraction"] = rotated
+    elif rotated != 1.0:
+        raise Unsupported("partial_rotary_factor", rotated, "this family rotates all channels")
     kind = rope.get("rope_type", "type", default="default")
     if kind != "default":
-        ours |= read_scaling(rope, kind, length)
+        native |= read_scaling(rope, kind, length)
     rope.finish()
-    return ours
+    return native
 
 
 def read_scaling(rope: Fields, kind: object, length: Any) -> dict[str, Any]:
-    """Our fields of a scaling of rotary positions; `length` is of positions in all, or None."""
+    """Reads the native fields of a rotary scaling; `length` is max_position_embeddings or None."""
     if not isinstance(kind, str) or kind not in SCALINGS:
         remedy = f"only default, {', '.join(SCALINGS)} can be represented"
         raise Unsupported("rope_scaling.rope_type", kind, remedy)
     values = {
-        o: rope.get(t, default=default, null=False if default is True else default)
-        for o, t, default in SCALINGS[kind]
+        native: rope.get(hf, default=default, null=False if default is True else default)
+        for native, hf, default in SCALINGS[kind]
     }
     if "rope_original" in values and values["rope_original"] is None:
         if length is None:
             remedy = f"missing from config.json, and {kind} needs it"
             raise Unsupported("rope_scaling.original_max_position_embeddings", None, remedy)
         values["rope_original"] = length
-    if values["rope_factor"] is None:  # yarn
+    if values["rope_factor"] is None:  # yarn, where the factor follows from the two lengths
         if not isinstance(length, int) or not isinstance(values["rope_original"], int):
             raise Unsupported("rope_scaling.factor", None, "missing from config.json")
         values["rope_factor"] = length / max(values["rope_original"], 1)
@@ -86,30 +88,30 @@ def read_scaling(rope: Fields, kind: object, length: Any) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Their fields of rotary positions, in the spelling that transformers 4 and 5 both read."""
+    """Writes the fields of rotary positions as transformers 4 and 5 both read them."""
     c = config
-    theirs: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_scaling": None}
-    theirs["max_position_embeddings"] = c.rope_original
+    hf_fields: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_scaling": None}
+    hf_fields["max_position_embeddings"] = c.rope_original
     if c.rope_scaling in SCALINGS:
         names = SCALINGS[c.rope_scaling]
-        values = {t: getattr(c, o) for o, t, _ in names if getattr(c, o) is not None}
-        theirs["rope_scaling"] = {"rope_type": c.rope_scaling, **values}
+        values = {hf: getattr(c, n) for n, hf, _ in names if getattr(c, n) is not None}
+        hf_fields["rope_scaling"] = {"rope_type": c.rope_scaling, **values}
         if "original_max_position_embeddings" in values:  # transformers 4 derives yarn's factor
-            theirs["max_position_embeddings"] = round(c.rope_original * c.rope_factor)
-    return theirs
+            hf_fields["max_position_embeddings"] = round(c.rope_original * c.rope_factor)
+    return hf_fields
 
 
-def row(symbols: str) -> dict[str, Any]:
-    """Our `pattern` and `repeat`: the shortest pattern that gives these sub-blocks."""
-    for width in range(1, len(symbols) + 1):
-        repeat, left = divmod(len(symbols), width)
-        if not left and symbols[:width] * repeat == symbols:
-            return {"pattern": symbols[:width], "repeat": repeat}
+def pattern_fields(symbols: str) -> dict[str, Any]:
+    """Returns `pattern` and `repeat` with the shortest pattern that gives this row of symbols."""
+    for length in range(1, len(symbols) + 1):
+        repeat, remainder = divmod(len(symbols), length)
+        if not remainder and symbols[:length] * repeat == symbols:
+            return {"pattern": symbols[:length], "repeat": repeat}
     raise Unsupported("num_hidden_layers", 0, "a model has at least one layer")
 
 
 def symbols_of(kinds: Iterable[str], names: Mapping[str, str], field: str) -> str:
-    """Our symbols, from theirs of each layer."""
+    """Returns the row of symbols for the kinds of layers that a Hugging Face config lists."""
     symbols = ""
     for kind in kinds:
         if kind not in names:
@@ -118,21 +120,23 @@ def symbols_of(kinds: Iterable[str], names: Mapping[str, str], field: str) -> st
     return symbols
 
 
-# Tensors of modules for further tokens, of which transformers has no code: where their names start.
-FURTHER = "mtp.", "modules that predict further tokens"
+# Tensors of multi-token prediction modules, which transformers has no code for: the prefix of their
+# names, and what they are.
+UNREAD_MTP = "mtp.", "modules that predict further tokens"
 
 
-def leave_out_further(f: Fields) -> None:
-    """Tell of modules for further tokens that their config counts, and that are not read."""
+def notify_unread_mtp(f: Fields) -> None:
+    """Notifies that the multi-token prediction modules that the config counts are not read."""
     count = f.integer("num_nextn_predict_layers", default=0)
     if count:
-        f.tell(f"num_nextn_predict_layers = {count} is left out: {FURTHER[1]} are not read")
+        f.notify(f"num_nextn_predict_layers = {count} is left out: {UNREAD_MTP[1]} are not read")
 
 
-def function_of(config: ModelConfig) -> dict[str, Any]:
-    """What decides the function, in one spelling: two configs with equal ones are the same model.
+def function_fields(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields that decide the function, in a canonical form.
 
-    Fields that only matter in training are left out, and those that have no effect.
+    Two configs with equal fields are the same model. Unused fields and those that only matter in
+    training are left out.
     """
     c = config
     fields: dict[str, Any] = {
@@ -147,7 +151,7 @@ def function_of(config: ModelConfig) -> dict[str, Any]:
         _drop(fields, "router_groups router_top_groups")
     if not c.share:
         _drop(fields, "share")
-    if not c.has("-"):  # experts have a width of their own, which may follow from it
+    if not c.has("-"):  # expert_ffn is among the fields, and ffn may only be its default
         _drop(fields, "ffn")
     return fields
 

@@ -1,23 +1,23 @@
-"""Llama 3, Qwen3 and OLMo-2, and what other transformers share with them."""
+"""Converts Llama 3, Qwen3 and OLMo-2, and the fields and entries that other families share."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from colonnade.launcher.convert.huggingface.config import read_rope, row, write_rope
+from colonnade.launcher.convert.huggingface.config import pattern_fields, read_rope, write_rope
 from colonnade.launcher.convert.huggingface.family import Entry, Family, Unsupported, entry
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 
-# Inside of a gated MLP: their hidden_act and our activation.
+# Activations of gated MLPs: hidden_act of Hugging Face to the native `activation`.
 GATED = {"silu": "swiglu", "gelu": "geglu"}
 
-# (their prefix, our prefix, config) -> the tensors of one sub-block
+# (Hugging Face prefix, native prefix, config) -> the entries of one sub-block
 Block = Callable[[str, str, ModelConfig], list[Entry]]
 
 
 def read_common(f: Fields, eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
-    """Our fields that every transformer has, rotary positions among them."""
+    """Reads the native fields that all transformers share, including rotary positions."""
     f.only("attention_bias", False)
     f.only("attention_dropout", 0.0, null=0.0)
     return {
@@ -28,24 +28,24 @@ def read_common(f: Fields, eps: float = 1e-6, theta: float = 10000.0) -> dict[st
         "norm_eps": f.get("rms_norm_eps", default=eps),
         "tied": f.get("tie_word_embeddings", default=False),
         "init_std": f.get("initializer_range", default=0.02),
-        "balance": 0.0,  # losses of training are for the recipe to choose
+        "balance": 0.0,  # a recipe chooses the training losses
         **read_rope(f, theta),
     }
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_common`."""
+    """Writes the Hugging Face fields that `read_common` reads."""
     c = config
-    acts = {ours: theirs for theirs, ours in GATED.items()}
-    if c.activation not in acts:
-        remedy = f"only {' or '.join(acts)} can be represented"
+    hidden_acts = {native: hf for hf, native in GATED.items()}
+    if c.activation not in hidden_acts:
+        remedy = f"only {' or '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)
     return {
         "vocab_size": c.vocab,
         "hidden_size": c.hidden,
         "num_hidden_layers": len(c.symbols) // 2,
         "num_attention_heads": c.heads,
-        "hidden_act": acts[c.activation],
+        "hidden_act": hidden_acts[c.activation],
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "initializer_range": c.init_std,
@@ -58,12 +58,13 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 def read_heads(
     f: Fields, kv_heads: int | None = None, head_dim: int | None = None
 ) -> dict[str, Any]:
-    """Our fields of grouped queries; by default a key per query, and hidden / heads wide.
+    """Reads the native fields of the heads of grouped-query attention.
 
     Args:
-        f: their config, with its numbers of heads and channels.
-        kv_heads: how many where none are given (a null is a key per query in every family).
-        head_dim: how wide where no width is given.
+        f: the Hugging Face config.
+        kv_heads: default of num_key_value_heads; None: as many as query heads. A null means as many
+            as query heads in every family.
+        head_dim: default of head_dim; None: hidden_size / num_attention_heads.
     """
     heads = f.integer("num_attention_heads", least=1)
     width = f.integer("hidden_size", least=1) // heads
@@ -75,44 +76,42 @@ def read_heads(
 
 
 def write_heads(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_heads`."""
-    c = config
-    width = c.head_dim
-    return {"num_key_value_heads": c.kv_heads, "head_dim": width}
+    """Writes the Hugging Face fields that `read_heads` reads."""
+    return {"num_key_value_heads": config.kv_heads, "head_dim": config.head_dim}
 
 
-def ends(config: ModelConfig) -> list[Entry]:
-    """Embedding, last norm, head."""
-    tensors = [
+def embedding_and_head(config: ModelConfig) -> list[Entry]:
+    """Returns the entries of the embedding, the last norm and an untied head."""
+    entries = [
         entry("model.embed_tokens.weight", "embedding.weight"),
         entry("model.norm.weight", "final.weight"),
     ]
-    return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
+    return entries if config.tied else [*entries, entry("lm_head.weight", "head.weight")]
 
 
-def attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Grouped queries."""
-    tensors = [entry(f"{theirs}.self_attn.{n}_proj.weight", f"{ours}.{n}") for n in "qkv"]
+def attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of grouped-query attention."""
+    entries = [entry(f"{hf}.self_attn.{n}_proj.weight", f"{native}.{n}") for n in "qkv"]
     if config.qk_norm != "none":
-        tensors += [entry(f"{theirs}.self_attn.{n}_norm.weight", f"{ours}.{n}_norm") for n in "qk"]
-    return [*tensors, entry(f"{theirs}.self_attn.o_proj.weight", f"{ours}.out")]
+        entries += [entry(f"{hf}.self_attn.{n}_norm.weight", f"{native}.{n}_norm") for n in "qk"]
+    return [*entries, entry(f"{hf}.self_attn.o_proj.weight", f"{native}.out")]
 
 
-def mlp(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Gated MLP."""
+def mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of a gated MLP."""
     return [
-        entry(f"{theirs}.mlp.gate_proj.weight", f"{ours}.gate"),
-        entry(f"{theirs}.mlp.up_proj.weight", f"{ours}.up"),
-        entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.down"),
+        entry(f"{hf}.mlp.gate_proj.weight", f"{native}.gate"),
+        entry(f"{hf}.mlp.up_proj.weight", f"{native}.up"),
+        entry(f"{hf}.mlp.down_proj.weight", f"{native}.down"),
     ]
 
 
-BEFORE = ("input_layernorm", "post_attention_layernorm")
-AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
+NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def layer(
-    theirs: str,
+    hf: str,
     prefix: str,
     first: int,
     symbols: str,
@@ -120,28 +119,37 @@ def layer(
     blocks: dict[str, Block],
     norms: tuple[str, str],
 ) -> list[Entry]:
-    """One of their layers: two of our sub-blocks, number `first` and the next of those whose names
-    begin with `prefix`."""
-    place = "after" if norms == AFTER else "norms"
-    tensors = []
+    """Returns the entries of one Hugging Face layer, which is two native sub-blocks.
+
+    Args:
+        hf: prefix of the layer's names, without a dot at the end.
+        prefix: of the native names of the row that holds the sub-blocks.
+        first: index of the first of the two sub-blocks in that row.
+        symbols: of the two sub-blocks.
+        config: of the model.
+        blocks: what returns the entries of a sub-block, by symbol.
+        norms: Hugging Face names of the norms of the two sub-blocks.
+    """
+    native_norms = "after" if norms == NORMS_AFTER else "norms"
+    entries = []
     for t, (symbol, norm) in enumerate(zip(symbols, norms, strict=True), start=first):
-        tensors.append(entry(f"{theirs}.{norm}.weight", f"{prefix}{place}.{t}.weight"))
-        tensors += blocks[symbol](theirs, f"{prefix}blocks.{t}", config)
-    return tensors
+        entries.append(entry(f"{hf}.{norm}.weight", f"{prefix}{native_norms}.{t}.weight"))
+        entries += blocks[symbol](hf, f"{prefix}blocks.{t}", config)
+    return entries
 
 
 def layers(blocks: dict[str, Block], norms: tuple[str, str], config: ModelConfig) -> list[Entry]:
-    """A whole model, of layers of attention and a channel mixer."""
-    tensors = ends(config)
+    """Returns the entries of a model whose layers are a sequence mixer and a channel mixer."""
+    entries = embedding_and_head(config)
     for t in range(0, len(config.symbols), 2):
         pair = config.symbols[t : t + 2]
-        theirs = f"model.layers.{t // 2}"
-        tensors += layer(theirs, "", t, pair, config, blocks, norms)
-    return tensors
+        hf = f"model.layers.{t // 2}"
+        entries += layer(hf, "", t, pair, config, blocks, norms)
+    return entries
 
 
-def windows(kinds: Iterable[str], width: int) -> dict[str, Any]:
-    """Our window fields, from theirs per layer."""
+def window_fields(kinds: Iterable[str], width: int) -> dict[str, Any]:
+    """Returns the native fields of attention windows for the kinds of layers."""
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     return {"window": width, "full_attention": full}
 
@@ -150,10 +158,10 @@ DENSE: dict[str, Block] = {"*": attention, "-": mlp}
 
 
 def read_llama(f: Fields) -> ModelConfig:
-    """Llama: no options."""
+    """Reads a Llama config."""
     f.only("mlp_bias", False)
     return ModelConfig(
-        **row("*-" * f.integer("num_hidden_layers")),
+        **pattern_fields("*-" * f.integer("num_hidden_layers")),
         ffn=f.get("intermediate_size"),
         **read_common(f),
         **read_heads(f),
@@ -161,13 +169,13 @@ def read_llama(f: Fields) -> ModelConfig:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_llama`."""
-    ffn = {"intermediate_size": config.ffn, "mlp_bias": False}
-    return write_common(config) | write_heads(config) | ffn
+    """Writes a Llama config."""
+    mlp_fields = {"intermediate_size": config.ffn, "mlp_bias": False}
+    return write_common(config) | write_heads(config) | mlp_fields
 
 
 def read_qwen3(f: Fields) -> ModelConfig:
-    """Qwen3: norms of queries and keys in each head, and windows in some layers."""
+    """Reads a Qwen3 config: QK-norm in each head, and sliding windows in some layers."""
     count, window = f.integer("num_hidden_layers"), {}
     kinds, width = f.entries("layer_types", of=str), f.get("sliding_window", default=None)
     from_layer = f.integer("max_window_layers", default=28)
@@ -182,9 +190,9 @@ def read_qwen3(f: Fields) -> ModelConfig:
     if kinds and "sliding_attention" in kinds:
         if width is None or not f.get("use_sliding_window", default=False):
             raise Unsupported("sliding_window", width, "layer_types asks for a window; give both")
-        window = windows(kinds, width)
+        window = window_fields(kinds, width)
     return ModelConfig(
-        **row("*-" * count),
+        **pattern_fields("*-" * count),
         ffn=f.get("intermediate_size"),
         qk_norm="head",
         **read_common(f),
@@ -194,9 +202,9 @@ def read_qwen3(f: Fields) -> ModelConfig:
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_qwen3`."""
-    places = [t for t, symbol in enumerate(config.symbols) if symbol == "*"]
-    full = [config.window_of(t) is None for t in places]
+    """Writes a Qwen3 config."""
+    attentions = [t for t, symbol in enumerate(config.symbols) if symbol == "*"]
+    full = [config.window_of(t) is None for t in attentions]
     return {
         **write_common(config),
         **write_heads(config),
@@ -209,9 +217,9 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_olmo2(f: Fields) -> ModelConfig:
-    """OLMo-2: norms behind sub-blocks, and of all queries and all keys."""
+    """Reads an OLMo-2 config: norms behind sub-blocks, QK-norm over all heads together."""
     return ModelConfig(
-        **row("*-" * f.integer("num_hidden_layers")),
+        **pattern_fields("*-" * f.integer("num_hidden_layers")),
         ffn=f.get("intermediate_size"),
         qk_norm="full",
         norm_position="after",
@@ -221,7 +229,7 @@ def read_olmo2(f: Fields) -> ModelConfig:
 
 
 def write_olmo2(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_olmo2`."""
+    """Writes an OLMo-2 config."""
     return write_common(config) | write_heads(config) | {"intermediate_size": config.ffn}
 
 
@@ -233,7 +241,7 @@ FAMILIES = {
             "llama",
             read_llama,
             write_llama,
-            partial(layers, DENSE, BEFORE),
+            partial(layers, DENSE, NORMS_BEFORE),
             inert={"is_llama_config": (True,)},
         ),
         Family(
@@ -241,9 +249,15 @@ FAMILIES = {
             "qwen3",
             read_qwen3,
             write_qwen3,
-            partial(layers, DENSE, BEFORE),
+            partial(layers, DENSE, NORMS_BEFORE),
             inert={"use_qk_norm": (True,)},
         ),
-        Family("Olmo2ForCausalLM", "olmo2", read_olmo2, write_olmo2, partial(layers, DENSE, AFTER)),
+        Family(
+            "Olmo2ForCausalLM",
+            "olmo2",
+            read_olmo2,
+            write_olmo2,
+            partial(layers, DENSE, NORMS_AFTER),
+        ),
     )
 }

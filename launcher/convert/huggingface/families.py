@@ -1,4 +1,4 @@
-"""The table of Hugging Face's architectures that we read and write."""
+"""The registry of the Hugging Face architectures that are supported."""
 
 import difflib
 
@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(architecture: str) -> Family:
-    """The family with this name; `Unsupported` tells near names."""
+    """Returns the family of this architecture; raises Unsupported, which lists similar names."""
     if architecture not in FAMILIES:
         near = difflib.get_close_matches(architecture, FAMILIES, n=3) or sorted(FAMILIES)
         remedy = f"unknown; near names: {', '.join(near)}"

@@ -1,8 +1,8 @@
-"""Maps between Hugging Face's models and ours, both ways: config fields and weights.
+"""Maps between Hugging Face and native models, in both directions: config fields and weights.
 
-A family is a table of entries, each of which says how one of their tensors splits into ours. It
-only moves elements (splits, stacks, permutations): both directions are bit-exact, and gradients go
-through the same map as weights.
+A family is a table of entries, each of which says how a Hugging Face tensor splits into native
+ones. The maps only move elements (split, stack, permute), so both directions are bit-exact, and
+gradients map as weights do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +13,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from colonnade.launcher.convert.huggingface.config import function_of
+from colonnade.launcher.convert.huggingface.config import function_fields
 from colonnade.launcher.convert.huggingface.fields import (
     HARMLESS,
     INERT,
     Fields,
     Inert,
-    Tell,
+    Notify,
     Unsupported,
     silent,
 )
@@ -31,11 +31,11 @@ __all__ = [
     "Family",
     "Unsupported",
     "entry",
+    "from_hf",
     "interleaved",
     "stacked",
-    "to_ours",
-    "to_theirs",
-    "without_absent",
+    "to_hf",
+    "without_absent_mtp",
 ]
 
 Shapes = dict[str, torch.Size]
@@ -43,108 +43,117 @@ Shapes = dict[str, torch.Size]
 
 @dataclass(frozen=True)
 class Entry:
-    """One of their tensors (or several, stacked), and ours that it is made of.
+    """A Hugging Face tensor (or several, stacked), and the native tensors that it is made of.
 
     Attributes:
-        theirs: one name; or several (one per expert), which stand stacked along a new dimension 0.
-        ours: one name; or several, packed one behind the other along `dim`.
-        dim: dimension along which ours are packed, of our tensors.
-        groups: into how many equal parts `dim` falls, in each of which ours are packed (heads).
-        order: within a group, theirs at `order[i]` is ours at i; None: the same order.
-        squeeze: a dimension of size 1 that only theirs has, of their tensor.
+        hf_names: one name; or several (one per expert), to be stacked along a new dimension 0.
+        native_names: one name; or several, which are concatenated along `dim`.
+        dim: dimension of the native tensors along which they are concatenated.
+        groups: number of equal groups (heads) along `dim`; the native tensors are concatenated
+            within each group.
+        order: within a group, native index i is Hugging Face index `order[i]`; None: equal order.
+        squeeze: dimension of size 1 that only the Hugging Face tensor has.
     """
 
-    theirs: tuple[str, ...]
-    ours: tuple[str, ...]
+    hf_names: tuple[str, ...]
+    native_names: tuple[str, ...]
     dim: int = 0
     groups: int = 1
     order: tuple[int, ...] | None = None
     squeeze: int | None = None
 
     def widths(self, shapes: Shapes) -> list[int]:
-        """Size of each of ours along `dim` within a group."""
-        return [shapes[name][self.dim] // self.groups for name in self.ours]
+        """Returns the size of each native tensor along `dim` within a group."""
+        return [shapes[name][self.dim] // self.groups for name in self.native_names]
 
     def shape(self, shapes: Shapes) -> torch.Size:
-        """The shape of each of theirs, from those of ours."""
-        whole = list(shapes[self.ours[0]])
-        whole[self.dim] = sum(shapes[name][self.dim] for name in self.ours)
-        if len(self.theirs) > 1:
-            whole = whole[1:]
+        """Returns the shape of each Hugging Face tensor, given those of the native ones."""
+        shape = list(shapes[self.native_names[0]])
+        shape[self.dim] = sum(shapes[name][self.dim] for name in self.native_names)
+        if len(self.hf_names) > 1:
+            shape = shape[1:]
         if self.squeeze is not None:
-            whole.insert(self.squeeze, 1)
-        return torch.Size(whole)
+            shape.insert(self.squeeze, 1)
+        return torch.Size(shape)
 
-    def split(self, theirs: list[Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        """Ours, by name."""
-        whole = theirs[0] if len(self.theirs) == 1 else torch.stack(theirs)
+    def split(self, hf_tensors: list[Tensor], shapes: Shapes) -> dict[str, Tensor]:
+        """Splits the Hugging Face tensors of this entry into native tensors, by name."""
+        packed = hf_tensors[0] if len(self.hf_names) == 1 else torch.stack(hf_tensors)
         if self.squeeze is not None:
-            whole = whole.squeeze(self.squeeze)
-        grouped = whole.unflatten(self.dim, (self.groups, -1))
+            packed = packed.squeeze(self.squeeze)
+        grouped = packed.unflatten(self.dim, (self.groups, -1))
         if self.order is not None:
-            index = torch.tensor(self.order, device=whole.device)
+            index = torch.tensor(self.order, device=packed.device)
             grouped = grouped.index_select(self.dim + 1, index)
-        parts = grouped.split(self.widths(shapes), dim=self.dim + 1)
-        flat = (part.flatten(self.dim, self.dim + 1) for part in parts)
-        return dict(zip(self.ours, flat, strict=True))
+        native = grouped.split(self.widths(shapes), dim=self.dim + 1)
+        flat = (tensor.flatten(self.dim, self.dim + 1) for tensor in native)
+        return dict(zip(self.native_names, flat, strict=True))
 
-    def join(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Theirs, by name."""
-        parts = [ours[name].unflatten(self.dim, (self.groups, -1)) for name in self.ours]
-        grouped = torch.cat(parts, dim=self.dim + 1)
+    def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Joins native tensors into the Hugging Face tensors of this entry, by name."""
+        grouped = torch.cat(
+            [native[name].unflatten(self.dim, (self.groups, -1)) for name in self.native_names],
+            dim=self.dim + 1,
+        )
         if self.order is not None:
-            index = torch.tensor(self.order, device=grouped.device).argsort()
-            grouped = grouped.index_select(self.dim + 1, index)
-        whole = grouped.flatten(self.dim, self.dim + 1)
+            inverse = torch.tensor(self.order, device=grouped.device).argsort()
+            grouped = grouped.index_select(self.dim + 1, inverse)
+        packed = grouped.flatten(self.dim, self.dim + 1)
         if self.squeeze is not None:
-            whole = whole.unsqueeze(self.squeeze)
-        each = whole.unbind() if len(self.theirs) > 1 else [whole]
-        return dict(zip(self.theirs, each, strict=True))
+            packed = packed.unsqueeze(self.squeeze)
+        hf_tensors = packed.unbind() if len(self.hf_names) > 1 else [packed]
+        return dict(zip(self.hf_names, hf_tensors, strict=True))
 
 
 def entry(
-    theirs: str,
-    *ours: str,
+    hf_name: str,
+    *native_names: str,
     dim: int = 0,
     groups: int = 1,
     order: Iterable[int] | None = None,
     squeeze: int | None = None,
 ) -> Entry:
-    """One of their tensors, made of ours."""
-    return Entry((theirs,), ours, dim, groups, None if order is None else tuple(order), squeeze)
+    """Returns the entry of one Hugging Face tensor, with the options of `Entry`."""
+    indices = None if order is None else tuple(order)
+    return Entry((hf_name,), native_names, dim, groups, indices, squeeze)
 
 
-def stacked(theirs: str, ours: str, count: int) -> Entry:
-    """Theirs, one per expert with `{}` for its number, are one of ours."""
-    return Entry(tuple(theirs.format(e) for e in range(count)), (ours,))
+def stacked(hf_name: str, native_name: str, count: int) -> Entry:
+    """Returns the entry of one native tensor that stacks `count` Hugging Face tensors.
 
-
-def interleaved(own: int, rotated: int) -> tuple[int, ...]:
-    """`order` of `own` channels without positions, then `rotated` ones whose pairs are neighbours.
-
-    Ours pairs channel i with i + rotated/2.
+    `hf_name` has `{}` for the index of the expert.
     """
-    pairs = range(own, own + rotated)
-    return (*range(own), *pairs[0::2], *pairs[1::2])
+    return Entry(tuple(hf_name.format(e) for e in range(count)), (native_name,))
+
+
+def interleaved(unrotated: int, rotated: int) -> tuple[int, ...]:
+    """Returns `Entry.order` for rotary channels whose pairs are adjacent in Hugging Face's tensor.
+
+    `rotated` channels follow `unrotated` ones without positions. The native rotation pairs channel
+    i with i + rotated/2.
+    """
+    pairs = range(unrotated, unrotated + rotated)
+    return (*range(unrotated), *pairs[0::2], *pairs[1::2])
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of Hugging Face's.
+    """One Hugging Face architecture.
 
     Attributes:
         architecture: class name, as in `architectures` of a config.json.
-        model_type: as there.
-        read: their config, through `Fields`, to ours.
-        write: ours to theirs, in the spelling that transformers 4 and 5 both read.
-        entries: the tensors as they stand in a checkpoint.
-        packed: the tensors as transformers 5 holds them in memory, if that differs (experts).
-        copies: their tensors that are equal to another one of theirs: which one, by name. They may
-            be absent, and are not written.
-        ignored: ends of names of tensors that hold no weights (buffers derived from the config).
-        left_out: starts of names of tensors that transformers ignores, and what they are.
-        harmless: config fields that do not alter the function, beside those of `hf_config`.
-        inert: config fields that alter nothing at these values, which is told; beside those there.
+        model_type: as in config.json.
+        read: converts a Hugging Face config, read through `Fields`, to a native one.
+        write: converts a native config to Hugging Face fields that transformers 4 and 5 both read.
+        entries: returns the tensors of a checkpoint.
+        packed: returns the tensors as transformers 5 has them in memory, if that differs (experts).
+        copies: returns the Hugging Face tensors that equal another one, which is the value, by
+            name. They may be absent from a checkpoint, and are not written.
+        ignored: suffixes of names of tensors without weights (buffers derived from the config).
+        unread: (prefix of names, description) of tensors that transformers ignores.
+        harmless: config fields that do not alter the function, in addition to `fields.HARMLESS`.
+        inert: config fields that alter nothing at these values, in addition to `fields.INERT`;
+            a notice names them.
     """
 
     architecture: str
@@ -155,169 +164,204 @@ class Family:
     packed: Callable[[ModelConfig], list[Entry]] | None = None
     copies: Callable[[ModelConfig], dict[str, str]] = lambda config: tied_head(config)
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    left_out: tuple[tuple[str, str], ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
     harmless: frozenset[str] = frozenset()
     inert: Inert = field(default_factory=dict)
 
-    def config_from(self, theirs: Mapping[str, Any], tell: Tell = silent) -> ModelConfig:
-        """Our config of their dictionary; `Unsupported` names a field that we cannot represent.
+    def config_from_hf(self, hf_config: Mapping[str, Any], notify: Notify = silent) -> ModelConfig:
+        """Converts a Hugging Face config to a native one.
 
-        `tell` gets a sentence on what was accepted and is not used, or is computed differently.
+        `notify` is called with a sentence on each thing that was accepted and is not used, or that
+        transformers computes differently.
+
+        Raises:
+            Unsupported: names a field that the native model cannot represent.
         """
-        fields = Fields(theirs, tell=tell)
+        fields = Fields(hf_config, notify=notify)
         remedy = f"but {self.architecture} is of type {self.model_type!r}; mend the wrong one"
         fields.only("model_type", self.model_type, null=self.model_type, remedy=remedy)
         try:
             config = self.read(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(place) for place in first["loc"])
+            name = ".".join(str(key) for key in first["loc"])
             raise Unsupported(name, first["input"], f"from config.json: {first['msg']}") from None
         fields.finish(HARMLESS | self.harmless, {**INERT, **self.inert})
         return config
 
-    def config_to(self, config: ModelConfig) -> dict[str, Any]:
-        """Their dictionary; `Unsupported` names a field of ours that they cannot represent."""
-        theirs = {"architectures": [self.architecture], "model_type": self.model_type}
-        theirs |= self.write(config)
-        wanted, got = function_of(config), function_of(self.config_from(theirs))
-        for name in wanted | got:
-            value = wanted.get(name)
-            if value != got.get(name):
-                remedy = f"{self.architecture} can only be {got.get(name)!r} here"
+    def config_to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """Converts a native config to a Hugging Face one.
+
+        Raises:
+            Unsupported: names a native field that the family cannot represent.
+        """
+        hf_config = {"architectures": [self.architecture], "model_type": self.model_type}
+        hf_config |= self.write(config)
+        # Read the config back: a field that comes back with another value cannot be represented.
+        expected = function_fields(config)
+        actual = function_fields(self.config_from_hf(hf_config))
+        for name in expected | actual:
+            value = expected.get(name)
+            if value != actual.get(name):
+                remedy = f"{self.architecture} can only have {actual.get(name)!r}"
                 raise Unsupported(name, value, remedy)
-        return theirs
+        return hf_config
 
 
 def tied_head(config: ModelConfig) -> dict[str, str]:
-    """`copies` of a family with Llama's names: a tied head is the embedding again."""
+    """Returns `Family.copies` for Llama's names: a tied head has the embedding's weights."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
 
 
-def unread(family: Family, names: Iterable[str]) -> list[str]:
-    """A sentence for each kind of tensors that transformers ignores, and that are left out."""
-    given, sentences = list(names), []
-    for start, what in family.left_out:
-        found = sorted(name for name in given if name.startswith(start))
-        if found:
+def unread_tensors(family: Family, names: Iterable[str]) -> list[str]:
+    """Returns a sentence for each kind of tensors that are left out, as in transformers."""
+    all_names, sentences = list(names), []
+    for prefix, description in family.unread:
+        unread = sorted(name for name in all_names if name.startswith(prefix))
+        if unread:
             sentences.append(
-                f"{len(found)} tensors are left out ({found[0]}, ...): {what}, which transformers "
-                f"does not read for {family.architecture} either"
+                f"{len(unread)} tensors are left out ({unread[0]}, ...): {description}, which "
+                f"transformers does not read for {family.architecture} either"
             )
     return sentences
 
 
-def without_absent(
-    family: Family, config: ModelConfig, names: Iterable[str], tell: Tell = silent
+def without_absent_mtp(
+    family: Family, config: ModelConfig, names: Iterable[str], notify: Notify = silent
 ) -> ModelConfig:
-    """The config of a checkpoint with these tensors: no `mtp` if they have no modules for it.
+    """Returns the config for the tensors of a checkpoint: without `mtp` if they have no modules.
 
-    Some are published without those modules, while their config still counts them.
+    Some checkpoints are published without these modules, while their config still counts them.
     """
     if not config.mtp:
         return config
-    given = set(names)
+    all_names = set(names)
     for table in (family.entries, family.packed or family.entries):
         for e in table(config):
-            if any(n.startswith("mtp.") for n in e.ours) and not given.isdisjoint(e.theirs):
+            is_mtp = any(name.startswith("mtp.") for name in e.native_names)
+            if is_mtp and not all_names.isdisjoint(e.hf_names):
                 return config
-    tell(f"config.json counts {config.mtp} modules for further tokens, and no file holds any")
-    kept = config.model_fields_set - {"mtp", "mtp_pattern"}
-    return ModelConfig(**{name: getattr(config, name) for name in kept})
+    notify(f"config.json counts {config.mtp} modules for further tokens, and no file holds any")
+    explicit = config.model_fields_set - {"mtp", "mtp_pattern"}
+    return ModelConfig(**{name: getattr(config, name) for name in explicit})
 
 
 def shapes_of(config: ModelConfig, state: bool = True) -> Shapes:
-    """Our tensors' shapes, by name; without `state` those of parameters alone."""
+    """Returns the shapes of the native tensors by name; without `state` of parameters alone."""
     records = records_of(config).items()
     return {name: torch.Size(r.shape) for name, r in records if state or not r.state}
 
 
 def entries_of(family: Family, config: ModelConfig, shapes: Shapes, packed: bool) -> list[Entry]:
-    """The family's table, of the tensors in `shapes`. Every one of ours stands in it once."""
+    """Returns the family's entries of the native tensors in `shapes`.
+
+    Raises AssertionError unless each native tensor is in exactly one of them.
+    """
     entries = (family.packed if packed and family.packed else family.entries)(config)
-    entries = [e for e in entries if any(name in shapes for name in e.ours)]
-    named = sorted(name for e in entries for name in e.ours)
-    if named != sorted(shapes):
-        wrong = sorted({*named} ^ {*shapes}) or "some of ours stand in two entries"
+    entries = [e for e in entries if any(name in shapes for name in e.native_names)]
+    listed = sorted(name for e in entries for name in e.native_names)
+    if listed != sorted(shapes):
+        wrong = sorted({*listed} ^ {*shapes}) or "some tensors are in two entries"
         raise AssertionError(f"{family.architecture}'s table does not fit the model: {wrong}")
     return entries
 
 
-def is_packed(family: Family, config: ModelConfig, theirs: Iterable[str]) -> bool:
-    """Whether these are names of tensors in transformers 5's memory, not of a checkpoint."""
+def is_packed(family: Family, config: ModelConfig, hf_names: Iterable[str]) -> bool:
+    """Whether these are the names of tensors in transformers 5's memory, not in a checkpoint."""
     if family.packed is None:
         return False
-    in_memory = {name for e in family.packed(config) for name in e.theirs}
-    on_disk = {name for e in family.entries(config) for name in e.theirs}
-    return any(name in in_memory - on_disk for name in theirs)
+    in_memory = {name for e in family.packed(config) for name in e.hf_names}
+    on_disk = {name for e in family.entries(config) for name in e.hf_names}
+    return any(name in in_memory - on_disk for name in hf_names)
 
 
-def to_ours(
-    family: Family, config: ModelConfig, theirs: Mapping[str, Tensor], state: bool = True
+def from_hf(
+    family: Family, config: ModelConfig, hf_tensors: Mapping[str, Tensor], state: bool = True
 ) -> dict[str, Tensor]:
-    """Their tensors under our names, as views where possible.
+    """Converts Hugging Face tensors to native ones, as views where possible.
 
     Args:
-        family: of the model that `theirs` come from.
-        config: of ours.
-        theirs: weights, as in a checkpoint or as in transformers' memory; or their gradients. Each
-            is looked up once (a tied head twice), so that it can be read when it is asked for.
-        state: whether state beside the parameters (router biases) is there too.
+        family: of the Hugging Face model.
+        config: native.
+        hf_tensors: weights, as in a checkpoint or in transformers' memory; or their gradients. Each
+            is looked up once (a tied head twice), so a mapping may read them lazily.
+        state: whether state that is no parameter (router biases) is included.
+
+    Returns:
+        the native tensors by canonical name.
 
     Raises:
-        Unsupported: one of theirs is missing, left over, of the wrong shape, or should be equal to
-            another one and is not. The error's field is its name.
+        Unsupported: a tensor is missing, unknown, has the wrong shape, or should equal another one
+            and does not. The error's field is the tensor's name.
     """
     shapes = shapes_of(config, state)
-    unused = tuple(start for start, _ in family.left_out)
-    left = {n for n in theirs if not n.endswith(family.ignored) and not n.startswith(unused)}
+    prefixes = tuple(prefix for prefix, _ in family.unread)
+    remaining = {
+        n for n in hf_tensors if not n.endswith(family.ignored) and not n.startswith(prefixes)
+    }
     for name, original in family.copies(config).items():
-        if name in left and original in left and not torch.equal(theirs[name], theirs[original]):
+        both = name in remaining and original in remaining
+        if both and not torch.equal(hf_tensors[name], hf_tensors[original]):
             raise Unsupported(name, "different weights", f"should be equal to {original}")
-        left.discard(name)
-    ours: dict[str, Tensor] = {}
-    for e in entries_of(family, config, shapes, is_packed(family, config, left)):
+        remaining.discard(name)
+    native: dict[str, Tensor] = {}
+    for e in entries_of(family, config, shapes, is_packed(family, config, remaining)):
         shape = e.shape(shapes)
-        ours |= e.split([taken(theirs, left, name, shape) for name in e.theirs], shapes)
-    none_left(theirs, left, f"not a tensor of {family.architecture} with this config")
-    return ours
+        tensors = [take(hf_tensors, remaining, name, shape) for name in e.hf_names]
+        native |= e.split(tensors, shapes)
+    check_all_taken(
+        hf_tensors, remaining, f"not a tensor of {family.architecture} with this config"
+    )
+    return native
 
 
-def taken(tensors: Mapping[str, Tensor], left: set[str], name: str, shape: torch.Size) -> Tensor:
-    """The tensor `name`, which is then no longer left."""
-    if name not in left:
+def take(
+    tensors: Mapping[str, Tensor], remaining: set[str], name: str, shape: torch.Size
+) -> Tensor:
+    """Returns the tensor `name` and removes the name from `remaining`.
+
+    Raises Unsupported if it is missing or has another shape.
+    """
+    if name not in remaining:
         raise Unsupported(name, "missing", f"a tensor of shape {tuple(shape)} is needed")
-    left.remove(name)
+    remaining.remove(name)
     tensor = tensors[name]
     if tensor.shape != shape:
         raise Unsupported(name, tuple(tensor.shape), f"the config asks for shape {tuple(shape)}")
     return tensor
 
 
-def none_left(tensors: Mapping[str, Tensor], left: set[str], remedy: str) -> None:
-    """Every tensor has found its place."""
-    if left:
-        name = min(left)
-        many = f" ({len(left)} such tensors)" if len(left) > 1 else ""
+def check_all_taken(tensors: Mapping[str, Tensor], remaining: set[str], remedy: str) -> None:
+    """Raises Unsupported, naming the first tensor, if any remains that the model does not have."""
+    if remaining:
+        name = min(remaining)
+        many = f" ({len(remaining)} such tensors)" if len(remaining) > 1 else ""
         raise Unsupported(name, tuple(tensors[name].shape), remedy + many)
 
 
-def to_theirs(
+def to_hf(
     family: Family,
     config: ModelConfig,
-    ours: Mapping[str, Tensor],
+    native: Mapping[str, Tensor],
     packed: bool = False,
     state: bool = True,
 ) -> dict[str, Tensor]:
-    """Our tensors under their names, as in a checkpoint (or `packed`, as in transformers' memory).
+    """Converts native tensors to Hugging Face ones, by name.
+
+    Args:
+        family: of the Hugging Face model.
+        config: native.
+        native: the tensors by canonical name.
+        packed: whether to return them as in transformers' memory; else as in a checkpoint.
+        state: whether state that is no parameter (router biases) is included.
 
     Raises:
-        Unsupported: one of ours is missing, left over, or of the wrong shape.
+        Unsupported: a native tensor is missing, unknown, or has the wrong shape.
     """
-    shapes, left = shapes_of(config, state), set(ours)
-    checked = {name: taken(ours, left, name, shape) for name, shape in shapes.items()}
-    none_left(ours, left, "not a tensor of a model with this config")
-    theirs: dict[str, Tensor] = {}
+    shapes, remaining = shapes_of(config, state), set(native)
+    checked = {name: take(native, remaining, name, shape) for name, shape in shapes.items()}
+    check_all_taken(native, remaining, "not a tensor of a model with this config")
+    hf_tensors: dict[str, Tensor] = {}
     for e in entries_of(family, config, shapes, packed):
-        theirs |= e.join(checked)
-    return theirs
+        hf_tensors |= e.join(checked)
+    return hf_tensors

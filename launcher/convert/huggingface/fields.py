@@ -1,13 +1,13 @@
-"""Reads Hugging Face's config fields so that none is overlooked."""
+"""Reads the fields of a Hugging Face config and refuses those that were not read."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 REQUIRED: Any = object()
-Tell = Callable[[str], object]  # gets one sentence
+Notify = Callable[[str], object]  # is called with one sentence
 
-# Fields of any config.json that do not alter the function of tokens and weights: what the folder
-# is, which tokens it marks, how transformers runs, trains, generates, classifies.
+# Fields of any config.json that do not alter the logits: they describe the folder, name special
+# tokens, or set how transformers runs, trains, generates and classifies.
 _HARMLESS = """
     architectures model_type _name_or_path name_or_path auto_map transformers_version _commit_hash
     torch_dtype dtype tokenizer_class prefix unsloth_version
@@ -27,8 +27,8 @@ _HARMLESS = """
     num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p"""
 HARMLESS = frozenset(_HARMLESS.split())
-# Features that no family has which does not read these fields, and the values that say so. An
-# empty tuple: whatever the value, nothing in the family reads it.
+# Fields of features that a family lacks if it does not read them, and the values that switch the
+# feature off. An empty tuple: no code of the family reads the field, whatever its value.
 Inert = Mapping[str, tuple[Any, ...]]
 INERT: Inert = {
     "add_cross_attention": (False,),
@@ -53,58 +53,67 @@ QUANTIZED = (
 
 
 class Unsupported(ValueError):  # noqa: N818
-    """A field or tensor that one side cannot represent: its name, its value, and the remedy."""
+    """A config field or tensor that the target cannot represent: its name, value and remedy."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
         super().__init__(f"{field} = {value!r}: {remedy}")
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
-        """Processes send it to each other: it is made anew from its parts."""
+        """Pickles the exception by its arguments, so that processes can send it to each other."""
         return Unsupported, (self.field, self.value, self.remedy)
 
 
 def silent(sentence: str) -> None:
-    """Nobody is told."""
+    """Ignores a sentence."""
 
 
 def same(value: object, known: object) -> bool:
-    """Whether two values of JSON are equal, where true is not 1."""
+    """Whether two JSON values are equal; unlike in Python, true is not 1."""
     return value == known and isinstance(value, bool) == isinstance(known, bool)
 
 
 class Fields:
-    """Their config, of which every field must be read, or be known to alter nothing.
+    """The fields of a Hugging Face config, each of which has to be read or known to be harmless.
 
-    A null that transformers takes for a value is that value: a null boolean is false, a null that
-    stands for the default is the default; any other null is refused. `prefix` names the table in
-    errors, `tell` gets a sentence on what was accepted and is not used.
+    A null is read as transformers reads it: a null boolean is false, a null that stands for the
+    default is the default; any other null is refused.
+
+    Args:
+        values: the config, or a table in it.
+        prefix: is put before field names in errors.
+        notify: is called with a sentence on fields that were accepted and are not used.
     """
 
-    def __init__(self, theirs: Mapping[str, Any], prefix: str = "", tell: Tell = silent) -> None:
-        self.theirs, self.prefix, self.tell = theirs, prefix, tell
+    def __init__(
+        self, values: Mapping[str, Any], prefix: str = "", notify: Notify = silent
+    ) -> None:
+        self.values, self.prefix, self.notify = values, prefix, notify
         self.read: set[str] = set()
 
     def get(self, *names: str, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
-        """The value under one of these spellings; all of them count as read.
+        """Returns the value under one of these names; all of them count as read.
 
         Args:
-            names: spellings, which must not contradict each other.
-            default: what holds where none is given.
-            null: what transformers takes a null for. By default none of it: a null is refused,
-                unless the default is null, too, or a boolean.
+            names: alternative names of the field, whose values must not contradict each other.
+            default: the value if the field is absent.
+            null: the value that transformers uses for a null. Without it a null is refused, unless
+                the default is null, too, or a boolean.
+
+        Raises:
+            Unsupported: the field is missing, a null that is refused, or given with two values.
         """
         self.read.update(names)
-        given = [name for name in names if self.theirs.get(name) is not None]
+        given = [name for name in names if self.values.get(name) is not None]
         for name in given[1:]:
-            if not same(self.theirs[name], self.theirs[given[0]]):
-                remedy = f"but {given[0]} = {self.theirs[given[0]]!r}; remove one of both"
-                raise Unsupported(self.prefix + name, self.theirs[name], remedy)
+            if not same(self.values[name], self.values[given[0]]):
+                remedy = f"but {given[0]} = {self.values[given[0]]!r}; remove one of both"
+                raise Unsupported(self.prefix + name, self.values[name], remedy)
         if given:
-            return self.theirs[given[0]]
+            return self.values[given[0]]
         if default is REQUIRED and null is REQUIRED:
             raise Unsupported(self.prefix + names[0], None, "missing from config.json")
-        if not any(name in self.theirs for name in names):
+        if not any(name in self.values for name in names):
             if default is REQUIRED:
                 raise Unsupported(self.prefix + names[0], None, "missing from config.json")
             return default
@@ -117,7 +126,7 @@ class Fields:
     def integer(
         self, *names: str, default: Any = REQUIRED, null: Any = REQUIRED, least: int = 0
     ) -> int:
-        """As `get`, for a number that is counted with."""
+        """As `get`, for an integer of at least `least`."""
         value = self.get(*names, default=default, null=null)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             remedy = f"must be a whole number, at least {least}"
@@ -132,7 +141,7 @@ class Fields:
         return value
 
     def entries(self, *names: str, of: type, default: Any = None) -> list[Any] | None:
-        """As `get`, for a list of `of`; a null counts as absent."""
+        """As `get`, for a list whose entries have the type `of`; a null counts as absent."""
         value = self.get(*names, default=default, null=default)
         if value is None:
             return None
@@ -141,7 +150,7 @@ class Fields:
         return list(value)
 
     def table(self, name: str) -> dict[str, Any]:
-        """As `get`, for a table; absent and null are an empty one."""
+        """As `get`, for a table; an absent one and a null are an empty table."""
         value = self.get(name, default={}, null={})
         if not isinstance(value, Mapping):
             raise Unsupported(self.prefix + name, value, "must be a table of fields")
@@ -150,7 +159,7 @@ class Fields:
     def only(
         self, name: str, default: Any, *allowed: Any, null: Any = REQUIRED, remedy: str = ""
     ) -> Any:
-        """A field that may have the default or one of these values; the value."""
+        """As `get`, for a field that must have the default or one of the allowed values."""
         value, known = self.get(name, default=default, null=null), (default, *allowed)
         if not any(same(value, k) for k in known):
             listed = " or ".join(repr(k) for k in known)
@@ -159,9 +168,9 @@ class Fields:
         return value
 
     def finish(self, harmless: frozenset[str] = frozenset(), inert: Inert | None = None) -> None:
-        """No field may be left that is neither read nor known to alter nothing."""
+        """Raises Unsupported if a field is neither read nor known to leave the model unchanged."""
         unused = []
-        for name, value in self.theirs.items():
+        for name, value in self.values.items():
             if name in self.read | harmless or value is None:
                 continue
             if name == "quantization_config":
@@ -175,4 +184,4 @@ class Fields:
                 raise Unsupported(self.prefix + name, value, f"only {listed} can be represented")
             unused.append(f"{self.prefix}{name} = {value!r}")
         if unused:
-            self.tell(f"left out, for it alters nothing in this family: {', '.join(unused)}")
+            self.notify(f"left out, for it alters nothing in this family: {', '.join(unused)}")

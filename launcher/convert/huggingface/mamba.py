@@ -1,4 +1,4 @@
-"""Hugging Face's Mamba (`m`), Mamba2 (`M`) and Bamba (Mamba-2 and attention)."""
+"""Converts Mamba (`m`), Mamba2 (`M`) and Bamba (Mamba-2 and attention)."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from colonnade.launcher.convert.huggingface.config import read_rope, row
+from colonnade.launcher.convert.huggingface.config import pattern_fields, read_rope
 from colonnade.launcher.convert.huggingface.dense import (
     Block,
     attention,
@@ -25,27 +25,31 @@ from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 
 LARGEST = torch.finfo(torch.float32).max
-# How weights are first drawn, how fast code is chosen, and the precision of the residual stream.
+# Fields of initial weights, the choice of kernels and the precision of the residual stream.
 HARMLESS = frozenset({
     "initializer_range", "residual_in_fp32", "time_step_init_scheme", "time_step_scale",
     "time_step_min", "time_step_max", "time_step_floor", "use_mambapy", "use_associative_scan",
 })  # fmt: skip
 
 
-def plain_ssm(fields: Fields, bias: str = "use_bias", conv: str = "use_conv_bias") -> None:
-    """Refuse a mixer with what ours has not: limits on dt, biases of projections, other gates."""
+def check_mixer(fields: Fields, bias: str = "use_bias", conv: str = "use_conv_bias") -> None:
+    """Raises Unsupported for Mamba mixers with options that the native ones do not have.
+
+    These are limits on dt, biases of projections, and convolutions without biases. `bias` and
+    `conv` are the names of the fields.
+    """
     fields.only(bias, False)
     fields.only(conv, True)
     limit = fields.get("time_step_limit", default=(0.0, math.inf))
-    bounds = [plain_float(bound) for bound in limit] if isinstance(limit, list | tuple) else []
+    bounds = [json_float(bound) for bound in limit] if isinstance(limit, list | tuple) else []
     if len(bounds) != 2 or not bounds[0] <= 0 or not bounds[1] >= LARGEST:
         raise Unsupported("time_step_limit", limit, "only no limit, [0, inf], can be represented")
     if bounds[1] < math.inf:
-        fields.tell(f"time_step_limit = {limit!r} is read as no limit: no dt in fp32 is above it")
+        fields.notify(f"time_step_limit = {limit!r} is read as no limit: no dt in fp32 is above it")
 
 
-def plain_float(value: Any) -> float:
-    """A number, or transformers 5's spelling of an infinite one in JSON; NaN if it is neither."""
+def json_float(value: Any) -> float:
+    """Returns a JSON number, or infinity as transformers 5 writes it; NaN for any other value."""
     value = value.get("__float__") if isinstance(value, dict) else value
     if value == "Infinity" or (isinstance(value, int | float) and not isinstance(value, bool)):
         return float(value)
@@ -53,64 +57,73 @@ def plain_float(value: Any) -> float:
 
 
 def tied_backbone(config: ModelConfig) -> dict[str, str]:
-    """A tied head is the embedding again."""
+    """Returns the copies of a tied model: the head has the weights of the embedding."""
     return {"lm_head.weight": "backbone.embeddings.weight"} if config.tied else {}
 
 
 def backbone(
     config: ModelConfig, mixer: Callable[[str, str, str], list[Entry]], root: str = "backbone"
 ) -> list[Entry]:
-    """A row of one norm and one mixer per layer, between embedding and head.
+    """Returns the entries of a model whose layers have one norm and one mixer each.
 
-    `mixer` makes one's table of its symbol, and of prefixes of theirs and ours that end in a dot.
+    Args:
+        config: of the model.
+        mixer: returns the entries of one mixer for its symbol, its Hugging Face prefix and its
+            native prefix; both prefixes end in a dot.
+        root: prefix of the Hugging Face names.
     """
-    tensors = [
+    entries = [
         entry(f"{root}.embeddings.weight", "embedding.weight"),
         entry(f"{root}.norm_f.weight", "final.weight"),
     ]
     for t, symbol in enumerate(config.symbols):
-        theirs = f"{root}.layers.{t}."
-        tensors.append(entry(f"{theirs}norm.weight", f"norms.{t}.weight"))
-        tensors += mixer(symbol, f"{theirs}mixer.", f"blocks.{t}.")
-    return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
+        hf = f"{root}.layers.{t}."
+        entries.append(entry(f"{hf}norm.weight", f"norms.{t}.weight"))
+        entries += mixer(symbol, f"{hf}mixer.", f"blocks.{t}.")
+    return entries if config.tied else [*entries, entry("lm_head.weight", "head.weight")]
 
 
-def mamba2_mixer(theirs: str, ours: str) -> list[Entry]:
-    """One Mamba-2 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+def mamba2_mixer(hf: str, native: str) -> list[Entry]:
+    """Returns the entries of a Mamba-2 sub-block; both prefixes end in a dot."""
     return [
-        entry(f"{theirs}in_proj.weight", *(f"{ours}{n}" for n in ("z", "x", "B", "C", "dt"))),
-        entry(f"{theirs}conv1d.weight", *(f"{ours}conv_{n}" for n in "xBC"), squeeze=1),
-        entry(f"{theirs}conv1d.bias", *(f"{ours}conv_{n}_bias" for n in "xBC")),
-        *(entry(f"{theirs}{n}", f"{ours}{n}") for n in ("A_log", "dt_bias", "D")),
-        entry(f"{theirs}norm.weight", f"{ours}norm"),
-        entry(f"{theirs}out_proj.weight", f"{ours}out"),
+        entry(f"{hf}in_proj.weight", *(f"{native}{n}" for n in ("z", "x", "B", "C", "dt"))),
+        entry(f"{hf}conv1d.weight", *(f"{native}conv_{n}" for n in "xBC"), squeeze=1),
+        entry(f"{hf}conv1d.bias", *(f"{native}conv_{n}_bias" for n in "xBC")),
+        *(entry(f"{hf}{n}", f"{native}{n}") for n in ("A_log", "dt_bias", "D")),
+        entry(f"{hf}norm.weight", f"{native}norm"),
+        entry(f"{hf}out_proj.weight", f"{native}out"),
     ]
 
 
-def mamba1_mixer(theirs: str, ours: str) -> list[Entry]:
-    """One Mamba-1 sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+def mamba1_mixer(hf: str, native: str) -> list[Entry]:
+    """Returns the entries of a Mamba-1 sub-block; both prefixes end in a dot."""
     return [
-        entry(f"{theirs}in_proj.weight", f"{ours}x", f"{ours}z"),
-        entry(f"{theirs}conv1d.weight", f"{ours}conv_x", squeeze=1),
-        entry(f"{theirs}conv1d.bias", f"{ours}conv_x_bias"),
-        entry(f"{theirs}x_proj.weight", *(f"{ours}{n}" for n in ("dt_a", "B", "C"))),
-        entry(f"{theirs}dt_proj.weight", f"{ours}dt_b"),
-        entry(f"{theirs}dt_proj.bias", f"{ours}dt_bias"),
-        entry(f"{theirs}A_log", f"{ours}A_log"),
-        entry(f"{theirs}D", f"{ours}D"),
-        entry(f"{theirs}out_proj.weight", f"{ours}out"),
+        entry(f"{hf}in_proj.weight", f"{native}x", f"{native}z"),
+        entry(f"{hf}conv1d.weight", f"{native}conv_x", squeeze=1),
+        entry(f"{hf}conv1d.bias", f"{native}conv_x_bias"),
+        entry(f"{hf}x_proj.weight", *(f"{native}{n}" for n in ("dt_a", "B", "C"))),
+        entry(f"{hf}dt_proj.weight", f"{native}dt_b"),
+        entry(f"{hf}dt_proj.bias", f"{native}dt_bias"),
+        entry(f"{hf}A_log", f"{native}A_log"),
+        entry(f"{hf}D", f"{native}D"),
+        entry(f"{hf}out_proj.weight", f"{native}out"),
     ]
 
 
 def expansion(config: ModelConfig, name: str, inner: int) -> int:
-    """`expand`: how many times the stream's width a mixer is wide inside."""
+    """Returns `expand`, the inner width of a mixer divided by the hidden width.
+
+    Raises Unsupported, naming the field `name`, if it is not an integer.
+    """
     if inner % config.hidden:
-        raise Unsupported(name, inner, f"inside, a whole multiple of hidden = {config.hidden}")
+        raise Unsupported(
+            name, inner, f"the inner width must be a multiple of hidden = {config.hidden}"
+        )
     return inner // config.hidden
 
 
-def shared_fields(config: ModelConfig) -> dict[str, Any]:
-    """What both write alike."""
+def write_mamba_common(config: ModelConfig) -> dict[str, Any]:
+    """Writes the Hugging Face fields that Mamba and Mamba2 share."""
     return {
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
@@ -124,8 +137,8 @@ def shared_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_mamba1(fields: Fields) -> ModelConfig:
-    """Mamba's fields."""
-    plain_ssm(fields)
+    """Reads a Mamba config."""
+    check_mixer(fields)
     fields.only("hidden_act", "silu")
     fields.only("rms_norm", True)
     fields.only("ssm_cfg", {})
@@ -149,10 +162,10 @@ def read_mamba1(fields: Fields) -> ModelConfig:
 
 
 def write_mamba1(config: ModelConfig) -> dict[str, Any]:
-    """Mamba's fields."""
-    only_symbols(config, "m")
+    """Writes a Mamba config."""
+    check_symbols(config, "m")
     inner = config.mamba1_inner
-    return shared_fields(config) | {
+    return write_mamba_common(config) | {
         "expand": expansion(config, "mamba1_inner", inner),
         "intermediate_size": inner,
         "state_size": config.mamba1_state,
@@ -162,13 +175,13 @@ def write_mamba1(config: ModelConfig) -> dict[str, Any]:
 
 
 def mamba1_entries(config: ModelConfig) -> list[Entry]:
-    """Mamba's tensors."""
-    return backbone(config, lambda _, theirs, ours: mamba1_mixer(theirs, ours))
+    """Returns the entries of Mamba."""
+    return backbone(config, lambda _, hf, native: mamba1_mixer(hf, native))
 
 
 def read_mamba2(fields: Fields) -> ModelConfig:
-    """Mamba2's fields."""
-    plain_ssm(fields)
+    """Reads a Mamba2 config."""
+    check_mixer(fields)
     fields.only("hidden_act", "silu")
     fields.only("rms_norm", True)
     hidden = fields.integer("hidden_size", default=4096)
@@ -194,10 +207,10 @@ def read_mamba2(fields: Fields) -> ModelConfig:
 
 
 def write_mamba2(config: ModelConfig) -> dict[str, Any]:
-    """Mamba2's fields."""
-    only_symbols(config, "M")
+    """Writes a Mamba2 config."""
+    check_symbols(config, "M")
     heads = config.mamba_heads
-    return shared_fields(config) | {
+    return write_mamba_common(config) | {
         "expand": expansion(config, "mamba_heads", heads * config.mamba_head_dim),
         "num_heads": heads,
         "head_dim": config.mamba_head_dim,
@@ -209,35 +222,43 @@ def write_mamba2(config: ModelConfig) -> dict[str, Any]:
 
 
 def mamba2_entries(config: ModelConfig) -> list[Entry]:
-    """Mamba2's tensors."""
-    return backbone(config, lambda _, theirs, ours: mamba2_mixer(theirs, ours))
+    """Returns the entries of Mamba2."""
+    return backbone(config, lambda _, hf, native: mamba2_mixer(hf, native))
 
 
-def only_symbols(config: ModelConfig, *places: str) -> None:
-    """Refuse a row whose sub-blocks are not, in turn, among these symbols."""
+def check_symbols(config: ModelConfig, *allowed: str) -> None:
+    """Raises Unsupported unless the row repeats layers of sub-blocks from `allowed`, in turn.
+
+    Each entry of `allowed` has the symbols that one sub-block of a layer may have.
+    """
     for t, symbol in enumerate(config.symbols):
-        allowed = places[t % len(places)]
-        if symbol not in allowed:
-            remedy = f"sub-block {t} is {symbol!r}, only one of {allowed!r} can stand there"
+        choices = allowed[t % len(allowed)]
+        if symbol not in choices:
+            remedy = f"sub-block {t} is {symbol!r}, and must be one of {choices!r}"
             raise Unsupported("pattern", config.symbols, remedy)
-    if len(config.symbols) % len(places):
-        raise Unsupported("pattern", config.symbols, "their layers are pairs of sub-blocks")
+    if len(config.symbols) % len(allowed):
+        raise Unsupported(
+            "pattern", config.symbols, "layers of this family are pairs of sub-blocks"
+        )
 
 
 def check_rotated(fraction: float, head_dim: int, name: str = "partial_rotary_factor") -> None:
-    """Refuse a fraction of which both sides do not make the same even number of channels."""
+    """Raises Unsupported unless a fraction of head_dim is an even number of channels.
+
+    Transformers truncates the product and the native attention rounds it: both must agree.
+    """
     width = int(head_dim * fraction)
     if width % 2 or not width or round(head_dim * fraction) != width:
         remedy = f"of head_dim = {head_dim} this must be a whole, even number of channels"
         raise Unsupported(name, fraction, remedy)
 
 
-# Bamba: pairs of Mamba-2 or attention, and an MLP.
+# Bamba: layers of Mamba-2 or attention, and an MLP.
 
 
 def read_bamba(f: Fields) -> ModelConfig:
-    """Bamba's fields."""
-    plain_ssm(f, "mamba_proj_bias", "mamba_conv_bias")
+    """Reads a Bamba config."""
+    check_mixer(f, "mamba_proj_bias", "mamba_conv_bias")
     f.only("mlp_bias", False)
     f.only("attention_bias", False)
     f.only("attention_dropout", 0.0, null=0.0)
@@ -246,22 +267,22 @@ def read_bamba(f: Fields) -> ModelConfig:
     heads = f.integer("num_attention_heads", default=32, least=1)
     head_dim = f.integer("head_dim", default=hidden // heads)
     count = f.integer("num_hidden_layers", default=32)
-    attends = f.entries("attn_layer_indices", of=int) or []
+    attention_layers = f.entries("attn_layer_indices", of=int) or []
     rope = read_rope(f, fraction=0.5)
     if rope["rope_fraction"] != 0.5:
         raise Unsupported("partial_rotary_factor", rope["rope_fraction"], "Bamba's is always 0.5")
-    if attends:
+    if attention_layers:
         check_rotated(0.5, head_dim)
     f.only("attn_rotary_emb", head_dim // 2)
     inner = f.integer("mamba_expand", default=2, least=1) * hidden
-    many = f.integer("mamba_n_heads", default=128, least=1)
+    mamba_heads = f.integer("mamba_n_heads", default=128, least=1)
     automatic = f.get("mamba_d_head", default="auto") == "auto"
-    width = inner // many if automatic else f.integer("mamba_d_head")
-    if width * many != inner:
+    width = inner // mamba_heads if automatic else f.integer("mamba_d_head")
+    if width * mamba_heads != inner:
         remedy = f"mamba_d_head is {width}, mamba_expand · hidden_size {inner}"
-        raise Unsupported("mamba_n_heads", many, remedy)
+        raise Unsupported("mamba_n_heads", mamba_heads, remedy)
     return ModelConfig(
-        **row("".join("*-" if i in attends else "M-" for i in range(count))),
+        **pattern_fields("".join("*-" if i in attention_layers else "M-" for i in range(count))),
         hidden=hidden,
         vocab=f.get("vocab_size", default=128000),
         tied=f.get("tie_word_embeddings", default=False),
@@ -273,7 +294,7 @@ def read_bamba(f: Fields) -> ModelConfig:
         head_dim=head_dim,
         **rope,
         ffn=f.get("intermediate_size", default=14336),
-        mamba_heads=many,
+        mamba_heads=mamba_heads,
         mamba_head_dim=width,
         mamba_state=f.get("mamba_d_state", default=256),
         mamba_groups=f.get("mamba_n_groups", default=1),
@@ -283,9 +304,9 @@ def read_bamba(f: Fields) -> ModelConfig:
 
 
 def write_bamba(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_bamba`."""
+    """Writes a Bamba config."""
     c = config
-    only_symbols(c, "M*", "-")
+    check_symbols(c, "M*", "-")
     heads = c.mamba_heads
     return {
         **write_common(c),
@@ -306,32 +327,32 @@ def write_bamba(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def bamba_mlp(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Gated MLP."""
-    theirs = f"{theirs}.feed_forward"
+def bamba_mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of a gated MLP."""
+    hf = f"{hf}.feed_forward"
     return [
-        entry(f"{theirs}.gate_proj.weight", f"{ours}.gate"),
-        entry(f"{theirs}.up_proj.weight", f"{ours}.up"),
-        entry(f"{theirs}.down_proj.weight", f"{ours}.down"),
+        entry(f"{hf}.gate_proj.weight", f"{native}.gate"),
+        entry(f"{hf}.up_proj.weight", f"{native}.up"),
+        entry(f"{hf}.down_proj.weight", f"{native}.down"),
     ]
 
 
 def bamba_entries(config: ModelConfig) -> list[Entry]:
-    """Bamba's tensors."""
+    """Returns the entries of Bamba."""
     blocks: dict[str, Block] = {
-        "M": lambda theirs, ours, _: mamba2_mixer(f"{theirs}.mamba.", f"{ours}."),
+        "M": lambda hf, native, _: mamba2_mixer(f"{hf}.mamba.", f"{native}."),
         "*": attention,
         "-": bamba_mlp,
     }
     norms = ("input_layernorm", "pre_ff_layernorm")
-    tensors = [
+    entries = [
         entry("model.embed_tokens.weight", "embedding.weight"),
         entry("model.final_layernorm.weight", "final.weight"),
     ]
     for t in range(0, len(config.symbols), 2):
-        theirs, pair = f"model.layers.{t // 2}", config.symbols[t : t + 2]
-        tensors += layer(theirs, "", t, pair, config, blocks, norms)
-    return tensors if config.tied else [*tensors, entry("lm_head.weight", "head.weight")]
+        hf, pair = f"model.layers.{t // 2}", config.symbols[t : t + 2]
+        entries += layer(hf, "", t, pair, config, blocks, norms)
+    return entries if config.tied else [*entries, entry("lm_head.weight", "head.weight")]
 
 
 FAMILIES = {
@@ -353,8 +374,8 @@ FAMILIES = {
             write_mamba2,
             mamba2_entries,
             copies=tied_backbone,
-            harmless=HARMLESS | {"time_step_rank"},  # of no tensor
-            inert={"norm_before_gate": ()},  # the gate always goes before the norm
+            harmless=HARMLESS | {"time_step_rank"},  # no tensor has this size
+            inert={"norm_before_gate": ()},  # the gate is always applied before the norm
         ),
         Family(
             "BambaForCausalLM",

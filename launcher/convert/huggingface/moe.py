@@ -1,11 +1,11 @@
-"""Mixtral, Qwen3-MoE and DeepSeek-V3."""
+"""Converts Mixtral, Qwen3-MoE and DeepSeek-V3."""
 
 from functools import partial
 from typing import Any
 
-from colonnade.launcher.convert.huggingface.config import row
+from colonnade.launcher.convert.huggingface.config import pattern_fields
 from colonnade.launcher.convert.huggingface.dense import (
-    BEFORE,
+    NORMS_BEFORE,
     Block,
     attention,
     layer,
@@ -31,42 +31,51 @@ from colonnade.models.config import ModelConfig
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-def experts(theirs: str, ours: str, count: int, names: tuple[str, str, str]) -> list[Entry]:
-    """As in a checkpoint: a tensor per expert."""
+def separate_experts(hf: str, native: str, count: int, names: tuple[str, str, str]) -> list[Entry]:
+    """Returns the entries of experts as in a checkpoint: a tensor per expert and weight.
+
+    `names` are the Hugging Face names of gate, up and down projection.
+    """
     return [
-        stacked(f"{theirs}.experts.{{}}.{name}.weight", f"{ours}.{n}", count)
+        stacked(f"{hf}.experts.{{}}.{name}.weight", f"{native}.{n}", count)
         for name, n in zip(names, ("gate", "up", "down"), strict=True)
     ]
 
 
-def packed_experts(theirs: str, ours: str) -> list[Entry]:
-    """As in transformers 5's memory: all experts in one tensor, gate and up side by side."""
+def packed_experts(hf: str, native: str) -> list[Entry]:
+    """Returns the entries of experts as in transformers 5's memory.
+
+    All experts are in one tensor, gate and up projection concatenated.
+    """
     return [
-        entry(f"{theirs}.experts.gate_up_proj", f"{ours}.gate", f"{ours}.up", dim=1),
-        entry(f"{theirs}.experts.down_proj", f"{ours}.down"),
+        entry(f"{hf}.experts.gate_up_proj", f"{native}.gate", f"{native}.up", dim=1),
+        entry(f"{hf}.experts.down_proj", f"{native}.down"),
     ]
 
 
-def mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Qwen3-MoE's mixture."""
-    theirs = f"{theirs}.mlp"
-    router = entry(f"{theirs}.gate.weight", f"{ours}.router")
+def mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of Qwen3-MoE's mixture."""
+    hf = f"{hf}.mlp"
+    router = entry(f"{hf}.gate.weight", f"{native}.router")
     if packed:
-        return [router, *packed_experts(theirs, ours)]
-    return [router, *experts(theirs, ours, config.experts, LLAMA_NAMES)]
+        return [router, *packed_experts(hf, native)]
+    return [router, *separate_experts(hf, native, config.experts, LLAMA_NAMES)]
 
 
-def mixtral_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Mixtral's mixture, which transformers 5 renames when it loads it."""
+def mixtral_mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of Mixtral's mixture, whose tensors transformers 5 renames on loading."""
     if packed:
-        return mixture(True, theirs, ours, config)
-    theirs = f"{theirs}.block_sparse_moe"
-    router = entry(f"{theirs}.gate.weight", f"{ours}.router")
-    return [router, *experts(theirs, ours, config.experts, ("w1", "w3", "w2"))]
+        return mixture(True, hf, native, config)
+    hf = f"{hf}.block_sparse_moe"
+    router = entry(f"{hf}.gate.weight", f"{native}.router")
+    return [router, *separate_experts(hf, native, config.experts, ("w1", "w3", "w2"))]
 
 
-def normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
-    """Whether a token's weights sum to 1. A single expert's would always be 1: ours never is."""
+def read_normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
+    """Reads whether the weights of a token's experts are normalised to sum to 1.
+
+    Refuses it for one expert per token, whose weight would be the constant 1.
+    """
     given = f.get(name, default=default)
     if not isinstance(given, bool):
         raise Unsupported(name, given, "must be true or false")
@@ -76,16 +85,16 @@ def normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
 
 
 def read_mixtral(f: Fields) -> ModelConfig:
-    """Mixtral: every channel mixer is a mixture; a window in every layer or in none."""
+    """Reads a Mixtral config: mixtures in all layers, sliding windows in all layers or in none."""
     f.only("router_jitter_noise", 0.0)
     f.only("norm_topk_prob", True)  # transformers does not read it, and always normalises
     top_k = f.get("num_experts_per_tok", default=2)
     return ModelConfig(
-        **row("*E" * f.integer("num_hidden_layers")),
+        **pattern_fields("*E" * f.integer("num_hidden_layers")),
         expert_ffn=f.get("intermediate_size"),
         experts=f.get("num_local_experts", "num_experts", default=8),
         top_k=top_k,
-        router_normalise=normalised(f, "norm_topk_prob", True, top_k),
+        router_normalise=read_normalised(f, "norm_topk_prob", True, top_k),
         window=f.get("sliding_window", default=None),
         **read_common(f, eps=1e-5, theta=1e6),
         **read_heads(f, kv_heads=8),
@@ -93,7 +102,7 @@ def read_mixtral(f: Fields) -> ModelConfig:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_mixtral`."""
+    """Writes a Mixtral config."""
     c = config
     return {
         **write_common(c),
@@ -107,26 +116,26 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
 
 
 def sparse_layers(f: Fields, count: int) -> list[bool]:
-    """Which of Qwen's layers are mixtures."""
+    """Reads which layers of a Qwen config are mixtures of experts."""
     dense = f.entries("mlp_only_layers", of=int) or []
     step = f.integer("decoder_sparse_step", default=1, least=1)
     return [i not in dense and (i + 1) % step == 0 for i in range(count)]
 
 
 def read_qwen3_moe(f: Fields) -> ModelConfig:
-    """Qwen3-MoE: some layers may be dense; a window in every layer or in none."""
+    """Reads a Qwen3-MoE config: some dense layers, sliding windows in all layers or in none."""
     count = f.integer("num_hidden_layers")
     sparse = sparse_layers(f, count)
     windowed = f.get("use_sliding_window", default=False)
     window = f.get("sliding_window", default=REQUIRED if windowed else None)
     top_k = f.get("num_experts_per_tok", default=8)
     return ModelConfig(
-        **row("".join("*E" if is_sparse else "*-" for is_sparse in sparse)),
+        **pattern_fields("".join("*E" if is_sparse else "*-" for is_sparse in sparse)),
         ffn=f.get("intermediate_size"),
         expert_ffn=f.integer("moe_intermediate_size", default=768),
         experts=f.get("num_experts", "num_local_experts", default=128),
         top_k=top_k,
-        router_normalise=normalised(f, "norm_topk_prob", False, top_k),
+        router_normalise=read_normalised(f, "norm_topk_prob", False, top_k),
         qk_norm="head",
         window=window if windowed else None,
         **read_common(f),
@@ -135,7 +144,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_qwen3_moe`."""
+    """Writes a Qwen3-MoE config."""
     c = config
     return {
         **write_common(c),
@@ -152,85 +161,87 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def latent_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """DeepSeek's, whose rotary pairs are neighbours and whose keys and values stand per head."""
-    c, theirs = config, f"{theirs}.self_attn"
-    own = c.head_dim
-    query, latent = interleaved(own, c.rope_dim), interleaved(c.kv_rank, c.rope_dim)
+def latent_attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of DeepSeek's multi-head latent attention.
+
+    Its rotary pairs are adjacent channels, and `kv_b_proj` has keys and values head by head.
+    """
+    c, hf = config, f"{hf}.self_attn"
+    query, latent = interleaved(c.head_dim, c.rope_dim), interleaved(c.kv_rank, c.rope_dim)
     if c.q_rank:
         queries = [
-            entry(f"{theirs}.q_a_proj.weight", f"{ours}.q_a"),
-            entry(f"{theirs}.q_a_layernorm.weight", f"{ours}.q_norm"),
-            entry(f"{theirs}.q_b_proj.weight", f"{ours}.q_b", groups=c.heads, order=query),
+            entry(f"{hf}.q_a_proj.weight", f"{native}.q_a"),
+            entry(f"{hf}.q_a_layernorm.weight", f"{native}.q_norm"),
+            entry(f"{hf}.q_b_proj.weight", f"{native}.q_b", groups=c.heads, order=query),
         ]
     else:
-        queries = [entry(f"{theirs}.q_proj.weight", f"{ours}.q", groups=c.heads, order=query)]
-    keys_values = f"{ours}.k_b", f"{ours}.v_b"
+        queries = [entry(f"{hf}.q_proj.weight", f"{native}.q", groups=c.heads, order=query)]
+    keys_values = f"{native}.k_b", f"{native}.v_b"
     return [
         *queries,
         entry(
-            f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_a", f"{ours}.k_rope", order=latent
+            f"{hf}.kv_a_proj_with_mqa.weight", f"{native}.kv_a", f"{native}.k_rope", order=latent
         ),
-        entry(f"{theirs}.kv_a_layernorm.weight", f"{ours}.kv_norm"),
-        entry(f"{theirs}.kv_b_proj.weight", *keys_values, groups=c.heads),
-        entry(f"{theirs}.o_proj.weight", f"{ours}.out"),
+        entry(f"{hf}.kv_a_layernorm.weight", f"{native}.kv_norm"),
+        entry(f"{hf}.kv_b_proj.weight", *keys_values, groups=c.heads),
+        entry(f"{hf}.o_proj.weight", f"{native}.out"),
     ]
 
 
-def shared_expert(theirs: str, ours: str) -> list[Entry]:
-    """The MLP that every token meets beside a mixture."""
+def shared_expert(hf: str, native: str) -> list[Entry]:
+    """Returns the entries of a shared expert, which every token goes through."""
     return [
-        entry(f"{theirs}.gate_proj.weight", f"{ours}.shared_gate"),
-        entry(f"{theirs}.up_proj.weight", f"{ours}.shared_up"),
-        entry(f"{theirs}.down_proj.weight", f"{ours}.shared_down"),
+        entry(f"{hf}.gate_proj.weight", f"{native}.shared_gate"),
+        entry(f"{hf}.up_proj.weight", f"{native}.shared_up"),
+        entry(f"{hf}.down_proj.weight", f"{native}.shared_down"),
     ]
 
 
-def deepseek_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """A mixture beside a shared expert, with the bias that steers its choices."""
+def deepseek_mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of a mixture with a shared expert and a router bias for balancing."""
     return [
-        *mixture(packed, theirs, ours, config),
-        entry(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.router_bias"),
-        *shared_expert(f"{theirs}.mlp.shared_experts", ours),
+        *mixture(packed, hf, native, config),
+        entry(f"{hf}.mlp.gate.e_score_correction_bias", f"{native}.router_bias"),
+        *shared_expert(f"{hf}.mlp.shared_experts", native),
     ]
 
 
 def deepseek(packed: bool, config: ModelConfig) -> list[Entry]:
-    """The model, and behind its layers those that predict further tokens."""
+    """Returns the entries of DeepSeek-V3: its layers, then its multi-token prediction modules."""
     blocks: dict[str, Block] = {
         "*": latent_attention,
         "-": mlp,
         "E": partial(deepseek_mixture, packed),
     }
-    tensors = layers(blocks, BEFORE, config)
+    entries = layers(blocks, NORMS_BEFORE, config)
     for depth in range(config.mtp):
-        theirs, ours = f"model.layers.{len(config.symbols) // 2 + depth}", f"mtp.{depth}"
-        tensors += [
-            entry(f"{theirs}.enorm.weight", f"{ours}.norm_token.weight"),
-            entry(f"{theirs}.hnorm.weight", f"{ours}.norm_stream.weight"),
-            entry(f"{theirs}.eh_proj.weight", f"{ours}.join.token", f"{ours}.join.stream", dim=1),
-            entry(f"{theirs}.shared_head.norm.weight", f"{ours}.final.weight"),
-            *layer(theirs, f"{ours}.", 0, config.mtp_pattern, config, blocks, BEFORE),
+        hf, native = f"model.layers.{len(config.symbols) // 2 + depth}", f"mtp.{depth}"
+        entries += [
+            entry(f"{hf}.enorm.weight", f"{native}.norm_token.weight"),
+            entry(f"{hf}.hnorm.weight", f"{native}.norm_stream.weight"),
+            entry(f"{hf}.eh_proj.weight", f"{native}.join.token", f"{native}.join.stream", dim=1),
+            entry(f"{hf}.shared_head.norm.weight", f"{native}.final.weight"),
+            *layer(hf, f"{native}.", 0, config.mtp_pattern, config, blocks, NORMS_BEFORE),
         ]
-    return tensors
+    return entries
 
 
 def deepseek_copies(config: ModelConfig) -> dict[str, str]:
-    """Embedding and head, which each module for a further token may have again."""
+    """Returns the copies of embedding and head that multi-token prediction modules may have."""
     copies = tied_head(config)
     head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     for depth in range(config.mtp):
-        theirs = f"model.layers.{len(config.symbols) // 2 + depth}"
-        copies[f"{theirs}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[f"{theirs}.shared_head.head.weight"] = head
+        hf = f"model.layers.{len(config.symbols) // 2 + depth}"
+        copies[f"{hf}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"{hf}.shared_head.head.weight"] = head
     return copies
 
 
-LATENT_EPS = 1e-6  # of their norms inside latent attention, whatever rms_norm_eps
+LATENT_EPS = 1e-6  # of the norms inside latent attention in transformers, whatever rms_norm_eps
 
 
 def read_deepseek(f: Fields) -> ModelConfig:
-    """DeepSeek-V3: latent attention, the first layers dense, grouped choice of experts."""
+    """Reads a DeepSeek-V3 config: latent attention, first layers dense, groups of experts."""
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
     f.only("moe_layer_freq", 1)
@@ -242,7 +253,7 @@ def read_deepseek(f: Fields) -> ModelConfig:
     groups, top_groups = f.get("n_group"), f.get("topk_group")
     width, top_k = f.integer("moe_intermediate_size"), f.get("num_experts_per_tok")
     return ModelConfig(
-        **row("*-" * min(dense, count) + "*E" * (count - dense)),
+        **pattern_fields("*-" * min(dense, count) + "*E" * (count - dense)),
         mtp=f.get("num_nextn_predict_layers", "num_mtp_layers", default=0),
         mtp_pattern="*E",
         attention="mla",
@@ -259,7 +270,7 @@ def read_deepseek(f: Fields) -> ModelConfig:
         top_k=top_k,
         router_score="sigmoid",
         router_bias=True,
-        router_normalise=normalised(f, "norm_topk_prob", True, top_k),
+        router_normalise=read_normalised(f, "norm_topk_prob", True, top_k),
         router_scale=f.get("routed_scaling_factor", default=2.5),
         router_groups=groups,
         router_top_groups=None if groups == 1 else top_groups,
@@ -268,17 +279,16 @@ def read_deepseek(f: Fields) -> ModelConfig:
 
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_deepseek`."""
+    """Writes a DeepSeek-V3 config."""
     c, width = config, config.expert_ffn
-    shared, left = divmod(c.shared_ffn, width)
-    if left or not shared:
+    shared, remainder = divmod(c.shared_ffn, width)
+    if remainder or not shared:
         remedy = f"only a multiple of an expert's width {width} can be represented"
         raise Unsupported("shared_ffn", c.shared_ffn, remedy)
-    own = c.head_dim
     return {
         **write_common(c),
         "num_key_value_heads": c.heads,
-        "qk_nope_head_dim": own,
+        "qk_nope_head_dim": c.head_dim,
         "qk_rope_head_dim": c.rope_dim,
         "v_head_dim": c.value_dim,
         "q_lora_rank": c.q_rank,
@@ -302,13 +312,13 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen3_moe(packed: bool, config: ModelConfig) -> list[Entry]:
-    """Layers of attention and a mixture, or an MLP."""
-    return layers({"*": attention, "-": mlp, "E": partial(mixture, packed)}, BEFORE, config)
+    """Returns the entries of Qwen3-MoE: layers of attention and a mixture or an MLP."""
+    return layers({"*": attention, "-": mlp, "E": partial(mixture, packed)}, NORMS_BEFORE, config)
 
 
 def mixtral(packed: bool, config: ModelConfig) -> list[Entry]:
-    """Layers of attention and a mixture."""
-    return layers({"*": attention, "E": partial(mixtral_mixture, packed)}, BEFORE, config)
+    """Returns the entries of Mixtral: layers of attention and a mixture."""
+    return layers({"*": attention, "E": partial(mixtral_mixture, packed)}, NORMS_BEFORE, config)
 
 
 FAMILIES = {

@@ -1,12 +1,12 @@
-"""Hugging Face's Nemotron-H: one sub-block per layer, no positions."""
+"""Converts Nemotron-H: one sub-block per layer, no positions."""
 
 from functools import partial
 from typing import Any
 
 from colonnade.launcher.convert.huggingface.config import (
-    FURTHER,
-    leave_out_further,
-    row,
+    UNREAD_MTP,
+    notify_unread_mtp,
+    pattern_fields,
     symbols_of,
 )
 from colonnade.launcher.convert.huggingface.dense import write_heads
@@ -15,14 +15,14 @@ from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
 from colonnade.launcher.convert.huggingface.mamba import (
     HARMLESS,
     backbone,
+    check_mixer,
+    check_symbols,
     mamba2_mixer,
-    only_symbols,
-    plain_ssm,
 )
-from colonnade.launcher.convert.huggingface.moe import normalised
+from colonnade.launcher.convert.huggingface.moe import read_normalised
 from colonnade.models.config import ModelConfig
 
-# Their names of sequence mixers in lists of layers, old and new.
+# Hugging Face names of the kinds of layers, new and old.
 MAMBA = ("linear_attention", "mamba")
 FULL = ("full_attention", "attention")
 NEMOTRON = dict.fromkeys(MAMBA, "M") | dict.fromkeys(FULL, "*") | {"mlp": "-", "moe": "E"}
@@ -33,15 +33,15 @@ ACTIVATIONS: dict[str, Any] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Transformers 5 holds dt above this field, which Nemotron-H's own code and Megatron, with which it
-# was trained, only draw first biases from. So it is not read, and written so small that no dt meets
-# it (their first biases take its logarithm).
+# Transformers 5 clamps dt to at least time_step_min. Nemotron-H's own code and Megatron, which
+# trained it, only draw initial biases from that field. So it is not read, and is written so small
+# that it clamps no dt. It is not 0 because transformers takes its logarithm for initial biases.
 NO_FLOOR = 1e-30
 
 
 def read_nemotron(f: Fields) -> ModelConfig:
-    """Nemotron-H's fields."""
-    plain_ssm(f)
+    """Reads a Nemotron-H config."""
+    check_mixer(f)
     for name in ("mamba_proj_bias", "attention_bias", "mlp_bias", "tie_word_embeddings"):
         f.only(name, False)
     for name in ("attention_dropout", "hidden_dropout"):
@@ -53,8 +53,8 @@ def read_nemotron(f: Fields) -> ModelConfig:
     for name in ("rms_norm_eps", "norm_eps"):
         f.only(name, eps, remedy=f"but layer_norm_epsilon = {eps!r}; remove the wrong one")
     symbols, heads = nemotron_symbols(f), f.get("num_attention_heads", default=32)
-    say_floor(f, symbols)
-    leave_out_further(f)
+    notify_dt_floor(f, symbols)
+    notify_unread_mtp(f)
     f.only(
         "num_hidden_layers",
         len(symbols),
@@ -62,7 +62,7 @@ def read_nemotron(f: Fields) -> ModelConfig:
         remedy=f"but {len(symbols)} layers are listed",
     )
     return ModelConfig(
-        **row(symbols),
+        **pattern_fields(symbols),
         hidden=f.get("hidden_size", default=4096),
         vocab=f.get("vocab_size", default=131072),
         norm_eps=eps,
@@ -82,19 +82,19 @@ def read_nemotron(f: Fields) -> ModelConfig:
     )
 
 
-def say_floor(f: Fields, symbols: str) -> None:
-    """Tell whoever reads a model with Mamba-2 of the floor that its logits differ by."""
+def notify_dt_floor(f: Fields, symbols: str) -> None:
+    """Notifies that transformers clamps dt of Mamba-2, and by how much logits differ for it."""
     floor = f.number("time_step_min", default=0.001)
     if "M" in symbols and floor > NO_FLOOR:
-        f.tell(
-            f"time_step_min = {floor!r} is not used: transformers' PyTorch path holds dt above it, "
-            "which Nemotron-H's own code and Megatron do not, so logits differ from transformers' "
-            "wherever a dt is smaller (at 0.001 by about 5e-4 to 1e-3 of the largest)"
+        f.notify(
+            f"time_step_min = {floor!r} is not used: transformers' PyTorch path raises smaller dt "
+            "to it, which Nemotron-H's own code and Megatron do not, so logits differ from "
+            "transformers' wherever a dt is smaller (at 0.001 by about 5e-4 to 1e-3 of the largest)"
         )
 
 
 def nemotron_symbols(f: Fields) -> str:
-    """The row, from either of its spellings."""
+    """Reads the row of symbols, from a list of layers or from a pattern string."""
     kinds = f.entries("layers_block_type", "layer_types", of=str)
     pattern = f.get("hybrid_override_pattern", default=None)
     if pattern is not None and not isinstance(pattern, str):
@@ -111,7 +111,10 @@ def nemotron_symbols(f: Fields) -> str:
 
 
 def nemotron_experts(f: Fields) -> dict[str, Any]:
-    """Our fields of its mixtures: no gate in an expert, DeepSeek-V3's router, a shared expert."""
+    """Reads the native fields of its mixtures.
+
+    They have experts without gates, DeepSeek-V3's router and a shared expert.
+    """
     f.only("n_shared_experts", 1)
     f.only("moe_latent_size", None)
     groups, top_groups = f.get("n_group", default=1), f.get("topk_group", default=1)
@@ -123,7 +126,7 @@ def nemotron_experts(f: Fields) -> dict[str, Any]:
         "top_k": top_k,
         "router_score": "sigmoid",
         "router_bias": True,
-        "router_normalise": normalised(f, "norm_topk_prob", True, top_k),
+        "router_normalise": read_normalised(f, "norm_topk_prob", True, top_k),
         "router_scale": float(f.number("routed_scaling_factor", default=1.0)),
         "router_groups": groups,
         "router_top_groups": None if groups == 1 else top_groups,
@@ -132,12 +135,12 @@ def nemotron_experts(f: Fields) -> dict[str, Any]:
 
 
 def write_nemotron(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_nemotron`."""
+    """Writes a Nemotron-H config."""
     c = config
-    only_symbols(c, "M*-E")
-    acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    if c.has("-", "E") and c.activation not in acts:
-        remedy = f"only {', '.join(acts)} can be represented"
+    check_symbols(c, "M*-E")
+    hidden_acts = {native: hf for hf, native in ACTIVATIONS.items()}
+    if c.has("-", "E") and c.activation not in hidden_acts:
+        remedy = f"only {', '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)
     experts = {
         "n_routed_experts": c.experts,
@@ -161,7 +164,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
         **write_heads(c),
         "attention_bias": False,
         "intermediate_size": c.ffn,
-        "mlp_hidden_act": acts.get(c.activation, "relu2"),
+        "mlp_hidden_act": hidden_acts.get(c.activation, "relu2"),
         "mlp_bias": False,
         "mamba_num_heads": c.mamba_heads,
         "mamba_head_dim": c.mamba_head_dim,
@@ -178,42 +181,42 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def nemotron_mixer(packed: bool, count: int, symbol: str, theirs: str, ours: str) -> list[Entry]:
-    """One sub-block: `theirs` and `ours` are prefixes that end in a dot."""
+def nemotron_mixer(packed: bool, count: int, symbol: str, hf: str, native: str) -> list[Entry]:
+    """Returns the entries of one sub-block; both prefixes end in a dot."""
     if symbol == "M":
-        return mamba2_mixer(theirs, ours)
+        return mamba2_mixer(hf, native)
     if symbol == "*":
-        qkv = [entry(f"{theirs}{n}_proj.weight", f"{ours}{n}") for n in "qkv"]
-        return [*qkv, entry(f"{theirs}o_proj.weight", f"{ours}out")]
+        qkv = [entry(f"{hf}{n}_proj.weight", f"{native}{n}") for n in "qkv"]
+        return [*qkv, entry(f"{hf}o_proj.weight", f"{native}out")]
     up_down = (("up_proj", "up"), ("down_proj", "down"))
     if symbol == "-":
-        return [entry(f"{theirs}{n}.weight", f"{ours}{m}") for n, m in up_down]
-    tensors = [
-        entry(f"{theirs}gate.weight", f"{ours}router"),
-        entry(f"{theirs}gate.e_score_correction_bias", f"{ours}router_bias"),
+        return [entry(f"{hf}{n}.weight", f"{native}{m}") for n, m in up_down]
+    entries = [
+        entry(f"{hf}gate.weight", f"{native}router"),
+        entry(f"{hf}gate.e_score_correction_bias", f"{native}router_bias"),
     ]
     for n, m in up_down:
-        tensors.append(entry(f"{theirs}shared_experts.{n}.weight", f"{ours}shared_{m}"))
+        entries.append(entry(f"{hf}shared_experts.{n}.weight", f"{native}shared_{m}"))
         if packed:
-            tensors.append(entry(f"{theirs}experts.{n}", f"{ours}{m}"))
+            entries.append(entry(f"{hf}experts.{n}", f"{native}{m}"))
         else:
-            tensors.append(stacked(f"{theirs}experts.{{}}.{n}.weight", f"{ours}{m}", count))
-    return tensors
+            entries.append(stacked(f"{hf}experts.{{}}.{n}.weight", f"{native}{m}", count))
+    return entries
 
 
 def nemotron(packed: bool, config: ModelConfig) -> list[Entry]:
-    """Nemotron-H's tensors, whose root transformers 5 renames when it loads them."""
+    """Returns the entries of Nemotron-H, whose root transformers 5 renames on loading."""
     mixer = partial(nemotron_mixer, packed, config.experts)
     return backbone(config, mixer, "model" if packed else "backbone")
 
 
-# mamba_num_heads says what expand would; the rest is of how it runs, or of further tokens.
+# Given by mamba_num_heads (expand), or about execution or multi-token prediction.
 NEMOTRON_HARMLESS = frozenset({
     "expand", "mamba_expand", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
     "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "time_step_rank",
     "use_mamba_kernels",
 })  # fmt: skip
-# Read where there are mixtures, of no effect where there are none.
+# Read if the model has mixtures; without mixtures they have no effect.
 NEMOTRON_EXPERTS = frozenset({
     "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "n_group",
     "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
@@ -231,10 +234,10 @@ FAMILIES = {
             partial(nemotron, False),
             partial(nemotron, True),
             copies=lambda config: {},
-            left_out=(FURTHER,),
+            unread=(UNREAD_MTP,),
             harmless=HARMLESS | NEMOTRON_HARMLESS | NEMOTRON_EXPERTS,
             inert={
-                "rope_theta": (),  # no positions turn
+                "rope_theta": (),  # the model has no rotary positions
                 "rope_scaling": (),
                 "rope_parameters": (),
                 "partial_rotary_factor": (),

@@ -1,17 +1,17 @@
-"""Hugging Face's Qwen3-Next: pairs of a sequence mixer and a channel mixer."""
+"""Converts Qwen3-Next: layers of gated DeltaNet or gated attention, and a mixture or an MLP."""
 
 from functools import partial
 from typing import Any
 
 from colonnade.launcher.convert.huggingface.config import (
-    FURTHER,
-    leave_out_further,
+    UNREAD_MTP,
+    notify_unread_mtp,
+    pattern_fields,
     read_rope,
-    row,
     symbols_of,
 )
 from colonnade.launcher.convert.huggingface.dense import (
-    BEFORE,
+    NORMS_BEFORE,
     Block,
     attention,
     layers,
@@ -22,10 +22,10 @@ from colonnade.launcher.convert.huggingface.dense import (
 )
 from colonnade.launcher.convert.huggingface.family import Entry, Family, entry
 from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
-from colonnade.launcher.convert.huggingface.mamba import check_rotated, only_symbols
+from colonnade.launcher.convert.huggingface.mamba import check_rotated, check_symbols
 from colonnade.launcher.convert.huggingface.moe import (
     mixture,
-    normalised,
+    read_normalised,
     shared_expert,
     sparse_layers,
 )
@@ -35,8 +35,8 @@ QWEN3_NEXT = {"linear_attention": "G", "full_attention": "*"}
 
 
 def read_qwen3_next(f: Fields) -> ModelConfig:
-    """Qwen3-Next's fields."""
-    leave_out_further(f)
+    """Reads a Qwen3-Next config."""
+    notify_unread_mtp(f)
     f.only("attention_bias", False)
     f.only("attention_dropout", 0.0)
     f.only("hidden_act", "silu")
@@ -50,11 +50,13 @@ def read_qwen3_next(f: Fields) -> ModelConfig:
         raise Unsupported("layer_types", len(mixers), f"but num_hidden_layers = {count}")
     experts = f.integer("num_experts", "num_local_experts", default=512)
     sparse = [experts > 0 and is_sparse for is_sparse in sparse_layers(f, count)]
+    layers_of = zip(mixers, sparse, strict=True)
+    symbols = "".join(mixer + ("E" if is_sparse else "-") for mixer, is_sparse in layers_of)
     heads, rope = read_heads(f, kv_heads=2, head_dim=256), read_rope(f, fraction=0.25)
     if "*" in mixers:
         check_rotated(rope["rope_fraction"], heads["head_dim"])
     return ModelConfig(
-        **row("".join(m + ("E" if s else "-") for m, s in zip(mixers, sparse, strict=True))),
+        **pattern_fields(symbols),
         hidden=f.get("hidden_size", default=2048),
         vocab=f.get("vocab_size", default=151936),
         tied=f.get("tie_word_embeddings", default=False),
@@ -77,7 +79,7 @@ def read_qwen3_next(f: Fields) -> ModelConfig:
 
 
 def qwen3_next_experts(f: Fields, experts: int) -> dict[str, Any]:
-    """Our fields of its mixtures: a shared expert behind a gate of its own."""
+    """Reads the native fields of its mixtures, which have a gated shared expert."""
     shared = f.integer("shared_expert_intermediate_size", default=512, least=1)
     top_k = f.get("num_experts_per_tok", default=10)
     return {
@@ -86,19 +88,18 @@ def qwen3_next_experts(f: Fields, experts: int) -> dict[str, Any]:
         "expert_ffn": f.get("moe_intermediate_size", default=512),
         "shared_ffn": shared,
         "shared_gate": True,
-        "router_normalise": normalised(f, "norm_topk_prob", True, top_k),
+        "router_normalise": read_normalised(f, "norm_topk_prob", True, top_k),
         "balance": 0.0,
     }
 
 
 def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
-    """Theirs, of `read_qwen3_next`."""
+    """Writes a Qwen3-Next config."""
     c = config
-    only_symbols(c, "G*", "-E")
+    check_symbols(c, "G*", "-E")
     if c.has("*"):
         check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
-    kinds = {ours: theirs for theirs, ours in QWEN3_NEXT.items()}
-    heads = c.delta_heads
+    kinds = {symbol: kind for kind, symbol in QWEN3_NEXT.items()}
     experts = {
         "num_experts_per_tok": c.top_k,
         "moe_intermediate_size": c.expert_ffn,
@@ -110,7 +111,7 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
         **write_heads(c),
         "partial_rotary_factor": c.rope_fraction,
         "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
-        "linear_num_value_heads": heads,
+        "linear_num_value_heads": c.delta_heads,
         "linear_num_key_heads": c.delta_key_heads,
         "linear_key_head_dim": c.delta_key_dim,
         "linear_value_head_dim": c.delta_value_dim,
@@ -123,47 +124,53 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def gated_attention(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Attention whose queries stand, head by head, beside the gates of their outputs."""
-    q = f"{theirs}.self_attn.q_proj.weight"
-    others = [e for e in attention(theirs, ours, config) if e.theirs != (q,)]
-    return [entry(q, f"{ours}.q", f"{ours}.gate_z", groups=config.heads), *others]
+def gated_attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of gated attention.
+
+    `q_proj` has, head by head, the queries and the gates of the head's output.
+    """
+    q = f"{hf}.self_attn.q_proj.weight"
+    others = [e for e in attention(hf, native, config) if e.hf_names != (q,)]
+    return [entry(q, f"{native}.q", f"{native}.gate_z", groups=config.heads), *others]
 
 
-def delta_net(theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """Gated DeltaNet, whose projections stand key head by key head, its filters role by role."""
-    theirs = f"{theirs}.linear_attn"
+def delta_net(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of gated DeltaNet.
+
+    Its projections are packed key head by key head, its convolutions in the order q, k, v.
+    """
+    hf = f"{hf}.linear_attn"
     groups = config.delta_key_heads
-    qkvz = (f"{ours}.{n}" for n in ("q", "k", "v", "z"))
+    qkvz = (f"{native}.{n}" for n in ("q", "k", "v", "z"))
     return [
-        entry(f"{theirs}.in_proj_qkvz.weight", *qkvz, groups=groups),
-        entry(f"{theirs}.in_proj_ba.weight", f"{ours}.beta", f"{ours}.dt", groups=groups),
-        entry(f"{theirs}.conv1d.weight", *(f"{ours}.conv_{n}" for n in "qkv"), squeeze=1),
-        entry(f"{theirs}.dt_bias", f"{ours}.dt_bias"),
-        entry(f"{theirs}.A_log", f"{ours}.A_log"),
-        entry(f"{theirs}.norm.weight", f"{ours}.norm"),
-        entry(f"{theirs}.out_proj.weight", f"{ours}.out"),
+        entry(f"{hf}.in_proj_qkvz.weight", *qkvz, groups=groups),
+        entry(f"{hf}.in_proj_ba.weight", f"{native}.beta", f"{native}.dt", groups=groups),
+        entry(f"{hf}.conv1d.weight", *(f"{native}.conv_{n}" for n in "qkv"), squeeze=1),
+        entry(f"{hf}.dt_bias", f"{native}.dt_bias"),
+        entry(f"{hf}.A_log", f"{native}.A_log"),
+        entry(f"{hf}.norm.weight", f"{native}.norm"),
+        entry(f"{hf}.out_proj.weight", f"{native}.out"),
     ]
 
 
-def qwen3_next_mixture(packed: bool, theirs: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """A mixture beside a shared expert with a gate."""
+def qwen3_next_mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of a mixture with a gated shared expert."""
     return [
-        *mixture(packed, theirs, ours, config),
-        *shared_expert(f"{theirs}.mlp.shared_expert", ours),
-        entry(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.shared_open"),
+        *mixture(packed, hf, native, config),
+        *shared_expert(f"{hf}.mlp.shared_expert", native),
+        entry(f"{hf}.mlp.shared_expert_gate.weight", f"{native}.shared_open"),
     ]
 
 
 def qwen3_next(packed: bool, config: ModelConfig) -> list[Entry]:
-    """Qwen3-Next's tensors."""
+    """Returns the entries of Qwen3-Next."""
     blocks: dict[str, Block] = {
         "G": delta_net,
         "*": gated_attention,
         "-": mlp,
         "E": partial(qwen3_next_mixture, packed),
     }
-    return layers(blocks, BEFORE, config)
+    return layers(blocks, NORMS_BEFORE, config)
 
 
 QWEN3_NEXT_EXPERTS = frozenset({
@@ -181,7 +188,7 @@ FAMILIES = {
             write_qwen3_next,
             partial(qwen3_next, False),
             partial(qwen3_next, True),
-            left_out=(FURTHER,),
+            unread=(UNREAD_MTP,),
             harmless=QWEN3_NEXT_EXPERTS,
             inert={"use_qk_norm": (True,)},
         ),

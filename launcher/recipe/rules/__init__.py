@@ -1,4 +1,5 @@
-"""Rules across the fields of a recipe, one file for each part of it, run by `validate.py`.
+"""Rules across the fields of a recipe, one file per subject; `validate.py` runs them.
 
-A rule says what several fields, or the fields and the number of ranks, must satisfy together.
+A rule yields a fault where several fields, or fields and the number of ranks, contradict each
+other.
 """

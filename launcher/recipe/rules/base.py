@@ -1,4 +1,4 @@
-"""What a rule is, and numbers as remedies write them."""
+"""The type of a rule, and how remedies write suggested numbers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,15 +8,18 @@ from colonnade.launcher.recipe.tables import Recipe
 
 Rule = Callable[[Recipe, int | None], Iterator[Fault]]
 
-# The fields that say which sub-blocks there are.
-ROW = ("model.pattern", "model.mtp", "model.mtp_pattern")
+# The fields that decide which sub-blocks the model has.
+ROW_FIELDS = ("model.pattern", "model.mtp", "model.mtp_pattern")
 
 
 class Rules(list[tuple[tuple[str, ...], Rule]]):
-    """The rules of one file, in order, each with the fields it looks at."""
+    """The rules of one file, in order, each as (the fields it looks at, the function)."""
 
     def add(self, *involves: str) -> Callable[[Rule], Rule]:
-        """Adds a rule; it looks at the fields `involves` and at those it reports."""
+        """Returns a decorator that adds a rule.
+
+        The rule looks at the fields `involves` and at those that it reports.
+        """
 
         def register(check: Rule) -> Rule:
             self.append((involves, check))
@@ -26,18 +29,18 @@ class Rules(list[tuple[tuple[str, ...], Rule]]):
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors, in order."""
+    """Returns all divisors of `n`, in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
-def choice(values: Iterable[int], near: int) -> str:
-    """The up to six values nearest to a given one, in words."""
-    nearest = sorted(sorted(set(values), key=lambda v: abs(v - near))[:6])
+def nearest_values(values: Iterable[int], target: int) -> str:
+    """Writes up to six of `values`, those nearest to `target`, in ascending order."""
+    nearest = sorted(sorted(set(values), key=lambda v: abs(v - target))[:6])
     return ("" if len(nearest) == 1 else "one of ") + ", ".join(map(str, nearest))
 
 
-def multiples(unit: int, near: int) -> str:
-    """The positive multiples on both sides of a value, in words."""
-    below = near // unit * unit
+def nearest_multiples(unit: int, target: int) -> str:
+    """Writes the positive multiples of `unit` next to `target`: at most it, and above it."""
+    below = target // unit * unit
     return " or ".join(str(v) for v in (below, below + unit) if v > 0)

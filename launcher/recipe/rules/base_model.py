@@ -1,4 +1,4 @@
-"""Rules on the base model from which muP transfers hyper-parameters."""
+"""Rules on the base model from which muP transfers hyper-parameters (`model.mup_base`)."""
 
 from collections.abc import Iterator
 
@@ -8,19 +8,20 @@ from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules import attention, experts, row, sizes
 from colonnade.launcher.recipe.rules.base import Rules
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import no_effect
+from colonnade.launcher.recipe.unused import unused_setting
 from colonnade.models.config import FACTS
 
 RULES = Rules()
 
-# Widths and numbers of heads. Not those of keys and states, of which neither Mamba nor DeltaNet has
-# a rule for growth, nor numbers of experts, which are no width.
+# Widths and numbers of heads that the base may change. Excluded are the sizes of keys and states,
+# for which there is no muP rule in Mamba and DeltaNet, and the number of experts, which is not a
+# width.
 SIZES = [name for name, known in FACTS.items() if known.grows]
 
 
 @RULES.add("model")
 def base_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The base differs in sizes that the model has."""
+    """The base differs from the model only in sizes, and only in those that the model has."""
     m = r.model
     if m.mup_base == {}:
         remedy = "name the sizes in which the base differs, such as {hidden = 128}, or leave it out"
@@ -28,34 +29,33 @@ def base_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     for name, value in (m.mup_base or {}).items():
         field = f"model.mup_base.{name}"
         if name not in SIZES:
-            remedy = f"a base differs in sizes alone; take it out, the sizes are {', '.join(SIZES)}"
+            remedy = f"a base differs in sizes alone; remove it, the sizes are {', '.join(SIZES)}"
             yield Fault(field, value, remedy)
         elif value < 1:
             yield Fault(field, value, "give a whole number of at least 1")
-        elif FACTS[name].optional and not getattr(m, name) and not no_effect(r, field):
-            yield Fault(
-                field, value, f"the model itself has none; set model.{name}, or take it out"
-            )
+        elif FACTS[name].optional and not getattr(m, name) and not unused_setting(r, field):
+            yield Fault(field, value, f"the model itself has none; set model.{name}, or remove it")
 
 
 @RULES.add("model")
 def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The base is a valid model itself."""
+    """The base is a valid model by itself."""
     m = r.model
     if m.mup_base is None or next(base_sizes(r, None), None):
         return
     try:
         base = m.base()
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]  # others may only be those that follow from it
-        name, told = found["loc"][0], f"{found['input']!r}: {found['msg']}"
+        first = error.errors(include_url=False)[0]  # the others may only follow from the first
+        name, reason = first["loc"][0], f"{first['input']!r}: {first['msg']}"
         remedy = f"the base must be a valid model, too; change model.mup_base.{name}, because in "
-        yield Fault("model.mup_base", dict(m.mup_base), f"{remedy}the base model.{name} = {told}")
+        yield Fault("model.mup_base", dict(m.mup_base), f"{remedy}the base model.{name} = {reason}")
         return
     assert base is not None
-    own = {fault.field for fault in model_faults(r)}
+    # A fault that the model itself has is reported there, once.
+    faulty_in_model = {fault.field for fault in model_faults(r)}
     for fault in model_faults(r.model_copy(update={"model": base})):
-        if fault.field not in own:
+        if fault.field not in faulty_in_model:
             name = fault.field.rpartition(".")[2]
             known = name if name in SIZES else next(iter(m.mup_base or {}))
             remedy = f"the base must be a valid model, too; set model.mup_base.{known}, because in "
@@ -63,8 +63,8 @@ def base_model(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 
 @RULES.add("model")
-def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Nothing stands between muP's scales and the weights they are for."""
+def mup_conflicts(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """No setting contradicts the scales that muP gives to weights and gradients."""
     m = r.model
     if m.mup_base is None:
         return
@@ -82,16 +82,14 @@ def scaled_by_base(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         return
     base = m.base()
     assert base is not None
-    slices = m.hidden // m.heads, base.hidden // base.heads
-    if m.attention_gate == "head" and slices[0] != slices[1]:
-        remedy = (
-            f"it reads slices of {slices[0]} channels, in the base of {slices[1]}, and muP has "
-        )
+    width, base_width = m.hidden // m.heads, base.hidden // base.heads
+    if m.attention_gate == "head" and width != base_width:
+        remedy = f"it reads slices of {width} channels, in the base of {base_width}, and muP has "
         remedy += "no rule for them; set model.attention_gate to channel, or model.mup_base.heads "
         yield Fault("model.attention_gate", "head", f"{remedy}so that they are equal")
 
 
 def model_faults(r: Recipe) -> Iterator[Fault]:
-    """What the rules on the model find."""
+    """Yields the faults that the rules on the model alone report."""
     for _, check in (*row.RULES, *attention.RULES, *sizes.RULES, *experts.RULES):
         yield from check(r, None)

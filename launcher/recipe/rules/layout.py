@@ -1,10 +1,16 @@
-"""Rules on ranks and batches."""
+"""Rules on degrees of parallelism and on batches."""
 
 import math
 from collections.abc import Iterable, Iterator
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import ROW, Rules, choice, divisors, multiples
+from colonnade.launcher.recipe.rules.base import (
+    ROW_FIELDS,
+    Rules,
+    divisors,
+    nearest_multiples,
+    nearest_values,
+)
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.models.records import splits
 
@@ -13,74 +19,86 @@ RULES = Rules()
 
 @RULES.add("parallel")
 def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The degrees multiply to the number of ranks."""
+    """The product of the degrees is the number of ranks."""
     p = r.parallel
-    if world_size is None or _fits(r, world_size) or p.pp > 1:  # which is not built
+    if world_size is None or _fits(r, world_size) or p.pp > 1:  # `not_built` reports pp
         return
-    left, groups = world_size, f"{world_size} ranks"
+    # Divide the ranks by tp and cp first: only the remaining ones are for data parallelism.
+    remaining, groups = world_size, f"{world_size} ranks"
     inner: dict[str, int] = {}
     for name, degree in {"tp": p.tp, "cp": p.cp}.items():
-        if left % degree:
-            options = choice(divisors(left), degree)
+        if remaining % degree:
+            options = nearest_values(divisors(remaining), degree)
             remedy = f"does not divide the {groups}; set parallel.{name} to {options}"
             yield Fault(f"parallel.{name}", degree, remedy)
             return
         if degree > 1:
-            inner[name], left = degree, left // degree
+            inner[name], remaining = degree, remaining // degree
             names = " x ".join(f"parallel.{n}" for n in inner)
-            groups = f"{left} groups of {names} = {_times(inner.values())} ranks"
-    pairs = ", ".join(f"({d}, {left // d})" for d in divisors(left)[:8])
+            groups = f"{remaining} groups of {names} = {_product(inner.values())} ranks"
+    pairs = ", ".join(f"({d}, {remaining // d})" for d in divisors(remaining)[:8])
     field, value, remedy = "parallel.dp_replicate", p.dp_replicate, f"does not divide the {groups}"
     if p.dp_shard is not None:
         field, value = "parallel.dp_shard", p.dp_shard
         degrees = {"dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, **inner}
-        product = f"{_times(degrees.values())} = {math.prod(degrees.values())}"
+        product = f"{_product(degrees.values())} = {math.prod(degrees.values())}"
         remedy = f"{' x '.join(degrees)} = {product}, but there are {world_size} ranks"
     remedy += f"; set (parallel.dp_replicate, parallel.dp_shard) to one of {pairs}"
     yield Fault(field, value, remedy)
 
 
-def _times(degrees: Iterable[int]) -> str:
-    """A product in words."""
+def _product(degrees: Iterable[int]) -> str:
+    """Writes a product, such as `2 x 4`."""
     return " x ".join(map(str, degrees))
 
 
 @RULES.add()
 def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Axes that the mesh names, and nothing fills yet."""
+    """Pipeline and expert parallelism, which the mesh has axes for, are not implemented yet."""
     p = r.parallel
-    ladder = (
-        " (ladder, which hands two tensors on, neither)" if r.model.residual == "ladder" else ""
-    )
+    ladder = ""
+    if r.model.residual == "ladder":
+        ladder = " (neither are those of ladder, whose stages send two tensors)"
     etp = p.etp if p.etp and p.tp > 1 and r.model.has("E", "T") else p.tp
-    for field, value, wanted, what in (
+    for field, value, wanted, reason in (
         ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
         ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
-        ("parallel.etp", etp, p.tp, "experts are cut over as many ranks as all else"),
+        (
+            "parallel.etp",
+            etp,
+            p.tp,
+            "experts are sharded over as many ranks as the rest",
+        ),
     ):
         if value != wanted:
-            yield Fault(field, value, f"{what}; set {field} to {wanted}")
+            yield Fault(field, value, f"{reason}; set {field} to {wanted}")
 
 
-@RULES.add(*ROW, "model", "parallel.tp")
+@RULES.add(*ROW_FIELDS, "model", "parallel.tp")
 def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Ranks share heads, groups, widths and vocabulary evenly."""
+    """Heads, groups, widths and vocabulary shard evenly over the tensor-parallel group."""
     tp = r.parallel.tp
     if tp == 1 or r.model.unclear:
         return
-    there = sorted(splits(r.model), key=lambda split: split.field)
-    degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in there)]
-    for field, pieces in dict.fromkeys((s.field, s.pieces) for s in there if not s.suits(tp)):
-        remedy = f"does not divide {field} = {pieces}; set parallel.tp to {choice(degrees, tp)}"
+    all_splits = sorted(splits(r.model), key=lambda split: split.field)
+    degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in all_splits)]
+    options = nearest_values(degrees, tp)
+    # Several parameters may split by the same field: report each field once.
+    for field, size in dict.fromkeys((s.field, s.pieces) for s in all_splits if not s.suits(tp)):
+        remedy = f"does not divide {field} = {size}; set parallel.tp to {options}"
         yield Fault("parallel.tp", tp, remedy)
 
 
 def _fits(r: Recipe, world_size: int) -> bool:
+    """Whether the product of the degrees is the number of ranks."""
     return math.prod(r.parallel.degrees(world_size).values()) == world_size
 
 
 def _batch_unit(r: Recipe, world_size: int | None) -> tuple[int, str]:
-    """Rows that all data-parallel ranks take in one forward pass, and what they are called."""
+    """Returns the rows of one micro-batch on all data-parallel ranks, and the product in words.
+
+    Where the number of ranks is unknown or faulty, those of one rank.
+    """
     micro = r.train.micro_batch
     if world_size is None or not _fits(r, world_size):
         return micro, f"train.micro_batch = {micro}"
@@ -95,17 +113,18 @@ def batch(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     rows = r.train.global_batch
     unit, name = _batch_unit(r, world_size)
     if rows % unit:
-        remedy = f"must be a multiple of {name}; set train.global_batch to {multiples(unit, rows)}"
+        remedy = f"must be a multiple of {name}; set train.global_batch to "
+        remedy += nearest_multiples(unit, rows)
         dp = unit // r.train.micro_batch
         if rows % dp == 0:
-            options = choice(divisors(rows // dp), r.train.micro_batch)
+            options = nearest_values(divisors(rows // dp), r.train.micro_batch)
             remedy += f", or train.micro_batch to {options}"
         yield Fault("train.global_batch", rows, remedy)
 
 
 @RULES.add("train.micro_batch", "train.global_batch", "train.ramp_steps", "parallel")
 def ramp(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The batch grows from ramp_batch in whole units of it."""
+    """The batch grows from ramp_batch to global_batch in multiples of ramp_batch."""
     t = r.train
     if t.ramp_batch is None:
         if t.ramp_steps:
@@ -119,7 +138,7 @@ def ramp(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     rows = t.global_batch
     if t.ramp_batch >= rows or rows % t.ramp_batch or t.ramp_batch % unit:
         fit = [b for b in divisors(rows) if b % unit == 0 and b < rows]
-        options = f"set it to {choice(fit, t.ramp_batch)}" if fit else "leave the ramp out"
+        options = f"set it to {nearest_values(fit, t.ramp_batch)}" if fit else "leave the ramp out"
         remedy = f"must be a multiple of {name} that divides train.global_batch = {rows} and is "
         yield Fault("train.ramp_batch", t.ramp_batch, f"{remedy}smaller; {options}")
 

@@ -1,4 +1,4 @@
-"""Rules on the row of sub-blocks and the residual stream through it."""
+"""Rules on the row of sub-blocks, the residual stream and multi-token prediction."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ RULES = Rules()
 
 @RULES.add("model.mtp")
 def symbols(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Every symbol of the patterns is one we build."""
+    """Every symbol of the patterns stands for a sub-block that exists."""
     patterns = {"model.pattern": r.model.pattern}
     if r.model.mtp:
         patterns["model.mtp_pattern"] = r.model.mtp_pattern
@@ -26,7 +26,7 @@ def symbols(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add("model.pattern")
 def row_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The row is no longer than anything that is trained."""
+    """The row has at most `LONGEST_ROW` sub-blocks; a longer one is a typing error."""
     m = r.model
     if len(m.pattern) * m.repeat > LONGEST_ROW:
         most = LONGEST_ROW // len(m.pattern)
@@ -36,16 +36,16 @@ def row_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add("model.pattern", "model.repeat", "model.residual")
 def ladder_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """No more sub-blocks are a ladder than there are."""
-    m, there = r.model, len(r.model.symbols)
-    if m.residual == "ladder" and m.ladder_last is not None and m.ladder_last > there:
-        remedy = f"the row has {there} sub-blocks; set model.ladder_last to 0..{there}, or leave "
+    """The ladder spans at most the sub-blocks of the row."""
+    m, count = r.model, len(r.model.symbols)
+    if m.residual == "ladder" and m.ladder_last is not None and m.ladder_last > count:
+        remedy = f"the row has {count} sub-blocks; set model.ladder_last to 0..{count}, or leave "
         yield Fault("model.ladder_last", m.ladder_last, f"{remedy}it out for all of them")
 
 
 @RULES.add("model.norm")
-def bias_of_norms(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """CRMSNorm has no bias: the stream's left-out channel could not follow it."""
+def norm_bias(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """CRMSNorm has no bias: the channel that the stream omits could not represent it."""
     if r.model.norm_bias and r.model.norm == "crms":
         remedy = "model.norm = crms has no bias; set model.norm to pre_rms, which can have one, or "
         yield Fault("model.norm_bias", True, f"{remedy}model.norm_bias to false")
@@ -53,17 +53,26 @@ def bias_of_norms(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add("model.norm")
 def centred_stream(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """What a norm behind a sub-block writes is not centred, so pre_rms would not be LayerNorm."""
+    """`pre_rms` needs norms before sub-blocks.
+
+    A norm after a sub-block writes output that is not centred, so RMSNorm of the stream would not
+    equal LayerNorm.
+    """
     m = r.model
     if m.norm == "pre_rms" and m.norm_position != "before":
-        remedy = "model.norm = pre_rms needs a centred stream, and norms behind sub-blocks write "
-        remedy += "what is not; set model.norm_position to before, or model.norm to layer"
+        remedy = "model.norm = pre_rms needs a centred stream, and the output of norms behind "
+        remedy += (
+            "sub-blocks is not centred; set model.norm_position to before, or model.norm to layer"
+        )
         yield Fault("model.norm_position", m.norm_position, remedy)
 
 
 @RULES.add("model.norm", "model.mtp_pattern")
-def further_rows(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Modules for further tokens read a normed stream, and take no passes of their own."""
+def mtp_modules(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Multi-token prediction needs no centred stream, and THOR only with THOR in the model.
+
+    The modules read the normed stream, and take no second forward pass for THOR by themselves.
+    """
     m = r.model
     if m.mtp and m.norm == "pre_rms":
         remedy = "its modules read the normed stream, which is not centred as model.norm = pre_rms "
@@ -72,12 +81,13 @@ def further_rows(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         )
     if m.mtp and "T" in m.mtp_pattern and "T" not in m.pattern:
         remedy = "`T` takes every token through the whole model twice; put it into model.pattern, "
-        yield Fault("model.mtp_pattern", m.mtp_pattern, f"{remedy}too, or take it out here")
+        remedy += "too, or remove it from model.mtp_pattern"
+        yield Fault("model.mtp_pattern", m.mtp_pattern, remedy)
 
 
 @RULES.add("train.seq_len")
-def further_tokens(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """A row holds the furthest token that is predicted."""
+def mtp_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """A row of data has more tokens than `model.mtp` predicts ahead."""
     m, length = r.model, r.train.seq_len
     if m.mtp and m.mtp >= length:
         remedy = f"a row has train.seq_len = {length} tokens; set model.mtp to at most {length - 1}"

@@ -1,4 +1,4 @@
-"""Rules on the learning rate's schedule, the data and the text that is sampled."""
+"""Rules on the learning-rate schedule, the data and the text that is sampled."""
 
 from collections.abc import Iterator
 
@@ -15,21 +15,21 @@ def schedule(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Warm-up and decay fit into the run."""
     o, steps = r.optimizer, r.train.steps
     wsd = o.schedule == "wsd"
-    left, room = steps - o.warmup, steps - 1 if wsd else steps
-    if o.warmup > room:
-        remedy = f"the run has train.steps = {steps}; set optimizer.warmup to at most {room}"
+    remaining, longest = steps - o.warmup, steps - 1 if wsd else steps
+    if o.warmup > longest:
+        remedy = f"the run has train.steps = {steps}; set optimizer.warmup to at most {longest}"
         yield Fault("optimizer.warmup", o.warmup, remedy)
     elif wsd and o.decay is None:
-        remedy = f"schedule wsd needs its length; set optimizer.decay to 1..{left} steps"
+        remedy = f"schedule wsd needs its length; set optimizer.decay to 1..{remaining} steps"
         yield Fault("optimizer.decay", None, remedy)
-    elif wsd and o.decay is not None and o.decay > left:
+    elif wsd and o.decay is not None and o.decay > remaining:
         remedy = f"warmup + decay = {o.warmup + o.decay} is more than train.steps = {steps}; "
-        yield Fault("optimizer.decay", o.decay, f"{remedy}set optimizer.decay to 1..{left}")
+        yield Fault("optimizer.decay", o.decay, f"{remedy}set optimizer.decay to 1..{remaining}")
 
 
 @RULES.add("optimizer.lr", "optimizer.schedule")
 def decayed_rate(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The learning rate decays downwards."""
+    """The learning rate at the end of the decay is at most the peak."""
     o = r.optimizer
     if o.schedule != "constant" and o.min_lr > o.lr:
         remedy = f"is above the peak optimizer.lr = {o.lr:g}; set optimizer.min_lr to 0..{o.lr:g}"
@@ -37,8 +37,8 @@ def decayed_rate(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 
 @RULES.add("optimizer.name", "model.mup_base")
-def rates_of_muon(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """muP's rates are those of Adam."""
+def mup_optimizer(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """muP's rules for learning rates hold for Adam alone."""
     if r.optimizer.name == "muon" and r.model.mup_base is not None:
         remedy = "model.mup_base transfers the learning rates of Adam, by rules that are not Muon's"
         yield Fault("optimizer.name", "muon", f"{remedy}; set it to adamw, or leave out mup_base")
@@ -46,19 +46,19 @@ def rates_of_muon(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add()
 def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Every source but the standard library says what to read."""
-    what = {"hub": "the name of the data set", "tokens": "the path of the .bin file without .bin"}
+    """Every source but the standard library has a path."""
+    kinds = {"hub": "the name of the data set", "tokens": "the path of the .bin file without .bin"}
     for index, source in enumerate(r.data.sources):
         if source.format != "stdlib" and not source.path:
             field = f"data.sources.{index}.path"
-            give = what.get(source.format, "a file, a folder or a glob")
-            remedy = f"format {source.format} reads from it; set {field} to {give}"
+            wanted = kinds.get(source.format, "a file, a folder or a glob")
+            remedy = f"format {source.format} reads from it; set {field} to {wanted}"
             yield Fault(field, source.path, remedy)
 
 
 @RULES.add("model.vocab", "data.tokenizer", "data.sources")
 def vocabulary(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """The embedding has a row for every token the byte tokenizer makes, and no crowd of others."""
+    """The embedding has a row for every byte token, and few more where bytes are the default."""
     if r.data.tokenizer_name == "bytes" and r.model.vocab < BYTE_TOKENS:
         size = BYTE_TOKENS
         remedy = f"the tokenizer `bytes` has {size} tokens; set model.vocab to at least that"
@@ -66,13 +66,13 @@ def vocabulary(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     by_default = r.data.tokenizer is None and r.data.tokenizer_name == "bytes"
     if by_default and far_above(r.model.vocab, BYTE_TOKENS):
         remedy = f"by default text is read as bytes, {BYTE_TOKENS} tokens, and model.vocab "
-        remedy += f"= {r.model.vocab}; set data.tokenizer to a tokenizer.json, or to bytes if it is"
-        yield Fault("data.tokenizer", None, f"{remedy} meant so")
+        remedy += f"= {r.model.vocab}; set data.tokenizer to a tokenizer.json, or to bytes if that "
+        yield Fault("data.tokenizer", None, f"{remedy}is intended")
 
 
 @RULES.add("data.sources")
 def packing(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Documents are kept whole where all their lengths are known."""
+    """Best-fit packing needs the lengths of all documents, which a streamed source cannot give."""
     if r.data.packing == "whole" and any(source.stream for source in r.data.sources):
         remedy = "a stream's documents are not known before they are read; leave out stream, so "
         yield Fault(
@@ -82,7 +82,7 @@ def packing(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 @RULES.add("data.tokenizer", "data.sources")
 def sampling(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """A sample can be turned into text. Tokens on disk do not say by what they were made."""
+    """Sampling text needs a tokenizer: token files do not record which one made them."""
     if r.train.sample and r.data.tokenizer_name is None:
         remedy = "text needs the tokenizer that made the tokens; set data.tokenizer to its "
         remedy += "tokenizer.json (or to bytes), or train.sample to 0"

@@ -1,4 +1,4 @@
-"""Settings without effect: every condition, unmet and met; none reaches a written recipe."""
+"""Unused settings: every condition, unmet and met; a written recipe has no unused setting."""
 
 import random
 import re
@@ -26,7 +26,7 @@ Faults = Callable[..., list[Fault]]
 _SOURCE = "data.sources.0"
 _YARN = "rope_scaling=yarn rope_factor=2"
 _LATENT = ("q_rank=8", "kv_rank=8", "rope_dim=8", "value_dim=8", "latent_norm_eps=1e-6")
-ATTENTION = {  # setting of [model]: what else it needs there
+ATTENTION = {  # setting of [model]: the other settings of [model] that make it used
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
          "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
@@ -51,11 +51,12 @@ _ROTATED = [s for s in ATTENTION if s.startswith("rope_") and not s.startswith("
 
 
 def model(settings: str) -> str:
-    """Overrides of [model]."""
+    """Returns settings of [model], separated by spaces, as overrides."""
     return " ".join(f"model.{setting}" for setting in settings.split())
 
 
-EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the field, what mends it
+# (the other settings, the unused setting, settings that make it used)
+UNUSED_CASES: list[tuple[str, str, str]] = [
     # the stream
     ("", "model.share=true", "model.repeat=2"),
     ("model.pattern=-*", "model.residual=parallel", "model.pattern=*-"),
@@ -198,67 +199,69 @@ EFFECT_CASES: list[tuple[str, str, str]] = [  # the rest of the recipe, the fiel
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rest", "setting", "mend"), EFFECT_CASES)
-def test_a_setting_without_effect_is_a_fault(
-    faults: Faults, rest: str, setting: str, mend: str
+@pytest.mark.parametrize(("others", "setting", "remedy"), UNUSED_CASES)
+def test_an_unused_setting_is_a_fault(
+    faults: Faults, others: str, setting: str, remedy: str
 ) -> None:
     field = setting.partition("=")[0]
-    (fault,) = faults(*rest.split(), setting)
+    (fault,) = faults(*others.split(), setting)
     assert fault.field == field
     assert fault.remedy.startswith("has no effect")
-    assert faults(*rest.split(), setting, f"{field}=") == []  # as the remedy says
-    assert faults(*rest.split()) == []  # not set, not a fault
-    assert faults(*rest.split(), setting, *mend.split()) == []
+    assert faults(*others.split(), setting, f"{field}=") == []  # as the message says
+    assert faults(*others.split()) == []  # a field that is not set is no fault
+    assert faults(*others.split(), setting, *remedy.split()) == []
 
 
 def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
-    met = set()
-    for rest, setting, _ in EFFECT_CASES:
-        (fault,) = faults(*rest.split(), setting)
-        why = fault.remedy.removeprefix("has no effect ").partition("; leave it out")[0]
-        met.add((re.sub(r"^data\.sources\.0", "source", fault.field), why))
-    assert met == set(conditions())
+    tested = set()
+    for others, setting, _ in UNUSED_CASES:
+        (fault,) = faults(*others.split(), setting)
+        reason = fault.remedy.removeprefix("has no effect ").partition("; leave it out")[0]
+        tested.add((re.sub(r"^data\.sources\.0", "source", fault.field), reason))
+    assert tested == set(conditions())
 
 
-def test_every_field_of_a_model_has_an_effect_or_a_condition() -> None:
+def test_every_field_of_a_model_is_always_used_or_has_a_condition() -> None:
     always = {
         "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
         "init_std", "sigma_reparam", "logit_cap", "logit_z", "mtp", "mup_base",
     }  # fmt: skip
-    named = {field for field, _ in conditions()}
-    conditional = {f.removeprefix("model.") for f in named if f.startswith("model.")}
+    listed = {field for field, _ in conditions()}
+    conditional = {f.removeprefix("model.") for f in listed if f.startswith("model.")}
     assert always | conditional == set(ModelConfig.model_fields)
     assert not always & conditional
     known = {f"{t}.{f}" for t, table in Recipe() for f in getattr(type(table), "model_fields", ())}
     known |= {f"source.{f}" for f in type(Recipe().data.sources[0]).model_fields}
-    assert named <= known
+    assert listed <= known
 
 
 def trained(config: ModelConfig) -> dict[str, Any]:
-    """What a config decides: parameters with their rates and decay, and two steps' objectives."""
+    """Returns the parameters of a model, their rates and decay, and the losses of two steps."""
     with torch.device("meta"):
         model = Decoder(config).double()
     materialise(model, torch.device("cpu"), 0)
     tokens, labels = torch.arange(64).view(2, 8, 4) * 7 % config.vocab
     positions = torch.arange(8)[:, None].expand(8, 4)
-    seen: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    observed: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
     for path, part in model.named_modules():
         if isinstance(part, Part):
-            seen[f"{path}: rates, decay"] = {n: (s.rate, s.decayed) for n, s in part.specs.items()}
+            observed[f"{path}: rates, decay"] = {
+                n: (s.rate, s.decayed) for n, s in part.specs.items()
+            }
     for step in range(2):
         context = Context(positions, None, 4 / config.balance_samples, torch.arange(4), step)
         model.begin_step()
         objective, report = model(tokens, context, labels)
-        seen[f"step {step}"] = torch.stack([objective.detach(), *report.terms.values()])
+        observed[f"step {step}"] = torch.stack([objective.detach(), *report.terms.values()])
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.1 * torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view_as(p)
         model.end_step(report.loads)
-    return seen
+    return observed
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Names under which two models are not the same."""
+    """Returns the keys under which the observations of two models differ."""
 
     def same(x: Any, y: Any) -> bool:
         if isinstance(x, Tensor):
@@ -268,20 +271,19 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
     return {name for name in a.keys() | b.keys() if not same(a.get(name), b.get(name))}
 
 
-def test_a_setting_that_is_said_to_change_nothing_changes_nothing(
-    write: Write, faults: Faults
-) -> None:
-    small, before = {"hidden": 64, "vocab": 32}, {}
+def test_an_unused_setting_changes_nothing(write: Write, faults: Faults) -> None:
+    small: dict[str, Any] = {"hidden": 64, "vocab": 32}
+    expected: dict[str, dict[str, Any]] = {}
     changed = {}
-    for rest, setting, _ in EFFECT_CASES:
+    for others, setting, _ in UNUSED_CASES:
         if setting.startswith("model."):
-            without = load_recipe(write(""), rest.split()).model.model_copy(update=small)
-            (fault,) = faults(*rest.split(), setting)
+            without = load_recipe(write(""), others.split()).model.model_copy(update=small)
+            (fault,) = faults(*others.split(), setting)
             given = without.model_copy(update={fault.field.removeprefix("model."): fault.value})
-            if rest not in before:
-                before[rest] = trained(without)
-            if names := differing(before[rest], trained(given)):
-                changed[f"{rest} {setting}"] = sorted(names)[:3]
+            if others not in expected:
+                expected[others] = trained(without)
+            if names := differing(expected[others], trained(given)):
+                changed[f"{others} {setting}"] = sorted(names)[:3]
     assert changed == {}
 
 
@@ -295,13 +297,13 @@ def test_a_size_of_the_base_that_the_model_does_not_use(faults: Faults) -> None:
 
 
 def test_random_recipes_survive_writing(write: Write) -> None:
-    draw, kept = random.Random(1), 0
+    generator, valid = random.Random(1), 0
     for _ in range(250):
-        drawn = [" ".join(case).split() for case in draw.sample(EFFECT_CASES, 2)]
+        cases = [" ".join(case).split() for case in generator.sample(UNUSED_CASES, 2)]
         try:
-            recipe = load_recipe(write(""), [s for overrides in drawn for s in overrides])
+            recipe = load_recipe(write(""), [s for overrides in cases for s in overrides])
         except RecipeError:
             continue
-        kept += 1
+        valid += 1
         assert load_recipe(write(dump_recipe(recipe))) == recipe
-    assert kept > 50
+    assert valid > 50
