@@ -52,19 +52,17 @@ def run_train(arguments: argparse.Namespace) -> int:
     else:
         folder = a.runs or "runs"
         run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
-    place = RankEnvironment.from_environment()
-    if a.json and (place is None or place.rank == 0):
+    environment = RankEnvironment.from_environment()
+    if a.json and (environment is None or environment.rank == 0):
         a.report(run.summary())
     return run.status
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
-    """A rank that `colonnade train` started."""
-    from colonnade.launcher.cluster.ranks import end_with_launcher
-    from colonnade.launcher.train.start import be_started_rank
+    """The hidden verb of the ranks that `start_ranks` starts."""
+    from colonnade.launcher.cluster.ranks import run_as_rank
 
-    end_with_launcher()
-    be_started_rank(Path(arguments.run), arguments.again, arguments.until)
+    run_as_rank(arguments.function, arguments.arguments)
     return 0
 
 
@@ -106,20 +104,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     a = arguments
     report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
-    place = RankEnvironment.from_environment()
-    if place is None or place.rank == 0:
+    environment = RankEnvironment.from_environment()
+    if environment is None or environment.rank == 0:
         print(table(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
-
-
-def run_verify_rank(arguments: argparse.Namespace) -> int:
-    """A rank that `colonnade verify` started."""
-    from colonnade.launcher.cluster.ranks import end_with_launcher
-    from colonnade.launcher.verify.run import be_started_rank
-
-    end_with_launcher()
-    be_started_rank(Path(arguments.folder))
-    return 0
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -225,9 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     rank = verbs.add_parser("_rank")
     rank.set_defaults(action=run_rank)
-    rank.add_argument("run")
-    rank.add_argument("--again", action="store_true")
-    rank.add_argument("--until", type=positive)
+    rank.add_argument("function", help="module:function")
+    rank.add_argument("arguments", help="its keyword arguments as JSON")
 
     verify = add("verify", run_verify)
     verify.add_argument("recipe", help="a path, or the name of a shipped recipe")
@@ -240,10 +227,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="tp=2,…",
         help="fields of [parallel], may be given several times (default: all that are valid)",
     )
-
-    verify_rank = verbs.add_parser("_verify")
-    verify_rank.set_defaults(action=run_verify_rank)
-    verify_rank.add_argument("folder")
 
     generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
@@ -311,7 +294,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Arguments as given; a recipe's overrides may stand before or after options."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank", "_verify"):
+    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
         parser.error(unknown_verb(words[0]))
     chosen, rest = parser.parse_known_args(arguments)
     takes = chosen.verb in ("train", "verify")
@@ -357,7 +340,7 @@ def run(chosen: argparse.Namespace) -> int:
 def among_ranks() -> bool:
     """Whether this process is one of several ranks."""
     try:
-        place = RankEnvironment.from_environment()
+        environment = RankEnvironment.from_environment()
     except UserError:  # which was told
         return False
-    return place is not None and place.size > 1
+    return environment is not None and environment.size > 1
