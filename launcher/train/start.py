@@ -55,7 +55,7 @@ def start(
         )
     if environment is not None or nproc == 1:
         return train_as_rank(recipe, environment or SINGLE_PROCESS, open_folder, resume, until)
-    # what would fail on every rank fails here, once, before ranks and a run's folder exist
+    # a fault that every rank would report is reported once, before ranks and a run's folder exist
     first_rank = RankEnvironment.on_one_host(0, nproc)
     device = choose_device(recipe.train.device, first_rank, recipe.train.compile)
     prepare_data(recipe)

@@ -59,16 +59,16 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
 
     The other fields of the recipe's `[parallel]` table stay where they have an effect.
     """
-    kept = {n: value for n, value in given(recipe.parallel) if n not in DEGREES | {*layout}}
+    remaining = {n: value for n, value in given(recipe.parallel) if n not in DEGREES | {*layout}}
     while True:
-        parallel = ParallelConfig.model_validate(kept | layout)
+        parallel = ParallelConfig.model_validate(remaining | layout)
         changed = recipe.model_copy(update={"parallel": parallel})
-        unused = [name for name in kept if no_effect(changed, f"parallel.{name}")]
+        unused = [name for name in remaining if no_effect(changed, f"parallel.{name}")]
         if not unused:
             return changed
         # another field may lose its effect with these: check again without them
         for name in unused:
-            del kept[name]
+            del remaining[name]
 
 
 def covering_layouts(ranks: int) -> Iterator[Layout]:

@@ -130,7 +130,7 @@ def verify(
     job = plan_job(recipe, overrides, size, layouts)
     if environment is not None:
         return make_report(verify_as_rank(job, environment))
-    # a device that would fail on every rank fails here, once
+    # a fault that every rank would report is reported once, before ranks start
     train = job.recipe.train
     choose_device(train.device, RankEnvironment.on_one_host(0, nproc), train.compile)
     with tempfile.TemporaryDirectory(prefix="colonnade-verify-") as folder:

@@ -98,8 +98,8 @@ def without_unused(recipe: Recipe) -> Recipe:
         model = recipe.model
         # `mup_base` is one field of the model: entries without effect are removed from its value
         if base := {f.rpartition(".")[2] for f in unused if f.startswith("model.mup_base.")}:
-            kept = {k: v for k, v in (model.mup_base or {}).items() if k not in base}
-            model = changed(model, {"mup_base": kept})
+            remaining = {k: v for k, v in (model.mup_base or {}).items() if k not in base}
+            model = changed(model, {"mup_base": remaining})
         names = [f.removeprefix("model.") for f in unused]
         recipe = recipe.model_copy(update={"model": changed(model, {}, remove=names)})
     return recipe
