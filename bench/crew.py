@@ -1,4 +1,8 @@
-"""Processes that a benchmark starts and calls: any, or ranks of one gloo group on this host."""
+"""Processes that a benchmark starts and calls, such as the ranks of a gloo group on this host.
+
+They stay alive between calls, which ranks that `launcher.cluster.ranks.start_ranks` starts do not;
+they become ranks in the same way (`prepare_rank`, then the process group).
+"""
 
 import multiprocessing
 import os
@@ -9,24 +13,31 @@ from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, ClassVar, Self
 
-import torch
 import torch.distributed as dist
 
-from colonnade.launcher.cluster.ranks import settle_memory
+from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.ranks import prepare_rank
 from colonnade.launcher.errors import UserError
-from colonnade.parallel.world import world
+from colonnade.parallel.world import world as open_world
 
 TIDY = 10  # seconds that the processes have to end by themselves
 
 
 class Member:
-    """What runs inside one process: subclasses add what the other side may call."""
+    """The object inside one process: subclasses add the methods that the benchmark calls."""
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.group = ExitStack()
+
+    def join(self, size: int, store: dist.Store) -> None:
+        """Becomes rank `number` of a gloo group of `size` ranks on this machine, with 1 thread."""
+        device = prepare_rank(RankEnvironment.on_one_host(self.number, size), threads=1)
+        self.world = self.group.enter_context(open_world(self.number, size, device, store))
 
     def close(self) -> None:
-        """End in good order, while the others do the same."""
+        """Leaves the group, if this process joined one, together with its other ranks."""
+        self.group.close()
 
 
 def serve(kind: type[Member], called: str, number: int, pipe: Connection) -> None:
@@ -122,28 +133,19 @@ class Crew:
 
 
 class Rank(Member):
-    """One rank of a gloo group, with one thread: runs functions."""
+    """One rank of a gloo group: runs functions."""
 
     def open(self, size: int, port: int) -> None:
-        """Join the others."""
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
-        settle_memory(device)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        self.group = ExitStack()
-        self.here = self.group.enter_context(world(self.number, size, device, store))
-
-    def close(self) -> None:
-        """Leave the group together with the others."""
-        self.group.close()
+        """Joins the other ranks, which meet at the store on this port."""
+        self.join(size, dist.TCPStore("127.0.0.1", port, is_master=False))
 
     def run(self, function: Callable[..., Any], *args: object) -> Any:
-        """`function(here, *args)`."""
-        return function(self.here, *args)
+        """Calls `function(world, *args)`."""
+        return function(self.world, *args)
 
 
 class Ranks(Crew):
-    """So many ranks of this host in one group."""
+    """`size` ranks of this host in one gloo group."""
 
     called = "rank"
 
@@ -151,11 +153,14 @@ class Ranks(Crew):
         super().__init__(Rank, size)
 
     def start(self) -> None:
-        """Start the ranks, and have them meet."""
+        """Starts the ranks, and joins them to a group."""
         super().start()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.call("open", self.size, self.store.port)
 
     def run(self, function: Callable[..., Any], *args: object) -> list[Any]:
-        """`function(here, *args)` on every rank, one that can be imported by name; by rank."""
+        """Calls `function(world, *args)` on every rank; returns the results by rank.
+
+        Ranks import the function by name.
+        """
         return self.call("run", function, *args)

@@ -8,7 +8,7 @@ import torch
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.linear import class_of, has_onednn, onednn_product
 from colonnade.launcher.cluster.environment import cores
-from colonnade.launcher.cluster.products import known_choice, measured_choice
+from colonnade.launcher.cluster.products import cached_choice, measure_choice
 from colonnade.launcher.errors import UserError
 
 SHAPES = ((2048, 512, 512), (2048, 1408, 512), (2048, 512, 1408), (512, 8192, 512))
@@ -25,7 +25,7 @@ def run(rounds: int = 9) -> dict[str, Any]:
             "bench linear compares oneDNN with MKL: this build of PyTorch has no oneDNN"
         )
     torch.set_num_threads(cores())
-    choice = known_choice() or measured_choice()
+    choice = cached_choice() or measure_choice()
     report: dict[str, Any] = {
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

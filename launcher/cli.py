@@ -58,12 +58,10 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
-    """Runs one rank that `colonnade train` started."""
-    from colonnade.launcher.cluster.ranks import end_with_launcher
-    from colonnade.launcher.train.start import be_started_rank
+    """The hidden verb of the ranks that `start_ranks` starts."""
+    from colonnade.launcher.cluster.ranks import run_as_rank
 
-    end_with_launcher()
-    be_started_rank(Path(arguments.run), arguments.again, arguments.until)
+    run_as_rank(arguments.function, arguments.arguments)
     return 0
 
 
@@ -108,16 +106,6 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if is_rank_zero():
         print(table(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
-
-
-def run_verify_rank(arguments: argparse.Namespace) -> int:
-    """Runs one rank that `colonnade verify` started."""
-    from colonnade.launcher.cluster.ranks import end_with_launcher
-    from colonnade.launcher.verify.run import be_started_rank
-
-    end_with_launcher()
-    be_started_rank(Path(arguments.folder))
-    return 0
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -224,9 +212,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     rank = verbs.add_parser("_rank")
     rank.set_defaults(action=run_rank)
-    rank.add_argument("run")
-    rank.add_argument("--again", action="store_true")
-    rank.add_argument("--until", type=positive)
+    rank.add_argument("function", help="module:function")
+    rank.add_argument("arguments", help="its keyword arguments as JSON")
 
     verify = add("verify", run_verify)
     verify.add_argument("recipe", help="a path, or the name of a shipped recipe")
@@ -239,10 +226,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="tp=2,…",
         help="fields of [parallel], may be given several times (default: all that are valid)",
     )
-
-    verify_rank = verbs.add_parser("_verify")
-    verify_rank.set_defaults(action=run_verify_rank)
-    verify_rank.add_argument("folder")
 
     generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
@@ -312,7 +295,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; overrides of a recipe may come before or after options."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank", "_verify"):
+    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
         parser.error(unknown_verb(words[0]))
     parsed, unparsed = parser.parse_known_args(arguments)
     has_overrides = parsed.verb in ("train", "verify")

@@ -9,7 +9,7 @@ from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cluster.products import settle_products
-from colonnade.launcher.cluster.ranks import ALONE, choose_device, settle_threads
+from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, settle_threads
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
@@ -82,8 +82,8 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
             f"{run}: trained on tokens, and data.tokenizer does not say by what they were made; "
             "resume the run with data.tokenizer=... (a tokenizer.json, or bytes) to write text"
         )
-    settle_threads(ALONE)
-    device = choose_device(recipe.train.device, ALONE)
+    settle_threads(SINGLE_PROCESS)
+    device = choose_device(recipe.train.device, SINGLE_PROCESS)
     settle_products(device)
     with torch.device("meta"):
         model = Decoder(recipe.model)

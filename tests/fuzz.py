@@ -22,11 +22,11 @@ from ranks import RankError, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.verify.judgement import Pass, beside, judge
+from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
 from colonnade.launcher.verify.layouts import Layout, write_layout
-from colonnade.launcher.verify.rounding import Noise, noise
-from colonnade.launcher.verify.shrink import alone, on_layout, shrink
-from colonnade.launcher.verify.trace import Trace, traced
+from colonnade.launcher.verify.rounding import Noise, measure_noise
+from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.world import World
 
 PRECISIONS = ("fp64", "fp32")
@@ -68,12 +68,12 @@ def here(rank: int, size: int) -> World:
 
 def reference(rank: int, size: int, small: Recipe) -> Trace:
     """One process."""
-    return traced(alone(small), here(rank, size))
+    return record_trace(in_one_process(small), here(rank, size))
 
 
 def rounded(rank: int, size: int, small: Recipe, precision: str) -> Noise:
     """What rounding does to it."""
-    return noise(small, precision, here(rank, size))
+    return measure_noise(small, precision, here(rank, size))
 
 
 def laid(
@@ -83,7 +83,7 @@ def laid(
     """A layout, of which the last rank breaks the sum of this number; and how many there are."""
     recipe = on_layout(small, size, layout, precision)
     with Broken(fault if rank == size - 1 else None) as broken:
-        return traced(recipe, here(rank, size), exact.parameters), broken.sums
+        return record_trace(recipe, here(rank, size), exact.parameters), broken.sums
 
 
 def passes(
@@ -96,7 +96,7 @@ def passes(
         number = fault.randrange(whole[1]) if whole[1] else None
     for precision in PRECISIONS:
         trace, _ = pool(ranks).run(laid, small, layout, precision, exact, number)[0]
-        yield beside(write_layout(layout), precision, trace, exact)
+        yield compare_traces(write_layout(layout), precision, trace, exact)
 
 
 def verdict(seed: int, ranks: int, symbols: str, fault: bool) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
-from colonnade.launcher.verify.layouts import Layout, covering, write_layout
+from colonnade.launcher.verify.layouts import Layout, covering_layouts, write_layout
 from colonnade.models.config import CARDS
 
 # Values of every field that changes the function trained or how a layout computes it.
@@ -68,7 +68,7 @@ def drawn(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None
     pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 5)))
     if symbols and not set(symbols) & set(pattern):
         return None
-    layout: Layout = dict(rng.choice(list(covering(ranks))))
+    layout: Layout = dict(rng.choice(list(covering_layouts(ranks))))
     given = {f"parallel.{name}": value for name, value in layout.items()}
     given |= {f"model.{name}": value for name, value in NARROW.items()}
     given |= {f"model.{name}": value for name, value in chosen(rng, MODEL, 0.4)}

@@ -17,12 +17,13 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.ranks import prepare_rank
 from colonnade.parallel import mesh
-from colonnade.parallel.world import world
+from colonnade.parallel.world import world as open_world
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ PRELOAD = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "colonnade.launcher.cluster.ranks",
     "colonnade.parallel.world",
 ]
 GRACE = 2.0  # seconds that the other ranks have to report, once one has failed
@@ -143,12 +145,12 @@ def pool(size: int) -> Ranks:
 
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     """One rank: take calls until told to end."""
-    torch.set_num_threads(1)
+    device = prepare_rank(RankEnvironment.on_one_host(rank, size), threads=1)
     # Every group keeps threads, and DTensor's caches keep meshes: one of a shape serves all tests.
     mesh.init_device_mesh = functools.cache(init_device_mesh)
     mesh.fold = functools.cache(mesh.fold)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    with world(rank, size, torch.device("cpu"), store):
+    with open_world(rank, size, device, store):
         gc.freeze()
         while (question := _next(connection)) is not None:
             number, sys.path[:] = question

@@ -1,1 +1,1 @@
-"""Ranks on hosts: what the environment says, how ranks are started and end, `doctor`."""
+"""Ranks on hosts: reads the environment, starts and prepares ranks, handles signals; `doctor`."""

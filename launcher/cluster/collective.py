@@ -1,4 +1,4 @@
-"""Actions that all ranks enter together, so that a failure on one is raised on every one."""
+"""Runs actions that all ranks enter together, and raises a failure of one rank on every rank."""
 
 import traceback
 from collections.abc import Callable
@@ -17,22 +17,27 @@ def rank() -> int:
 
 
 def on_all_ranks(action: Callable[[], T], meet: Callable[[], None] | None = None) -> list[T]:
-    """Run `action` on every rank and return the results by rank; collective.
+    """Runs `action` on every rank, and all-gathers the results; returns them by rank.
 
-    If it fails anywhere, every rank raises the failure of the lowest rank that failed. Where
-    `action` may take longer on one rank than the group's time-out, `meet` (of `World`) waits first.
+    If it fails on any rank, every rank raises the failure of the lowest rank that failed. Where
+    `action` may take longer on one rank than the group's time-out, pass `World.meet` as `meet`: it
+    makes the ranks wait for each other before the all-gather.
     """
-    outcomes = [_attempt(action)]
+    outcome = _attempt(action)
     if meet is not None:
         meet()
-    if dist.is_initialized():
-        mine, outcomes = outcomes[0], outcomes * dist.get_world_size()
-        dist.all_gather_object(outcomes, mine)
+    if not dist.is_initialized():
+        return [_result(outcome)]
+    outcomes = [outcome] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
     return [_result(outcome) for outcome in outcomes]
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on every rank, or raise its failure there."""
+    """Runs `action` on rank 0, and broadcasts its result; every rank returns it.
+
+    If it fails, every rank raises the failure.
+    """
     outcomes = [_attempt(action) if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(outcomes, src=0)
@@ -40,16 +45,18 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Runs `action`; returns its result, or the exception in a form that can be sent to ranks."""
     try:
         return action(), None
     except Exception as error:
         if isinstance(error, UserError) or type(error).__module__ == "builtins":
             return None, error
-        # Other classes may not survive the trip to the other ranks.
+        # other ranks may be unable to unpickle an exception of another class
         return None, RuntimeError(f"on rank {rank()}:\n{traceback.format_exc()}")
 
 
 def _result(outcome: tuple[T | None, Exception | None]) -> T:
+    """Returns the result of `_attempt`, or raises its exception."""
     value, error = outcome
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has, and which kernel serves each operator, and why."""
+"""`doctor`: reports devices, backends and packages, and which kernel serves each operator."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from colonnade.kernels.linear import has_onednn, usual_choice
 from colonnade.launcher.cluster.environment import cores
-from colonnade.launcher.cluster.products import known_choice
+from colonnade.launcher.cluster.products import cached_choice
 from colonnade.launcher.errors import UserError
 
 OPTIONAL = {
@@ -26,7 +26,7 @@ OPTIONAL = {
 
 
 def version(package: str) -> str:
-    """Installed version, or what is missed without it."""
+    """The installed version of a package, or what it is needed for."""
     if importlib.util.find_spec(package) is None:
         return f"not installed: {OPTIONAL.get(package, 'required')}"
     try:
@@ -36,20 +36,20 @@ def version(package: str) -> str:
 
 
 def devices() -> dict[str, Any]:
-    """Processors and memory that a run would use."""
-    found: dict[str, Any] = {
+    """The processors that a run would use, and the memory of each GPU."""
+    report: dict[str, Any] = {
         "cpu": f"{platform.machine()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     }
     if not torch.cuda.is_available():
-        found["gpu"] = "none: runs use the CPU"
+        report["gpu"] = "none: runs use the CPU"
     for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        found[f"gpu {index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
-    return found
+        gpu = torch.cuda.get_device_properties(index)
+        report[f"gpu {index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+    return report
 
 
 def backends() -> dict[str, str]:
-    """What ranks can talk through."""
+    """The backends of torch.distributed that this build of PyTorch has."""
     return {
         "gloo": "yes: CPU ranks"
         if dist.is_gloo_available()
@@ -59,22 +59,22 @@ def backends() -> dict[str, str]:
 
 
 def operators() -> dict[str, str]:
-    """Which kernel serves each operator here."""
+    """The kernel that serves each operator on this machine, and why."""
     cuda = torch.cuda.is_available()
-    where = "on this GPU" if cuda else "on this CPU"
+    processor = "on this GPU" if cuda else "on this CPU"
     if cuda:
-        product = "cuBLAS, PyTorch's choice on a GPU"
+        linear = "cuBLAS, PyTorch's choice on a GPU"
     elif has_onednn(torch.empty(0)):
-        measured = known_choice()
+        measured = cached_choice()
         choice = measured or usual_choice()
-        on = ", ".join(name for name, onednn in choice.items() if onednn) or "nothing"
-        how = "measured here" if measured else "not measured yet: the first run does"
-        product = f"fp32 on oneDNN: {on}; else MKL ({how})"
+        classes = ", ".join(name for name, onednn in choice.items() if onednn) or "nothing"
+        source = "measured here" if measured else "not measured yet: the first run does"
+        linear = f"fp32 on oneDNN: {classes}; else MKL ({source})"
     else:
-        product = "PyTorch's choice: this build or processor has no oneDNN"
+        linear = "PyTorch's choice: this build or processor has no oneDNN"
     return {
-        "linear": product,
-        "attention": f"scaled_dot_product_attention, flash kernel where it serves {where}; "
+        "linear": linear,
+        "attention": f"scaled_dot_product_attention, flash kernel where it serves {processor}; "
         "packed documents through a mask",
         "rms_norm": "torch's fused kernel" if cuda else "ours: keeps one scale a row",
         "activation": "ours: keeps only its inputs",
@@ -85,8 +85,8 @@ def operators() -> dict[str, str]:
     }
 
 
-def lacks_for_compiling() -> str | None:
-    """What `train.compile` needs on a CPU and does not find, with the remedy; None: nothing."""
+def missing_for_compiling() -> str | None:
+    """What `train.compile` needs on a CPU and is not installed, with the remedy; None: nothing."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -98,23 +98,23 @@ def lacks_for_compiling() -> str | None:
         return None
     folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
     command = [compiler, "-E", "-x", "c++", *(f"-I{folder}" for folder in folders), "-"]
-    tried = subprocess.run(command, input=b"#include <Python.h>", capture_output=True)
-    if tried.returncode:
+    finished = subprocess.run(command, input=b"#include <Python.h>", capture_output=True)
+    if finished.returncode:
         return f"{compiler} finds no Python.h: install the headers of Python (python3-dev)"
     return None
 
 
 def check_compiling(wanted: bool, device: torch.device) -> None:
-    """A UserError where the sub-blocks are to be compiled and cannot be."""
-    if wanted and device.type == "cpu" and (lack := lacks_for_compiling()):
-        raise UserError(f"train.compile = True: {lack}; or set train.compile = false")
+    """Raises UserError if the sub-blocks are to be compiled on a CPU that lacks the tools."""
+    if wanted and device.type == "cpu" and (missing := missing_for_compiling()):
+        raise UserError(f"train.compile = True: {missing}; or set train.compile = false")
 
 
 def doctor() -> dict[str, Any]:
-    """Everything `colonnade doctor` reports, one value a line."""
+    """The report of `colonnade doctor`, one value a line."""
     required = ("torch", "numpy", "pydantic", "safetensors", "colonnade")
     report: dict[str, Any] = {"python": platform.python_version()}
     report |= {name: version(name) for name in (*required, *OPTIONAL)}
     report |= devices() | backends()
-    report["train.compile"] = lacks_for_compiling() or "yes: there is a C++ compiler"
-    return report | {f"kernel: {name}": served for name, served in operators().items()}
+    report["train.compile"] = missing_for_compiling() or "yes: there is a C++ compiler"
+    return report | {f"kernel: {name}": kernel for name, kernel in operators().items()}

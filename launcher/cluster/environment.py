@@ -1,7 +1,7 @@
-"""What the environment says: a process's rank (from torchrun, or from SLURM's srun), and folders.
+"""Reads the environment variables: the rank of a process (from torchrun or srun), and settings.
 
-The only file that reads it. It imports no torch: whatever refuses a recipe
-does so before a second has passed.
+No other file reads them. This file does not import torch, so that a mistake in a recipe is reported
+within a second.
 """
 
 import json
@@ -16,12 +16,20 @@ from pathlib import Path
 from colonnade.launcher.errors import UserError
 
 USER_MISTAKE = 2  # exit status
-SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers the steps of batch scripts and shells from here on
+SPECIAL_STEPS = 0xFFFFFFF0  # SLURM gives batch scripts and shells step numbers from this one on
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """One process among those that torchrun or srun started."""
+    """The rank of a process among those that torchrun or srun started.
+
+    Attributes:
+        rank: index of this process among all ranks.
+        size: the number of all ranks (the world size).
+        local_rank: index of this process among the ranks of its host.
+        local_size: the number of ranks on its host.
+        from_srun: srun started the process, not torchrun.
+    """
 
     rank: int
     size: int
@@ -30,11 +38,16 @@ class RankEnvironment:
     from_srun: bool = False
 
     @classmethod
+    def on_one_host(cls, rank: int, size: int) -> "RankEnvironment":
+        """A rank of a job whose `size` ranks all run on this host."""
+        return cls(rank, size, rank, size)
+
+    @classmethod
     def from_environment(cls) -> "RankEnvironment | None":
-        """This process's place, or None if no launcher started it.
+        """Reads the rank of this process; None if neither torchrun nor srun started it.
 
         Raises:
-            UserError: srun started it, and the environment does not say how ranks meet.
+            UserError: srun started the process, and the host of rank 0 is unknown.
         """
         environment = os.environ
         if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -48,29 +61,37 @@ class RankEnvironment:
 
     @classmethod
     def _from_srun(cls) -> "RankEnvironment | None":
-        """The place of a task among several of one step; None outside of such a step."""
+        """Reads the rank of a task of a SLURM step; None outside of a step of several tasks.
+
+        Sets MASTER_ADDR and MASTER_PORT, which the rendezvous reads, where they are not set.
+        """
         environment = os.environ
         size = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
         step = environment.get("SLURM_STEP_ID", "")
         if size == 1 or not step.isdecimal() or int(step) >= SPECIAL_STEPS:
             return None
-        place = cls(
+        rank_environment = cls(
             rank=int(environment["SLURM_PROCID"]),
             size=size,
             local_rank=int(environment["SLURM_LOCALID"]),
-            local_size=_tasks_of_this_node(size),
+            local_size=_tasks_on_this_node(size),
             from_srun=True,
         )
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_node(environment.get("SLURM_STEP_NODELIST"))
-        if "MASTER_PORT" not in environment:  # the same on all hosts, another one for each step
+        if (
+            "MASTER_PORT" not in environment
+        ):  # the same on all hosts, and a different one for each step
             number = int(environment.get("SLURM_JOB_ID", 0)) * 64 + int(step)
             environment["MASTER_PORT"] = str(20000 + number % 20000)
-        return place
+        return rank_environment
 
 
-def _tasks_of_this_node(size: int) -> int:
-    """SLURM writes tasks per node as `2(x3),1`: two on each of three nodes, one on the fourth."""
+def _tasks_on_this_node(size: int) -> int:
+    """The number of tasks of this SLURM step that run on this node.
+
+    SLURM writes tasks per node as `2(x3),1`: two on each of three nodes, one on the fourth.
+    """
     environment = os.environ
     names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
     text = next((environment[name] for name in names if name in environment), str(size))
@@ -81,13 +102,13 @@ def _tasks_of_this_node(size: int) -> int:
 
 
 def _first_node(nodes: str | None) -> str:
-    """The host on which rank 0 runs, which the others connect to."""
+    """The name of the first host of a node list: rank 0 runs there, and all ranks connect to it."""
     if nodes and "[" not in nodes and "," not in nodes:
         return nodes
     command = ["scontrol", "show", "hostnames", *([nodes] if nodes else [])]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=True)
-        return shown.stdout.split()[0]
+        finished = subprocess.run(command, capture_output=True, text=True, check=True)
+        return finished.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             "srun started several tasks, and scontrol does not tell the name of the first host: "
@@ -96,30 +117,34 @@ def _first_node(nodes: str | None) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def chosen_threads() -> int | None:
-    """Threads that the user asks for by OMP_NUM_THREADS; None leaves it to us."""
+def requested_threads() -> int | None:
+    """The number of threads that OMP_NUM_THREADS requests; None if it is unset or no number."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def cache_folder() -> Path:
-    """Where tokenised data and measurements are kept for later runs of this user."""
+    """The folder in which tokenised data and measurements are cached for this user's later runs."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "colonnade"
 
 
 def instruction_limits() -> str:
-    """What the user allows the libraries of products of the processor's instructions."""
+    """The variables by which the user limits the instruction sets of oneDNN and MKL, as text."""
     names = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
     return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def report_failure(message: str, started: bool) -> None:
-    """Say a mistake, or hand it to the launcher that `started` this rank, which says it for all."""
+    """Prints a user's mistake, and writes it to torchrun's error file where there is one.
+
+    `started` says that our launcher started this rank: the launcher reads the error file and prints
+    the message once for all ranks, so the rank itself prints nothing.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
         text = json.dumps({"message": message, "timestamp": int(time.time())})

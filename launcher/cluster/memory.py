@@ -1,4 +1,4 @@
-"""How much memory a process has used at most."""
+"""Measures the peak memory of a process."""
 
 import resource
 import sys
@@ -8,9 +8,10 @@ import torch
 
 
 def resident_mib() -> float:
-    """Largest resident memory of this program so far, in MiB.
+    """The peak resident memory of this program so far, in MiB.
 
-    On Linux `ru_maxrss` is inherited from the process that started this one, through exec.
+    On Linux it is read from /proc, because `ru_maxrss` is inherited through exec from the process
+    that started this one.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -21,7 +22,7 @@ def resident_mib() -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Largest memory of this rank so far, in GiB: its GPU's, or on CPU the program's."""
+    """The peak memory of this rank so far, in GiB: on its GPU, or on CPU of the program."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident_mib() / 1024

@@ -1,4 +1,4 @@
-"""Which library serves fp32 products: measured once on a machine, the same on all ranks."""
+"""Chooses the library for fp32 matrix products: measured once per machine, equal on all ranks."""
 
 import hashlib
 import json
@@ -28,34 +28,37 @@ from colonnade.launcher.cluster.environment import cache_folder, instruction_lim
 SHAPES = dict(zip(SIZES, ((256, 128, 128), (1024, 256, 256), (2048, 1408, 512)), strict=True))
 ROUNDS = 7
 RATIO = "time of MKL / oneDNN"
-GAIN = 1.1  # PyTorch's own library is left for one that is so much faster, beyond noise
+GAIN = 1.1  # oneDNN replaces MKL, PyTorch's choice, where it is faster by this factor: beyond noise
 
 
 def settle_products(device: torch.device) -> None:
-    """Have every rank use the libraries that rank 0 finds the faster ones. Collective.
+    """Makes every rank use the libraries that are faster on rank 0, which broadcasts its choice.
 
-    Ranks must agree: a router that every rank of a group computes has to choose alike.
+    Ranks must agree: a router that every rank of a group computes has to choose the same experts.
     """
     if device.type == "cpu" and has_onednn(torch.empty(0)):
-        prefer(on_rank_zero(lambda: known_choice() or measured_choice()))
+        prefer(on_rank_zero(lambda: cached_choice() or measure_choice()))
 
 
-def known_choice() -> dict[str, bool] | None:
-    """What was measured on a processor like this with as many threads, and kept."""
+def cached_choice() -> dict[str, bool] | None:
+    """The choice of an earlier measurement on the same processor with as many threads, or None.
+
+    By class of product: whether oneDNN serves it.
+    """
     try:
-        kept = json.loads(_path().read_text(encoding="utf-8"))
+        cached = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ratios = {name: kept.get(name, {}).get(RATIO) for name in CLASSES}
+    ratios = {name: cached.get(name, {}).get(RATIO) for name in CLASSES}
     if not all(isinstance(ratio, int | float) for ratio in ratios.values()):
         return None
     return {name: ratio > GAIN for name, ratio in ratios.items()}
 
 
-def measured_choice() -> dict[str, bool]:
-    """Time both libraries on a product of every class, in turn, and keep the outcome.
+def measure_choice() -> dict[str, bool]:
+    """Times both libraries on a product of every class, in turn, and caches the choice.
 
-    A folder that cannot be written keeps nothing: the next run measures again.
+    Where the cache folder cannot be written, the next run measures again.
     """
     figures: dict[str, dict[str, float]] = {}
     for size, (m, n, k) in SHAPES.items():
@@ -67,21 +70,22 @@ def measured_choice() -> dict[str, bool]:
             figures[name] = {RATIO: round(_mkl_over_onednn(a, b), 3)}
     choice = {name: figure[RATIO] > GAIN for name, figure in figures.items()}
     path = _path()
-    coming = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    # written under another name first: other processes may read or write the file meanwhile
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        coming.write_text(
+        temporary.write_text(
             json.dumps({"machine": _machine(), **figures}, indent=1), encoding="utf-8"
         )
-        os.replace(coming, path)
+        os.replace(temporary, path)
     except OSError:
         with suppress(OSError):
-            coming.unlink()
+            temporary.unlink()
     return choice
 
 
 def _mkl_over_onednn(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Ratio of times, the median of rounds in turn; one of each first."""
+    """The median over rounds of MKL's time for a·bᵀ divided by oneDNN's; the first is a warm-up."""
     ratios = []
     for number in range(ROUNDS + 1):
         seconds = []
@@ -95,7 +99,7 @@ def _mkl_over_onednn(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _machine() -> dict[str, str | int]:
-    """What the outcome depends on."""
+    """The facts about this machine and process on which the measurement depends."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     wanted = ("vendor_id", "cpu family", "model", "model name", "flags")
@@ -110,5 +114,6 @@ def _machine() -> dict[str, str | int]:
 
 
 def _path() -> Path:
+    """The file of the cached measurement, named by a hash of the machine's facts."""
     key = json.dumps(_machine()).encode()
     return cache_folder() / f"products-{hashlib.blake2b(key, digest_size=8).hexdigest()}.json"

@@ -1,59 +1,103 @@
-"""What a rank settles on its host (device, threads, memory), and how we start ranks of our own."""
+"""Starts ranks on this host through torchrun, and prepares a process to be a rank.
+
+`start_ranks` runs a function on every rank; `run_as_rank` is what each of these processes does. A
+process that takes part as a rank, whoever started it, calls `prepare_rank` (device, threads,
+memory), and then opens the process group with `colonnade.parallel.world.world`.
+"""
 
 import ctypes
+import importlib
+import json
 import logging
 import os
 import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
+from colonnade.launcher.cluster.doctor import check_compiling
 from colonnade.launcher.cluster.environment import (
     USER_MISTAKE,
     RankEnvironment,
-    chosen_threads,
     cores,
+    requested_threads,
 )
-from colonnade.launcher.cluster.signals import handled
+from colonnade.launcher.cluster.signals import signal_handler
 from colonnade.launcher.errors import UserError
 
-SAVING = 3600  # seconds that stopping ranks are given to save
+SAVE_TIMEOUT = 3600  # seconds for which the launcher waits for stopping ranks to save
 
-ALONE = RankEnvironment(0, 1, 0, 1)
+SINGLE_PROCESS = RankEnvironment.on_one_host(0, 1)
 
 
-def choose_device(wanted: str, place: RankEnvironment) -> torch.device:
-    """The device of this rank: `auto` is a GPU each where there are enough, else the CPU."""
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= place.local_size
+def prepare_rank(
+    environment: RankEnvironment,
+    device: str = "cpu",
+    compiled: bool = False,
+    threads: int | None = None,
+) -> torch.device:
+    """Sets the threads and the memory allocator of this rank's process, and returns its device.
+
+    Args:
+        environment: the rank, and the number of ranks on this host.
+        device: `train.device`, as for `choose_device`.
+        compiled: `train.compile`, as for `choose_device`.
+        threads: of this rank; None: those of OMP_NUM_THREADS, or this rank's share of the cores.
+
+    Raises:
+        UserError: as `choose_device`.
+    """
+    if threads is None:
+        settle_threads(environment)
+    else:
+        torch.set_num_threads(threads)
+    chosen = choose_device(device, environment, compiled)
+    settle_memory(chosen)
+    return chosen
+
+
+def choose_device(
+    wanted: str, environment: RankEnvironment, compiled: bool = False
+) -> torch.device:
+    """The device of this rank: with `auto` a GPU if this host has one for each rank, else the CPU.
+
+    Args:
+        wanted: `auto`, `cpu` or `cuda`.
+        environment: the rank, and the number of ranks on this host.
+        compiled: sub-blocks are to be compiled on the device.
+
+    Raises:
+        UserError: `cuda` with fewer GPUs than ranks, or compilation on a CPU without its compiler.
+    """
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= environment.local_size
     if wanted == "cuda" and not enough:
         raise UserError(
             f"train.device = 'cuda': this host has {torch.cuda.device_count()} usable GPUs for "
-            f"{place.local_size} ranks; lower --nproc, or set train.device = 'auto'"
+            f"{environment.local_size} ranks; lower --nproc, or set train.device = 'auto'"
         )
-    return (
-        torch.device("cuda", place.local_rank)
-        if enough and wanted != "cpu"
-        else torch.device("cpu")
-    )
+    use_gpu = enough and wanted != "cpu"
+    device = torch.device("cuda", environment.local_rank) if use_gpu else torch.device("cpu")
+    check_compiling(compiled, device)
+    return device
 
 
-def settle_threads(place: RankEnvironment) -> None:
-    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says how many each takes."""
-    torch.set_num_threads(chosen_threads() or share_of_cores(place.local_size))
+def settle_threads(environment: RankEnvironment) -> None:
+    """Sets this rank's threads: those of OMP_NUM_THREADS, or its share of the host's cores."""
+    torch.set_num_threads(requested_threads() or threads_per_rank(environment.local_size))
 
 
-def share_of_cores(ranks: int) -> int:
-    """Threads of each of so many ranks on this host."""
+def threads_per_rank(ranks: int) -> int:
+    """The number of threads of each rank when `ranks` share this host's cores."""
     return max(1, cores() // ranks)
 
 
 def settle_memory(device: torch.device) -> None:
-    """On CPU, have glibc keep all freed memory: to fetch it anew every step is slow."""
+    """On CPU, makes glibc keep all freed memory: mapping it again in every step is slow."""
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
@@ -64,28 +108,48 @@ def settle_memory(device: torch.device) -> None:
 
 
 def settle_determinism(deterministic: bool) -> None:
-    """Only deterministic operators; cuBLAS wants a fixed workspace for that."""
+    """Allows only deterministic operators, if asked for; cuBLAS then needs a fixed workspace."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this rank when the process that started it ends, however that ends."""
+    """Makes the kernel kill this process when the process that started it ends, in any way."""
     if platform.system() == "Linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def start_ranks(arguments: list[str], nproc: int) -> int:
-    """Run `python -m colonnade.launcher ARGUMENTS` on `nproc` ranks of this host through torchrun.
+def run_as_rank(function: str, arguments: str) -> None:
+    """Calls the function that `start_ranks` named, in a process that torchrun started for it.
+
+    Args:
+        function: its name, as `module:function`.
+        arguments: its keyword arguments, as JSON.
+    """
+    end_with_launcher()
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(**json.loads(arguments))
+
+
+def start_ranks(function: Callable[..., None], arguments: Mapping[str, object], nproc: int) -> int:
+    """Calls `function(**arguments)` on `nproc` ranks of this host through torchrun; waits for them.
+
+    Every rank is a new process, `python -m colonnade.launcher _rank`, which finds its rank in the
+    environment (`RankEnvironment`).
+
+    Args:
+        function: a function of a module, which ranks import by name.
+        arguments: its keyword arguments; JSON can represent them.
+        nproc: the number of ranks.
 
     Returns:
         0, or 128 + the signal that ended the job.
 
     Raises:
-        UserError: what the ranks reported as a user's mistake.
-        SystemExit: another failure, whose traceback the rank has printed.
+        UserError: the ranks reported it as a user's mistake.
+        SystemExit: a rank failed otherwise, and has printed its traceback.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,21 +167,22 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
         local_addr="127.0.0.1",
     )
     if hasattr(config, "shutdown_timeout"):  # not in PyTorch 2.11
-        config.shutdown_timeout = SAVING
-    config.signals_to_handle = "SIGQUIT"  # it wants one; `as_agent` has the others
-    command = [sys.executable, "-u", "-m", "colonnade.launcher", *arguments]
+        config.shutdown_timeout = SAVE_TIMEOUT
+    # torchrun needs one signal to handle; `torchrun_agent` handles the others
+    config.signals_to_handle = "SIGQUIT"
+    command = ["-u", "-m", "colonnade.launcher", "_rank"]
+    command += [f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
     try:
-        with as_agent(nproc):
-            elastic_launch(config, command[0])(*command[1:])
+        with torchrun_agent(nproc):
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         mistakes = {f.message for f in error.failures.values() if f.exitcode == USER_MISTAKE}
         if mistakes:
             raise UserError("\n".join(sorted(mistakes))) from None
         rank, failure = error.get_first_failure()
-        ended = (
-            f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
-        )
-        print(f"colonnade: rank {rank} failed first, with {ended}", file=sys.stderr)
+        code = failure.exitcode
+        reason = f"signal {-code}" if code < 0 else f"status {code}"
+        print(f"colonnade: rank {rank} failed first, with {reason}", file=sys.stderr)
         raise SystemExit(1) from None
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -125,29 +190,31 @@ def start_ranks(arguments: list[str], nproc: int) -> int:
 
 
 @contextmanager
-def as_agent(nproc: int) -> Iterator[None]:
-    """Be torchrun's agent of `nproc` ranks, and leave nothing of it in this process.
+def torchrun_agent(nproc: int) -> Iterator[None]:
+    """Prepares this process to be torchrun's agent of `nproc` ranks; afterwards undoes it all.
 
-    The first signal of `SAVE_FIRST` is raised as torchrun's exception, upon which the agent sends
-    it to its ranks and waits for them. Later ones are not: they would end the wait. torchrun's own
-    handlers, which stay, would make every later signal of this process an ordinary exception.
+    The first signal of `SAVE_FIRST` raises torchrun's exception; the agent then sends the signal to
+    its ranks and waits for them. Later signals raise nothing: an exception would end that wait.
+    torchrun does not remove its own handlers, which would turn every later signal of this process
+    into an exception.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    raised: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        raised.append(number)
-        if len(raised) == 1:
+    def raise_first(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
             raise SignalException(f"signal {number}", signal.Signals(number))
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     quit_handler = signal.getsignal(signal.SIGQUIT)
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(nproc)))  # or torchrun takes 1
-    logging.disable(logging.ERROR)  # torchrun's log of what we tell in our own words
+    # without it torchrun sets 1 thread for each rank
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(nproc)))
+    logging.disable(logging.ERROR)  # torchrun logs failures that our own messages report
     try:
-        with handled(pass_on, answers=True):
+        with signal_handler(raise_first, announce=True):
             yield
     finally:
         logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""Signals that end a run: at the first one it saves, at a second Ctrl-C it ends at once."""
+"""Handles signals that stop a run: the first one saves, a second Ctrl-C ends it at once."""
 
 import os
 import signal
@@ -12,91 +12,98 @@ from typing import Any
 
 from colonnade.launcher.errors import UserError
 
-# Ctrl-C; a scheduler's end; a lost connection; SLURM's notice before the end of its time.
+# Ctrl-C; a scheduler's termination; a lost connection; SLURM's notice before its time limit.
 SAVE_FIRST = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-ONE_SIGNAL = 1.0  # seconds: a terminal and a launcher that passes it on may send the same one
+# Seconds in which a second SIGINT counts as the same Ctrl-C: the terminal sends one to the process,
+# and the launcher may forward another.
+ONE_SIGNAL = 1.0
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class StopSignal:
-    """A signal, noted now and obeyed at the end of the step, after saving."""
+    """A received signal, which the run obeys at the end of the step, after saving."""
 
     def __init__(self) -> None:
-        self.number = 0
-        self.agreed = False  # all ranks know of it, and save
+        self.number = 0  # of the last signal received; 0: none
+        self.agreed = False  # all ranks know of the signal, and save
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal."""
+        """Records the signal; has the signature of a signal handler."""
         self.number = number
 
 
 @contextmanager
-def stop_signal(ranks: int, answers: bool = False) -> Iterator[StopSignal]:
-    """Note the signals of `SAVE_FIRST` for the length of the block (main thread only).
+def stop_signal(ranks: int, announce: bool = False) -> Iterator[StopSignal]:
+    """Records the signals of `SAVE_FIRST` while the block runs (in the main thread only).
 
-    `answers` says that this process is the one to tell the user that a signal came, and to end at
-    once when Ctrl-C comes again. One of several `ranks` that is told to stop and then fails has
-    lost a peer, which tells why; it ends by the signal, as it would without us.
+    One of several `ranks` that receives a signal and then fails, before all ranks have agreed to
+    stop, has probably lost a peer, and the peer reports the reason. Such a rank raises the signal
+    again, and so ends by it, as it would without this handler.
+
+    Args:
+        ranks: the number of all ranks.
+        announce: this process prints that a signal came, and ends at once at a second Ctrl-C.
     """
     stop = StopSignal()
-    bereft = False
+    peer_lost = False
     try:
-        with handled(stop.note, answers):
+        with signal_handler(stop.note, announce):
             yield stop
     except Exception as failure:
-        bereft = ranks > 1 and not isinstance(failure, UserError)
+        peer_lost = ranks > 1 and not isinstance(failure, UserError)
         raise
     finally:
-        if bereft and stop.number and not stop.agreed:
+        # `signal_handler` has restored the earlier handlers, so the signal now has its usual effect
+        if peer_lost and stop.number and not stop.agreed:
             signal.raise_signal(stop.number)
 
 
 @contextmanager
-def handled(handler: Handler, answers: bool) -> Iterator[None]:
-    """Let `handler` have the signals of `SAVE_FIRST`, and their earlier handlers afterwards.
+def signal_handler(handler: Handler, announce: bool) -> Iterator[None]:
+    """Installs `handler` for the signals of `SAVE_FIRST`, and restores the earlier handlers.
 
-    A lost connection that the process was started to ignore (nohup) stays ignored. Outside of the
-    main thread nothing changes.
+    SIGHUP stays ignored if the process was started to ignore it (nohup). Outside of the main thread
+    nothing is installed. `announce` as in `stop_signal`.
     """
-    before = {}
-    with suppress(ValueError):  # not the main thread: the caller keeps its own handling
+    previous = {}
+    with suppress(ValueError):  # not in the main thread: the handlers of the caller stay
         for number in SAVE_FIRST:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, handler)
-    with answered() if answers and before else nullcontext():
+                previous[number] = signal.signal(number, handler)
+    with announced_signals() if announce and previous else nullcontext():
         try:
             yield
         finally:
-            for number, earlier in before.items():
+            for number, earlier in previous.items():
                 signal.signal(number, earlier)
 
 
 @contextmanager
-def answered() -> Iterator[None]:
-    """Have a thread tell the user of signals as they come, and end at the second Ctrl-C.
+def announced_signals() -> Iterator[None]:
+    """Starts a thread that prints signals as they come, and ends the process at a second Ctrl-C.
 
-    Python runs handlers between its own instructions, and backward is one of them: the byte that
-    the C handler writes reaches a thread at once.
+    Python runs handlers only between its own instructions, and a whole backward pass is one
+    instruction. The byte that the C handler writes to the wake-up socket reaches a thread at once.
     """
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer, args=(here,), name="signals", daemon=True)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_announce, args=(reader,), name="signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        there.close()  # the thread reads the end
+        signal.set_wakeup_fd(previous)
+        writer.close()  # the thread reads the end of the stream, and returns
         thread.join()
-        here.close()
+        reader.close()
 
 
-def _answer(received: socket.socket) -> None:
-    """Tell of the first signal; end the process at a Ctrl-C that comes later."""
+def _announce(reader: socket.socket) -> None:
+    """Prints the first signal; ends the process at a Ctrl-C that comes later."""
     first: float | None = None
-    while number := received.recv(1):
+    while number := reader.recv(1):
         if number[0] not in SAVE_FIRST:
             continue
         name, now = signal.Signals(number[0]).name, time.monotonic()
@@ -112,6 +119,9 @@ def _answer(received: socket.socket) -> None:
 
 
 def _write(text: str) -> None:
-    """To stderr, past buffers that the main thread may be writing; a lost terminal is no matter."""
+    """Writes to stderr without Python's buffers, in which the main thread may be writing.
+
+    The loss of the terminal is ignored.
+    """
     with suppress(OSError):
         os.write(2, text.encode())

@@ -1,1 +1,1 @@
-"""`train`: the run's folder, the loop over steps, schedules, and what a run reports."""
+"""`train`: the run's folder, the loop over steps, schedules, metrics and other reports."""

@@ -1,4 +1,4 @@
-"""A run's folder: how it is opened, and what of its recipe may change when it is resumed."""
+"""Opens and locks a run's folder, and checks which recipe fields may change on resumption."""
 
 import fcntl
 import os
@@ -14,41 +14,50 @@ from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 
 RECIPE = "recipe.toml"
-LOCK = ".lock"  # held by the process that trains the run
-COMING = "recipe.coming.toml"  # of a resumed run, until its checkpoint has taken it
+LOCK = ".lock"  # locked by the process that trains the run
+COMING = "recipe.coming.toml"  # the new recipe of a resumed run, until its checkpoint is loaded
 
 
 @contextmanager
 def open_new(recipe: Recipe, runs: Path) -> Iterator[Path]:
-    """Make `runs/NAME-TIME`, which nothing else has, with the recipe in it, and hold it."""
+    """Makes the new folder `runs/NAME-TIME`, locks it, and writes the recipe into it.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    again = 0
+    count = 0  # of runs with this name and second
     while True:
-        folder = runs / (f"{recipe.name}-{stamp}-{again}" if again else f"{recipe.name}-{stamp}")
+        folder = runs / (f"{recipe.name}-{stamp}-{count}" if count else f"{recipe.name}-{stamp}")
         try:
             folder.mkdir(parents=True)
             (folder / "checkpoints").mkdir()
             break
         except FileExistsError:
-            again += 1
+            count += 1
         except OSError as error:
             raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
-    with held(folder):
+    with locked(folder):
         write_recipe(recipe, folder / RECIPE)
         yield folder
 
 
 @contextmanager
-def open_again(recipe: Recipe, folder: Path) -> Iterator[Path]:
-    """Hold a run's folder, with the coming recipe beside the old, until the checkpoint fits it."""
-    with held(folder):
+def open_existing(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Locks an existing run's folder, and writes the new recipe there next to the old one.
+
+    The old recipe stays in force until the checkpoint has been loaded (`adopt`).
+    """
+    with locked(folder):
         write_recipe(recipe, folder / COMING)
         yield folder
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against every other process, on this host and, where locks reach, others.
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a run's folder against all other processes of this host.
+
+    Processes of other hosts are kept out where the file system shares locks between hosts.
 
     Raises:
         UserError: another process trains this run.
@@ -80,13 +89,13 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def adopt(folder: Path) -> None:
-    """The checkpoint fits: the coming recipe is the run's recipe."""
+    """Replaces the run's recipe by the new one, after the checkpoint was loaded under it."""
     if (folder / COMING).exists():
         os.replace(folder / COMING, folder / RECIPE)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as resolved."""
+    """Writes a recipe with all fields resolved."""
     try:
         path.write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
@@ -94,40 +103,40 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """The recipe a run was trained with. UserError where there is no run."""
+    """The recipe with which a run was trained. Raises UserError if there is no run."""
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder}: no run here ({RECIPE} is missing); name a folder under runs/")
     return load_recipe(folder / RECIPE)
 
 
 def check_resumable(saved: Recipe, wanted: Recipe) -> None:
-    """Refuse, as RecipeError, another model, another kind of optimizer, or other samples.
+    """Raises RecipeError where the model, the kind of optimizer or the samples would change.
 
-    Layout, the optimizer's numbers, precision, length and reports may change. Where tokenizer and
-    files lie may, too: the checkpoint knows them by their content.
+    The layout, the optimizer's numbers, precision, the number of steps and reports may change. The
+    paths of tokenizer and data files may change, too: the checkpoint identifies them by content.
     """
 
-    def fixed(recipe: Recipe) -> dict[str, object]:
+    def fixed_fields(recipe: Recipe) -> dict[str, object]:
         train = ("seed", "seq_len", "global_batch", "ramp_batch", "ramp_steps")
-        source = {"path", "column"}
+        may_change = {"path", "column"}
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
         fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
         fields["optimizer.name"] = recipe.optimizer.name
         fields["data.validation"] = recipe.data.validation
         fields["data.packing"] = recipe.data.packing
-        fields["data.sources"] = [s.model_dump(exclude=source) for s in recipe.data.sources]
+        fields["data.sources"] = [s.model_dump(exclude=may_change) for s in recipe.data.sources]
         return fields
 
-    before = fixed(saved)
+    required = fixed_fields(saved)
     faults = [
         Fault(
             field,
             value,
-            f"the run began with {before[field]!r}, and a run keeps its model, its optimizer and "
+            f"the run began with {required[field]!r}, and a run keeps its model, its optimizer and "
             "the order of its data; leave it, or start a new run",
         )
-        for field, value in fixed(wanted).items()
-        if value != before[field]
+        for field, value in fixed_fields(wanted).items()
+        if value != required[field]
     ]
     if faults:
         raise RecipeError(faults)

@@ -1,4 +1,4 @@
-"""What a run wrote in metrics.jsonl."""
+"""Reads the metrics.jsonl of a run."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a last line that a crash cut short is left out."""
+    """All complete lines of a metrics file, without a last line that a crash truncated."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

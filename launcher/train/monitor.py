@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a live line, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Reports a run's progress: a live line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -22,23 +22,23 @@ from colonnade.parallel.world import World
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def device_peak(here: World) -> float | None:
-    """bf16 peak of this rank's GPU in FLOP/s, if it is a known one."""
-    if here.device.type != "cuda":
+def device_peak(device: torch.device) -> float | None:
+    """The bf16 peak of a GPU in FLOP/s; None on CPU, and for a GPU that is not in PEAK_FLOPS."""
+    if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(here.device)
+    name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def duration(seconds: float) -> str:
-    """`75` as `1:15`."""
-    minutes, rest = divmod(int(seconds), 60)
+    """Formats seconds: 75 as `1:15`, 3600 as `1:00:00`."""
+    minutes, remaining = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{remaining:02}" if hours else f"{minutes}:{remaining:02}"
 
 
 def not_installed(package: str) -> UserError:
-    """A report was asked for whose library is missing."""
+    """The error for a report whose library is not installed."""
     return UserError(
         f"train.{package} = true, but {package} is not installed: "
         f"pip install 'colonnade[{package}]', or leave the field out"
@@ -46,7 +46,7 @@ def not_installed(package: str) -> UserError:
 
 
 def open_tensorboard(run: Path, start: int) -> Any:
-    """A TensorBoard writer into the run's folder; steps after `start` are shown anew."""
+    """Opens a TensorBoard writer in the run's folder, which drops recorded steps after `start`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as missing:
@@ -55,10 +55,10 @@ def open_tensorboard(run: Path, start: int) -> Any:
 
 
 def open_wandb(run: Path, recipe: Recipe) -> Any:
-    """A Weights & Biases run named after the folder: the same one whenever the run goes on.
+    """Opens a Weights & Biases run named after the folder; a resumed run opens the same one.
 
-    Its identifier is kept in the folder. Values have their step beside them, for wandb's own
-    counter refuses to go back to the checkpoint of a run that was cut off.
+    The folder stores its identifier. The step is logged with the values as the axis of all metrics:
+    wandb's own step counter refuses to go back to the checkpoint of an interrupted run.
     """
     try:
         import wandb
@@ -80,12 +80,22 @@ def open_wandb(run: Path, recipe: Recipe) -> Any:
 
 
 class Monitor:
-    """Rank 0's reports. Metrics of steps after `start`, left by a cut-off run, are dropped."""
+    """Writes the reports of rank 0.
+
+    A run that was interrupted after its last checkpoint has recorded steps after `start`, which
+    will be trained again: their metrics are dropped.
+
+    Attributes:
+        window: seconds and tokens of the last steps, for a moving average.
+        flops: training FLOPs per token.
+        live: stdout is a terminal, where the line of a step overwrites that of the step before.
+        unfinished: the live line has not been ended by a newline.
+    """
 
     def __init__(self, run: Path, recipe: Recipe, start: int) -> None:
         self.steps, self.window = recipe.train.steps, deque[tuple[float, int]](maxlen=20)
         self.path = run / "metrics.jsonl"
-        self.keep_before(start)
+        self.drop_after(start)
         self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
@@ -94,44 +104,53 @@ class Monitor:
         self.last_print = 0.0
         self.clock = time.perf_counter()
 
-    def keep_before(self, start: int) -> None:
-        """Drop what a run wrote past its checkpoint, and the last validation if it comes again."""
+    def drop_after(self, start: int) -> None:
+        """Drops the metrics of steps after `start`, the step of the checkpoint.
+
+        After the last step, drops its validation, too, which a resumed run repeats.
+        """
 
         def stays(row: dict[str, Any]) -> bool:
-            again = start == self.steps and "validation_loss" in row
-            return row["step"] < start or (row["step"] == start and not again)
+            repeated = start == self.steps and "validation_loss" in row
+            return row["step"] < start or (row["step"] == start and not repeated)
 
         text = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if stays(row))
-        coming = self.path.with_suffix(".coming")
-        coming.write_text(text, encoding="utf-8")
-        coming.replace(self.path)
+        temporary = self.path.with_suffix(".coming")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path)  # atomic: an interruption loses no metrics
 
     def restart_clock(self) -> None:
-        """Leave out what happened since the last step (validation, a checkpoint)."""
+        """Excludes the time since the last step (validation, a checkpoint) from the next step's."""
         self.clock = time.perf_counter()
 
-    def step(self, metrics: dict[str, Any], tokens: int, here: World) -> None:
-        """Record one step: `metrics` holds at least `step`, from 1, `loss`, `lr`, `grad_norm`."""
+    def step(self, metrics: dict[str, Any], tokens: int, world: World) -> None:
+        """Records one step, and prints its line.
+
+        Args:
+            metrics: at least `step` (from 1), `loss`, `lr` and `grad_norm`.
+            tokens: of this step on all ranks.
+            world: this rank among all ranks.
+        """
         now = time.perf_counter()
         rate = tokens / (now - self.clock)
         self.window.append((now - self.clock, tokens))
         self.clock = now
         metrics["tokens_per_s"] = round(rate, 1)
-        if peak := device_peak(here):
-            metrics["mfu"] = round(rate * self.flops / (peak * here.size), 4)
+        if peak := device_peak(world.device):
+            metrics["mfu"] = round(rate * self.flops / (peak * world.size), 4)
         self.record(metrics)
         seconds = sum(t for t, _ in self.window)
-        left = (self.steps - metrics["step"]) * seconds / len(self.window)
-        self.line(
+        remaining = (self.steps - metrics["step"]) * seconds / len(self.window)
+        self.print_progress(
             f"step {metrics['step']:>{len(str(self.steps))}}/{self.steps}  "
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  "
             f"{sum(n for _, n in self.window) / seconds:,.0f} tokens/s  "
-            f"{peak_gib(here.device):.2f} GiB  ETA {duration(left)}",
+            f"{peak_gib(world.device):.2f} GiB  ETA {duration(remaining)}",
             last=metrics["step"] == self.steps,
         )
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Write one object to every sink; what is not finite is null, as JSON has no NaN."""
+        """Writes one object to every sink; a value that is not finite is null: JSON has no NaN."""
         plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
@@ -142,8 +161,11 @@ class Monitor:
         if self.wandb:
             self.wandb.log(numbers | {"step": metrics["step"]})
 
-    def line(self, text: str, last: bool) -> None:
-        """Overwrite the live line; without a terminal print one every ten seconds."""
+    def print_progress(self, text: str, last: bool) -> None:
+        """Overwrites the live line; without a terminal, prints a line every ten seconds.
+
+        The line of the `last` step is always printed, and ended by a newline.
+        """
         if self.live:
             print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
             self.unfinished = not last
@@ -152,12 +174,12 @@ class Monitor:
             self.last_print = time.perf_counter()
 
     def say(self, text: str) -> None:
-        """Print lines of their own, above the live one."""
+        """Prints lines of text that stay: they replace the live line, which comes again below."""
         print(f"\r\033[K{text}" if self.live else text, flush=True)
         self.unfinished = False
 
     def close(self) -> None:
-        """Finish every sink."""
+        """Closes every sink."""
         if self.unfinished:
             print()
         self.file.close()

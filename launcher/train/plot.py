@@ -1,4 +1,4 @@
-"""The loss plot of a run."""
+"""Plots the losses of a run."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from colonnade.launcher.train.metrics import read_metrics
 
 
 def plot_loss(run: Path) -> Path | None:
-    """Draw `loss.png` from metrics.jsonl. Returns None where matplotlib is not installed."""
+    """Draws `loss.png` from metrics.jsonl; returns its path, or None without matplotlib."""
     try:
         import matplotlib
 
@@ -16,11 +16,11 @@ def plot_loss(run: Path) -> Path | None:
         return None
     rows = read_metrics(run / "metrics.jsonl")
     train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
-    checked = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1, label="training")
-    if checked:
-        axes.plot(*zip(*checked, strict=True), color="#c0392b", marker="o", label="validation")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c0392b", marker="o", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,6 +1,6 @@
-"""`train`: from a recipe to a finished run, on this host or as one rank of a larger job.
+"""`train` and `resume`: check a recipe, and run it on this host or as one rank of a larger job.
 
-Torch is imported when a run starts: a mistake in a recipe is told before.
+Torch is imported when a run starts, so that a mistake in a recipe is reported at once.
 """
 
 import math
@@ -19,7 +19,7 @@ from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.train.folder import (
     RECIPE,
     check_resumable,
-    open_again,
+    open_existing,
     open_new,
     saved_recipe,
 )
@@ -29,24 +29,24 @@ from colonnade.launcher.train.schedule import first_sample
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk: its folder, and what it wrote there."""
+    """A run on disk: its folder, and the metrics in it."""
 
     path: Path
     status: int  # 0, or 128 + the signal that stopped it
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One object per step, and one per validation."""
+        """The lines of metrics.jsonl: one object per step, and one per validation."""
         return read_metrics(self.path / "metrics.jsonl")
 
     @property
     def losses(self) -> list[float]:
-        """Training loss of every step; NaN where it was not finite."""
+        """The training loss of every step; NaN where it was not finite."""
         losses = (row["loss"] for row in self.metrics if "loss" in row)
         return [math.nan if loss is None else loss for loss in losses]
 
     def summary(self) -> dict[str, Any]:
-        """Where the run lies, how far it came, and its last figures."""
+        """The run's folder, its exit status, its last step, and the last value of each metric."""
         last: dict[str, Any] = {}
         for row in self.metrics:
             last |= row
@@ -61,16 +61,16 @@ def train(
     runs: str | Path = "runs",
     until: int | None = None,
 ) -> Run:
-    """Train a recipe.
+    """Trains a recipe.
 
-    Under torchrun every rank calls this alike and `nproc` is ignored.
+    Under torchrun every rank makes the same call, and `nproc` is ignored.
 
     Args:
         recipe: a recipe, the path of one, or the name of one that is shipped.
         overrides: `table.field=value`, as on the command line.
         nproc: ranks to start on this host.
         runs: folder in which the run gets a folder `NAME-TIME`.
-        until: stop, saved, after this step; the schedule stays that of `train.steps`.
+        until: save and stop after this step; the schedules stay those of `train.steps`.
 
     Raises:
         UserError: a mistake in the recipe or its data; RecipeError lists all faults at once.
@@ -81,17 +81,17 @@ def train(
         >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
         True
     """
-    place = RankEnvironment.from_environment()
-    settled = settle(recipe, overrides, place, nproc)
+    environment = RankEnvironment.from_environment()
+    valid = valid_recipe(recipe, overrides, environment, nproc)
     from colonnade.launcher.train.start import start
 
-    return start(settled, place, nproc, lambda: open_new(settled, Path(runs)), False, until)
+    return start(valid, environment, nproc, lambda: open_new(valid, Path(runs)), False, until)
 
 
 def resume(
     run: str | Path, overrides: Sequence[str] = (), *, nproc: int = 1, until: int | None = None
 ) -> Run:
-    """Continue a run from its newest checkpoint, on any number of ranks.
+    """Continues a run from its newest checkpoint, on any number of ranks.
 
     Args:
         run: the run's folder.
@@ -102,22 +102,33 @@ def resume(
     """
     folder = Path(run)
     saved = saved_recipe(folder)
-    place = RankEnvironment.from_environment()
-    recipe = settle(folder / RECIPE, overrides, place, nproc)
+    environment = RankEnvironment.from_environment()
+    recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc)
     check_resumable(saved, recipe)
     from colonnade.launcher.train.start import start
 
-    return start(recipe, place, nproc, lambda: open_again(recipe, folder), True, until)
+    return start(recipe, environment, nproc, lambda: open_existing(recipe, folder), True, until)
 
 
-def settle(
-    recipe: Recipe | str | Path, overrides: Sequence[str], place: RankEnvironment | None, nproc: int
+def valid_recipe(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str],
+    environment: RankEnvironment | None,
+    nproc: int,
 ) -> Recipe:
-    """A valid recipe for these ranks; the first one tells what overrides leave unused."""
-    size = place.size if place else nproc
+    """Loads and validates a recipe for the ranks of this job, or for `nproc` ranks to be started.
+
+    Rank 0 prints to stderr which fields of the file the overrides leave without effect, and which
+    were changed in proportion to `train.steps`.
+
+    Raises:
+        UserError: a mistake in the recipe; RecipeError lists all faults at once.
+    """
+    size = environment.size if environment else nproc
     if not isinstance(recipe, Recipe):
-        tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
-        return load_recipe(recipe, overrides, size, tell)
+        first = environment is None or environment.rank == 0
+        report = partial(print, file=sys.stderr) if first else None
+        return load_recipe(recipe, overrides, size, report)
     if overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     if faults := validate(recipe, size):
@@ -128,14 +139,14 @@ def settle(
 def describe(
     recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, nproc: int = 1
 ) -> dict[str, Any]:
-    """What a recipe would train and cost, without building it; its data are looked into.
+    """The size of a recipe's model, its tokens and FLOPs, without building it; checks its data.
 
     Raises:
         UserError: a mistake in the recipe or its data.
     """
-    place = RankEnvironment.from_environment()
-    size = place.size if place else nproc
-    recipe = settle(recipe, overrides, place, nproc)
+    environment = RankEnvironment.from_environment()
+    size = environment.size if environment else nproc
+    recipe = valid_recipe(recipe, overrides, environment, nproc)
     from colonnade.launcher.data import check_data
     from colonnade.models.shapes import measure
 

@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate, batch size, and the samples a rank reads."""
+"""Functions of the step: learning rate, batch size, and the samples that a rank reads."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from colonnade.launcher.recipe.tables import OptimizerConfig, TrainConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) of `steps`.
+    """The learning rate of step `step` (from 0) of `steps`.
 
     Linear warm-up, then `cosine` to `min_lr` (arXiv:1608.03983, eq. 5), `wsd` constant with a
     linear decay to `min_lr` over the last `decay` steps (arXiv:2404.06395, section 4), or
@@ -26,7 +26,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def batch_size(config: TrainConfig, step: int) -> int:
-    """Rows of step `step`: `ramp_batch`, growing in units of itself to `global_batch`."""
+    """The rows of step `step`: `ramp_batch`, which grows in units of itself to `global_batch`."""
     if config.ramp_batch is None or step >= config.ramp_steps:
         return config.global_batch
     units = (config.global_batch - config.ramp_batch) // config.ramp_batch
@@ -34,18 +34,21 @@ def batch_size(config: TrainConfig, step: int) -> int:
 
 
 def first_sample(config: TrainConfig, step: int) -> int:
-    """How many samples all earlier steps took: a function of the recipe alone."""
+    """The number of samples of all earlier steps, which depends only on the recipe.
+
+    It is the index of the first sample of step `step`.
+    """
     ramp = min(step, config.ramp_steps) if config.ramp_batch else 0
-    rest = (step - ramp) * config.global_batch
+    after_ramp = (step - ramp) * config.global_batch
     if not ramp:
-        return rest
+        return after_ramp
     assert config.ramp_batch is not None
     units = (config.global_batch - config.ramp_batch) // config.ramp_batch
-    return config.ramp_batch * (ramp + floor_sum(ramp, units, config.ramp_steps)) + rest
+    return config.ramp_batch * (ramp + floor_sum(ramp, units, config.ramp_steps)) + after_ramp
 
 
 def floor_sum(n: int, a: int, m: int) -> int:
-    """Sum of ⌊a i / m⌋ over i = 0 … n − 1, without a loop over i.
+    """The sum of ⌊a i / m⌋ over i = 0 … n − 1, computed without a loop over i.
 
     Lattice points under a line are counted by exchanging the axes, as in Euclid's algorithm
     (Graham, Knuth and Patashnik, Concrete Mathematics, section 3.5).
@@ -61,10 +64,10 @@ def floor_sum(n: int, a: int, m: int) -> int:
 
 
 def micro_batches(config: TrainConfig, step: int, rank: int, ranks: int) -> list[list[int]]:
-    """Samples of one step that data rank `rank` of `ranks` reads, a list per micro-batch.
+    """The samples of one step that data rank `rank` of `ranks` reads, a list per micro-batch.
 
-    Together the ranks read each sample of the step once, whatever their number; a micro-batch is a
-    run of neighbours, so that balance groups stay whole.
+    Together the data ranks read each sample of the step exactly once, whatever their number. The
+    samples of a micro-batch are consecutive, so that no balance group is split.
     """
     first, size = first_sample(config, step), config.micro_batch
     count = batch_size(config, step) // (size * ranks)
@@ -73,6 +76,6 @@ def micro_batches(config: TrainConfig, step: int, rank: int, ranks: int) -> list
 
 
 def reading_plan(config: TrainConfig, start: int, rank: int, ranks: int) -> Iterator[list[int]]:
-    """The samples of every micro-batch from step `start` on."""
+    """The samples of every micro-batch of this data rank from step `start` on, in order."""
     for step in range(start, config.steps):
         yield from micro_batches(config, step, rank, ranks)

@@ -1,4 +1,4 @@
-"""The ranks of a run: started on this host, or joined as one that torchrun or srun started."""
+"""Runs a training job's ranks: starts them on this host, or takes part as one of them."""
 
 import sys
 from collections.abc import Callable
@@ -7,14 +7,12 @@ from pathlib import Path
 
 from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
-from colonnade.launcher.cluster.doctor import check_compiling
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import (
-    ALONE,
+    SINGLE_PROCESS,
     choose_device,
-    settle_memory,
-    settle_threads,
+    prepare_rank,
     start_ranks,
 )
 from colonnade.launcher.data import prepare_data
@@ -24,71 +22,86 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import COMING, RECIPE
 from colonnade.launcher.train.job import run_job
 from colonnade.launcher.train.run import Run
-from colonnade.parallel.world import world
+from colonnade.parallel.world import world as open_world
+
+OpenFolder = Callable[[], AbstractContextManager[Path]]  # opens and locks a run's folder
 
 
 def start(
     recipe: Recipe,
-    place: RankEnvironment | None,
+    environment: RankEnvironment | None,
     nproc: int,
-    open_folder: Callable[[], AbstractContextManager[Path]],
-    again: bool,
+    open_folder: OpenFolder,
+    resume: bool,
     until: int | None,
 ) -> Run:
-    """Run as a rank of a job, alone, or start ranks and wait for them."""
-    if place is not None and place.from_srun and nproc > 1:
+    """Trains as a rank of a running job or as a single process, or starts ranks and waits for them.
+
+    Args:
+        recipe: a valid recipe.
+        environment: the rank of this process; None if no launcher started it.
+        nproc: ranks to start on this host, where no launcher started this process.
+        open_folder: opens the run's folder, with the recipe in it.
+        resume: continue from the run's newest checkpoint.
+        until: stop after this step; None: after the last.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, or `nproc` > 1 under srun.
+    """
+    if environment is not None and environment.from_srun and nproc > 1:
         raise UserError(
-            f"--nproc {nproc}: srun has started {place.size} tasks, which are the ranks; leave "
-            "--nproc out, and give srun one task per rank"
+            f"--nproc {nproc}: srun has started {environment.size} tasks, which are the ranks; "
+            "leave --nproc out, and give srun one task per rank"
         )
-    if place is not None or nproc == 1:
-        return be_rank(recipe, place or ALONE, open_folder, again, until)
-    device = choose_device(recipe.train.device, RankEnvironment(0, nproc, 0, nproc))
-    check_compiling(recipe.train.compile, device)
+    if environment is not None or nproc == 1:
+        return train_as_rank(recipe, environment or SINGLE_PROCESS, open_folder, resume, until)
+    # a fault that every rank would report is reported once, before ranks and a run's folder exist
+    first_rank = RankEnvironment.on_one_host(0, nproc)
+    device = choose_device(recipe.train.device, first_rank, recipe.train.compile)
     prepare_data(recipe)
     with open_folder() as path:
-        before = newest(path / "checkpoints")
+        last_checkpoint = newest(path / "checkpoints")
         print(f"starting    {nproc} ranks on {device.type}", flush=True)
-        options = ["--again"] * again + (["--until", str(until)] if until else [])
-        status = start_ranks(["_rank", str(path), *options], nproc)
-        if status and newest(path / "checkpoints") == before:
+        arguments = {"run": str(path), "resume": resume, "until": until}
+        status = start_ranks(train_started_rank, arguments, nproc)
+        if status and newest(path / "checkpoints") == last_checkpoint:
             print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
     return Run(path, status)
 
 
-def be_rank(
+def train_as_rank(
     recipe: Recipe,
-    place: RankEnvironment,
-    open_folder: Callable[[], AbstractContextManager[Path]],
-    again: bool,
+    environment: RankEnvironment,
+    open_folder: OpenFolder,
+    resume: bool,
     until: int | None,
     started: bool = False,
 ) -> Run:
-    """Take part as one rank. Rank 0 opens the run's folder, the first of each host prepares data.
+    """Trains as one rank. Rank 0 opens the run's folder, the first rank of each host prepares data.
 
-    `started` says that our own launcher started this rank: it has prepared the data, and answers
-    signals.
+    `started` says that our own launcher started this rank: the launcher has prepared the data, and
+    announces signals to the user.
     """
-    settle_threads(place)
-    device = choose_device(recipe.train.device, place)
-    check_compiling(recipe.train.compile, device)
-    settle_memory(device)
+    device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
     with (
         ExitStack() as folders,
-        world(place.rank, place.size, device, timeout=recipe.parallel.timeout) as here,
+        open_world(
+            environment.rank, environment.size, device, timeout=recipe.parallel.timeout
+        ) as world,
     ):
         settle_products(device)
         if not started:
-            first = place.local_rank == 0
-            on_all_ranks(lambda: prepare_data(recipe) if first else None, here.meet)
+            prepares = environment.local_rank == 0
+            on_all_ranks(lambda: prepare_data(recipe) if prepares else None, world.meet)
         path = on_rank_zero(lambda: folders.enter_context(open_folder()))
-        answers = place.rank == 0 and not started
-        number = run_job(recipe, path, here, again, until, answers)
+        announce = environment.rank == 0 and not started
+        number = run_job(recipe, path, world, resume, until, announce)
     return Run(path, 128 + number if number else 0)
 
 
-def be_started_rank(path: Path, again: bool, until: int | None) -> None:
-    """A rank that `start` launched: the folder and the data are there."""
-    place = RankEnvironment.from_environment() or ALONE
-    recipe = load_recipe(path / (COMING if again else RECIPE), world_size=place.size)
-    be_rank(recipe, place, lambda: nullcontext(path), again, until, started=True)
+def train_started_rank(run: str, resume: bool, until: int | None) -> None:
+    """Trains as a rank that `start` started: the run's folder and the data are prepared."""
+    path = Path(run)
+    environment = RankEnvironment.from_environment() or SINGLE_PROCESS
+    recipe = load_recipe(path / (COMING if resume else RECIPE), world_size=environment.size)
+    train_as_rank(recipe, environment, lambda: nullcontext(path), resume, until, started=True)

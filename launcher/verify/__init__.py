@@ -1,11 +1,11 @@
-"""`verify`: a recipe, shrunk to test size, trains alike under a layout and in one process.
+"""`verify`: checks that a recipe, at test size, trains the same under a layout as in one process.
 
-equal      the rule for "equal", its bounds, and what noise explains beyond them
+equal      the rule for "equal", its bounds, and which further differences noise explains
 shrink     the recipe at test size
 layouts    layouts by name, and the covering set
-trace      a few steps, and all that they leave behind
-rounding   the noise: what rounding alone does, measured in one process
+trace      trains a few steps, and records losses, gradients and parameters
+rounding   measures the noise: what rounding alone changes in one process
 judgement  equal, equal up to rounding, or not equal
-run        the verb: ranks, reference, comparison
+run        the verb: starts ranks, trains the reference, compares
 table      the report for people
 """

@@ -1,7 +1,8 @@
-"""What "equal" means: |a − b| <= relative · max|b| + of_all · (norm of all of b).
+"""Compares tensors by the rule |a − b| <= relative · max|b| + of_all · (norm of all of b).
 
-A difference beyond that may be rounding, which ill-conditioned recipes amplify. Its noise says how
-far rounding alone moves the tensor (`launcher.verify.rounding`), and this file what follows.
+A larger difference may be rounding, which ill-conditioned recipes amplify. The noise of a tensor
+says how far rounding alone moves it (`launcher.verify.rounding`); `Difference.judgement` says which
+differences it explains.
 """
 
 import math
@@ -12,25 +13,26 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Noise comes from one ulp of every weight, where a layout rounds at every operator: differences of
-# random recipes on random layouts were up to 3 times their noise (EXPERIMENTS.md), which leaves
-# FACTOR some room. A fault larger than that is still found. Where that is more than TELLING of a
-# tensor's largest element, the tensor tells nothing: what a reduction misses is off by about all.
-FACTOR = 16.0
-TELLING = 0.1
+# Noise is measured with one ulp of every weight, but a layout rounds at every operator: differences
+# of random recipes on random layouts were up to 3 times their noise (EXPERIMENTS.md). NOISE_FACTOR
+# leaves a margin above that; a fault that is larger is still detected. Where NOISE_FACTOR times the
+# noise exceeds MAX_NOISE of a tensor's largest element, the tensor is inconclusive: a missing
+# reduction changes a tensor by about its own size.
+NOISE_FACTOR = 16.0
+MAX_NOISE = 0.1
 
-# `rounding` is beyond the bound and explained; `lost` is within what rounding alone does, which is
-# so much that a fault could hide in it.
-Judgement = Literal["equal", "rounding", "lost", "unequal"]
+# `rounding`: beyond the bound, but explained by the noise. `inconclusive`: explained by the noise,
+# which is so large that a fault could hide in it.
+Judgement = Literal["equal", "rounding", "inconclusive", "unequal"]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a tensor may be from its reference.
+    """The largest allowed difference of a tensor from its reference.
 
     Attributes:
-        relative: share of the tensor's own largest element.
-        of_all: share of the 2-norm of all tensors that are compared with it.
+        relative: as a fraction of the reference's largest element.
+        of_all: as a fraction of the 2-norm of all tensors of the reference.
     """
 
     relative: float
@@ -41,38 +43,47 @@ class Bounds:
 
 
 EXACT = Bounds(1e-9, 1e-12)  # fp64
-# fp32 beside fp64. Rounding alone: gradients were off by 1e-6 of their largest element in most
-# models; what a reduction misses is off by about all.
+# fp32 compared with fp64. Rounding changed gradients by 1e-6 of their largest element in most
+# models; a missing reduction changes a tensor by about its own size.
 SINGLE = Bounds(1e-3, 1e-5)
 BOUNDS = {"fp64": EXACT, "fp32": SINGLE}
 
 
 class Difference(NamedTuple):
-    """A tensor beside its reference: the largest |a − b|, and how large it may be."""
+    """The difference of a tensor from its reference.
+
+    Attributes:
+        name: of the tensor.
+        difference: the largest |a − b|.
+        allowed: the bound of the difference.
+        size: max|b|.
+        why: why the tensors cannot be compared, or empty; the difference is then infinite.
+        noise: how far rounding alone moves the tensor; 0 where that was not measured.
+    """
 
     name: str
     difference: float
     allowed: float
-    size: float = 0.0  # max|b|
-    why: str = ""  # what stands in the way of a comparison; the difference is then infinite
-    noise: float = 0.0  # how far rounding alone moves the tensor, where that was measured
+    size: float = 0.0
+    why: str = ""
+    noise: float = 0.0
 
     @property
     def excess(self) -> float:
-        """The difference as a multiple of what is allowed; at most 1 is equal."""
+        """The difference as a multiple of the allowed one; at most 1 is equal."""
         if self.difference == 0:
             return 0.0
         return self.difference / self.allowed if self.allowed else math.inf
 
     @property
     def judgement(self) -> Judgement:
-        """Whether the tensor is equal, and if not, whether its noise explains that."""
+        """Whether the tensor is equal, and if not, whether its noise explains the difference."""
         if self.excess <= 1:
             return "equal"
-        room = FACTOR * self.noise
-        if self.why or self.difference > self.allowed + room:
+        explained = NOISE_FACTOR * self.noise
+        if self.why or self.difference > self.allowed + explained:
             return "unequal"
-        return "rounding" if room <= TELLING * self.size else "lost"
+        return "rounding" if explained <= MAX_NOISE * self.size else "inconclusive"
 
     def __str__(self) -> str:
         if self.why:
@@ -86,28 +97,46 @@ def compare(
     ours: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     bounds: Bounds = EXACT,
-    apart: Mapping[str, float] | None = None,
+    replica_differences: Mapping[str, float] | None = None,
 ) -> list[Difference]:
-    """Every tensor of `ours` beside that of `reference`, the worst first.
+    """Compares every tensor of `ours` with that of `reference`; returns the worst first.
 
-    A tensor that only one of them has, of another shape, or with an element that is not finite, is
-    infinitely different. `apart` says how far copies of a tensor of `ours` are from each other,
-    which counts on top; 0 where it names none.
+    The difference is infinite for a tensor that only one of them has, whose shapes differ, or that
+    has an element that is not finite.
+
+    Args:
+        ours: tensors by name.
+        reference: the tensors to compare them with.
+        bounds: the allowed difference.
+        replica_differences: by name, how much the copies of a tensor of `ours` on several ranks
+            differ from each other, which is added to its difference; 0 for other names.
     """
     squares = [t.detach().double().square().sum() for t in reference.values()]
     norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-    found = [
-        _beside(
-            name, ours.get(name), reference.get(name), bounds, norm, (apart or {}).get(name, 0.0)
+    between_replicas = replica_differences or {}
+    differences = [
+        _difference(
+            name,
+            ours.get(name),
+            reference.get(name),
+            bounds,
+            norm,
+            between_replicas.get(name, 0.0),
         )
         for name in {**reference, **ours}
     ]
-    return sorted(found, key=lambda d: -d.excess)
+    return sorted(differences, key=lambda d: -d.excess)
 
 
-def _beside(
-    name: str, a: Tensor | None, b: Tensor | None, bounds: Bounds, norm: float, apart: float
+def _difference(
+    name: str,
+    a: Tensor | None,
+    b: Tensor | None,
+    bounds: Bounds,
+    norm: float,
+    replica_difference: float,
 ) -> Difference:
+    """The difference of one tensor; `norm` is the 2-norm of all tensors of the reference."""
     why = ""
     if a is None or b is None:
         why = "is missing" if a is None else "has no reference"
@@ -115,7 +144,7 @@ def _beside(
         why = f"is {tuple(a.shape)}, its reference {tuple(b.shape)}"
     elif not (b.isfinite().all() and a.isfinite().all()):
         why = "is not finite" if b.isfinite().all() else "has a reference that is not finite"
-    elif not math.isfinite(apart):
+    elif not math.isfinite(replica_difference):
         why = "is not the same on all ranks"
     if why or a is None or b is None:
         return Difference(name, math.inf, 0.0, why=why)
@@ -124,4 +153,5 @@ def _beside(
     x, y = a.detach().double(), b.detach().double()
     size = float(y.abs().max())
     allowed = bounds.relative * size + bounds.of_all * norm
-    return Difference(name, float((x - y).abs().max()) + apart, allowed, size)
+    difference = float((x - y).abs().max()) + replica_difference
+    return Difference(name, difference, allowed, size)

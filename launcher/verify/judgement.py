@@ -1,4 +1,4 @@
-"""What a layout's differences from one process say: equal, equal up to rounding, or not equal."""
+"""Judges a layout by its differences from one process: equal, equal up to rounding, not equal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,19 @@ from colonnade.launcher.verify.equal import BOUNDS, Bounds, Difference, compare
 from colonnade.launcher.verify.rounding import ULP, Noise
 from colonnade.launcher.verify.trace import KINDS, Trace
 
-# Where a tensor tells nothing, beside another seed: what else could.
+# What else than another seed may help where a tensor is inconclusive.
 REMEDY = {"fp64": "", "fp32": ", or train.device=cpu, which has fp64"}
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A layout in one precision beside one process in fp64: by kind every tensor, worst first."""
+    """The comparison of a layout in one precision with one process in fp64.
+
+    Attributes:
+        layout: its name, as `parse_layout` reads it.
+        precision: `fp64` or `fp32`.
+        differences: of every tensor, by kind, the worst first.
+    """
 
     layout: str
     precision: str
@@ -23,70 +29,77 @@ class Pass:
 
     @property
     def exceeds(self) -> bool:
-        """Whether a tensor is beyond its bound."""
-        return any(found and found[0].excess > 1 for found in self.differences.values())
+        """Whether a tensor exceeds its bound."""
+        return any(of_kind and of_kind[0].excess > 1 for of_kind in self.differences.values())
 
 
-def beside(
+def compare_traces(
     layout: str, precision: str, ours: Trace, exact: Trace, bounds: Bounds | None = None
 ) -> Pass:
-    """A trace and the reference; the bounds are those of the precision unless given."""
+    """Compares a layout's trace with the reference; `bounds` default to those of the precision."""
     limits = bounds or BOUNDS[precision]
-    found = {
-        kind: compare(getattr(ours, kind), getattr(exact, kind), limits, ours.apart)
+    differences = {
+        kind: compare(getattr(ours, kind), getattr(exact, kind), limits, ours.replica_differences)
         for kind in KINDS
     }
-    return Pass(layout, precision, found)
+    return Pass(layout, precision, differences)
 
 
 def judge(passes: Sequence[Pass], noise: Mapping[str, Noise]) -> list[dict[str, Any]]:
-    """A part of the report for every pass.
+    """Judges every pass; returns the report's entry of each.
 
     Args:
-        passes: of a layout the one in fp64, where there is one, before that in fp32.
-        noise: by precision, what rounding alone does; for each in which a bound was exceeded.
+        passes: the one of a layout in fp64, if there is one, stands before the one in fp32.
+        noise: by precision, how far rounding alone moves each tensor; given for each precision in
+            which a bound was exceeded.
     """
     results: list[dict[str, Any]] = []
     for one in passes:
         proved = any(r["layout"] == one.layout and r["equal"] for r in results)
-        results.append(judged(one, noise.get(one.precision), proved))
+        results.append(judge_pass(one, noise.get(one.precision), proved))
     return results
 
 
-def judged(one: Pass, noise: Noise | None, proved: bool) -> dict[str, Any]:
-    """The part of one pass; `proved` says that the layout is equal in fp64."""
-    parts, amplified = {}, 0.0
-    for kind, differences in one.differences.items():
-        found = [
-            d._replace(noise=noise[kind].get(d.name, 0.0)) if noise else d for d in differences
+def judge_pass(one: Pass, noise: Noise | None, proved: bool) -> dict[str, Any]:
+    """The report's entry of one pass; `proved` says that the layout is equal in fp64."""
+    kinds, largest_amplification = {}, 0.0
+    for kind, of_kind in one.differences.items():
+        differences = [
+            d._replace(noise=noise[kind].get(d.name, 0.0)) if noise else d for d in of_kind
         ]
-        parts[kind] = part(found, one.precision, proved)
-        beyond = [d for d in found if d.judgement in ("rounding", "lost")]
-        amplified = max([amplified, *(amplification(d, one.precision) for d in beyond)])
-    equal = not any(p["unequal"] for p in parts.values())
-    rounding = any(p["rounding"] for p in parts.values())
+        kinds[kind] = judge_kind(differences, one.precision, proved)
+        explained = [d for d in differences if d.judgement in ("rounding", "inconclusive")]
+        amplifications = (amplification(d, one.precision) for d in explained)
+        largest_amplification = max([largest_amplification, *amplifications])
+    equal = not any(entry["unequal"] for entry in kinds.values())
+    rounding = any(entry["rounding"] for entry in kinds.values())
     return {
         "layout": one.layout,
         "precision": one.precision,
         "equal": equal,
         "verdict": ("equal up to rounding" if rounding else "equal") if equal else "not equal",
-        "amplification": amplified if math.isfinite(amplified) and rounding else None,
+        "amplification": (
+            largest_amplification if math.isfinite(largest_amplification) and rounding else None
+        ),
         "bounds": asdict(BOUNDS[one.precision]),
-        "compared": parts,
+        "compared": kinds,
     }
 
 
-def part(found: Sequence[Difference], precision: str, proved: bool) -> dict[str, Any]:
-    """What the report says of one kind of tensors."""
-    explained = ("rounding", "lost") if proved else ("rounding",)
-    rounding = [d for d in found if d.judgement in explained]
-    wrong = [d for d in found if d.judgement not in ("equal", *explained)]
-    worst = min(wrong, key=first_fault) if wrong else (rounding or found)[0]
-    verdict = f"{worst}{because(worst, precision)}" if wrong or rounding else "equal"
-    if wrong and worst.judgement == "lost":
+def judge_kind(differences: Sequence[Difference], precision: str, proved: bool) -> dict[str, Any]:
+    """The report's entry of one kind of tensors.
+
+    `proved` says that the layout is equal in fp64: inconclusive tensors then count as rounding.
+    """
+    explained = ("rounding", "inconclusive") if proved else ("rounding",)
+    rounding = [d for d in differences if d.judgement in explained]
+    wrong = [d for d in differences if d.judgement not in ("equal", *explained)]
+    worst = min(wrong, key=fault_order) if wrong else (rounding or differences)[0]
+    verdict = f"{worst}{noise_text(worst, precision)}" if wrong or rounding else "equal"
+    if wrong and worst.judgement == "inconclusive":
         verdict += f"; try another train.seed{REMEDY[precision]}"
     return {
-        "tensors": len(found),
+        "tensors": len(differences),
         "unequal": len(wrong),
         "rounding": len(rounding),
         "worst": worst.name,
@@ -97,25 +110,25 @@ def part(found: Sequence[Difference], precision: str, proved: bool) -> dict[str,
     }
 
 
-def because(d: Difference, precision: str) -> str:
-    """What rounding has to do with a tensor that is beyond its bound."""
+def noise_text(d: Difference, precision: str) -> str:
+    """Text that says how far rounding alone moves a tensor; empty where that is not known."""
     if d.why or not d.noise:
         return ""
     times = amplification(d, precision)
-    words = f"; rounding alone moves it by {d.noise:.3g} (an ulp, amplified {times:,.0f} times)"
-    if d.judgement == "lost":
-        words += f", so that {precision} tells nothing of it"
-    return words
+    text = f"; rounding alone moves it by {d.noise:.3g} (an ulp, amplified {times:,.0f} times)"
+    if d.judgement == "inconclusive":
+        text += f", so that {precision} tells nothing of it"
+    return text
 
 
 def amplification(d: Difference, precision: str) -> float:
-    """How many ulps of its largest element one ulp of every weight moves a tensor by."""
+    """By how many ulps of its largest element a tensor moves when every weight moves by one ulp."""
     return d.noise / (ULP[precision] * d.size) if d.size else math.inf
 
 
-def first_fault(d: Difference) -> tuple[str, bool]:
-    """Ranks what is wrong by its step, for a fault at one may make all wrong at the next.
+def fault_order(d: Difference) -> tuple[str, bool]:
+    """A sort key of faulty tensors: by step, since a fault at one step spreads at the next.
 
-    What tells nothing comes behind what tells that it is wrong.
+    Of one step, unequal tensors come before inconclusive ones.
     """
-    return d.name.partition(":")[0].removeprefix("after "), d.judgement == "lost"
+    return d.name.partition(":")[0].removeprefix("after "), d.judgement == "inconclusive"

@@ -1,4 +1,4 @@
-"""Layouts by name, as `tp=2,dp_shard=2`, and a set that covers all there are for some ranks."""
+"""Reads layouts by name, such as `tp=2,dp_shard=2`; lists the layouts of a number of ranks."""
 
 import math
 import tomllib
@@ -16,11 +16,11 @@ from colonnade.parallel.config import ParallelConfig
 Layout = dict[str, object]  # fields of the `[parallel]` table
 FIELDS = ParallelConfig.model_fields
 NUMBERS = {name for name, field in FIELDS.items() if field.annotation in (int, int | None)}
-DEGREES = NUMBERS - {"ulysses"}  # which is a way to use the ranks of cp
+DEGREES = NUMBERS - {"ulysses"}  # `ulysses` says how the ranks of cp are used
 
 
 def parse_layout(text: str) -> Layout:
-    """The layout that `field=value,field=value` names.
+    """Parses a layout, `field=value,field=value`.
 
     Raises:
         UserError: a field that `[parallel]` does not have or that is named twice, or a bad value.
@@ -49,32 +49,35 @@ def parse_layout(text: str) -> Layout:
 
 
 def write_layout(layout: Layout) -> str:
-    """A layout as `parse_layout` reads it."""
+    """The name of a layout, which `parse_layout` reads."""
     values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in layout.items()}
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
-def laid_out(recipe: Recipe, layout: Layout) -> Recipe:
-    """The recipe under a layout: its degrees are those named, all others 1 or their default.
+def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe under a layout: the layout's degrees, and 1 or their default for all others.
 
-    Of the recipe's own `[parallel]` table there remains what is no degree and has an effect.
+    The other fields of the recipe's `[parallel]` table stay where they have an effect.
     """
-    own = {n: v for n, v in explicit_fields(recipe.parallel) if n not in DEGREES | {*layout}}
+    remaining = {
+        n: value for n, value in explicit_fields(recipe.parallel) if n not in DEGREES | {*layout}
+    }
     while True:
-        parallel = ParallelConfig.model_validate(own | layout)
-        made = recipe.model_copy(update={"parallel": parallel})
-        idle = [name for name in own if unused_setting(made, f"parallel.{name}")]
-        if not idle:
-            return made
-        for name in idle:
-            del own[name]
+        parallel = ParallelConfig.model_validate(remaining | layout)
+        changed = recipe.model_copy(update={"parallel": parallel})
+        unused = [name for name in remaining if unused_setting(changed, f"parallel.{name}")]
+        if not unused:
+            return changed
+        # another field may lose its effect with these: check again without them
+        for name in unused:
+            del remaining[name]
 
 
-def covering(ranks: int) -> Iterator[Layout]:
-    """Every way to factor the ranks into data, sharded-data, context and tensor parallelism.
+def covering_layouts(ranks: int) -> Iterator[Layout]:
+    """All factorisations of `ranks` into dp_replicate, dp_shard, cp and tp.
 
-    Those with tensor parallelism with and without sequence parallelism; with context parallelism
-    beside it, only with.
+    With tensor parallelism, each comes with and without sequence parallelism; with context
+    parallelism as well, only with it.
     """
     for tp in reversed(divisors(ranks)):
         for cp in reversed(divisors(ranks // tp)):
@@ -82,11 +85,11 @@ def covering(ranks: int) -> Iterator[Layout]:
             for shard in reversed(divisors(ranks // tp // cp)):
                 replicate = ranks // tp // cp // shard
                 degrees = {"tp": tp, "cp": cp, "dp_shard": shard, "dp_replicate": replicate}
-                named: Layout = {n: d for n, d in degrees.items() if d > 1 or n == "dp_shard"}
-                yield from ([named | {"sequence": cut} for cut in sequence] or [named])
+                layout: Layout = {n: d for n, d in degrees.items() if d > 1 or n == "dp_shard"}
+                yield from ([layout | {"sequence": value} for value in sequence] or [layout])
 
 
 def data_ranks(recipe: Recipe, ranks: int) -> int:
-    """How many ranks divide the batch."""
+    """The number of data-parallel ranks, over which the batch is divided."""
     degrees = recipe.parallel.degrees(ranks)
     return math.prod(degrees[name] for name in ("dp_replicate", "dp_shard"))

@@ -1,40 +1,49 @@
-"""A model at test size: the same pattern, wiring, options and counts, with narrow widths."""
+"""Narrows a model to test size: the same pattern, wiring, options and counts, smaller widths."""
 
 import math
 
 from colonnade.models.config import FACTS, ModelConfig
 
 REPEATS = 2  # of the pattern, at most
-STD = 0.2  # of first weights: narrow layers need large ones for outputs of about their inputs' size
+STD = 0.2  # of the first weights; in narrow layers, outputs are then about as large as inputs
 
 
 def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
-    """The model at test size, as `shrink` describes it; what has no effect may be given in it."""
+    """The model at test size, as `shrink` describes it; it may give fields without effect."""
     sizes, base = sizes_of(m), m.base()
-    basis = sizes if base is None else sizes_of(base)
-    pairs = {n: narrow(m, n, size, basis.get(n, size), ranks) for n, size in sizes.items()}
+    base_sizes = sizes if base is None else sizes_of(base)
+    # by field: the width of the model, and that of muP's base model
+    pairs = {n: narrow(m, n, size, base_sizes.get(n, size), ranks) for n, size in sizes.items()}
     widths = {name: width for name, (width, _) in pairs.items()}
     lengths = {n: known.least for n, known in FACTS.items() if known.kind == "length"}
     short = {n: min(getattr(m, n), least) for n, least in lengths.items() if getattr(m, n)}
-    update: dict[str, object] = {**widths, **short, **rows(m)}
+    update: dict[str, object] = {**widths, **short, **fields_by_position(m)}
     update |= {"repeat": min(m.repeat, REPEATS), "init_std": STD}
     if base is not None:
-        named = m.mup_base or {}
-        smaller = {n: other for n, (width, other) in pairs.items() if other != width or n in named}
-        if m.attention_gate == "head":  # its slices of the stream are as wide as the model's
-            smaller["hidden"] = widths["hidden"] // m.heads * base.heads
-        update["mup_base"] = smaller
+        base_fields = m.mup_base or {}
+        narrow_base = {
+            name: base_width
+            for name, (width, base_width) in pairs.items()
+            if base_width != width or name in base_fields
+        }
+        if m.attention_gate == "head":  # each head's slice of the stream is as wide as the model's
+            narrow_base["hidden"] = widths["hidden"] // m.heads * base.heads
+        update["mup_base"] = narrow_base
     return m.changed(**update)
 
 
 def sizes_of(m: ModelConfig) -> dict[str, int]:
-    """All widths and numbers of heads that a model has, those that follow from others, too."""
+    """All widths and numbers of heads of a model, with those that follow from others."""
     names = (name for name, known in FACTS.items() if known.kind in ("width", "heads"))
     return {name: size for name in names if (size := getattr(m, name))}
 
 
 def narrow(m: ModelConfig, name: str, size: int, base: int, ranks: int) -> tuple[int, int]:
-    """A size, and that of muP's base model: counts stay, widths shrink and keep a factor of 2."""
+    """The narrow value of a size, and of the same size of muP's base model.
+
+    Counts stay. Widths become as small as `fits` allows; where the base model's width differs, it
+    becomes half or twice the model's.
+    """
     if FACTS[name].kind == "heads":
         return size, base
     halved = base != size
@@ -47,34 +56,39 @@ def narrow(m: ModelConfig, name: str, size: int, base: int, ranks: int) -> tuple
 
 
 def fits(m: ModelConfig, name: str, width: int, size: int, ranks: int, halved: bool) -> bool:
-    """Whether a model may have this width, and half of it, instead of `size`."""
+    """Whether a model may have this width instead of `size`; with `halved`, half of it, too."""
     if FACTS[name].divided:
         slices = m.heads if name == "hidden" and m.attention_gate == "head" else 1
         return math.gcd(width, ranks) == math.gcd(size, ranks) and width % slices == 0
     if name == "head_dim" and m.attention == "gqa" and m.positions == "rope":
-        return all(turns(m, w) for w in ([width, width // 2] if halved else [width]))
+        return all(rope_fits(m, w) for w in ([width, width // 2] if halved else [width]))
     return name not in ("head_dim", "rope_dim") or width % 2 == 0
 
 
-def turns(m: ModelConfig, width: int) -> bool:
-    """Whether rotary positions can turn their share of so many channels."""
-    turned = round(width * m.rope_fraction)
+def rope_fits(m: ModelConfig, width: int) -> bool:
+    """Whether rotary positions can rotate `rope_fraction` of a head's `width` channels."""
+    rotated = round(width * m.rope_fraction)
     least = 4 if m.rope_scaling == "ntk" else 2
-    return turned >= least and turned % 2 == 0 and (turned < width or m.rope_fraction == 1)
+    return rotated >= least and rotated % 2 == 0 and (rotated < width or m.rope_fraction == 1)
 
 
-def rows(m: ModelConfig) -> dict[str, object]:
-    """What names sub-blocks by their place, for the shorter row."""
-    places = len(m.pattern) * min(m.repeat, REPEATS)
-    there = m.pattern.count("*") * min(m.repeat, REPEATS)
+def fields_by_position(m: ModelConfig) -> dict[str, object]:
+    """The fields that name sub-blocks by their position, for the shorter row.
+
+    A ladder over all sub-blocks stays one; a ladder over the last ones leaves out the first. Where
+    some attention sub-blocks have full attention and others a window, both kinds stay, if the row
+    has room for both.
+    """
+    sub_blocks = len(m.pattern) * min(m.repeat, REPEATS)
+    attentions = m.pattern.count("*") * min(m.repeat, REPEATS)
     update: dict[str, object] = {}
     if m.ladder_last is not None:
-        whole = m.ladder_last >= len(m.symbols)
-        update["ladder_last"] = min(m.ladder_last, places if whole else places - 1)
+        over_all = m.ladder_last >= len(m.symbols)
+        update["ladder_last"] = min(m.ladder_last, sub_blocks if over_all else sub_blocks - 1)
     if m.full_attention:
-        further = m.mtp > 0 and "*" in m.mtp_pattern
-        kept = tuple(n for n in m.full_attention if n < there)
-        if not kept or (len(kept) == there and not further):
-            kept = (0,) if there > 1 else ()
-        update["full_attention"] = kept
+        windows_in_mtp = m.mtp > 0 and "*" in m.mtp_pattern
+        full = tuple(n for n in m.full_attention if n < attentions)
+        if not full or (len(full) == attentions and not windows_in_mtp):
+            full = (0,) if attentions > 1 else ()
+        update["full_attention"] = full
     return update

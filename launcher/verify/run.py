@@ -1,4 +1,4 @@
-"""The verb `verify`: a recipe at test size under layouts, beside the same in one process."""
+"""`verify`: compares training under layouts with training in one process, at test size."""
 
 import json
 import sys
@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from colonnade.launcher.cluster.collective import on_rank_zero
-from colonnade.launcher.cluster.doctor import check_compiling
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import (
     choose_device,
+    prepare_rank,
     settle_determinism,
-    settle_memory,
-    settle_threads,
     start_ranks,
 )
 from colonnade.launcher.errors import RecipeError, UserError
@@ -26,49 +24,64 @@ from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
-from colonnade.launcher.verify.judgement import Pass, beside, judge
+from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
 from colonnade.launcher.verify.layouts import (
     DEGREES,
     FIELDS,
     Layout,
-    covering,
-    laid_out,
+    covering_layouts,
     parse_layout,
+    with_layout,
     write_layout,
 )
-from colonnade.launcher.verify.rounding import Noise, noise
-from colonnade.launcher.verify.shrink import alone, on_layout, shrink
-from colonnade.launcher.verify.trace import Trace, traced
+from colonnade.launcher.verify.rounding import Noise, measure_noise
+from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.world import World, world
+from colonnade.parallel.world import World
+from colonnade.parallel.world import world as open_world
 
 JOB, REPORT = "job.json", "report.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What ranks are to verify: the recipe in full size, the layouts, and those left out."""
+    """What the ranks verify.
+
+    Attributes:
+        recipe: in full size.
+        layouts: those to compare with one process.
+        skipped: layouts of the covering set that are not valid, with their faults.
+    """
 
     recipe: Recipe
     layouts: tuple[Layout, ...]
     skipped: tuple[tuple[Layout, str], ...] = ()
 
     def write(self) -> str:
-        """As JSON; a field of the recipe that was not given stays so."""
+        """The job as JSON; fields that the recipe does not give are left out."""
         recipe = self.recipe.model_dump(mode="json", exclude_unset=True)
         return json.dumps({"recipe": recipe, "layouts": self.layouts, "skipped": self.skipped})
 
     @classmethod
     def read(cls, text: str) -> "Job":
-        """From what `write` made."""
-        read = json.loads(text)
-        recipe = Recipe.model_validate(read["recipe"])
-        return cls(recipe, tuple(read["layouts"]), tuple(map(tuple, read["skipped"])))
+        """The job whose JSON `write` returned."""
+        values = json.loads(text)
+        recipe = Recipe.model_validate(values["recipe"])
+        return cls(recipe, tuple(values["layouts"]), tuple(map(tuple, values["skipped"])))
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What ranks found: every layout in every precision, beside one process."""
+    """The comparisons of every layout in every precision with one process.
+
+    Attributes:
+        job: what was verified.
+        small: its recipe at test size.
+        ranks: the number of ranks.
+        device: the type of their devices.
+        passes: the comparisons, one for each layout and precision.
+    """
 
     job: Job
     small: Recipe
@@ -84,24 +97,25 @@ def verify(
     nproc: int = 1,
     layouts: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Compare a few steps of a recipe, shrunk to test size, under layouts and in one process.
+    """Compares a few steps of a recipe, shrunk to test size, under layouts and in one process.
 
-    Every step starts from the one process's weights. Where a tensor is farther from it than its
-    bound, one process shows how far rounding alone moves that tensor, and so which of both it is.
+    Every step starts from the weights of the one process. Where a tensor differs from that process
+    by more than its bound, further training in one process measures how far rounding alone moves
+    the tensor: this tells whether the difference is rounding or a fault.
 
-    Under torchrun every rank calls this alike and `nproc` is ignored.
+    Under torchrun every rank makes the same call, and `nproc` is ignored.
 
     Args:
         recipe: a recipe, the path of one, or the name of one that is shipped.
         overrides: `table.field=value`, as on the command line.
         nproc: ranks to start on this host.
-        layouts: such as `tp=2,dp_shard=2`; by default a set that covers all valid ones.
+        layouts: such as `tp=2,dp_shard=2`; by default a set that covers all valid layouts.
 
     Returns:
         the report, on every rank: `equal`, and for every layout and precision its `verdict`
         (`equal`, `equal up to rounding`, `not equal`), what was compared, the worst tensor of each
-        kind, its difference, how large it may be, and how far rounding alone moves it if that was
-        measured.
+        kind, its difference, the allowed difference, and, if measured, how far rounding alone moves
+        it.
 
     Raises:
         UserError: a mistake in the recipe or a layout; RecipeError lists all faults at once.
@@ -111,78 +125,86 @@ def verify(
         >>> verify("quickstart", nproc=4, layouts=["tp=4"])["equal"]  # doctest: +SKIP
         True
     """
-    place = RankEnvironment.from_environment()
-    size = place.size if place else nproc
-    job = planned(recipe, overrides, size, layouts)
-    if place is not None:
-        return reported(be_rank(job, place))
-    device = choose_device(job.recipe.train.device, RankEnvironment(0, nproc, 0, nproc))
-    check_compiling(job.recipe.train.compile, device)
+    environment = RankEnvironment.from_environment()
+    size = environment.size if environment else nproc
+    job = plan_job(recipe, overrides, size, layouts)
+    if environment is not None:
+        return make_report(verify_as_rank(job, environment))
+    # a fault that every rank would report is reported once, before ranks start
+    train = job.recipe.train
+    choose_device(train.device, RankEnvironment.on_one_host(0, nproc), train.compile)
     with tempfile.TemporaryDirectory(prefix="colonnade-verify-") as folder:
         Path(folder, JOB).write_text(job.write(), encoding="utf-8")
-        if status := start_ranks(["_verify", folder], nproc):
+        if status := start_ranks(verify_started_rank, {"folder": folder}, nproc):
             raise SystemExit(status)
         return json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
 
 
-def be_started_rank(folder: Path) -> None:
-    """A rank that `verify` started: the job lies in the folder, and the report goes there."""
-    place = RankEnvironment.from_environment()
-    assert place is not None
-    found = be_rank(Job.read((folder / JOB).read_text(encoding="utf-8")), place)
-    if place.rank == 0:
-        (folder / REPORT).write_text(json.dumps(reported(found)), encoding="utf-8")
+def verify_started_rank(folder: str) -> None:
+    """Takes part as a rank that `verify` started: reads the job from the folder.
+
+    Rank 0 writes the report there.
+    """
+    environment = RankEnvironment.from_environment()
+    assert environment is not None
+    job = Job.read(Path(folder, JOB).read_text(encoding="utf-8"))
+    findings = verify_as_rank(job, environment)
+    if environment.rank == 0:
+        Path(folder, REPORT).write_text(json.dumps(make_report(findings)), encoding="utf-8")
 
 
 # What to verify
 
 
-def planned(
+def plan_job(
     recipe: Recipe | str | Path, overrides: Sequence[str], size: int, layouts: Sequence[str]
 ) -> Job:
-    """A valid recipe and layouts that `size` ranks can take.
+    """Loads the recipe, and chooses the layouts of `size` ranks to verify.
 
     Raises:
-        UserError: there is nothing to compare, or a mistake.
+        UserError: there is nothing to compare, or a mistake in the recipe or a layout.
     """
     chosen = [parse_layout(text) for text in layouts]
     if size == 1 and not chosen:
         raise UserError(
             "verify compares several ranks with one: give --nproc, 2 or more, or a --layout"
         )
-    overrides, shared = separated(overrides)
+    overrides, shared = split_overrides(overrides)
     if not isinstance(recipe, Recipe):
-        place = RankEnvironment.from_environment()
-        tell = partial(print, file=sys.stderr) if place is None or place.rank == 0 else None
-        recipe = load_recipe(recipe, overrides, None, tell)
+        environment = RankEnvironment.from_environment()
+        first = environment is None or environment.rank == 0
+        report = partial(print, file=sys.stderr) if first else None
+        recipe = load_recipe(recipe, overrides, None, report)
     elif overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     parallel = ParallelConfig.model_validate(dict(explicit_fields(recipe.parallel)) | shared)
     recipe = recipe.model_copy(update={"parallel": parallel})
     if chosen:
-        faults = [f for layout in chosen for f in validate(laid_out(recipe, layout), size)]
+        faults = [f for layout in chosen for f in validate(with_layout(recipe, layout), size)]
         if faults:
             raise RecipeError(list({str(f): f for f in faults}.values()))
         return Job(recipe, tuple({write_layout(layout): layout for layout in chosen}.values()))
-    fitting, skipped = [], []
-    for layout in covering(size):
+    valid, skipped = [], []
+    for layout in covering_layouts(size):
         if any(layout.get(name, value) != value for name, value in shared.items()):
             continue
-        faults = validate(laid_out(recipe, layout), size)
+        faults = validate(with_layout(recipe, layout), size)
         if faults:
             skipped.append((layout, "; ".join(map(str, faults))))
         else:
-            fitting.append(layout)
-    if not fitting:
-        raise UserError("\n".join([f"no layout of {size} ranks is valid:", *reasons(skipped)]))
-    return Job(recipe, tuple(fitting), tuple(skipped))
+            valid.append(layout)
+    if not valid:
+        raise UserError(
+            "\n".join([f"no layout of {size} ranks is valid:", *skipped_lines(skipped)])
+        )
+    return Job(recipe, tuple(valid), tuple(skipped))
 
 
-def separated(overrides: Sequence[str]) -> tuple[list[str], Layout]:
-    """Overrides of other tables, and the fields of `[parallel]` that hold for all layouts.
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], Layout]:
+    """Splits overrides into those of other tables, and fields of `[parallel]` for all layouts.
 
     Raises:
-        UserError: a degree among them.
+        UserError: a degree of parallelism is among them.
     """
     others: list[str] = []
     shared: Layout = {}
@@ -198,36 +220,38 @@ def separated(overrides: Sequence[str]) -> tuple[list[str], Layout]:
     return others, shared
 
 
-def reasons(skipped: Sequence[tuple[Layout, str]]) -> list[str]:
-    """A line per layout that was left out."""
-    return [f"  {write_layout(layout)}: {why}" for layout, why in skipped]
+def skipped_lines(skipped: Sequence[tuple[Layout, str]]) -> list[str]:
+    """A line for each skipped layout, with its faults."""
+    return [f"  {write_layout(layout)}: {faults}" for layout, faults in skipped]
 
 
 # What every rank does
 
 
-def be_rank(job: Job, place: RankEnvironment) -> Findings:
-    """Take part as one rank; rank 0 first trains alone, and compares. Returns what it found."""
-    settle_threads(place)
-    settle_determinism(job.recipe.train.deterministic)
-    device = choose_device(job.recipe.train.device, place)
-    check_compiling(job.recipe.train.compile, device)
-    settle_memory(device)
-    small = shrink(job.recipe, place.size, job.layouts)
-    exact = reference(small) if place.rank == 0 else Trace()
-    with world(place.rank, place.size, device) as here:
-        passes = tuple(compared(job, small, exact, here))
-    return Findings(job, small, place.size, device.type, passes)
+def verify_as_rank(job: Job, environment: RankEnvironment) -> Findings:
+    """Verifies as one rank. Rank 0 trains the reference first, in a group of one process.
+
+    Returns:
+        the findings, on every rank.
+    """
+    train = job.recipe.train
+    settle_determinism(train.deterministic)
+    device = prepare_rank(environment, train.device, train.compile)
+    small = shrink(job.recipe, environment.size, job.layouts)
+    exact = train_reference(small) if environment.rank == 0 else Trace()
+    with open_world(environment.rank, environment.size, device) as world:
+        passes = tuple(compare_layouts(job, small, exact, world))
+    return Findings(job, small, environment.size, device.type, passes)
 
 
-def reference(small: Recipe) -> Trace:
-    """What one process in fp64 on a CPU leaves behind: the reference of every layout.
+def train_reference(small: Recipe) -> Trace:
+    """Trains a shrunk recipe in one process in fp64 on a CPU: the reference of every layout.
 
     Raises:
-        UserError: it is not finite, so that there is nothing to compare with.
+        UserError: a loss is not finite, so that there is nothing to compare with.
     """
-    with world(0, 1, torch.device("cpu")) as here:
-        exact = traced(alone(small), here)
+    with open_world(0, 1, torch.device("cpu")) as world:
+        exact = record_trace(in_one_process(small), world)
     for name, loss in exact.losses.items():
         if not loss.isfinite():
             raise UserError(
@@ -237,39 +261,42 @@ def reference(small: Recipe) -> Trace:
     return exact
 
 
-def compared(job: Job, small: Recipe, exact: Trace, here: World) -> Iterator[Pass]:
-    """Every layout in every precision that the device has, beside the reference. Collective.
+def compare_layouts(job: Job, small: Recipe, exact: Trace, world: World) -> Iterator[Pass]:
+    """Trains every layout in every precision of the device, and compares it with the reference.
 
-    Every step starts from the reference's weights.
+    Rank 0 broadcasts the parameters of the reference, `exact`, from which every step starts, and
+    broadcasts each comparison.
     """
     starts = on_rank_zero(lambda: exact.parameters)
-    precisions = ("fp32",) if here.device.type == "cuda" else ("fp64", "fp32")
+    precisions = ("fp32",) if world.device.type == "cuda" else ("fp64", "fp32")
     for layout in job.layouts:
         for precision in precisions:
-            trace = traced(on_layout(small, here.size, layout, precision), here, starts)
-            yield on_rank_zero(partial(beside, write_layout(layout), precision, trace, exact))
+            trace = record_trace(on_layout(small, world.size, layout, precision), world, starts)
+            name = write_layout(layout)
+            yield on_rank_zero(partial(compare_traces, name, precision, trace, exact))
 
 
-def measured(found: Findings) -> dict[str, Noise]:
-    """What rounding alone does, in each precision in which a bound was exceeded."""
-    exceeded = sorted({one.precision for one in found.passes if one.exceeds})
+def measure_noise_where_exceeded(findings: Findings) -> dict[str, Noise]:
+    """Measures the noise of rounding in one process, in each precision with an exceeded bound."""
+    exceeded = sorted({one.precision for one in findings.passes if one.exceeds})
     if not exceeded:
         return {}
-    with world(0, 1, torch.device("cpu")) as here:
-        return {precision: noise(found.small, precision, here) for precision in exceeded}
+    with open_world(0, 1, torch.device("cpu")) as world:
+        return {p: measure_noise(findings.small, p, world) for p in exceeded}
 
 
-def reported(found: Findings) -> dict[str, Any]:
-    """The report; where a bound was exceeded, this process first measures what rounding does."""
-    judged = judge(found.passes, measured(found))
+def make_report(findings: Findings) -> dict[str, Any]:
+    """The report of `verify`; measures the noise of rounding first where a bound was exceeded."""
+    judged = judge(findings.passes, measure_noise_where_exceeded(findings))
     return {
-        "recipe": found.job.recipe.name,
-        "ranks": found.ranks,
-        "device": found.device,
-        "steps": found.small.train.steps,
+        "recipe": findings.job.recipe.name,
+        "ranks": findings.ranks,
+        "device": findings.device,
+        "steps": findings.small.train.steps,
         "equal": all(result["equal"] for result in judged),
         "layouts": judged,
         "skipped": [
-            {"layout": write_layout(layout), "why": why} for layout, why in found.job.skipped
+            {"layout": write_layout(layout), "why": faults}
+            for layout, faults in findings.job.skipped
         ],
     }

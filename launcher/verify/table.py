@@ -1,4 +1,4 @@
-"""The report of `verify` for people: a table per layout, and its verdict."""
+"""Formats the report of `verify` for people: a table for each layout, and a verdict."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,20 +8,20 @@ from colonnade.launcher.verify.trace import KINDS
 
 
 def table(report: dict[str, Any]) -> str:
-    """The whole report as text."""
+    """The report as text."""
     lines = [
         f"{report['recipe']} at test size, {report['steps']} steps on {report['ranks']} ranks "
         f"({report['device']}), beside one process in fp64"
     ]
     for result in report["layouts"]:
-        lines += ["", *rows(result)]
+        lines += ["", *layout_lines(result)]
     for skipped in report["skipped"]:
         lines += ["", f"{skipped['layout']}  skipped: {skipped['why']}"]
     return "\n".join([*lines, "", *verdict(report["layouts"])])
 
 
 def verdict(results: list[dict[str, Any]]) -> Iterator[str]:
-    """The last line: what is not equal, or that all layouts are."""
+    """The last line: which layouts are not equal, or that all are equal."""
     unequal = [r for r in results if not r["equal"]]
     rounding = [r for r in results if r["verdict"] == "equal up to rounding"]
     count = len({r["layout"] for r in results})
@@ -33,27 +33,27 @@ def verdict(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def names(results: list[dict[str, Any]]) -> str:
-    """Layouts with their precisions."""
+    """The layouts of results, with their precisions."""
     return ", ".join(f"{r['layout']} in {r['precision']}" for r in results)
 
 
-def rows(result: dict[str, Any]) -> Iterator[str]:
-    """One layout in one precision."""
+def layout_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The lines of one layout in one precision: its bounds, a row for each kind, its verdict."""
     compared = result["compared"]
-    width = max(len(part["worst"]) for part in compared.values())
+    width = max(len(entry["worst"]) for entry in compared.values())
     yield f"{result['layout']}  {result['precision']}  {Bounds(**result['bounds'])}"
     yield f"  {'':<14} {'tensors':>7}  {'worst':<{width}}  {'difference':>10}  {'allowed':>8}"
-    for kind, part in compared.items():
-        difference = "-" if part["difference"] is None else f"{part['difference']:.1e}"
+    for kind, entry in compared.items():
+        difference = "-" if entry["difference"] is None else f"{entry['difference']:.1e}"
         yield (
-            f"  {KINDS[kind]:<14} {part['tensors']:>7}  {part['worst']:<{width}}  "
-            f"{difference:>10}  {part['allowed']:>8.1e}"
+            f"  {KINDS[kind]:<14} {entry['tensors']:>7}  {entry['worst']:<{width}}  "
+            f"{difference:>10}  {entry['allowed']:>8.1e}"
         )
-    count = "rounding" if result["equal"] else "unequal"
-    beyond = [
-        f"{part[count]} of {part['tensors']} {KINDS[kind]}, worst: {part['verdict']}"
-        for kind, part in compared.items()
-        if part[count]
+    counted = "rounding" if result["equal"] else "unequal"
+    exceeding = [
+        f"{entry[counted]} of {entry['tensors']} {KINDS[kind]}, worst: {entry['verdict']}"
+        for kind, entry in compared.items()
+        if entry[counted]
     ]
-    words = result["verdict"] if result["equal"] else result["verdict"].upper()
-    yield f"  {words}: {'; '.join(beyond)}" if beyond else f"  {words}"
+    text = result["verdict"] if result["equal"] else result["verdict"].upper()
+    yield f"  {text}: {'; '.join(exceeding)}" if exceeding else f"  {text}"

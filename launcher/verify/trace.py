@@ -1,4 +1,4 @@
-"""A few training steps of a recipe, and everything that they leave behind."""
+"""Trains a few steps of a recipe, and records losses, gradients and parameters."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,108 +27,119 @@ from colonnade.parallel.world import World
 
 KINDS = {"losses": "losses", "norms": "gradient norms", "gradients": "gradients",
          "parameters": "parameters"}  # fmt: skip
-NOISE = 0.05  # standard deviation of what is added to all initial weights
-UNLABELLED = 0.3  # share of the tokens that have no loss
+NOISE = 0.05  # standard deviation of the noise that is added to all initial weights
+UNLABELLED = 0.3  # fraction of the tokens that have no loss
 
 
 @dataclass
 class Trace:
-    """What a few steps left behind, whole tensors on the CPU by name; steps count from 1.
+    """The record of a few training steps: global tensors on the CPU, by name; steps count from 1.
 
     Attributes:
-        losses: every part of the objective at every step.
+        losses: every term of the objective at every step.
         norms: the norm of all gradients at every step.
-        gradients: every gradient at every step, complete over ranks, before clipping.
+        gradients: every gradient at every step, reduced over ranks, before clipping.
         parameters: every parameter and buffer after every step.
-        apart: how far ranks that hold the same part of any of these are from each other, if at all.
+        replica_differences: for any of these by name, the largest difference between ranks that
+            hold the same elements, where it is not 0.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    apart: dict[str, float] = field(default_factory=dict)
+    replica_differences: dict[str, float] = field(default_factory=dict)
 
 
-class Piece(NamedTuple):
-    """The part of a tensor that a rank holds."""
+class Shard(NamedTuple):
+    """A rank's shard of a tensor.
 
-    shape: tuple[int, ...]  # of the whole tensor
+    Attributes:
+        shape: of the global tensor.
+        offset: index in the global tensor of the shard's first element.
+        values: the shard, on the CPU.
+    """
+
+    shape: tuple[int, ...]
     offset: tuple[int, ...]
     values: Tensor
 
 
-def traced(
+def record_trace(
     recipe: Recipe,
-    here: World,
+    world: World,
     starts: Mapping[str, Tensor] | None = None,
     change: Callable[[Decoder, int], object] | None = None,
 ) -> Trace:
-    """Train all steps of a recipe on random rows. Collective over all ranks.
+    """Trains all steps of a recipe on random rows; gathers the record on rank 0. Collective.
 
     Args:
         recipe: what to train, at test size.
-        here: this rank.
-        starts: another trace's `parameters`, on every rank: each step but the first starts from
-            what that one's step before left, so that no step amplifies the rounding of another. By
-            default it starts from what this one's left.
-        change: gets the model and the number of steps done before every step.
+        world: this rank among all ranks.
+        starts: the `parameters` of another trace, on every rank. Each step but the first then
+            starts from the other trace's parameters after the step before, so that no step
+            amplifies the rounding of another. None: each step starts from the result of the step
+            before.
+        change: is called before every step with the model and the number of steps done.
 
     Returns:
-        the trace on rank 0; on the others no more than the losses and norms that they found.
+        the trace, on rank 0; on other ranks a trace of their losses and norms only.
     """
-    mesh, model, optimizer = build_model(recipe, here, perturb)
-    pieces: dict[str, Piece] = {}
+    mesh, model, optimizer = build_model(recipe, world, perturb_initial_weights)
+    shards: dict[str, Shard] = {}
     step = 0
 
-    def keep(group: str, name: str, value: Tensor) -> None:
-        pieces[f"{group}/{name}"] = piece(value)
+    def record(kind: str, name: str, value: Tensor) -> None:
+        shards[f"{kind}/{name}"] = copy_shard(value)
 
-    def keep_gradients() -> None:
+    def record_gradients() -> None:
         for name, p in model.named_parameters():
             if p.grad is not None:
-                keep("gradients", f"step {step + 1}: {name}", p.grad)
+                record("gradients", f"step {step + 1}: {name}", p.grad)
 
-    optimizer.observers.append(keep_gradients)
-    engine = Engine(model, optimizer, mesh, here.device)
+    # called within the update, when gradients are reduced, and clipped already
+    optimizer.observers.append(record_gradients)
+    engine = Engine(model, optimizer, mesh, world.device)
     for step in range(recipe.train.steps):
         if step and starts is not None:
-            set_weights(model, {n: starts[f"after step {step}: {n}"] for n, _ in held(model)})
+            names = [name for name, _ in named_state(model)]
+            set_weights(model, {name: starts[f"after step {step}: {name}"] for name in names})
         if change is not None:
             change(model, step)
-        mine = micro_batches(recipe.train, step, *data_rank(mesh))
+        samples = micro_batches(recipe.train, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
-        batches = [random_rows(samples, vocab, length) for samples in mine]
-        found = train_step(engine, batches, mine, recipe, step).report
-        scale = clipping(found.grad_norm, recipe.optimizer.clip)
-        for key in pieces:
+        batches = [random_rows(of_batch, vocab, length) for of_batch in samples]
+        report = train_step(engine, batches, samples, recipe, step).report
+        # undo the clipping: with it, a fault in one gradient would change all others
+        factor = clip_factor(report.grad_norm, recipe.optimizer.clip)
+        for key in shards:
             if key.startswith(f"gradients/step {step + 1}: "):
-                pieces[key].values.div_(scale)
-        figures = {"loss": found.loss, "balance": found.balance, **found.extras}
-        for name, value in figures.items():
-            keep("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
-        keep("norms", f"step {step + 1}", torch.tensor(found.grad_norm, dtype=torch.float64))
-        for name, tensor in held(model):
-            keep("parameters", f"after step {step + 1}: {name}", tensor)
-    return gathered(pieces, here)
+                shards[key].values.div_(factor)
+        losses = {"loss": report.loss, "balance": report.balance, **report.extras}
+        for name, value in losses.items():
+            record("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
+        record("norms", f"step {step + 1}", torch.tensor(report.grad_norm, dtype=torch.float64))
+        for name, tensor in named_state(model):
+            record("parameters", f"after step {step + 1}: {name}", tensor)
+    return gather_trace(shards, world)
 
 
-def held(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by its name."""
+def named_state(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers, with their names."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 @torch.no_grad()
 def set_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Copy this rank's shard of whole tensors, by name, into every parameter and buffer."""
-    for name, tensor in held(model):
+    """Copies this rank's shard of global tensors, by name, into every parameter and buffer."""
+    for name, tensor in named_state(model):
         local, offset = shard_of(tensor)
         local.copy_(weights[name][slices(offset, local.shape)])
 
 
-def clipping(norm: float, limit: float) -> float:
-    """What clipping multiplies all gradients by: undone, one that is wrong is wrong alone."""
+def clip_factor(norm: float, limit: float) -> float:
+    """The factor by which clipping to `limit` multiplies gradients whose norm is `norm`."""
     probe = nn.Parameter(torch.ones((), dtype=torch.float64))
     probe.grad = torch.ones_like(probe)
     if limit:
@@ -136,8 +147,11 @@ def clipping(norm: float, limit: float) -> float:
     return float(probe.grad)
 
 
-def perturb(model: Decoder) -> None:
-    """Add N(0, NOISE²) to all initial weights: a zero or a one hides what is done to it."""
+def perturb_initial_weights(model: Decoder) -> None:
+    """Adds N(0, NOISE²) to the initial distribution of all weights.
+
+    A weight that is zero or one would hide errors in the operations on it.
+    """
 
     def noisy(fill: Fill) -> Fill:
         def fill_and_add(t: Tensor, g: Generator) -> None:
@@ -154,21 +168,27 @@ def perturb(model: Decoder) -> None:
 
 
 def random_rows(samples: Iterable[int], vocab: int, length: int) -> Batch:
-    """Rows of two documents with tokens without loss, each a function of its sample's index."""
+    """Random rows of two documents, in which some tokens have no loss.
+
+    Each row depends only on the index of its sample, so that it is the same on every layout.
+
+    Returns:
+        tokens, labels, positions in the document and document indices, `[rows, length]` in int32.
+    """
     rows = []
-    place = torch.arange(length, dtype=torch.int32)
+    position = torch.arange(length, dtype=torch.int32)
     for sample in samples:
         g = Generator().manual_seed(sample)
         tokens, labels = torch.randint(0, vocab, (2, length), generator=g, dtype=torch.int32)
         labels[torch.rand(length, generator=g) < UNLABELLED] = IGNORED
-        second = int(torch.randint(1, length, (), generator=g))
-        later = (place >= second).int()
-        rows.append((tokens, labels, place - later * second, later))
+        second_start = int(torch.randint(1, length, (), generator=g))
+        document = (position >= second_start).int()
+        rows.append((tokens, labels, position - document * second_start, document))
     return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What a rank holds of a tensor, and where that starts in the whole."""
+    """This rank's shard of a tensor, and the index of its first element in the global tensor."""
     if not isinstance(t, DTensor):
         return t.detach(), (0,) * t.dim()
     _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
@@ -176,47 +196,54 @@ def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def slices(offset: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
-    """The place in the whole of a shard of this shape that starts at `offset`."""
+    """The slices of a global tensor at which a shard of this shape and offset lies."""
     ends = zip(offset, shape, strict=True)
     return tuple(slice(start, start + size) for start, size in ends)
 
 
-def piece(t: Tensor) -> Piece:
-    """This rank's part of a tensor, kept for later."""
+def copy_shard(t: Tensor) -> Shard:
+    """A copy on the CPU of this rank's shard of a tensor."""
     local, offset = shard_of(t)
-    return Piece(tuple(t.shape), offset, local.cpu().clone())
+    return Shard(tuple(t.shape), offset, local.cpu().clone())
 
 
-def gathered(pieces: dict[str, Piece], here: World) -> Trace:
-    """The pieces of all ranks, put together on rank 0. Collective."""
-    boxes: list[dict[str, Piece]] | None = [{}] * here.size if here.first else None
-    dist.gather_object(pieces, boxes, dst=0)
-    own = {key: piece for key, piece in pieces.items() if key.startswith(("losses/", "norms/"))}
+def gather_trace(shards: dict[str, Shard], world: World) -> Trace:
+    """Gathers the shards of all ranks on rank 0, and assembles them to a trace there.
+
+    Other ranks return a trace of their losses and norms.
+    """
+    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.first else None
+    dist.gather_object(shards, by_rank, dst=0)
+    if by_rank is None:
+        by_rank = [{k: s for k, s in shards.items() if k.startswith(("losses/", "norms/"))}]
     trace = Trace()
-    for key in {key: None for box in boxes or [own] for key in box}:
-        group, _, name = key.partition("/")
-        tensor, apart = assembled([box.get(key) for box in boxes or [own]])
-        getattr(trace, group)[name] = tensor
-        if apart:
-            trace.apart[name] = apart
+    keys = {key: None for of_rank in by_rank for key in of_rank}  # in order, each once
+    for key in keys:
+        kind, _, name = key.partition("/")
+        tensor, difference = assemble([of_rank.get(key) for of_rank in by_rank])
+        getattr(trace, kind)[name] = tensor
+        if difference:
+            trace.replica_differences[name] = difference
     return trace
 
 
-def assembled(pieces: list[Piece | None]) -> tuple[Tensor, float]:
-    """A tensor of its pieces, NaN where no rank has it, and how far overlapping ones are apart.
+def assemble(shards: list[Shard | None]) -> tuple[Tensor, float]:
+    """Assembles a global tensor of the shards of all ranks.
 
-    Infinitely, where a rank has none.
+    Returns:
+        the tensor, NaN in elements that no rank has; and the largest difference between shards in
+        elements that several ranks have, infinite where a rank has no shard (None).
     """
-    present = [p for p in pieces if p is not None]
-    whole = torch.full(present[0].shape, math.nan, dtype=present[0].values.dtype)
-    apart = 0.0 if len(present) == len(pieces) else math.inf
+    present = [shard for shard in shards if shard is not None]
+    tensor = torch.full(present[0].shape, math.nan, dtype=present[0].values.dtype)
+    difference = 0.0 if len(present) == len(shards) else math.inf
     for _, offset, values in present:
         if not values.numel():
             continue
-        place = whole[slices(offset, values.shape)]
-        seen = ~place.isnan()
+        target = tensor[slices(offset, values.shape)]
+        seen = ~target.isnan()
         if seen.any():
-            far = (place - values)[seen].abs().nan_to_num(math.inf, math.inf)
-            apart = max(apart, float(far.max()))
-        place.copy_(torch.where(seen, place, values))
-    return whole, apart
+            differences = (target - values)[seen].abs().nan_to_num(math.inf, math.inf)
+            difference = max(difference, float(differences.max()))
+        target.copy_(torch.where(seen, target, values))  # the lowest rank's value stays
+    return tensor, difference

@@ -97,13 +97,13 @@ def test_losses_do_not_depend_on_ranks(
 ) -> None:
     for ranks in (ranks1, ranks2, ranks4):
         ranks.run(job, recipe(), tmp_path / str(ranks.size))
-    alone = losses(tmp_path / "1")
-    assert len(alone) == 8 + 1  # steps and the last validation
-    assert losses(tmp_path / "2") == pytest.approx(alone, rel=1e-10)
-    assert losses(tmp_path / "4") == pytest.approx(alone, rel=1e-10)
+    expected = losses(tmp_path / "1")
+    assert len(expected) == 8 + 1  # steps and the last validation
+    assert losses(tmp_path / "2") == pytest.approx(expected, rel=1e-10)
+    assert losses(tmp_path / "4") == pytest.approx(expected, rel=1e-10)
 
 
-STATEFUL = (  # what a checkpoint holds beside parameters, and draws that go on
+STATEFUL = (  # a checkpoint holds more than parameters: buffers, and keys of random draws
     "model.pattern=E-mTG",
     "model.router_bias=true",
     "model.router_bias_rate=0.1",
@@ -114,7 +114,7 @@ STATEFUL = (  # what a checkpoint holds beside parameters, and draws that go on
 
 
 @pytest.mark.parametrize("overrides", [(), STATEFUL])
-def test_resuming_equals_not_stopping(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     ranks1: Ranks,
     ranks2: Ranks,
     recipe: Callable[..., Recipe],
@@ -122,14 +122,14 @@ def test_resuming_equals_not_stopping(
     overrides: tuple[str, ...],
 ) -> None:
     settings = recipe(*overrides)
-    ranks2.run(job, settings, tmp_path / "whole")
+    ranks2.run(job, settings, tmp_path / "uninterrupted")
     for name in ("same", "fewer"):
         ranks2.run(job, settings, tmp_path / name, False, 5)
     ranks2.run(job, settings, tmp_path / "same", True)
     ranks1.run(job, settings, tmp_path / "fewer", True)
-    whole = losses(tmp_path / "whole")
-    assert losses(tmp_path / "same") == whole
-    assert losses(tmp_path / "fewer") == pytest.approx(whole, rel=1e-10)
+    expected = losses(tmp_path / "uninterrupted")
+    assert losses(tmp_path / "same") == expected
+    assert losses(tmp_path / "fewer") == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("overrides", [(), STATEFUL, ("optimizer.name=muon",)])
@@ -141,9 +141,12 @@ def test_resuming_on_another_layout(
     tmp_path: Path,
     overrides: tuple[str, ...],
 ) -> None:
-    """Alone, then over two ranks, then over two by two, then alone again; saved when validated."""
+    """On one rank, then tp=2, cp=2, cp=2 on four ranks, cp=2 with tp=2, then on one rank.
+
+    The run also validates between its checkpoints.
+    """
     overrides = (*overrides, "train.validate_every=2")
-    ranks1.run(job, recipe(*overrides), tmp_path / "whole")
+    ranks1.run(job, recipe(*overrides), tmp_path / "uninterrupted")
     run, tp, cp = tmp_path / "moved", "parallel.tp=2", "parallel.cp=2"
     ranks1.run(job, recipe(*overrides), run, False, 2)
     ranks2.run(job, recipe(*overrides, tp), run, True, 3)
@@ -151,7 +154,7 @@ def test_resuming_on_another_layout(
     ranks4.run(job, recipe(*overrides, cp), run, True, 6)
     ranks4.run(job, recipe(*overrides, cp, tp), run, True, 7)
     ranks1.run(job, recipe(*overrides), run, True)
-    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+    assert losses(run) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-10)
 
 
 def stopped(rank: int, size: int, recipe: Recipe, run: Path) -> int:
@@ -177,23 +180,23 @@ def test_a_signal_on_one_rank_saves_and_stops_all(
     assert ranks2.run(stopped, recipe(), run) == [signal.SIGTERM] * 2
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     ranks2.run(job, recipe(), run, True)
-    ranks2.run(job, recipe(), tmp_path / "whole")
-    assert losses(run) == losses(tmp_path / "whole")
+    ranks2.run(job, recipe(), tmp_path / "uninterrupted")
+    assert losses(run) == losses(tmp_path / "uninterrupted")
 
 
 class LostPeerError(Exception):
-    """What a rank meets when another one is gone."""
+    """The failure of a collective after another rank has ended."""
 
 
-def bereft(ranks: int, agreed: bool, told: type[Exception]) -> None:
+def fail_after_signal(ranks: int, agreed: bool, failure: type[Exception]) -> None:
     with stop_signal(ranks) as stop:
         signal.raise_signal(signal.SIGTERM)
         stop.agreed = agreed
-        raise told("gone")
+        raise failure("gone")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "agreed", "told", "status"),
+    ("ranks", "agreed", "failure", "status"),
     [
         (2, False, LostPeerError, -signal.SIGTERM),
         (1, False, LostPeerError, 1),
@@ -201,10 +204,12 @@ def bereft(ranks: int, agreed: bool, told: type[Exception]) -> None:
         (2, False, UserError, 1),
     ],
 )
-def test_only_a_failure_that_follows_from_anothers_is_silent(
-    ranks: int, agreed: bool, told: type[Exception], status: int
+def test_a_rank_that_lost_its_peer_ends_by_the_signal(
+    ranks: int, agreed: bool, failure: type[Exception], status: int
 ) -> None:
-    process = get_context("fork").Process(target=bereft, args=(ranks, agreed, told))
+    """Any other failure after a signal is reported."""
+    arguments = (ranks, agreed, failure)
+    process = get_context("fork").Process(target=fail_after_signal, args=arguments)
     process.start()
     process.join(30)
     assert process.exitcode == status
@@ -239,7 +244,7 @@ def test_a_bad_step_is_skipped_on_all_ranks(
 def test_too_many_bad_steps_end_the_run(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """The last good checkpoint stays, and the metrics tell of the bad steps."""
+    """The last good checkpoint stays, and the metrics record the bad steps."""
     run, limits = tmp_path / "run", ("train.bad_steps=3", "checkpoint.every=2")
     with pytest.raises(RankError, match=r"step 5: .* not finite for 3 .*step-00000004"):
         ranks2.run(poisoned, recipe(*limits), run, {2, 3, 4})
@@ -247,8 +252,8 @@ def test_too_many_bad_steps_end_the_run(
     assert skipped == [False, False, True, True, True]
 
 
-def full(rank: int, size: int, recipe: Recipe, run: Path) -> int:
-    """A job whose metrics file meets a full disk at the third line."""
+def with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """A job in which the disk is full when the third line of metrics is written."""
     record, lines = Monitor.record, itertools.count()
 
     def refuse(self: Monitor, metrics: dict[str, object]) -> None:
@@ -267,7 +272,7 @@ def test_a_full_disk_is_one_message_on_all_ranks(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with pytest.raises(RankError) as failed:
-        ranks2.run(full, recipe(), tmp_path / "run")
+        ranks2.run(with_full_disk, recipe(), tmp_path / "run")
     assert str(failed.value).count("UserError: cannot write") == 2
 
 
@@ -281,7 +286,7 @@ def test_a_finished_run_is_not_validated_twice(
 
 
 def validated(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, float]:
-    """Validation loss, and the same from all rows at once."""
+    """The validation loss, and the number of validation rows."""
     made = build(recipe, run, World(rank, size, torch.device("cpu")))
     rows = made.data.validation
     assert rows is not None
@@ -295,11 +300,11 @@ def test_validation_does_not_depend_on_ranks(
     ranks1: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
-    alone = ranks1.run(validated, recipe(), tmp_path)[0]
-    assert alone[1] >= 7
+    expected = ranks1.run(validated, recipe(), tmp_path)[0]
+    assert expected[1] >= 7
     for settings in (recipe(), recipe("parallel.tp=2"), recipe("parallel.cp=2")):
-        for many in ranks4.run(validated, settings, tmp_path):
-            assert many == pytest.approx(alone, rel=1e-12)
+        for result in ranks4.run(validated, settings, tmp_path):
+            assert result == pytest.approx(expected, rel=1e-12)
 
 
 def test_resume_drops_metrics_past_the_checkpoint(
@@ -312,7 +317,7 @@ def test_resume_drops_metrics_past_the_checkpoint(
 
 
 def test_order_is_a_function_of_seed_and_sample(recipe: Callable[..., Recipe]) -> None:
-    first, again = (open_data(recipe()).train for _ in range(2))
+    first, second = (open_data(recipe()).train for _ in range(2))
     other = open_data(recipe("train.seed=1")).train
-    assert torch.equal(first.batch([9, 4]).tokens[1], again.batch([4]).tokens[0])
+    assert torch.equal(first.batch([9, 4]).tokens[1], second.batch([4]).tokens[0])
     assert not torch.equal(first.batch(range(9)).tokens, other.batch(range(9)).tokens)

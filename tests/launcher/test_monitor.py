@@ -1,4 +1,4 @@
-"""What a run reports elsewhere: a resumed run goes on in the same place."""
+"""Reports to TensorBoard and Weights & Biases: a resumed run continues the same curves."""
 
 import sys
 import types
@@ -13,20 +13,20 @@ from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.parallel.world import World
 
-HERE = World(0, 1, torch.device("cpu"))
+WORLD = World(0, 1, torch.device("cpu"))
 
 
 def report(run: Path, recipe: Recipe, start: int, end: int, loss: float) -> None:
-    """The steps after `start` up to `end`, as a run that stops there, or is cut off."""
+    """Reports the steps after `start` up to `end`, as a run that stops there, or is interrupted."""
     monitor = Monitor(run, recipe, start)
     for step in range(start + 1, end + 1):
-        figures = {"step": step, "loss": loss + step, "lr": 0.1, "grad_norm": 1.0}
-        monitor.step(dict(figures), 10, HERE)
+        metrics = {"step": step, "loss": loss + step, "lr": 0.1, "grad_norm": 1.0}
+        monitor.step(metrics, 10, WORLD)
     monitor.close()
 
 
 def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:
-    """Steps past the checkpoint of a run that was cut off are those of the resumed run."""
+    """Steps past the checkpoint of an interrupted run are those of the resumed run."""
     recipe = Recipe(train=TrainConfig(steps=9, tensorboard=True))
     report(tmp_path, recipe, 0, 8, loss=0.0)
     report(tmp_path, recipe, 5, 9, loss=100.0)
@@ -38,7 +38,7 @@ def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:
 
 
 class Wandb(types.ModuleType):
-    """Stands for the library, which wants an account: notes how it is called."""
+    """Replaces the library, which needs an account; records its calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -69,7 +69,7 @@ def test_wandb_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.Monkey
     report(other, recipe, 0, 0, 0.0)
     report(run, recipe, 0, 8, 0.0)
     report(run.rename(tmp_path / "moved"), recipe, 5, 9, 100.0)
-    another, first, again = wandb.runs
-    assert first["id"] == again["id"] != another["id"]
-    assert again["resume"] == "allow"
+    different, first, resumed = wandb.runs
+    assert first["id"] == resumed["id"] != different["id"]
+    assert resumed["resume"] == "allow"
     assert [row["step"] for row in wandb.logged] == [*range(1, 9), *range(6, 10)]

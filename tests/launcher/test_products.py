@@ -1,4 +1,4 @@
-"""The choice of a library for fp32 products: measured, kept, and measured again elsewhere."""
+"""The choice of a library for fp32 products: measured, cached, and measured again elsewhere."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from colonnade.kernels.linear import CLASSES, prefer, preferred
 from colonnade.launcher.cluster import products
-from colonnade.launcher.cluster.products import known_choice, measured_choice, settle_products
+from colonnade.launcher.cluster.products import cached_choice, measure_choice, settle_products
 
 
 def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,15 +21,15 @@ def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         settle_products(torch.device("cpu"))
         assert preferred() == expected
         settle_products(torch.device("cpu"))  # which would raise StopIteration
-        assert known_choice() == expected
+        assert cached_choice() == expected
     finally:
         prefer(before)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    assert known_choice() is None
-    (kept,) = (tmp_path / "colonnade").iterdir()
-    kept.write_text("{}")
+    assert cached_choice() is None
+    (file,) = (tmp_path / "colonnade").iterdir()
+    file.write_text("{}")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    assert known_choice() is None
+    assert cached_choice() is None
 
 
 def size_first(name: str) -> int:
@@ -39,10 +39,10 @@ def size_first(name: str) -> int:
     return sizes.index(size) * len(layouts) + layouts.index(layout)
 
 
-def test_what_cannot_be_kept_is_measured_all_the_same(
+def test_a_choice_is_measured_without_a_cache_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "colonnade").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(products, "ROUNDS", 1)
-    assert set(measured_choice()) == set(CLASSES)
+    assert set(measure_choice()) == set(CLASSES)

@@ -1,4 +1,4 @@
-"""Who holds a run's folder."""
+"""A run's folder is locked by one process, and keeps the recipe's fixed fields."""
 
 import subprocess
 import sys
@@ -8,42 +8,42 @@ import pytest
 
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
-from colonnade.launcher.train.folder import COMING, RECIPE, check_resumable, open_again, open_new
+from colonnade.launcher.train.folder import COMING, RECIPE, check_resumable, open_existing, open_new
 
 RESUMES = """
 import sys
 from pathlib import Path
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.train.folder import open_again
+from colonnade.launcher.train.folder import open_existing
 from colonnade.launcher.recipe.tables import Recipe
 try:
-    with open_again(Recipe(), Path(sys.argv[1])):
-        print("held")
+    with open_existing(Recipe(), Path(sys.argv[1])):
+        print("locked")
 except UserError as mistake:
     print(mistake)
 """
 
 
-def resumed_elsewhere(folder: Path) -> str:
-    words = [sys.executable, "-c", RESUMES, str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+def resume_in_other_process(folder: Path) -> str:
+    command = [sys.executable, "-c", RESUMES, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_run_is_held_against_other_processes(tmp_path: Path) -> None:
-    """One that was killed holds nothing: the lock is the process's."""
+def test_a_run_is_locked_against_other_processes(tmp_path: Path) -> None:
+    """The lock belongs to the process: it ends with it, also when that is killed."""
     with open_new(Recipe(), tmp_path) as folder:
-        (told,) = resumed_elsewhere(folder).splitlines()
-        assert "trains this run" in told
-        assert str(folder) in told
+        (message,) = resume_in_other_process(folder).splitlines()
+        assert "trains this run" in message
+        assert str(folder) in message
         assert not (folder / COMING).exists()
-    with open_again(Recipe(), folder), pytest.raises(UserError), open_again(Recipe(), folder):
+    with open_existing(Recipe(), folder), pytest.raises(UserError), open_existing(Recipe(), folder):
         pass
-    assert resumed_elsewhere(folder) == "held\n"
+    assert resume_in_other_process(folder) == "locked\n"
     assert (folder / RECIPE).exists()
 
 
-def test_where_data_lie_may_change_and_how_they_are_packed_may_not() -> None:
-    """What is read is known by its content, which the checkpoint holds."""
+def test_paths_of_data_may_change_and_packing_may_not() -> None:
+    """The checkpoint identifies the data by their content."""
 
     def recipe(**fields: str) -> Recipe:
         return Recipe(data=DataConfig(**fields))  # type: ignore[arg-type]
@@ -54,13 +54,13 @@ def test_where_data_lie_may_change_and_how_they_are_packed_may_not() -> None:
 
 
 def test_the_kind_of_optimizer_stays() -> None:
-    """Its numbers may change; the state of another rule is not in the checkpoint."""
+    """Its numbers may change; the checkpoint does not hold the state of another optimizer."""
     fast, muon = OptimizerConfig(lr=0.5), OptimizerConfig(name="muon")
     check_resumable(Recipe(), Recipe(optimizer=fast))
     with pytest.raises(RecipeError, match=r"optimizer\.name = 'muon': the run began with 'adamw'"):
         check_resumable(Recipe(), Recipe(optimizer=muon))
 
 
-def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_of_one_second_have_different_folders(tmp_path: Path) -> None:
     with open_new(Recipe(), tmp_path) as one, open_new(Recipe(), tmp_path) as two:
         assert one != two

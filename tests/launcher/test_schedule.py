@@ -1,4 +1,4 @@
-"""Learning rates, batch ramps and who reads what, against brute force."""
+"""Learning rates, batch ramps and the samples of each rank, against brute force."""
 
 import math
 
@@ -60,18 +60,20 @@ def test_ramp_grows_in_units_to_the_global_batch() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_sample_is_read_once_whatever_the_ranks(ranks: int) -> None:
     for step in (0, 5, 40):
-        parts = [micro_batches(RAMP, step, rank, ranks) for rank in range(ranks)]
-        read = sorted(sample for part in parts for micro in part for sample in micro)
+        by_rank = [micro_batches(RAMP, step, rank, ranks) for rank in range(ranks)]
+        read = sorted(sample for batches in by_rank for micro in batches for sample in micro)
         first = first_sample(RAMP, step)
         assert read == list(range(first, first + batch_size(RAMP, step)))
-        assert all(micro == list(range(micro[0], micro[0] + 2)) for p in parts for micro in p)
+        assert all(
+            micro == list(range(micro[0], micro[0] + 2)) for batches in by_rank for micro in batches
+        )
 
 
 def test_plan_resumes_where_it_stopped() -> None:
-    whole = list(reading_plan(RAMP, 0, 1, 2))
-    later = list(reading_plan(RAMP, 20, 1, 2))
-    assert whole[-len(later) :] == later
-    assert math.isclose(sum(map(len, whole)) * 2, first_sample(RAMP, 50))
+    complete = list(reading_plan(RAMP, 0, 1, 2))
+    resumed = list(reading_plan(RAMP, 20, 1, 2))
+    assert complete[-len(resumed) :] == resumed
+    assert math.isclose(sum(map(len, complete)) * 2, first_sample(RAMP, 50))
 
 
 def test_floor_sum_equals_the_loop() -> None:

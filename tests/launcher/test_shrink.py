@@ -1,4 +1,4 @@
-"""Recipes at test size: valid under the layouts of the large one, and the same but for widths."""
+"""Shrunk recipes: valid under the layouts of the full ones, and equal to them except for widths."""
 
 from itertools import product
 from math import prod
@@ -13,12 +13,12 @@ from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import (
     Layout,
-    covering,
-    laid_out,
+    covering_layouts,
     parse_layout,
+    with_layout,
     write_layout,
 )
-from colonnade.launcher.verify.shrink import EPS, alone, on_layout, shrink
+from colonnade.launcher.verify.shrink import EPS, in_one_process, on_layout, shrink
 from colonnade.models.config import FACTS, ModelConfig
 from colonnade.models.shapes import measure
 from colonnade.parallel.config import ParallelConfig
@@ -62,8 +62,8 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "heads exchanged in a ring": dict(cp=4, context="ring+ulysses", recurrence="heads"),
     "two of ranks in a ring": dict(cp=8, context="ring+ulysses", ulysses=2),
 }
-# The batch and the row become what all layouts can take.
-DRAWN_UP = {"train.global_batch", "train.seq_len"}
+# Shrinking chooses a batch and a row that are valid under all layouts.
+CHOSEN = {"train.global_batch", "train.seq_len"}
 
 
 def recipe_of(fields: dict[str, Any]) -> Recipe:
@@ -88,20 +88,20 @@ RECIPES |= {
 def test_a_layout_fits_both_or_neither(name: str, ranks: int) -> None:
     recipe = RECIPES[name]
     assert not validate(recipe, None)
-    layouts = list(covering(ranks))
+    layouts = list(covering_layouts(ranks))
     small = shrink(recipe, ranks, layouts)
-    assert not validate(alone(small), 1)
-    fitting = 0
+    assert not validate(in_one_process(small), 1)
+    valid = 0
     for layout in layouts:
-        large = {f.field for f in validate(laid_out(recipe, layout), ranks)}
+        large = {f.field for f in validate(with_layout(recipe, layout), ranks)}
         faults = validate(on_layout(small, ranks, layout, "fp32"), ranks)
-        assert bool(faults) == bool(large - DRAWN_UP), (write_layout(layout), faults)
-        fitting += not faults
-    assert fitting >= len([layout for layout in layouts if not {"tp", "cp"} & layout.keys()])
+        assert bool(faults) == bool(large - CHOSEN), (write_layout(layout), faults)
+        valid += not faults
+    assert valid >= len([layout for layout in layouts if not {"tp", "cp"} & layout.keys()])
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_all_but_widths_stays(name: str) -> None:
+def test_everything_but_widths_stays(name: str) -> None:
     large = RECIPES[name]
     small = shrink(large, 4, [{"tp": 4}])
     may_change = {"init_std", "mup_base", "repeat", "full_attention", "ladder_last"}
@@ -120,7 +120,7 @@ def test_all_but_widths_stays(name: str) -> None:
     assert measure(small.model, small.train.seq_len).parameters < 2e6
 
 
-def test_base_of_mup_stays_smaller_by_two() -> None:
+def test_base_of_mup_differs_by_a_factor_of_2() -> None:
     small = shrink(RECIPES["muP"], 4, [{"tp": 4}]).model
     base = small.base()
     assert base is not None
@@ -133,7 +133,7 @@ def test_base_of_mup_stays_smaller_by_two() -> None:
     assert larger.mup_base == {"ffn": 2 * larger.ffn, "head_dim": 2 * (larger.head_dim or 0)}
 
 
-def test_fields_of_later_work_survive() -> None:
+def test_fields_of_a_subclass_stay() -> None:
     class Later(ModelConfig):
         future: int = 0
 
@@ -143,25 +143,25 @@ def test_fields_of_later_work_survive() -> None:
 
 
 def test_batches_accumulate_on_every_layout() -> None:
-    """Two micro-batches of whole balance groups, and tokens for all of tp and cp."""
+    """Two micro-batches of complete balance groups on every data rank."""
     recipe = RECIPES["experts"]
-    layouts = list(covering(8))
+    layouts = list(covering_layouts(8))
     small = shrink(recipe, 8, layouts)
     for layout in layouts:
         train = on_layout(small, 8, layout, "fp64").train
-        parallel = laid_out(recipe, layout).parallel
+        parallel = with_layout(recipe, layout).parallel
         assert train.global_batch == 2 * train.micro_batch * (8 // parallel.tp // parallel.cp)
         assert train.micro_batch % recipe.model.balance_samples == 0
-    assert alone(small).train.micro_batch == small.train.global_batch
+    assert in_one_process(small).train.micro_batch == small.train.global_batch
 
 
-def test_what_is_no_degree_stays_with_a_layout() -> None:
-    """`parallel.sequence` of the recipe holds unless the layout names it, or has no use for it."""
+def test_fields_other_than_degrees_stay_under_a_layout() -> None:
+    """`parallel.sequence` of the recipe stays unless the layout gives it, or it has no effect."""
     recipe = load_recipe("quickstart", ["parallel.sequence=false", "parallel.tp=2"])
     small = shrink(recipe, 4, [{"tp": 4}, {"dp_shard": 4}])
     assert not on_layout(small, 4, {"tp": 4}, "fp64").parallel.sequence
     assert on_layout(small, 4, {"tp": 4, "sequence": True}, "fp64").parallel.sequence
-    for other in (on_layout(small, 4, {"dp_shard": 4}, "fp64"), alone(small)):
+    for other in (on_layout(small, 4, {"dp_shard": 4}, "fp64"), in_one_process(small)):
         assert other.parallel.tp == 1
         assert "sequence" not in other.parallel.model_fields_set
 
@@ -170,7 +170,7 @@ def test_what_is_no_degree_stays_with_a_layout() -> None:
     ("layouts", "model", "tokens"),
     [
         ([{"tp": 8}, {"dp_shard": 8}], {}, 16),
-        ([{"tp": 4, "dp_shard": 2}], {"mamba_conv": 40}, 16),  # rows are whole
+        ([{"tp": 4, "dp_shard": 2}], {"mamba_conv": 40}, 16),  # rows are not split
         ([{"cp": 2, "dp_shard": 4}], {}, 16),
         ([{"cp": 8}, {"cp": 2, "tp": 4}], {}, 64),
         ([{"cp": 4, "tp": 2}, {"dp_shard": 8}], {"attention_conv": 9}, 64),
@@ -187,33 +187,33 @@ def test_a_row_is_as_long_as_its_segments_need(
         assert not validate(on_layout(small, 8, layout, "fp64"), 8)
 
 
-def test_settings_of_context_stay_with_a_layout() -> None:
-    """`parallel.ulysses` is no degree; what a layout names holds, and what it makes idle goes."""
+def test_context_fields_stay_under_a_layout() -> None:
+    """`parallel.ulysses` is no degree. Fields of the layout override; fields without effect go."""
     recipe = RECIPES["two of ranks in a ring"]
 
-    def on(layout: str) -> dict[str, object]:
-        return dict(explicit_fields(laid_out(recipe, parse_layout(layout)).parallel))
+    def given_under(layout: str) -> dict[str, object]:
+        return dict(explicit_fields(with_layout(recipe, parse_layout(layout)).parallel))
 
-    assert on("cp=4") == {"cp": 4, "context": "ring+ulysses", "ulysses": 2}
+    assert given_under("cp=4") == {"cp": 4, "context": "ring+ulysses", "ulysses": 2}
     named = {"cp": 4, "tp": 2, "context": "ulysses"}
-    assert on("cp=4,tp=2,context=ulysses") == named
-    assert not validate(laid_out(recipe, named), 8)
-    assert on("dp_shard=8") == {"dp_shard": 8}
-    assert dict(explicit_fields(alone(shrink(recipe, 8, [named])).parallel)) == {}
-    heads = laid_out(RECIPES["heads exchanged"], {"cp": 8, "recurrence": "states"}).parallel
+    assert given_under("cp=4,tp=2,context=ulysses") == named
+    assert not validate(with_layout(recipe, named), 8)
+    assert given_under("dp_shard=8") == {"dp_shard": 8}
+    assert dict(explicit_fields(in_one_process(shrink(recipe, 8, [named])).parallel)) == {}
+    heads = with_layout(RECIPES["heads exchanged"], {"cp": 8, "recurrence": "states"}).parallel
     assert (heads.context, heads.recurrence) == ("ulysses", "states")
 
 
-def test_covering_set() -> None:
-    layouts = list(covering(4))
+def test_covering_layouts() -> None:
+    layouts = list(covering_layouts(4))
     assert len({write_layout(layout) for layout in layouts}) == len(layouts) == 13
     assert all(parse_layout(write_layout(layout)) == layout for layout in layouts)
     recipe = recipe_of({"pattern": "*-"})
     for layout in layouts:
-        assert not validate(laid_out(recipe, layout), 4)
+        assert not validate(with_layout(recipe, layout), 4)
     assert sum("tp" in layout for layout in layouts) == 7
     assert {"tp": 2, "cp": 2, "dp_shard": 1, "sequence": True} in layouts
     assert all(layout["sequence"] for layout in layouts if {"tp", "cp"} <= layout.keys())
-    found = [laid_out(recipe, layout).parallel for layout in covering(12)]
-    factored = {(p.tp, p.cp, p.dp_shard, p.dp_replicate) for p in found}
+    parallel = [with_layout(recipe, layout).parallel for layout in covering_layouts(12)]
+    factored = {(p.tp, p.cp, p.dp_shard, p.dp_replicate) for p in parallel}
     assert factored == {t for t in product(divisors(12), repeat=4) if prod(t) == 12}

@@ -1,4 +1,4 @@
-"""Signals: which are noted, what is told of them, and that nothing of a launcher stays behind."""
+"""Signals: which are recorded, what is printed, and that handlers and threads are removed."""
 
 import os
 import signal
@@ -8,14 +8,15 @@ import threading
 
 import pytest
 
-from colonnade.launcher.cluster.ranks import as_agent
+from colonnade.launcher.cluster.ranks import torchrun_agent
 from colonnade.launcher.cluster.signals import SAVE_FIRST, stop_signal
 
-# A run that never comes to the end of its step; `raise_signal` leaves the handlers to Python.
+# A run that never comes to the end of its step. It is a process that gets signals from outside:
+# `signal.raise_signal` leaves the handlers to Python.
 STUCK = """
 import sys, time
 from colonnade.launcher.cluster.signals import stop_signal
-with stop_signal(1, answers=True) as stop:
+with stop_signal(1, announce=True) as stop:
     print("ready", flush=True)
     while sys.argv[1] == "stuck" or not stop.number:
         time.sleep(0.01)
@@ -23,12 +24,13 @@ sys.exit(stop.number)
 """
 
 
-HEARD = "env", "--default-signal=HUP"  # whatever started the tests ignores
+# The process that started the tests may ignore SIGHUP, and would pass that on.
+DEFAULT_SIGHUP = "env", "--default-signal=HUP"
 
 
-def started(how: str, *before: str) -> subprocess.Popen[str]:
+def start(how: str, *prefix: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [*(before or HEARD), sys.executable, "-c", STUCK, how],
+        [*(prefix or DEFAULT_SIGHUP), sys.executable, "-c", STUCK, how],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -37,8 +39,8 @@ def started(how: str, *before: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", SAVE_FIRST)
-def test_each_signal_is_noted_and_told(number: signal.Signals) -> None:
-    process = started("waiting")
+def test_each_signal_is_recorded_and_announced(number: signal.Signals) -> None:
+    process = start("waiting")
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == number
@@ -46,8 +48,8 @@ def test_each_signal_is_noted_and_told(number: signal.Signals) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
-    """A signal that a launcher passes on a moment later is the same one."""
-    process = started("stuck")
+    """A SIGINT that a launcher forwards a moment later counts as the same Ctrl-C."""
+    process = start("stuck")
     for _ in range(2):
         process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -58,8 +60,8 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert "ended at once, without saving" in err
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
-    process = started("waiting", "nohup")
+def test_sighup_stays_ignored_under_nohup() -> None:
+    process = start("waiting", "nohup")
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
@@ -67,34 +69,34 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     assert process.wait(30) == signal.SIGTERM
 
 
-def test_ctrl_c_is_heard_in_the_background() -> None:
-    """A shell without job control starts what runs in the background with SIGINT ignored."""
-    process = started("waiting", "env", "--ignore-signal=INT")
+def test_ctrl_c_stops_a_process_in_the_background() -> None:
+    """A shell without job control starts background processes with SIGINT ignored."""
+    process = start("waiting", "env", "--ignore-signal=INT")
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == signal.SIGINT
 
 
 def test_handlers_and_threads_are_gone_afterwards() -> None:
-    """Else Ctrl-C would be an ordinary exception of whatever comes next, a test session too."""
+    """Else a later Ctrl-C would raise torchrun's exception, in a test session too."""
     numbers = (*SAVE_FIRST, signal.SIGQUIT)
-    before = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.getsignal(number) for number in numbers]
     threads = os.environ.get("OMP_NUM_THREADS")
-    with stop_signal(1, answers=True):
-        assert signal.getsignal(signal.SIGINT) is not before[0]
-    with as_agent(2):
+    with stop_signal(1, announce=True):
+        assert signal.getsignal(signal.SIGINT) is not handlers[0]
+    with torchrun_agent(2):
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as torchrun does with a handler of its own
-        assert signal.getsignal(signal.SIGINT) is not before[0]
-    assert [signal.getsignal(number) for number in numbers] == before
+        assert signal.getsignal(signal.SIGINT) is not handlers[0]
+    assert [signal.getsignal(number) for number in numbers] == handlers
     assert os.environ.get("OMP_NUM_THREADS") == threads
     assert "signals" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_an_agent_hears_a_signal_once() -> None:
-    """The first ends its wait for the ranks' end; a second would end the wait for their saving."""
+def test_an_agent_raises_only_the_first_signal() -> None:
+    """It ends the wait for the ranks to finish; a second would end the wait for them to save."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    with as_agent(2):
-        with pytest.raises(SignalException) as told:
+    with torchrun_agent(2):
+        with pytest.raises(SignalException) as raised:
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
-    assert told.value.sigval == signal.SIGUSR1
+    assert raised.value.sigval == signal.SIGUSR1

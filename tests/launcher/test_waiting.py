@@ -1,4 +1,4 @@
-"""Ranks that wait for one that is slow, and ranks whose launcher is gone."""
+"""Ranks wait for a slow rank, and end when their launcher has ended."""
 
 import os
 import signal
@@ -15,7 +15,10 @@ from colonnade.parallel.world import World
 
 
 def test_ranks_meet_however_late_one_comes() -> None:
-    """Through the store: no collective is open that could time out. Twice, by numbered names."""
+    """They wait through the store: no collective is open that could time out.
+
+    They meet twice: each meeting has a number in its name.
+    """
     store = dist.HashStore()
     early, late = (World(rank, 2, torch.device("cpu"), store) for rank in range(2))
     for _ in range(2):
@@ -45,7 +48,7 @@ time.sleep(60)
 
 
 def test_a_rank_ends_with_its_launcher() -> None:
-    """Killed, the launcher can pass nothing on."""
+    """A launcher that is killed cannot forward a signal to its ranks."""
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, text=True
     )

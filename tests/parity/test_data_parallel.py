@@ -13,7 +13,7 @@ from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfi
 from colonnade.launcher.train.job import build_model
 from colonnade.launcher.verify.equal import Bounds
 from colonnade.launcher.verify.equal import compare as differences
-from colonnade.launcher.verify.trace import Trace, traced
+from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World
@@ -73,7 +73,7 @@ def whole(t: Tensor) -> Tensor:
 
 def trained(rank: int, size: int, recipe: Recipe) -> Trace:
     """A few steps of a recipe as one rank; every rank returns the whole trace."""
-    own = traced(recipe, World(rank, size, torch.device("cpu")))
+    own = record_trace(recipe, World(rank, size, torch.device("cpu")))
     trace = on_rank_zero(lambda: own)
     assert own.losses == trace.losses
     assert own.norms == trace.norms
@@ -84,7 +84,7 @@ def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -
     """The traces are equal, and so are the copies that the ranks of `a` hold."""
     bounds = Bounds(relative, of_all)
     for kind in ("losses", "norms", "gradients", "parameters"):
-        worst = differences(getattr(a, kind), getattr(b, kind), bounds, a.apart)[0]
+        worst = differences(getattr(a, kind), getattr(b, kind), bounds, a.replica_differences)[0]
         assert worst.excess <= 1, f"{kind}: {worst}"
 
 

@@ -6,7 +6,7 @@ from random_recipes import random_recipe
 from ranks import Ranks
 
 from colonnade.launcher.recipe.validate import validate
-from colonnade.launcher.verify.layouts import laid_out
+from colonnade.launcher.verify.layouts import with_layout
 from colonnade.models.config import CARDS
 
 SEEDS = {28: "-", 32: "m", 46: "D"}  # of recipes that take little time
@@ -18,7 +18,7 @@ def test_recipes_are_valid_and_follow_from_their_seed() -> None:
     for seed in range(60):
         recipe, layout = random_recipe(seed, 4)
         assert (recipe, layout) == random_recipe(seed, 4)
-        assert not validate(laid_out(recipe, layout), 4)
+        assert not validate(with_layout(recipe, layout), 4)
         symbols |= set(recipe.model.pattern)
         axes |= {name for name, degree in layout.items() if str(degree) not in ("1", "False")}
     assert symbols == set(CARDS)
