@@ -32,7 +32,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.attention import context_attention
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 from colonnade.parallel.context.plug import context_attend
 from colonnade.parallel.context.ring import Ring
 from colonnade.parallel.engine import Engine
@@ -53,7 +53,7 @@ def work(ranks: int) -> Report:
     for zigzag, cut in ((True, "zigzag"), (False, "contiguous")):
         length = 2 if zigzag else 4
         rings = [
-            Ring(SequenceCut(ranks, rank, zigzag), length, ScoreOptions(1.0), False)
+            Ring(SequenceSharding(ranks, rank, zigzag), length, ScoreOptions(1.0), False)
             for rank in range(ranks)
         ]
         steps = [[ring.scores(step) for ring in rings] for step in range(ranks)]

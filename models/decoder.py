@@ -17,14 +17,14 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.mtp import Predictor, shifted
 from colonnade.models.names import CanonicalNames
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.reparam import reparametrise
 from colonnade.models.report import PassReport
 from colonnade.models.seams import same
 from colonnade.models.wiring import Stage, State, Wiring
 
 
-class Embedding(Part):
+class Embedding(ParameterModule):
     """Token embeddings, `[V, D]`. `leave` is the seam of the same name of the wiring."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,7 +41,7 @@ class Embedding(Part):
         return self.leave(found.masked_fill(elsewhere[..., None], 0))
 
 
-class Head(Part):
+class Head(ParameterModule):
     """Vocabulary projection: logits, or the loss without ever holding all of them.
 
     Tied, it has no weight of its own and is handed the embedding's. `scale` multiplies its input
@@ -128,7 +128,7 @@ class Decoder(CanonicalNames):
         reparametrise(self)
         if not next(self.parameters()).is_meta:  # nobody computes with what memory held
             for module in self.modules():
-                if isinstance(module, Part):
+                if isinstance(module, ParameterModule):
                     module.fill()
 
     def wirings(self) -> Iterator[Wiring]:
@@ -214,7 +214,7 @@ class Decoder(CanonicalNames):
     def begin_step(self) -> None:
         """An optimizer step begins: what changes once a step may do so at its next use."""
         for module in self.modules():
-            if isinstance(module, Part):
+            if isinstance(module, ParameterModule):
                 module.due = module.transformed
 
     def end_step(self, loads: dict[int, Tensor]) -> None:

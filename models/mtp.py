@@ -9,12 +9,12 @@ from colonnade.models import records
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.norms import Norm
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.report import PassReport
 from colonnade.models.wiring import Wiring
 
 
-class Join(Part):
+class Join(ParameterModule):
     """The two inputs of a module become one: `[S, B, D]` each to `[S, B, D]`."""
 
     def __init__(self, config: ModelConfig) -> None:

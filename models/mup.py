@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from colonnade.models.parameter_module import declared
 from colonnade.models.parameters import ParameterSpec, scaled
-from colonnade.models.part import declared
 from colonnade.models.records import records_of
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from torch import Tensor
 from colonnade.kernels.norm import crms_norm, layer_norm, rms_norm
 from colonnade.models import records
 from colonnade.models.config import ModelConfig
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 
 
-class Norm(Part):
+class Norm(ParameterModule):
     """A norm over the stream's width; weight, and bias where there is one, `[D]`, in fp32.
 
     `pre_rms` is RMSNorm on a stream that is kept centred, which makes it LayerNorm; `crms` the same

@@ -13,7 +13,7 @@ from torch import Tensor
 from colonnade.kernels.precision import wide
 from colonnade.kernels.sharding import UNSHARDED, Sharding
 from colonnade.models.mup import apply_mup
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 
 if TYPE_CHECKING:
     from colonnade.models.decoder import Decoder
@@ -25,17 +25,17 @@ def reparametrise(model: "Decoder") -> None:
     if config.sigma_reparam:
         for wiring in model.wirings():
             for part in wiring.modules():
-                if isinstance(part, Part):
+                if isinstance(part, ParameterModule):
                     spectral(part)
     if config.norm == "pre_rms":
         for part in model.modules():
-            if isinstance(part, Part):
+            if isinstance(part, ParameterModule):
                 centre(part)
     if config.mup_base is not None:
         apply_mup(model)
 
 
-def centre(part: Part) -> None:
+def centre(part: ParameterModule) -> None:
     """Take the mean over the stream's channels out of all that is written onto it.
 
     The stream is then centred, on which RMSNorm is LayerNorm (arXiv:2305.14858, section 3).
@@ -50,7 +50,7 @@ def centred(weight: Tensor, dim: int) -> Tensor:
     return weight - weight.mean(dim, keepdim=True)
 
 
-def spectral(part: Part) -> None:
+def spectral(part: ParameterModule) -> None:
     """σReparam (arXiv:2303.06296, eq. 3): linear weights of sub-blocks are used as γ W / σ(W).
 
     γ, `[1]` or one per expert, starts at 1 and is stored less 1, so that bf16 rounds its change
@@ -65,7 +65,7 @@ def spectral(part: Part) -> None:
 STARTING_ITERATIONS = 64  # of power iteration, the first time
 
 
-def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
+def normalised(part: ParameterModule, name: str, weight: Tensor) -> Tensor:
     """γ W / (leftᵀ W right), differentiable in W, with the singular vectors held fixed."""
     left, right = getattr(part, f"{name}_left"), getattr(part, f"{name}_right")
     w, (rows, columns) = wide(weight), cuts(part, name)
@@ -84,7 +84,7 @@ def normalised(part: Part, name: str, weight: Tensor) -> Tensor:
     return (w * (gain / sigma)[..., None, None]).to(weight.dtype)
 
 
-def cuts(part: Part, name: str) -> tuple[Sharding, Sharding]:
+def cuts(part: ParameterModule, name: str) -> tuple[Sharding, Sharding]:
     """How the rows and the columns of a weight are cut as it is used here."""
     split = part.specs[name].split
     if split is None or split.pieces % part.sharding.size:

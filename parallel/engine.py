@@ -16,7 +16,7 @@ from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import data_sharers, token_sharers
+from colonnade.parallel.mesh import ranks_per_sample, ranks_per_token
 from colonnade.parallel.optimizer import Optimizer
 from colonnade.parallel.parallelize import last_micro_batch
 from colonnade.parallel.tensor import complete_gradients
@@ -81,8 +81,8 @@ class Engine:
             rng_key: of the step, by which random draws are keyed.
         """
         valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
-        tokens = int(all_reduced([valid], self.device)[0]) // data_sharers(self.mesh)
-        losses, loads, sharers = Sums(), Sums(), token_sharers(self.mesh)
+        tokens = int(all_reduced([valid], self.device)[0]) // ranks_per_sample(self.mesh)
+        losses, loads, sharers = Sums(), Sums(), ranks_per_token(self.mesh)
         self.model.train()
         self.model.begin_step()
         for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):

@@ -12,8 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
-from colonnade.models.part import Part
 
 BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
 
@@ -23,7 +23,7 @@ def to_fill(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
     for prefix, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
-            assert isinstance(module, Part), f"{prefix}.{name} was not declared by a Part"
+            assert isinstance(module, ParameterModule), f"{prefix}.{name} has no record"
             yield canonical(f"{prefix}.{name}"), tensor, module.specs[name].fill
 
 

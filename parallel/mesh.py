@@ -23,14 +23,14 @@ def build_mesh(config: ParallelConfig, here: World) -> DeviceMesh:
     return here.meshes[shape]
 
 
-def data_sharers(mesh: DeviceMesh) -> int:
+def ranks_per_sample(mesh: DeviceMesh) -> int:
     """How many ranks work on the same rows."""
     return mesh.size() // data_rank(mesh)[1]
 
 
-def token_sharers(mesh: DeviceMesh) -> int:
+def ranks_per_token(mesh: DeviceMesh) -> int:
     """How many of these work on the same tokens of them."""
-    return data_sharers(mesh) // mesh["cp"].size()
+    return ranks_per_sample(mesh) // mesh["cp"].size()
 
 
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from colonnade.models.blocks.base import SubBlock, local_conv
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.mesh import weights_mesh
@@ -91,14 +91,14 @@ def compile_halves(model: Decoder) -> None:
     """
     for group in groups(model):
         for half in group:
-            assert isinstance(half, Part)
+            assert isinstance(half, ParameterModule)
             for name in (seam.name for seam in half.seams or ()):
                 if getattr(half, name) is not local_conv:  # one operator
                     setattr(half, name, torch.compiler.disable(getattr(half, name)))
             half.forward = compiled(half)
 
 
-def compiled(half: Part) -> Forward:
+def compiled(half: ParameterModule) -> Forward:
     """The half's `forward`, compiled in training.
 
     Elsewhere it runs as it is: validation would need one more graph, and generation, whose caches
@@ -129,7 +129,7 @@ class _Arrived(torch.autograd.Function):
         return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
 
 
-def advance(half: Part) -> None:
+def advance(half: ParameterModule) -> None:
     """Let every state that is to advance at the coming use of its weight do so outside the graph.
 
     Recomputation has nothing to advance, so no checkpoint may see what this saves for backward.
@@ -169,7 +169,7 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def put_away(model: Decoder) -> None:
+def reshard(model: Decoder) -> None:
     """After a forward pass without backward: drop the whole weights that it left on this rank."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from colonnade.kernels.sharding import Sharding, outside_graphs
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, Split
-from colonnade.models.part import Part
 from colonnade.parallel.gradients import local_gradients
 from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
 
@@ -86,7 +86,7 @@ def launched(x: Tensor) -> Tensor:
     return ordered(x, FIRST)
 
 
-def cut_of(group: dist.ProcessGroup) -> Sharding:
+def sharding_over(group: dist.ProcessGroup) -> Sharding:
     """This rank's part of all widths that the group shares."""
 
     def total(t: Tensor) -> Tensor:
@@ -105,17 +105,17 @@ def cut_of(group: dist.ProcessGroup) -> Sharding:
     return Sharding(group.size(), group.rank(), *combine)
 
 
-def on_stream(model: Decoder) -> Iterator[Part]:
+def on_stream(model: Decoder) -> Iterator[ParameterModule]:
     """The parts that work on the stream: norms, and what joins two streams into one."""
     inside = {id(part) for part in in_blocks(model)}
-    return (m for m in model.modules() if isinstance(m, Part) and id(m) not in inside)
+    return (m for m in model.modules() if isinstance(m, ParameterModule) and id(m) not in inside)
 
 
-def in_blocks(model: Decoder) -> Iterator[Part]:
+def in_blocks(model: Decoder) -> Iterator[ParameterModule]:
     """The parts that work on replicated inputs: of sub-blocks, embedding and head."""
     blocks = (block for wiring in model.wirings() for block in wiring.blocks.values())
     for root in [*model.ends(), *blocks]:
-        yield from (m for m in root.modules() if isinstance(m, Part))
+        yield from (m for m in root.modules() if isinstance(m, ParameterModule))
 
 
 def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
@@ -130,7 +130,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
     """
     check_writers(model)
     group = mesh.get_group()
-    cut, seams = cut_of(group), Seams(model, group, sequence)
+    cut, seams = sharding_over(group), Seams(model, group, sequence)
     for part in in_blocks(model):
         part.sharding = cut
         for name, _ in list(part.named_parameters(recurse=False)):
@@ -164,7 +164,7 @@ def check_writers(model: Decoder) -> None:
     """
     for path, block in sub_blocks(model):
         for name, half in block.named_modules(prefix=path):
-            for weight, spec in half.specs.items() if isinstance(half, Part) else ():
+            for weight, spec in half.specs.items() if isinstance(half, ParameterModule) else ():
                 if spec.role == "writes" and (spec.split is None or spec.split.shared):
                     raise RefusedError(
                         f"{name}.{weight}: writes onto the stream and is not split over "
@@ -173,7 +173,7 @@ def check_writers(model: Decoder) -> None:
                     )
 
 
-def placement(part: Part, name: str, cut: Sharding) -> Placement:
+def placement(part: ParameterModule, name: str, cut: Sharding) -> Placement:
     """How a parameter of a sub-block lies at rest.
 
     Raises:
@@ -187,7 +187,7 @@ def placement(part: Part, name: str, cut: Sharding) -> Placement:
     return Replicate() if split.pieces % cut.size else Shard(split.dim)
 
 
-def place(part: Part, name: str, mesh: DeviceMesh, where: Placement) -> None:
+def place(part: ParameterModule, name: str, mesh: DeviceMesh, where: Placement) -> None:
     """Make a parameter a DTensor, of which a part sees its shard."""
     whole = getattr(part, name).data
     cut = distribute_tensor(whole, mesh, [where], src_data_rank=None)
@@ -200,7 +200,7 @@ def shard_of(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def share(part: Part, spec: ParameterSpec, split: Split) -> None:
+def share(part: ParameterModule, spec: ParameterSpec, split: Split) -> None:
     """Use of a whole parameter the piece that this rank needs, among others that need it too."""
     cut = part.sharding
     spec.transforms.append(lambda whole: cut.local(whole, split.dim, split.pieces))
@@ -219,7 +219,7 @@ def complete_gradients(model: Decoder, mesh: DeviceMesh) -> None:
     """
     if mesh["tp"].size() == 1:
         return
-    parts = (m for m in model.modules() if isinstance(m, Part))
+    parts = (m for m in model.modules() if isinstance(m, ParameterModule))
     partial = (
         getattr(part, name)
         for part in parts

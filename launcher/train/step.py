@@ -19,8 +19,8 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.engine import Engine, Report, all_reduced, evaluating, forward
-from colonnade.parallel.mesh import data_rank, data_sharers, token_sharers
-from colonnade.parallel.parallelize import put_away
+from colonnade.parallel.mesh import data_rank, ranks_per_sample, ranks_per_token
+from colonnade.parallel.parallelize import reshard
 
 T = TypeVar("T")
 
@@ -117,9 +117,9 @@ def validate_loss(
         tokens += label.numel()
         if byte_lengths is not None:
             units += float(byte_lengths[label].sum())
-    put_away(model)
+    reshard(model)
     sums = all_reduced([nats, tokens, units], device)
-    nats = sums[0] / token_sharers(mesh)  # a rank's are those of its part of the rows
-    tokens, units = (total / data_sharers(mesh) for total in sums[1:])
+    nats = sums[0] / ranks_per_token(mesh)  # a rank's are those of its part of the rows
+    tokens, units = (total / ranks_per_sample(mesh) for total in sums[1:])
     bits = nats / math.log(2) / units if byte_lengths is not None and units else None
     return nats / max(tokens, 1), bits

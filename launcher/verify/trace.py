@@ -18,8 +18,8 @@ from colonnade.launcher.train.job import build_model
 from colonnade.launcher.train.schedule import micro_batches
 from colonnade.launcher.train.step import train_step
 from colonnade.models.decoder import Decoder
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
-from colonnade.models.part import Part
 from colonnade.parallel.engine import Engine
 from colonnade.parallel.gradients import clip_gradients
 from colonnade.parallel.mesh import data_rank
@@ -161,7 +161,7 @@ def perturb_initial_weights(model: Decoder) -> None:
         return fill_and_add
 
     for part in model.modules():
-        if isinstance(part, Part):
+        if isinstance(part, ParameterModule):
             for name, _ in part.named_parameters(recurse=False):
                 spec = part.specs[name]
                 spec.fill = noisy(spec.fill)

@@ -16,8 +16,8 @@ from colonnade.models.cards.attention import ATTEND
 from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 
@@ -120,7 +120,7 @@ class QKV(Convolving):
         return Projected(q, k, v, self.gates(x))
 
 
-class AttendOut(Part):
+class AttendOut(ParameterModule):
     """Attention, gate and output projection: back to `[S, B, D]`."""
 
     seams = (Seam("attend", local_attend, ATTEND.kinds),)
@@ -134,7 +134,7 @@ class AttendOut(Part):
         return linear(y.flatten(-2), self.weight_of("out"))
 
 
-class Temperature(Part):
+class Temperature(ParameterModule):
     """Sinks and the growth of the temperature, `[H]` each, in fp32 whatever the precision."""
 
     def scale(self, q: Tensor, positions: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Attention(SubBlock):
         self.second = AttendOut(of_half(records, "second"))
 
     @staticmethod
-    def projections(records: list[ParameterSpec], config: ModelConfig) -> Part:
+    def projections(records: list[ParameterSpec], config: ModelConfig) -> ParameterModule:
         """The first half."""
         return QKV(records, config)
 

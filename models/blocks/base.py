@@ -10,7 +10,7 @@ from colonnade.kernels.conv import causal_conv
 from colonnade.models.cards.base import Card
 from colonnade.models.context import Context
 from colonnade.models.names import CanonicalNames
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.report import BlockReport
 from colonnade.models.seams import Seam
 
@@ -29,9 +29,9 @@ class SubBlock(CanonicalNames):
     card: Card
     seams: ClassVar[tuple[Seam, ...]] = ()
 
-    first: Part
-    second: Part
-    small: Part
+    first: ParameterModule
+    second: ParameterModule
+    small: ParameterModule
     share = 1.0  # of a sequence that this rank has
 
     def __init__(self, card: Card) -> None:
@@ -71,7 +71,7 @@ def local_conv(
     )
 
 
-class Convolving(Part):
+class Convolving(ParameterModule):
     """A half with causal convolutions."""
 
     seams = (Seam("conv", local_conv),)

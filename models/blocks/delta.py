@@ -16,8 +16,8 @@ from colonnade.models.cards.base import Card
 from colonnade.models.cards.delta import rule
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, Context], Tensor]
@@ -80,7 +80,7 @@ class InConv(Convolving):
         )
 
 
-class Decay(Part):
+class Decay(ParameterModule):
     """log A and dt bias, `[H]` each (gated), in fp32 whatever the precision."""
 
     def log_decay(self, dt: Tensor | None) -> Tensor | None:
@@ -90,7 +90,7 @@ class Decay(Part):
         return -self.weight_of("A_log").exp() * F.softplus(wide(dt) + self.weight_of("dt_bias"))
 
 
-class DeltaOut(Part):
+class DeltaOut(ParameterModule):
     """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, rule(gated=True).kinds),)

@@ -9,11 +9,11 @@ from colonnade.kernels.rope import rotate
 from colonnade.models.blocks.attention import Attention, Projected, rope_scaling
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec
-from colonnade.models.part import Part
 
 
-class Latents(Part):
+class Latents(ParameterModule):
     """Queries; keys and values through a latent that is all a cache has to hold.
 
     A head's key is its own channels beside rotated ones that all heads share.
@@ -57,7 +57,7 @@ class LatentAttention(Attention):
     """Halves: `queries, latent, keys, values | attend, out`."""
 
     @staticmethod
-    def projections(records: list[ParameterSpec], config: ModelConfig) -> Part:
+    def projections(records: list[ParameterSpec], config: ModelConfig) -> ParameterModule:
         """The first half."""
         return Latents(records, config)
 

@@ -16,8 +16,8 @@ from colonnade.models.cards.base import Card
 from colonnade.models.cards.mamba1 import SCAN
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], Tensor]
@@ -53,11 +53,11 @@ class InConv(Convolving):
         return Projected(linear(u, self.weight_of("z")), x)
 
 
-class Decay(Part):
+class Decay(ParameterModule):
     """log A `[C, N]`, dt bias and the skip D `[C]`, in fp32 whatever the precision."""
 
 
-class ScanOut(Part):
+class ScanOut(ParameterModule):
     """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, SCAN.kinds),)

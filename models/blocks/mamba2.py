@@ -16,8 +16,8 @@ from colonnade.models.cards.base import Card
 from colonnade.models.cards.mamba2 import SCAN
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 
 
@@ -59,11 +59,11 @@ class InConv(Convolving):
         return Projected(**parts)
 
 
-class Decay(Part):
+class Decay(ParameterModule):
     """log A, dt bias and the skip D, `[H]` each, in fp32 whatever the precision."""
 
 
-class ScanOut(Part):
+class ScanOut(ParameterModule):
     """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, SCAN.kinds),)

@@ -25,8 +25,8 @@ from colonnade.models.blocks.mlp import Coefficients
 from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context, attach
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 from colonnade.models.report import BlockReport
 from colonnade.models.seams import Seam, same
 
@@ -70,7 +70,7 @@ class Router(Coefficients):
         self.router_bias += rate * (counts.mean() - counts).sign().to(self.router_bias)
 
 
-class Dispatch(Part):
+class Dispatch(ParameterModule):
     """Sort tokens by expert, and start the shared expert: `[S, B, D]` to `[M, D]`."""
 
     seams = ()
@@ -97,7 +97,7 @@ class Dispatch(Part):
         return Dispatched(rows, order, weight.flatten(0, 1), x.shape, shared, opening)
 
 
-class Experts(Part):
+class Experts(ParameterModule):
     """Every expert's MLP over its rows, and the weighted sum: back to `[S, B, D]`."""
 
     seams = ()

@@ -8,11 +8,11 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
-from colonnade.models.part import Part
 
 
-class Up(Part):
+class Up(ParameterModule):
     """Up and gate projections: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
 
     seams = ()
@@ -22,7 +22,7 @@ class Up(Part):
         return linear(x, self.weight_of("up")), gate
 
 
-class Down(Part):
+class Down(ParameterModule):
     """Activation and down projection: back to `[S, B, D]`."""
 
     seams = ()
@@ -39,7 +39,7 @@ class Down(Part):
         return activated_linear(*inner, down, self.activation, poly, self.sharding)
 
 
-class Coefficients(Part):
+class Coefficients(ParameterModule):
     """a_0 to a_3 of a polynomial activation (arXiv:2411.03884), in fp32 whatever the precision."""
 
     def values(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from colonnade.kernels.precision import wide_dtype
 from colonnade.kernels.tiles import DocumentStarts, ScoreOptions
 from colonnade.parallel.context.gathered import Gathered
 from colonnade.parallel.context.hops import group_of
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 from colonnade.parallel.context.ring import Ring
 
 Variant = Literal["ring", "allgather"]
@@ -37,7 +37,7 @@ def _exchange(
     zigzag: bool,
 ) -> Exchange:
     """`rows` are a rank's."""
-    cut = SequenceCut(group.size(), group.rank(), zigzag)
+    cut = SequenceSharding(group.size(), group.rank(), zigzag)
     if variant == "ring":
         return Ring(cut, rows // cut.parts, rule, packed, group)
     return Gathered(cut, rows // cut.parts, group)
@@ -131,7 +131,7 @@ def context_attention(
     a window that reaches r < n segments back, a ring's rank sends at most r m and r (m + w).
 
     Args:
-        q: `[S/n, B, H, P]`, this rank's segments, as `SequenceCut` has them.
+        q: `[S/n, B, H, P]`, this rank's segments, as `SequenceSharding` has them.
         k: `[S/n, B, K, P]`.
         v: `[S/n, B, K, V]`.
         documents: `[S, B]`, of the whole sequence, or None.

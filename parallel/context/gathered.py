@@ -11,7 +11,7 @@ from torch import Tensor
 from colonnade.kernels.blockwise import AttendTiles, AttendTilesBackward
 from colonnade.kernels.precision import wide_dtype
 from colonnade.kernels.tiles import Tile
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 c10d = torch.ops._c10d_functional
 
@@ -22,7 +22,7 @@ class Gathered:
     `length` is that of a segment.
     """
 
-    def __init__(self, cut: SequenceCut, length: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, cut: SequenceSharding, length: int, group: dist.ProcessGroup) -> None:
         self.cut, self.group = cut, group
         self.own: list[Tile] = []
         self.others: list[Tile] = []

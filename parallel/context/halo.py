@@ -11,7 +11,7 @@ from colonnade.kernels.conv import causal_conv
 from colonnade.models.blocks.base import Conv, local_conv
 from colonnade.models.context import Context
 from colonnade.parallel.context.hops import along, group_of, send
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 
 # An operator, so that recomputation can keep its results instead of sending everything again.
@@ -19,7 +19,7 @@ from colonnade.parallel.context.layout import SequenceCut
 def handed_on(rows: Tensor, group_name: str, zigzag: bool, back: bool) -> Tensor:
     """`[parts, ...]` of every segment to the one after it, or the one before it."""
     group = group_of(group_name)
-    hop = along(SequenceCut(group.size(), group.rank(), zigzag))
+    hop = along(SequenceSharding(group.size(), group.rank(), zigzag))
     return send(rows.contiguous(), hop.back() if back else hop, group)()
 
 
@@ -43,7 +43,7 @@ class _HandedOn(torch.autograd.Function):
         return handed_on(grad, *ctx.options, True), None, None
 
 
-def context_conv(cut: SequenceCut, group: dist.ProcessGroup) -> Conv:
+def context_conv(cut: SequenceSharding, group: dist.ProcessGroup) -> Conv:
     """The `conv` seam: `x` `[S/n, B, C]` are this rank's segments."""
 
     def conv(
@@ -73,7 +73,7 @@ def context_conv(cut: SequenceCut, group: dist.ProcessGroup) -> Conv:
     return conv
 
 
-def _visible(cut: SequenceCut, context: Context, reach: int) -> Tensor:
+def _visible(cut: SequenceSharding, context: Context, reach: int) -> Tensor:
     """Which of the rows before a segment are of its first document, `[parts, reach, B]`."""
     whole = context.whole_documents
     assert whole is not None

@@ -14,14 +14,14 @@ from spmd_types import R, S
 from torch import Tensor
 
 from colonnade.models.seams import Kind, Seam
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 from colonnade.parallel.seams import RefusedError
 
 
-class Heads:
+class HeadExchange:
     """The exchange between the ranks of a group, which hold the parts of `cut`."""
 
-    def __init__(self, cut: SequenceCut, group: dist.ProcessGroup) -> None:
+    def __init__(self, cut: SequenceSharding, group: dist.ProcessGroup) -> None:
         self.cut, self.group = cut, group
 
     def take(self, *tensors: Tensor) -> list[Tensor]:

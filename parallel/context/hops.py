@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 
 def group_of(name: str) -> dist.ProcessGroup:
@@ -30,14 +30,14 @@ class Hop(NamedTuple):
         return Hop(self.come, self.to)
 
 
-def round_ring(cut: SequenceCut) -> Hop:
+def round_ring(cut: SequenceSharding) -> Hop:
     """All segments of a rank to the next rank, those of the last to the first."""
     n, r = cut.ranks, cut.rank
     places = range(cut.parts)
     return Hop([((r + 1) % n, i) for i in places], [((r - 1) % n, i) for i in places])
 
 
-def along(cut: SequenceCut) -> Hop:
+def along(cut: SequenceSharding) -> Hop:
     """What a segment has to where the following segment is; the last one's goes nowhere."""
     after = [cut.holder(s + 1) if s + 1 < cut.segments else None for s in cut.own]
     before = [cut.holder(s - 1) if s > 0 else None for s in cut.own]

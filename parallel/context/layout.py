@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SequenceCut:
+class SequenceSharding:
     """A sequence cut into equal segments, as one of several ranks sees it.
 
     Zigzag: of 2n segments rank r holds r and 2n−1−r, so that all see as many keys before them

@@ -23,9 +23,9 @@ from colonnade.parallel import mesh as meshes
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.attention import Variant, context_attention
 from colonnade.parallel.context.halo import context_conv
-from colonnade.parallel.context.heads import Heads
-from colonnade.parallel.context.layout import SequenceCut
-from colonnade.parallel.context.states import Handed, goes_on
+from colonnade.parallel.context.heads import HeadExchange
+from colonnade.parallel.context.layout import SequenceSharding
+from colonnade.parallel.context.states import RankStatePassing, document_continues
 from colonnade.parallel.seams import Fill, check_sequence_mixers, fill_seams, sub_blocks
 
 
@@ -38,7 +38,7 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
         RefusedError: a sub-block that would compute another function.
     """
     group = mesh.get_group()
-    cut = SequenceCut(group.size(), group.rank(), config.zigzag)
+    cut = SequenceSharding(group.size(), group.rank(), config.zigzag)
     model.mine = cut.mine
     _, block = next(sub_blocks(model))
     heads = model.config.heads // block.first.sharding.size
@@ -57,7 +57,7 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
         block.share = 1 / cut.ranks
 
 
-def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
+def gathered(cut: SequenceSharding, group: dist.ProcessGroup, t: Tensor) -> Tensor:
     """All ranks' parts in the order of the sequence, without gradient."""
     return cut.natural(funcol.wait_tensor(funcol.all_gather_tensor(t.contiguous(), 0, group)))
 
@@ -65,9 +65,9 @@ def gathered(cut: SequenceCut, group: dist.ProcessGroup, t: Tensor) -> Tensor:
 class Scans:
     """The `scan` seams: states handed on, or heads exchanged."""
 
-    def __init__(self, cut: SequenceCut, group: dist.ProcessGroup, recurrence: str) -> None:
+    def __init__(self, cut: SequenceSharding, group: dist.ProcessGroup, recurrence: str) -> None:
         self.cut, self.group, self.recurrence = cut, group, recurrence
-        self.heads = Heads(cut, group)
+        self.heads = HeadExchange(cut, group)
 
     def filled(self, seam: Seam) -> Callable[..., Tensor]:
         """A sub-block's scan between ranks; with a cache, as in generation, the local one."""
@@ -77,7 +77,12 @@ class Scans:
 
     def handed(self, scan: Any) -> Any:
         """Around a scan that takes `StatePassing` behind the context."""
-        return lambda *args: scan(*args, Handed(self.cut, self.group, goes_on(self.cut, args[-1])))
+
+        def across(*args: Any) -> Any:
+            continues = document_continues(self.cut, args[-1])
+            return scan(*args, RankStatePassing(self.cut, self.group, continues))
+
+        return across
 
 
 def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Attend:
@@ -85,7 +90,7 @@ def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Atte
     inner, outer, exchanging = None, mesh.get_group(), config.ulysses_degree(heads)
     if exchanging > 1:
         group, outer = meshes.fold(mesh, exchanging)
-        inner = Heads(SequenceCut(group.size(), group.rank(), config.zigzag), group)
+        inner = HeadExchange(SequenceSharding(group.size(), group.rank(), config.zigzag), group)
     variant: Variant = "allgather" if config.context == "allgather" else "ring"
     across = partial(attend_across, group=outer, variant=variant, zigzag=config.zigzag)
 

@@ -17,7 +17,7 @@ from colonnade.kernels.blockwise import AttendTiles, AttendTilesBackward
 from colonnade.kernels.precision import wide_dtype
 from colonnade.kernels.tiles import ScoreOptions, Tile
 from colonnade.parallel.context.hops import along, round_ring, send
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 
 class Ring:
@@ -28,7 +28,7 @@ class Ring:
 
     def __init__(
         self,
-        cut: SequenceCut,
+        cut: SequenceSharding,
         length: int,
         rule: ScoreOptions,
         packed: bool,

@@ -13,20 +13,22 @@ from torch import Tensor
 
 from colonnade.kernels.segments import grads_after, states_before
 from colonnade.models.context import Context
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 c10d = torch.ops._c10d_functional
 Scan = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
-class Handed:
+class RankStatePassing:
     """`kernels.segments.StatePassing` between ranks. Collective: every rank launches alike.
 
     A rank sends (n − 1) times its states and transitions, in at least fp32, in each direction.
     `same` `[segments − 1, B]`: whether a document goes on from a segment to the next; None: yes.
     """
 
-    def __init__(self, cut: SequenceCut, group: dist.ProcessGroup, same: Tensor | None) -> None:
+    def __init__(
+        self, cut: SequenceSharding, group: dist.ProcessGroup, same: Tensor | None
+    ) -> None:
         self.cut, self.group, self.same = cut, group, same
         self.segments = cut.parts
 
@@ -60,7 +62,7 @@ class Handed:
         return arrived
 
 
-def goes_on(cut: SequenceCut, context: Context) -> Tensor | None:
+def document_continues(cut: SequenceSharding, context: Context) -> Tensor | None:
     """`[segments − 1, B]`: whether a document goes on from a segment to the next; None: yes."""
     documents = context.whole_documents
     if documents is None:

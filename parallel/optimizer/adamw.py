@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from colonnade.models.part import Declared, declared
+from colonnade.models.parameter_module import Declared, declared
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from colonnade.kernels.orthogonal import orthogonalised
-from colonnade.models.part import Declared, declared
+from colonnade.models.parameter_module import Declared, declared
 from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.adamw import AdamW
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings

@@ -17,7 +17,7 @@ from colonnade.launcher.recipe.unused import conditions
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.parallel.materialise import materialise
 
 Write = Callable[[str], Path]
@@ -244,7 +244,7 @@ def trained(config: ModelConfig) -> dict[str, Any]:
     positions = torch.arange(8)[:, None].expand(8, 4)
     observed: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters()}
     for path, part in model.named_modules():
-        if isinstance(part, Part):
+        if isinstance(part, ParameterModule):
             observed[f"{path}: rates, decay"] = {
                 n: (s.rate, s.decayed) for n, s in part.specs.items()
             }

@@ -20,8 +20,8 @@ from colonnade.models.blocks.mixture import Router
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import of_half
-from colonnade.models.part import Part
 from colonnade.models.shapes import measure
 from colonnade.models.wiring import lacks_newest
 from colonnade.parallel import engine
@@ -211,7 +211,7 @@ def test_sigma_reparam_is_of_every_linear_weight(fields: dict[str, Any]) -> None
     model = model_of(config_of("*MmDGE-T", sigma_reparam=True, **fields), 8)
     found = {}
     for wiring in model.wirings():
-        for part in (p for p in wiring.modules() if isinstance(p, Part)):
+        for part in (p for p in wiring.modules() if isinstance(p, ParameterModule)):
             for name, p in part.named_parameters(recurse=False):
                 matrix = p.dim() > 1 and "conv" not in name and name not in ("A_log", "gate_w")
                 if matrix:
@@ -263,8 +263,8 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: int = 1, **fields: Any) -> None:
         monkeypatch.setattr(engine.dist, "all_reduce", lambda *a, **k: None)
-        monkeypatch.setattr(engine, "data_sharers", lambda mesh: 1)
-        monkeypatch.setattr(engine, "token_sharers", lambda mesh: 1)
+        monkeypatch.setattr(engine, "ranks_per_sample", lambda mesh: 1)
+        monkeypatch.setattr(engine, "ranks_per_token", lambda mesh: 1)
         monkeypatch.setattr(engine, "complete_gradients", lambda model, mesh: None)
         self.recipe = Recipe(
             model=config_of(fields.pop("pattern"), balance_samples=samples, **fields),

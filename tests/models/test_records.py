@@ -8,7 +8,7 @@ import torch
 
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import declared
+from colonnade.models.parameter_module import declared
 from colonnade.models.records import records_of
 from colonnade.models.shapes import measure
 

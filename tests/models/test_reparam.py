@@ -17,8 +17,8 @@ from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.cards.base import gains
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
+from colonnade.models.parameter_module import ParameterModule, declared
 from colonnade.models.parameters import ParameterSpec, normal
-from colonnade.models.part import Part, declared
 from colonnade.models.reparam import spectral
 from colonnade.models.wiring import State
 from colonnade.parallel.materialise import materialise
@@ -34,7 +34,7 @@ TABLE = [
 # σReparam
 
 
-class Reparametrised(Part):
+class Reparametrised(ParameterModule):
     """One linear weight, as `reparametrise` changes it."""
 
     def __init__(self, *shape: int) -> None:

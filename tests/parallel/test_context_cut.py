@@ -10,14 +10,14 @@ from torch import Tensor
 
 from colonnade.kernels.tiles import DocumentStarts, ScoreOptions, Tile, masked_tiles
 from colonnade.parallel.context.hops import along, round_ring
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 from colonnade.parallel.context.ring import Ring
 
 CUTS = [(n, zigzag) for n in (2, 3, 4, 5, 8) for zigzag in (True, False)]
 
 
-def cuts(ranks: int, zigzag: bool) -> list[SequenceCut]:
-    return [SequenceCut(ranks, rank, zigzag) for rank in range(ranks)]
+def cuts(ranks: int, zigzag: bool) -> list[SequenceSharding]:
+    return [SequenceSharding(ranks, rank, zigzag) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(("ranks", "zigzag"), CUTS)
@@ -50,7 +50,7 @@ def test_hops(ranks: int, zigzag: bool) -> None:
             assert hop.back().back() == hop
 
 
-def positions(region: Tile, cut: SequenceCut, held: list[int | None], n: int) -> Tensor:
+def positions(region: Tile, cut: SequenceSharding, held: list[int | None], n: int) -> Tensor:
     """Which scores of the whole a region is, `[S, S]`, by what rows and keys really are."""
     seen = torch.zeros(cut.segments * n, cut.segments * n, dtype=torch.bool)
     own = torch.cat([torch.arange(s * n, (s + 1) * n) for s in cut.own])

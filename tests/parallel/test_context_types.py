@@ -33,10 +33,10 @@ from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context import plug
-from colonnade.parallel.context.heads import Heads
+from colonnade.parallel.context.heads import HeadExchange
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
@@ -176,7 +176,7 @@ def test_logits(meshes: Meshes, variant: str) -> None:
 
 
 Fault = Callable[[Decoder], None]
-PLAIN: dict[type[Part], tuple[str, Callable[..., Any]]] = {
+PLAIN: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
     AttendOut: ("attend", local_attend),
     Convolving: ("conv", local_conv),
     mamba1.ScanOut: ("scan", mamba1.local_scan),
@@ -185,7 +185,7 @@ PLAIN: dict[type[Part], tuple[str, Callable[..., Any]]] = {
 }
 
 
-def left(kind: type[Part]) -> Fault:
+def left(kind: type[ParameterModule]) -> Fault:
     """Parts of this kind without what is to be plugged."""
 
     def spoil(model: Decoder) -> None:
@@ -291,15 +291,15 @@ def test_fault(meshes: Meshes, fault: str) -> None:
         check(model, meshes["four"])
 
 
-class NothingTaken(Heads):
+class NothingTaken(HeadExchange):
     def take(self, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
 
 
-GIVE = Heads.give
+GIVE = HeadExchange.give
 
 
-class NothingGiven(Heads):
+class NothingGiven(HeadExchange):
     def give(self, t: Tensor) -> Tensor:
         """What has the shape that is wanted, and still is of some heads."""
         kind = type_of(t)
@@ -308,17 +308,17 @@ class NothingGiven(Heads):
         return stamp(given, kind)
 
 
-class AllHeads(Heads):
+class AllHeads(HeadExchange):
     def mine(self, t: Tensor) -> Tensor:
         return t
 
 
-class OwnRows(Heads):
+class OwnRows(HeadExchange):
     def everything(self, *tensors: Tensor) -> list[Tensor]:
         return [*tensors]
 
 
-EXCHANGE_FAULTS: dict[str, tuple[type[Heads], str, str]] = {
+EXCHANGE_FAULTS: dict[str, tuple[type[HeadExchange], str, str]] = {
     "queries not taken": (NothingTaken, "*", "attention: q"),
     "attention not given back": (NothingGiven, "*", "sharding"),
     "Mamba-2 not given back": (NothingGiven, "M", "sharding"),
@@ -335,7 +335,7 @@ def test_fault_in_exchange(meshes: Meshes, monkeypatch: pytest.MonkeyPatch, faul
     heads, pattern, said = EXCHANGE_FAULTS[fault]
     fields = {"pattern": pattern, "sinks": "*" in pattern}
     check(model_of(meshes["four"], HEADS, fields), meshes["four"])
-    monkeypatch.setattr(plug, "Heads", heads)
+    monkeypatch.setattr(plug, "HeadExchange", heads)
     model = model_of(meshes["four"], HEADS, fields)
     with pytest.raises(SpmdTypeError, match=said):
         check(model, meshes["four"])

@@ -23,7 +23,7 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import declared
+from colonnade.models.parameter_module import declared
 from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import on_stream, tensor_parallel

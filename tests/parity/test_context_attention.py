@@ -15,7 +15,7 @@ from colonnade.kernels import tiles
 from colonnade.kernels.attention import attention_reference
 from colonnade.kernels.tiles import ScoreOptions
 from colonnade.parallel.context.attention import context_attention
-from colonnade.parallel.context.layout import SequenceCut
+from colonnade.parallel.context.layout import SequenceSharding
 
 S, B, P, V = 48, 2, 5, 7
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def shared(
         options = dict(case)
         variant, zigzag = options.pop("variant"), options.pop("zigzag", True)
         sinks = options.pop("sinks", False)
-        cut = SequenceCut(size, rank, zigzag)
+        cut = SequenceSharding(size, rank, zigzag)
         leaves = {n: cut.mine(named[n]).requires_grad_() for n in "qkv"}
         if sinks:
             leaves["sinks"] = named["sinks"].clone().requires_grad_()
@@ -82,7 +82,7 @@ def shared(
 
 def joined(parts: list[dict[str, Tensor]], zigzag: bool) -> dict[str, Tensor]:
     """Of all ranks' results those of the whole sequence."""
-    cut = SequenceCut(len(parts), 0, zigzag)
+    cut = SequenceSharding(len(parts), 0, zigzag)
     by_name = {n: [part[n] for part in parts] for n in parts[0]}
     sinks = {"sinks": torch.stack(by_name.pop("sinks")).sum(0)} if "sinks" in by_name else {}
     return sinks | {n: cut.natural(torch.cat(of_ranks)) for n, of_ranks in by_name.items()}
@@ -179,7 +179,7 @@ def test_equal_to_ring_self_attention(ranks2: Ranks, ranks4: Ranks) -> None:
 
 
 def narrow(rank: int, size: int, named: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
-    cut = SequenceCut(size, rank)
+    cut = SequenceSharding(size, rank)
     leaves = [cut.mine(named[n]).bfloat16().requires_grad_() for n in "qkv"]
     group = dist.group.WORLD
     assert group is not None

@@ -12,7 +12,7 @@ from torch.optim import Muon as TorchMuon
 from torch.optim import _muon
 
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe
-from colonnade.models.part import declared
+from colonnade.models.parameter_module import declared
 from colonnade.parallel.optimizer import Muon, build_optimizer
 
 MUON = OptimizerConfig(name="muon", momentum=0.9, weight_decay=0.2)

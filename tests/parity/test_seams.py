@@ -19,8 +19,8 @@ from colonnade.models.cards.base import Card
 from colonnade.models.cards.mamba1 import Mamba1Card
 from colonnade.models.cards.mlp import MLPCard
 from colonnade.models.config import CARDS, ModelConfig
+from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, Split, of_half
-from colonnade.models.part import Part
 from colonnade.models.seams import Seam
 from colonnade.parallel.seams import RefusedError
 from colonnade.parallel.world import World
@@ -34,7 +34,7 @@ def fake_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class OtherScan(Part):
+class OtherScan(ParameterModule):
     """Mamba-1's second half under another class; it shares code with it and no class."""
 
     seams = mamba1.ScanOut.seams

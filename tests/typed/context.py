@@ -26,7 +26,7 @@ from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.parallel import context
 from colonnade.parallel.context import plug
-from colonnade.parallel.context.heads import Heads
+from colonnade.parallel.context.heads import HeadExchange
 from typed.contracts import (
     CONTRACTS,
     Contract,
@@ -74,7 +74,7 @@ SEAMS_ELSEWHERE: dict[str, Contract] = {
     "whole": Contract({}, (R,)),
     "conv": CONTRACTS[conv.causal_conv],
 }
-# Methods of `Heads`, each with the types of its arguments and of its results.
+# Methods of `HeadExchange`, each with the types of its arguments and of its results.
 EXCHANGES: dict[str, tuple[Type, Type]] = {
     "take": (S(0), S(2)),
     "give": (S(2), S(0)),
@@ -100,7 +100,7 @@ def exchanges(model: Decoder, shared: bool) -> Iterator[Any]:
             if plugged(seam):
                 yield patch.object(module, name, held(seam, contract))
     for name, (before, after) in EXCHANGES.items():
-        yield patch.object(Heads, name, exchange(getattr(Heads, name), before, after))
+        yield patch.object(HeadExchange, name, exchange(getattr(HeadExchange, name), before, after))
     yield patch.object(plug, "context_attention", across(plug.context_attention))
 
 
@@ -108,7 +108,7 @@ def exchange(method: Function, before: Type, after: Type) -> Function:
     """Tensors that are exchanged along the axis; an exchange along another leaves their types."""
 
     @functools.wraps(method)
-    def call(self: Heads, *tensors: Tensor) -> Any:
+    def call(self: HeadExchange, *tensors: Tensor) -> Any:
         found = [type_of(t) for t in tensors]
         if along(self.group):
             for t in tensors:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.models import reparam
 from colonnade.models.decoder import Decoder
-from colonnade.models.part import Part
+from colonnade.models.parameter_module import ParameterModule
 from typed.operators import Operators
 from typed.rules import register
 from typed.types import Type, stamp
@@ -45,7 +45,7 @@ def checked(
         stack.enter_context(patch.object(reparam, "iterate", spmd.no_typecheck(reparam.iterate)))
         for change in patches:
             stack.enter_context(change)
-        parts = [part for part in model.modules() if isinstance(part, Part)]
+        parts = [part for part in model.modules() if isinstance(part, ParameterModule)]
         for part in parts:
             local = functools.partial(typed_shard, part.local)
             stack.enter_context(patch.object(part, "local", local))

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from colonnade.kernels.sharding import Sharding
 from colonnade.models.blocks import mamba2
 from colonnade.models.decoder import Decoder, Embedding
-from colonnade.models.part import declared
+from colonnade.models.parameter_module import declared
 from colonnade.parallel.tensor import on_stream
 from typed.context import exchanges
 from typed.contracts import CONTRACTS, held, in_models

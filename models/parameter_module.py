@@ -12,7 +12,7 @@ from colonnade.models.parameters import ParameterSpec
 from colonnade.models.seams import Seam
 
 
-class Part(nn.Module):
+class ParameterModule(nn.Module):
     """One half of a sub-block, or another holder of parameters.
 
     `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
@@ -82,11 +82,11 @@ def declared(model: nn.Module) -> Iterator[Declared]:
     """Every parameter of a model.
 
     Raises:
-        ValueError: a parameter that no `Part` declared.
+        ValueError: a parameter that no `ParameterModule` declared.
     """
     for path, part in model.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
             full = canonical(f"{path}.{name}" if path else name)
-            if not isinstance(part, Part):
-                raise ValueError(f"{full} was not declared by a Part")
+            if not isinstance(part, ParameterModule):
+                raise ValueError(f"{full} was not declared by a ParameterModule")
             yield Declared(full, parameter, part.specs[name])
