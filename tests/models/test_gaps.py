@@ -210,7 +210,7 @@ EVERY = dict(
 @pytest.mark.parametrize("fields", [EVERY, {"attention": "mla", "q_rank": 5, "rope_dim": 4}])
 def test_sigma_reparam_is_of_every_linear_weight(fields: dict[str, Any]) -> None:
     """In sub-blocks: whatever is multiplied with activations has the norm γ, and nothing else."""
-    model = model_of(config_of("*MmDGE-T", sigma_reparam=True, **fields), 8)
+    model = model_of(config_of("*MmSDGE-T", sigma_reparam=True, **fields), 8)
     found = {}
     for wiring in model.wirings():
         for part in (p for p in wiring.modules() if isinstance(p, Part)):
@@ -339,7 +339,7 @@ def test_a_step_advances_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decay_and_rates_of_the_groups() -> None:
     """Matrices and filters decay; vectors, decay rates and gains do not."""
-    model = model_of(config_of("*MmDGE-T", sigma_reparam=True, norm="layer", **EVERY), 10)
+    model = model_of(config_of("*MmSDGE-T", sigma_reparam=True, norm="layer", **EVERY), 10)
     optimizer = AdamW(model, OptimizerConfig(weight_decay=0.3))
     groups = optimizer.torch.param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}

@@ -67,7 +67,7 @@ def test_a_model_without_weights_refuses_to_compute() -> None:
 def test_a_model_made_by_itself_draws_its_weights() -> None:
     """From PyTorch's generator, by the distributions that a run's first weights have."""
     config = ModelConfig(
-        pattern="*-MmDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
+        pattern="*-MmSDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
         mamba_head_dim=32, delta_key_dim=32,
     )  # fmt: skip
     made = []
