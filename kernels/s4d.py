@@ -43,8 +43,7 @@ class _Tables(NamedTuple):
     kernel: Tensor  # [W, Q] of the convolution, the direct path D in it
     write: Tensor  # [W, Q, 2N] from each token to the state after Q tokens
     read: Tensor  # [W, Q, 2N] from the state before a chunk to each token's output
-    whole: Tensor  # [W, N, 2] factor of the state over Q tokens
-    rest: Tensor  # [W, N, 2] the same over the last chunk's tokens
+    factors: Tensor  # [2, W, 1, N, 2] of the state, over Q tokens and over the last chunk's
 
 
 def _tables(p: _Parameters, Q: int, length: int) -> _Tables:
@@ -61,8 +60,8 @@ def _tables(p: _Parameters, Q: int, length: int) -> _Tables:
     kernel = (C * written).sum(-1).real + F.pad(p.D[:, None], (0, Q - 1))
     read = (C * powers[:, 1:]).conj().resolve_conj()
     write, read = (torch.view_as_real(t).flatten(2) for t in (written.flip(1), read))
-    whole, rest = (torch.view_as_real(powers[:, t]) for t in (Q, length))
-    return _Tables(kernel, write, read, whole, rest)
+    factors = torch.view_as_real(torch.stack([powers[:, Q, None], powers[:, length, None]]))
+    return _Tables(kernel, write, read, factors)
 
 
 def _zero_order_hold(p: _Parameters) -> tuple[Tensor, Tensor]:
@@ -77,16 +76,16 @@ def _zero_order_hold(p: _Parameters) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """How tokens `[n, Q, B]` stand in pieces: rows `[P, Q]`, at their place of the chunk.
+    """How tokens `[n, Q, B]` stand in pieces: rows `[P, Q]`, each at its position in the chunk.
 
-    Rows 0 to n·B are the pieces with which chunks begin, the others begin within a chunk.
+    Rows 0 to n·B are the pieces with which chunks begin, the others begin within a chunk. None for
+    `at` and `last`: every chunk is one piece.
 
     Attributes:
-        n, Q, B: of the tokens.
         length: tokens of the last chunk; those behind them are zeros.
         count: pieces P.
-        at: `[n·B·Q]` place of each token in `[P·Q]`; None: every chunk is one piece.
-        last: `[n·B]` the piece with which each chunk ends; None: as `at`.
+        at: `[n·B·Q]` index of each token in `[P·Q]`.
+        last: `[n·B]` the piece with which each chunk ends.
         enters: `[n, B, 1]` 1 where the document before a chunk goes on in it, else 0.
         stays: `[n, B, 1]` 1 where a chunk is one piece, else 0.
     """
@@ -111,9 +110,7 @@ class _Pieces:
 
     def tokens(self, t: Tensor) -> Tensor:
         """Back: `[W, P, Q]` -> `[n, Q, B, W]`."""
-        t = t.flatten(1)
-        if self.at is not None:
-            t = t.index_select(1, self.at)
+        t = t.flatten(1) if self.at is None else t.flatten(1).index_select(1, self.at)
         return t.view(-1, self.n, self.B, self.Q).permute(1, 3, 2, 0)
 
     def ends(self, t: Tensor) -> Tensor:
@@ -124,7 +121,10 @@ class _Pieces:
     def add_ends(self, pieces: Tensor, t: Tensor) -> None:
         """The transpose of `ends`: add `[W, n·B, Q]` to pieces `[W, P, Q]`."""
         t = self.shifted(t, self.length - self.Q)
-        _ = pieces.add_(t) if self.last is None else pieces.index_add_(1, self.last, t)
+        if self.last is None:
+            pieces.add_(t)
+        else:
+            pieces.index_add_(1, self.last, t)
 
     def shifted(self, t: Tensor, by: int) -> Tensor:
         """`[W, n·B, Q]` with the rows of the last chunk rolled."""
@@ -181,8 +181,10 @@ def _states(
     arrived = arrived.view(-1, pieces.n, *initial.shape[1:])
     before, state = torch.empty_like(arrived), torch.view_as_complex(initial)
     writes, kept = (torch.view_as_complex(t).unbind(1) for t in (arrived, before))
-    for i, factor in enumerate(_factors(tables, pieces)):
+    whole, rest = torch.view_as_complex(tables.factors)
+    for i in range(pieces.n):
         torch.mul(state, pieces.enters[i], out=kept[i])
+        factor = rest if i == pieces.n - 1 else whole
         state = torch.addcmul(writes[i], kept[i] * pieces.stays[i], factor)
     return before, torch.view_as_real(state)
 
@@ -198,32 +200,27 @@ def _states_back(
     read = read.view(-1, pieces.n, *dfinal.shape[1:])
     after, grad = torch.empty_like(read), torch.view_as_complex(dfinal)
     reads, kept = (torch.view_as_complex(t).unbind(1) for t in (read, after))
-    for i, factor in reversed(list(enumerate(_factors(tables, pieces)))):
+    whole, rest = torch.view_as_complex(tables.factors).conj()
+    for i in reversed(range(pieces.n)):
         kept[i].copy_(grad)
-        back = torch.addcmul(reads[i], grad * pieces.stays[i], factor.conj())
+        factor = rest if i == pieces.n - 1 else whole
+        back = torch.addcmul(reads[i], grad * pieces.stays[i], factor)
         grad = back * pieces.enters[i]
     return after, torch.view_as_real(grad)
 
 
-def _factors(tables: _Tables, pieces: _Pieces) -> list[Tensor]:
-    """Of the state over each chunk, `[W, 1, N]`, complex."""
-    whole, rest = (torch.view_as_complex(t)[:, None] for t in (tables.whole, tables.rest))
-    return [whole] * (pieces.n - 1) + [rest]
-
-
-def _of_factors(before: Tensor, after: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
-    """Gradients of the tables `whole` and `rest`, from states and gradients `[W, n, B, N, 2]`."""
-    grad = torch.view_as_complex(after) * pieces.stays
-    each = (grad * torch.view_as_complex(before).conj()).sum(2)
-    return torch.view_as_real(each[:, :-1].sum(1)), torch.view_as_real(each[:, -1])
+def _of_factors(before: Tensor, after: Tensor, pieces: _Pieces) -> Tensor:
+    """Gradient of the table `factors`, from states and their gradients `[W, n, B, N, 2]`."""
+    kept, grad = torch.view_as_complex(before), torch.view_as_complex(after)
+    each = (grad * pieces.stays * kept.conj()).sum(2, keepdim=True)
+    return torch.view_as_real(torch.stack([each[:, :-1].sum(1), each[:, -1]]))
 
 
 class _S4D(torch.autograd.Function):
     """Keeps its inputs and the state before each chunk; backward computes the rest again.
 
     What meets tokens has its gradient by hand, because autograd would keep every product's factors.
-    The tables, a few thousand numbers a channel, are differentiated by autograd within backward,
-    block by block, because their formulas are long and their cost is none.
+    The tables, which no token changes, are differentiated by autograd within backward.
     """
 
     @staticmethod
@@ -235,18 +232,18 @@ class _S4D(torch.autograd.Function):
         passing: Passing | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        given = _Parameters(*parameters)
+        system = _Parameters(*parameters)
         if passing is not None:
             left = torch.empty_like(initial)
-            for c, own in _blocks(given, pieces):
-                tables = _tables(own, pieces.Q, pieces.length)
+            for c, block in _blocks(system, pieces):
+                tables = _tables(block, pieces.Q, pieces.length)
                 arrived = torch.bmm(pieces.ends(pieces.rows(x[..., c])), tables.write)
                 left[c] = _states(arrived, tables, pieces, torch.zeros_like(initial[c]))[1]
-            initial = _exchanged(passing.launch, passing.parts, left, _transition(given, pieces))
+            initial = _exchanged(passing.launch, passing.parts, left, _transition(system, pieces))
         y, final = x.new_empty(x.shape), torch.empty_like(initial)
         before = initial.new_empty(len(initial), pieces.n, *initial.shape[1:])
-        for c, own in _blocks(given, pieces):
-            tables, rows = _tables(own, pieces.Q, pieces.length), pieces.rows(x[..., c])
+        for c, block in _blocks(system, pieces):
+            tables, rows = _tables(block, pieces.Q, pieces.length), pieces.rows(x[..., c])
             arrived = torch.bmm(pieces.ends(rows), tables.write)
             before[c], final[c] = _states(arrived, tables, pieces, initial[c])
             out = torch.bmm(rows, _toeplitz(tables.kernel))
@@ -264,20 +261,20 @@ class _S4D(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, before, *parameters = ctx.saved_tensors
         pieces: _Pieces = ctx.pieces
-        given, entering = _Parameters(*parameters), pieces.n * pieces.B
+        system, entering = _Parameters(*parameters), pieces.n * pieces.B
         if ctx.passing is not None:
             through = torch.zeros_like(dfinal)
-            for c, own in _blocks(given, pieces):
-                tables = _tables(own, pieces.Q, pieces.length)
+            for c, block in _blocks(system, pieces):
+                tables = _tables(block, pieces.Q, pieces.length)
                 read = torch.bmm(pieces.rows(dy[..., c])[:, :entering], tables.read)
                 through[c] = _states_back(read, tables, pieces, through[c])[1]
-            launch, kept = ctx.passing.launch_back, _transition(given, pieces)
+            launch, kept = ctx.passing.launch_back, _transition(system, pieces)
             dfinal = _exchanged(launch, ctx.passing.parts, through, kept)
         dx, dinitial = x.new_empty(x.shape), torch.empty_like(dfinal)
-        dgiven = _Parameters(*(torch.empty_like(p) for p in given))
-        for c, own in _blocks(given, pieces):
+        dsystem = _Parameters(*(torch.empty_like(p) for p in system))
+        for c, block in _blocks(system, pieces):
             with torch.enable_grad():
-                leaves = _Parameters(*(p.detach().requires_grad_() for p in own))
+                leaves = _Parameters(*(p.detach().requires_grad_() for p in block))
                 graph = _tables(leaves, pieces.Q, pieces.length)
             tables = _Tables(*(t.detach() for t in graph))
             rows, drows = pieces.rows(x[..., c]), pieces.rows(dy[..., c])
@@ -290,12 +287,11 @@ class _S4D(torch.autograd.Function):
             dx[..., c] = pieces.tokens(back)
             dkernel = _of_diagonals(torch.bmm(rows.mT, drows))
             dwrite, dread = torch.bmm(pieces.ends(rows).mT, written), torch.bmm(first.mT, entered)
-            dtables = dkernel, dwrite, dread, *_of_factors(before[c], after, pieces)
-            for whole, part in zip(
-                dgiven, torch.autograd.grad(graph, leaves, dtables), strict=True
-            ):
+            dtables = dkernel, dwrite, dread, _of_factors(before[c], after, pieces)
+            found = torch.autograd.grad(graph, leaves, dtables)
+            for whole, part in zip(dsystem, found, strict=True):
                 whole[c] = part
-        return dx, dinitial, None, None, *dgiven
+        return dx, dinitial, None, None, *dsystem
 
 
 def _blocks(p: _Parameters, pieces: _Pieces) -> Iterator[tuple[slice, _Parameters]]:
@@ -303,8 +299,8 @@ def _blocks(p: _Parameters, pieces: _Pieces) -> Iterator[tuple[slice, _Parameter
     channels, N = p.A_real.shape
     width = max(1, BLOCK // (pieces.Q * max(pieces.count, pieces.Q, 2 * N)))
     for start in range(0, channels, width):
-        block = slice(start, min(start + width, channels))
-        yield block, _Parameters(*(t[block] for t in p))
+        c = slice(start, min(start + width, channels))
+        yield c, _Parameters(*(t[c] for t in p))
 
 
 def _transition(p: _Parameters, pieces: _Pieces) -> Tensor:
@@ -323,22 +319,18 @@ def _exchanged(
     launch: Callable[[Tensor, Tensor, bool], Wait], parts: int, state: Tensor, transition: Tensor
 ) -> Tensor:
     """What segments, rows of the batch, get for their states `[C, B, N, 2]` and transitions."""
-    by_row = state.transpose(0, 1)
-    given = by_row.reshape(len(by_row), -1, 2, 1), transition
-    left, kept = (t.unflatten(0, (parts, -1)) for t in given)
-    found = launch(left, kept, True)()
-    return found.reshape(by_row.shape).transpose(0, 1).contiguous()
+    C, B, N, _ = state.shape
+    sent = state.transpose(0, 1).reshape(parts, -1, C * N, 2, 1)
+    found = launch(sent, transition.unflatten(0, (parts, -1)), True)()
+    return found.reshape(B, C, N, 2).transpose(0, 1).contiguous()
 
 
 # The tables are complex and the pieces' number depends on the documents: neither can be compiled.
 @torch.compiler.disable
 def s4d(
     x: Tensor, dt: Tensor, A_real: Tensor, A_imag: Tensor, C_real: Tensor, C_imag: Tensor,
-    D: Tensor, *,
-    chunk: int,
-    documents: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    passing: Passing | None = None,
+    D: Tensor, *, chunk: int, documents: Tensor | None = None,
+    initial_state: Tensor | None = None, passing: Passing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """state_t = Ā state_{t-1} + B̄ x_t;  y_t = 2 Re(Σ_n C_n state_{t,n}) + D x_t, by chunks.
 
@@ -377,8 +369,8 @@ def s4d(
     parameters = _Parameters(*(t.to(dtype) for t in (dt, A_real, A_imag, C_real, C_imag, D)))
     if initial_state is None:
         initial_state = torch.zeros(rows, *A_real.shape, 2, dtype=dtype, device=x.device)
-    cut = None if documents is None else chunks.cut(documents, last=True)
-    pieces = _pieces(chunks.n, chunks.Q, rows, chunks.Q - chunks.fill, cut, parameters.dt)
+    ids = None if documents is None else chunks.cut(documents, last=True)
+    pieces = _pieces(chunks.n, chunks.Q, rows, chunks.Q - chunks.fill, ids, parameters.dt)
     start = initial_state.to(dtype).transpose(0, 1).contiguous()
     y, final = _S4D.apply(chunks.cut(x), start, pieces, passing, *parameters)
     final = final.transpose(0, 1).contiguous()
@@ -387,9 +379,7 @@ def s4d(
 
 def s4d_recurrence(
     x: Tensor, dt: Tensor, A_real: Tensor, A_imag: Tensor, C_real: Tensor, C_imag: Tensor,
-    D: Tensor, *,
-    documents: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    D: Tensor, *, documents: Tensor | None = None, initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`s4d` by its formula, token by token."""
     batch, dtype = x.shape[1], A_real.dtype
