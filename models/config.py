@@ -16,6 +16,7 @@ from colonnade.models.cards.mamba1 import Mamba1Options
 from colonnade.models.cards.mamba2 import Mamba2Options
 from colonnade.models.cards.mixture import ExpertOptions
 from colonnade.models.cards.mlp import MLPOptions
+from colonnade.models.cards.s4d import S4DOptions
 from colonnade.models.options import ROW, Count, Fact, Formula, Need, Options, choice, option, width
 
 LONGEST_ROW = 16384  # sub-blocks
@@ -113,6 +114,7 @@ class ModelConfig(  # pydantic takes the fields of the last one first
     ExpertOptions,
     MLPOptions,
     DeltaOptions,
+    S4DOptions,
     Mamba1Options,
     Mamba2Options,
     AttentionOptions,

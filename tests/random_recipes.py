@@ -31,6 +31,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "mamba_heads": (2, 4), "mamba_head_dim": (4, 8), "mamba_state": (4, 8), "mamba_groups": (1, 2),
     "mamba_conv": (2, 3), "mamba_chunk": (2, 4, 16), "mamba1_inner": (8, 16),
     "mamba1_state": (4,), "mamba1_rank": (1, 2), "mamba1_conv": (2, 3), "mamba1_chunk": (2, 4, 16),
+    "s4d_inner": (8, 16), "s4d_state": (4,), "s4d_chunk": (2, 4, 16),
     "delta_heads": (2, 4), "delta_key_heads": (1, 2), "delta_key_dim": (4, 8),
     "delta_value_dim": (4, 6), "delta_conv": (2, 3), "delta_chunk": (2, 4, 16),
     "delta_negative": (True,), "experts": (2, 4), "top_k": (1, 2), "expert_ffn": (8, 16),

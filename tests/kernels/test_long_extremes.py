@@ -13,6 +13,7 @@ from shown import Row
 from torch import Tensor
 
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
+from colonnade.kernels.s4d import s4d, s4d_recurrence
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
 from colonnade.kernels.ssd import ssd, ssd_recurrence
 
@@ -44,6 +45,12 @@ def mamba1() -> dict[str, Tensor]:
     return t | {"dt": F.softplus(t["dt"] - 2), "A": -t["A"].exp()}
 
 
+def diagonal() -> dict[str, Tensor]:
+    system = dict.fromkeys(("A_real", "A_imag", "C_real", "C_imag"), (3, 4))
+    t = normal(x=(S, 1, 3), dt=(3,), **system, D=(3,))
+    return t | {"dt": F.softplus(t["dt"] - 2), "A_real": -t["A_real"].exp()}
+
+
 def delta() -> dict[str, Tensor]:
     t = normal(q=(S, 1, 2, 4), k=(S, 1, 2, 4), v=(S, 1, 2, 3), beta=(S, 1, 2), decay=(S, 1, 2))
     k = F.normalize(t["k"], dim=-1) * (1 - 2**-7)  # so that rounding leaves no norm above 1
@@ -55,6 +62,14 @@ def delta() -> dict[str, Tensor]:
 MIXERS: dict[str, tuple[Scan, Scan, dict[str, Tensor], str, str, tuple[str, ...]]] = {
     "M": (ssd, ssd_recurrence, mamba2(), "x", "dt", ("dt", "A", "D")),
     "m": (selective_scan, selective_scan_recurrence, mamba1(), "x", "dt", ("dt", "A", "D")),
+    "S": (
+        s4d,
+        s4d_recurrence,
+        diagonal(),
+        "x",
+        "dt",
+        ("dt", "A_real", "A_imag", "C_real", "C_imag", "D"),
+    ),
     "G": (delta_rule, delta_rule_recurrence, delta(), "v", "decay", ("beta", "decay")),
 }
 MIXERS["D"] = (*MIXERS["G"][:2], {k: v for k, v in delta().items() if k != "decay"}, "v", "beta",
@@ -67,7 +82,9 @@ def extreme(inputs: dict[str, Tensor], kind: str, mixed: str, step: str) -> dict
     """The inputs with extreme values of one kind."""
     t = {name: value.clone() for name, value in inputs.items()}
     if kind == "zeros":
-        return {n: v if n in ("A", "dt", "beta", "decay") else v * 0 for n, v in t.items()}
+        return {
+            n: v if n in ("A", "A_real", "dt", "beta", "decay") else v * 0 for n, v in t.items()
+        }
     if kind == "one huge value":
         t[mixed][HUGE_POSITION, 0, 0] = HUGE
     else:

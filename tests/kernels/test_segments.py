@@ -14,21 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
+from colonnade.kernels.s4d import s4d, s4d_recurrence
 from colonnade.kernels.segments import LocalStatePassing, Wait, grads_after, states_before
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
 from colonnade.kernels.ssd import ssd, ssd_recurrence
 
 TABLE = [
-    Row(s, "1 to 8 segments at once, documents across them", "token recurrence") for s in "MmDG"
+    Row(s, "1 to 8 segments at once, documents across them", "token recurrence") for s in "MmSDG"
 ]
 
 KERNELS: dict[str, tuple[Scan, Scan]] = {
     "M": (ssd, ssd_recurrence),
     "m": (selective_scan, selective_scan_recurrence),
+    "S": (s4d, s4d_recurrence),
     "D": (delta_rule, delta_rule_recurrence),
     "G": (delta_rule, delta_rule_recurrence),
 }
-WIDE = ("dt", "A", "D", "beta", "decay")  # fp32 where the others are bf16
+WIDE = ("dt", "A", "A_real", "A_imag", "C_real", "C_imag", "D", "beta", "decay")  # fp32 beside bf16
 
 
 def inputs(name: str, S: int, B: int = 2) -> dict[str, Tensor]:
@@ -44,6 +46,9 @@ def inputs(name: str, S: int, B: int = 2) -> dict[str, Tensor]:
     elif name == "m":
         shapes = {"x": (S, B, 3), "dt": (S, B, 3), "A": (3, 4), "D": (3,)}
         shapes |= dict.fromkeys("BC", (S, B, 4))
+    elif name == "S":
+        shapes = {"x": (S, B, 3), "dt": (3,), "D": (3,)}
+        shapes |= dict.fromkeys(("A_real", "A_imag", "C_real", "C_imag"), (3, 4))
     else:
         shapes = dict.fromkeys("qk", (S, B, 2, 5)) | {"v": (S, B, 4, 3), "beta": (S, B, 4)}
         shapes |= {"decay": (S, B, 4)} if name == "G" else {}
@@ -51,6 +56,7 @@ def inputs(name: str, S: int, B: int = 2) -> dict[str, Tensor]:
     limits: dict[str, Callable[[Tensor], Tensor]] = {
         "dt": lambda v: F.softplus(v - 3),
         "A": lambda v: -v.exp(),
+        "A_real": lambda v: -v.exp(),
         "k": lambda v: F.normalize(v, dim=-1),
         "beta": lambda v: 2 * v.sigmoid(),
         "decay": lambda v: F.logsigmoid(v + 3),
@@ -167,7 +173,7 @@ def test_each_exchange_is_launched_once_and_hides_behind_products(name: str) -> 
     assert exchanges == ["launch", "launch waited", "launch_back", "launch_back waited"]
     for direction in ("launch", "launch_back"):
         start, stop = (state_passing.events.index(e) for e in (direction, f"{direction} waited"))
-        assert name == "m" or "product" in state_passing.events[start:stop]
+        assert name in "mS" or "product" in state_passing.events[start:stop]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -205,7 +211,7 @@ def test_segments_that_are_not_adjacent(name: str, rank: int) -> None:
     local_t = {key: local(v.detach()) for key, v in t.items()}
     got = with_gradients(one_rank, local_t, local(ids), local(dy))
     for key, v in full.items():
-        if key not in ("A", "D"):  # whose gradients are sums over the ranks
+        if key == "states" or len(v) == 44:  # other gradients are sums over the ranks
             expected = v[held] if key == "states" else local(v)
             assert_equal({key: got[key]}, {key: expected}, of_all=0)
     for direction, sent in one_rank.given.items():

@@ -50,7 +50,7 @@ def by_whole_context(model: Decoder, tokens: list[int], count: int, seq_len: int
     return made
 
 
-@pytest.mark.parametrize("pattern", ["*-", "MmDG", "*T-E"])
+@pytest.mark.parametrize("pattern", ["*-", "MmSDG", "*T-E"])
 @pytest.mark.parametrize("prompt", [1, 9, 30])
 def test_extending_with_caches_writes_what_the_whole_context_does(
     pattern: str, prompt: int

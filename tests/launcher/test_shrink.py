@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "odd heads, no positions": dict(pattern="*-", head_dim=33, positions="none"),
     "mixers": dict(
-        pattern="MmDG-", mamba_groups=4, delta_key_heads=4, delta_value_dim=128, mamba_state=64
+        pattern="MmSDG-", mamba_groups=4, delta_key_heads=4, delta_value_dim=128, mamba_state=64
     ),
     "experts": dict(
         pattern="*E-", repeat=6, share=True, experts=32, top_k=6, expert_ffn=96, shared_ffn=192,
@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "further tokens, THOR": dict(pattern="*T", mtp=2, mtp_pattern="*-", tied=True, logit_z=0.1),
     "muP": dict(
-        pattern="*MmDG-E", expert_ffn=96, mup_base=dict(hidden=128, ffn=384, heads=4),
+        pattern="*MmSDG-E", expert_ffn=96, mup_base=dict(hidden=128, ffn=384, heads=4),
     ),
     "muP, slices per head": dict(
         pattern="*-", attention_gate="head", mup_base=dict(hidden=128, heads=4), repeat=3
@@ -76,7 +76,7 @@ def recipe_of(fields: dict[str, Any]) -> Recipe:
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
 RECIPES |= {name: recipe_of(fields) for name, fields in OPTIONS.items()}
-HYBRID = recipe_of(dict(pattern="*MmDG-", mamba_groups=4, delta_key_heads=4, kv_heads=4))
+HYBRID = recipe_of(dict(pattern="*MmSDG-", mamba_groups=4, delta_key_heads=4, kv_heads=4))
 RECIPES |= {
     name: HYBRID.model_copy(update={"parallel": ParallelConfig.model_validate(parallel)})
     for name, parallel in CONTEXTS.items()

@@ -112,6 +112,10 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
         for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8")
     ),
     *(
+        ("model.pattern=*M-", f"model.s4d_{setting}", "model.pattern=S")
+        for setting in ("inner=64", "state=8", "chunk=8")
+    ),
+    *(
         ("model.pattern=*-", f"model.delta_{setting}", f"model.pattern=*{symbol}")
         for symbol in "DG"
         for setting in ("heads=4", "key_heads=2", "key_dim=32", "value_dim=8", "conv=2", "chunk=8",
@@ -194,7 +198,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("parallel.cp=4", "parallel.ulysses=2", "parallel.context=ring+ulysses"),
     *(
         ("parallel.cp=2", "parallel.recurrence=heads", f"model.pattern=*{symbol}")
-        for symbol in "MmDG"
+        for symbol in "MmSDG"
     ),
 ]  # fmt: skip
 

@@ -19,6 +19,7 @@ def config_of(pattern: str, **fields: Any) -> ModelConfig:
         vocab=V, hidden=12, heads=4, head_dim=6, ffn=11, balance=0.0,
         mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, mamba_chunk=8,
         mamba1_inner=10, mamba1_rank=3, mamba1_state=4, mamba1_chunk=8,
+        s4d_inner=10, s4d_state=3, s4d_chunk=8,
         delta_heads=4, delta_key_heads=2, delta_key_dim=3, delta_value_dim=5, delta_chunk=8,
         experts=5, top_k=2, expert_ffn=7,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from colonnade.parallel.engine import evaluating
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{symbol: (symbol * 2, {}) for symbol in CARDS},
-    "hybrid, ladder": ("MmD*GE-T", {"residual": "ladder"}),
+    "hybrid, ladder": ("MmSD*GE-T", {"residual": "ladder"}),
     "shared": ("*M-", {"repeat": 2, "share": True}),
     "grouped queries, window": ("***", {"kv_heads": 2, "window": 4, "full_attention": (1,)}),
     "window of one": ("*", {"window": 1}),

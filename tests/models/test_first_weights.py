@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from equal import assert_equal
 from oracle import empty
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameters import constant, normal
 from colonnade.parallel import materialise as materialise_module
-from colonnade.parallel.materialise import fill_shard, materialise
+from colonnade.parallel.materialise import fill_shard, materialise, new_decoder
 
 
 def config_of(pattern: str, **more: object) -> ModelConfig:
@@ -57,6 +58,19 @@ def test_first_weights_have_their_distribution() -> None:
         steps = torch.arange(n + 1, dtype=torch.float64) / n
         distance = torch.maximum(steps[1:] - uniform, uniform - steps[:-1]).max().item()
         assert distance < 2.23 / n**0.5, f"{name}: {distance} with {n} elements"
+
+
+def test_first_weights_of_s4d() -> None:
+    """S4D-Lin: A_n = −1/2 + iπn, steps within [0.001, 0.1], |C|² 1 on average."""
+    block = new_decoder(ModelConfig(pattern="S", hidden=64, vocab=16)).wiring.blocks[0]
+    t = {name: p.detach().double() for name, p in block.named_parameters()}
+    assert bool(((t["A_real_log"].exp() - 0.5).abs() < 1e-7).all())
+    angles = math.pi * torch.arange(32, dtype=torch.float64)
+    assert_equal({"A": t["A_imag"]}, {"A": angles.expand(128, 32)}, relative=1e-6)
+    assert t["log_dt"].exp().min() >= 0.999e-3
+    assert t["log_dt"].exp().max() <= 0.1001
+    assert abs(t["log_dt"].mean() - math.log(1e-2)) < 0.5
+    assert abs((t["C_real"] ** 2 + t["C_imag"] ** 2).mean() - 1) < 0.1
 
 
 def test_first_weights_are_a_function_of_seed_and_name() -> None:

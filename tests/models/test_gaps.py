@@ -205,15 +205,20 @@ EVERY = dict(
 )  # fmt: skip
 
 
+# Tables `[C, N]` of state spaces, which are multiplied with no activation; A has no weight decay.
+RATES = ("A_log", "A_real_log", "A_imag")
+TABLES = (*RATES, "C_real", "C_imag")
+
+
 @pytest.mark.parametrize("fields", [EVERY, {"attention": "mla", "q_rank": 5, "rope_dim": 4}])
 def test_sigma_reparam_is_of_every_linear_weight(fields: dict[str, Any]) -> None:
     """In sub-blocks: whatever is multiplied with activations has the norm γ, and nothing else."""
-    model = model_of(config_of("*MmDGE-T", sigma_reparam=True, **fields), 8)
+    model = model_of(config_of("*MmSDGE-T", sigma_reparam=True, **fields), 8)
     found = {}
     for wiring in model.wirings():
         for part in (p for p in wiring.modules() if isinstance(p, ParameterModule)):
             for name, p in part.named_parameters(recurse=False):
-                matrix = p.dim() > 1 and "conv" not in name and name not in ("A_log", "gate_w")
+                matrix = p.dim() > 1 and "conv" not in name and name not in (*TABLES, "gate_w")
                 if matrix:
                     gain = getattr(part, f"{name}_gain")
                     norm = torch.linalg.matrix_norm(part.weight_of(name), ord=2)
@@ -336,13 +341,13 @@ def test_a_step_advances_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decay_and_rates_of_the_groups() -> None:
     """Matrices and filters decay; vectors, decay rates and gains do not."""
-    model = model_of(config_of("*MmDGE-T", sigma_reparam=True, norm="layer", **EVERY), 10)
+    model = model_of(config_of("*MmSDGE-T", sigma_reparam=True, norm="layer", **EVERY), 10)
     optimizer = AdamW(model, OptimizerConfig(weight_decay=0.3))
     groups = optimizer.torch.param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
         primer = "blocks.0.conv_" in name  # starts as the identity
-        plain = p.dim() < 2 or name.endswith("A_log") or primer
+        plain = p.dim() < 2 or name.endswith(RATES) or primer
         assert decay.pop(id(p)) == (0.0 if plain else 0.3), name
     assert not decay
     wide = started(config_of("-", hidden=24, ffn=22, mup_base={"hidden": 12, "ffn": 11}))

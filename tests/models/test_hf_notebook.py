@@ -69,7 +69,7 @@ def test_a_model_without_weights_refuses_to_compute() -> None:
 def test_a_decoder_draws_its_initial_weights() -> None:
     """By PyTorch's generator, from the distributions of a run's initial weights."""
     config = ModelConfig(
-        pattern="*-MmDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
+        pattern="*-MmSDGET", vocab=300, hidden=64, heads=2, sigma_reparam=True, router_bias=True,
         mamba_head_dim=32, delta_key_dim=32,
     )  # fmt: skip
     states = []

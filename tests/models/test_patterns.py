@@ -69,7 +69,7 @@ def test_spacing_is_even() -> None:
         ((8, float("nan"), 0.5), "attention = nan.*0 to 1"),
         ((8, 0.6, 0.5), "mlp = 0.5.*at most 0.4"),
         ((8, 0.1, 0.5, ("M", "*", "M")), "symbols = .*different"),
-        ((8, 0.1, 0.5, ("M", "*", "x")), r"symbols = .* \* M m D G - E T"),
+        ((8, 0.1, 0.5, ("M", "*", "x")), r"symbols = .* \* M m S D G - E T"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: tuple, words: str) -> None:

@@ -28,7 +28,8 @@ def config_of(pattern: str, residual: Any = "standard", **more: Any) -> ModelCon
     return ModelConfig(
         pattern=pattern, residual=residual, vocab=V, hidden=12, heads=4, kv_heads=2, head_dim=6,
         ffn=11, mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, mamba_chunk=8,
-        mamba1_inner=10, mamba1_rank=3, mamba1_chunk=8, delta_heads=4, delta_key_dim=3,
+        mamba1_inner=10, mamba1_rank=3, mamba1_chunk=8, s4d_inner=10, s4d_state=3, s4d_chunk=8,
+        delta_heads=4, delta_key_dim=3,
         delta_value_dim=5, delta_key_heads=2, delta_chunk=8,
         experts=5, top_k=2, expert_ffn=7, **({"balance": 0.5, "router_z": 0.1} | more),
     )  # fmt: skip
@@ -255,7 +256,7 @@ def test_no_balancing_terms_in_evaluation() -> None:
 LENGTHS = ((9, 2, 1, 11), (17, 6))  # of the documents in each row; some shorter than a convolution
 
 
-PACKED = ["*-", "M-", "*E", "M-*E", "m-", "D-", "G-"]
+PACKED = ["*-", "M-", "*E", "M-*E", "m-", "S-", "D-", "G-"]
 TABLE += [Row("packed documents", f"`{pattern}`", "the documents one by one") for pattern in PACKED]
 
 

@@ -16,7 +16,8 @@ ROWS, TOKENS = 2, 32
 SMALL: dict[str, Any] = {
     "hidden": 24, "vocab": 16, "heads": 8, "head_dim": 4, "mamba_heads": 8, "mamba_head_dim": 6,
     "mamba_state": 5, "mamba_groups": 2, "mamba_chunk": 4, "mamba1_inner": 16, "mamba1_state": 3,
-    "mamba1_chunk": 4, "delta_heads": 8, "delta_key_heads": 2, "delta_key_dim": 6,
+    "mamba1_chunk": 4, "s4d_inner": 16, "s4d_state": 3, "s4d_chunk": 4,
+    "delta_heads": 8, "delta_key_heads": 2, "delta_key_dim": 6,
     "delta_value_dim": 5, "delta_chunk": 4, "mamba_conv": 3, "delta_conv": 2,
 }  # fmt: skip
 # Pattern, options of the model, and of the layout.
@@ -30,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     },
     **{
         f"{symbol}, {recurrence}": (symbol, {}, {"recurrence": recurrence})
-        for symbol in "MmDG"
+        for symbol in "MmSDG"
         for recurrence in ("states", "heads")
     },
 }

@@ -26,7 +26,7 @@ from colonnade.kernels.experts import combine, dispatch, expert_mlp
 from colonnade.kernels.loss import linear_consistency, linear_objective
 from colonnade.kernels.routing import balance_loss, loads, router_z_loss
 from colonnade.models import reparam
-from colonnade.models.blocks import delta, mamba1, mamba2
+from colonnade.models.blocks import delta, mamba1, mamba2, s4d
 from colonnade.models.blocks.attention import AttendOut, local_attend
 from colonnade.models.blocks.base import Convolving, local_conv
 from colonnade.models.blocks.mixture import Mixture
@@ -181,6 +181,7 @@ PLAIN: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
     Convolving: ("conv", local_conv),
     mamba1.ScanOut: ("scan", mamba1.local_scan),
     mamba2.ScanOut: ("scan", mamba2.local_scan),
+    s4d.ScanOut: ("scan", s4d.local_scan),
     delta.DeltaOut: ("scan", delta.local_scan),
 }
 
@@ -259,6 +260,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
     "plain Mamba-2": (
         left(mamba2.ScanOut), dict(pattern="M"), RING, r"ssd: x is S\(0\), not S\(2\)"),
     "plain Mamba-1": (left(mamba1.ScanOut), dict(pattern="m"), RING, "selective_scan: x is S"),
+    "plain S4D": (left(s4d.ScanOut), dict(pattern="S"), RING, "s4d: x is S"),
     "plain DeltaNet": (left(delta.DeltaOut), dict(pattern="D"), RING, "delta_rule: q is S"),
     "plain gated DeltaNet": (left(delta.DeltaOut), dict(pattern="G"), HEADS, "delta_rule: q is S"),
     "plain convolution": (

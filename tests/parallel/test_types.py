@@ -35,11 +35,12 @@ SMALL = dict(
     vocab=VOCAB, hidden=16, heads=4, ffn=8, experts=4, top_k=2,
     mamba_heads=4, mamba_head_dim=4, mamba_state=4, mamba_groups=4, mamba_chunk=4,
     mamba1_inner=16, mamba1_rank=2, mamba1_state=4, mamba1_chunk=4,
+    s4d_inner=16, s4d_state=4, s4d_chunk=4,
     delta_heads=4, delta_key_dim=4, delta_chunk=4,
 )  # fmt: skip
 LATENT = dict(attention="mla", kv_rank=6, rope_dim=2, q_rank=4)
 ROWS: dict[str, dict[str, Any]] = {
-    "gqa, one group, tied": dict(pattern="*-MmDGE", kv_heads=2, mamba_groups=1, tied=True),
+    "gqa, one group, tied": dict(pattern="*-MmSDGE", kv_heads=2, mamba_groups=1, tied=True),
     "mla, polynorm, two groups": dict(
         pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
         shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
@@ -314,6 +315,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "selective_scan": dict(
         x=DT, dt=DT, A=-drawn(4, 3).abs(), B=drawn(8, 2, 3), C=drawn(8, 2, 3), D=drawn(4), chunk=4
+    ),
+    "s4d": dict(
+        x=DT, dt=drawn(4).exp(), A_real=-drawn(4, 3).exp(), A_imag=drawn(4, 3),
+        C_real=drawn(4, 3), C_imag=drawn(4, 3), D=drawn(4), chunk=4,
     ),
     "delta_rule": dict(
         q=drawn(8, 2, 2, 3), k=drawn(8, 2, 2, 3), v=X, beta=DT.sigmoid(), decay=-DT, chunk=4

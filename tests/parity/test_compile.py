@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                    "rope_scaling": "yarn", "rope_factor": 4.0, "attention_gate": "channel",
                    "qk_norm": "head"},
     ),
-    "recurrent": ("MmDGM", {}),
+    "recurrent": ("MmSDGM", {}),
     "latent, polynomials, σReparam, muP": (
         "*-", {"attention": "mla", "kv_rank": 5, "rope_dim": 4, "q_rank": 7, "value_dim": 4,
                "norm": "pre_rms", "activation": "polynorm", "sigma_reparam": True, "mtp": 1,

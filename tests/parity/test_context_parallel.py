@@ -55,7 +55,7 @@ def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str) -> None:
 
 
 PATTERNS: dict[str, dict[str, Any]] = {
-    "*-": {}, "M-": {}, "m-": LADDER, "D-": {}, "G-": LADDER, "M-*-": LADDER,
+    "*-": {}, "M-": {}, "mS-": LADDER, "D-": {}, "G-": LADDER, "M-*-": LADDER,
     "*": {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4},
     "*-*-": {"window": 9, "full_attention": (1,), "sinks": True, "position_temperature": True,
              "attention_cap": 3.0, **LADDER},
@@ -95,8 +95,8 @@ def test_beside_the_others(
 
 
 def test_contiguous(ranks1: Ranks, ranks4: Ranks) -> None:
-    expected = alone(ranks1, "MmD-", **WIDE)
-    compare(under(ranks4, {"cp": 4, "zigzag": False}, "MmD-", **WIDE), expected)
+    expected = alone(ranks1, "MmSD-", **WIDE)
+    compare(under(ranks4, {"cp": 4, "zigzag": False}, "MmSD-", **WIDE), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -156,7 +156,7 @@ def test_documents_are_as_if_alone(
     positions[:, start:] = torch.arange(LENGTH - start)
     labels[:, start:] = IGNORED
     fields = {"window": 9, "full_attention": (1,), "repeat": 1, **WIDE}
-    recipe = recipe_for("*MmDG*-", {}, 1, **fields)
+    recipe = recipe_for("*MmSDG*-", {}, 1, **fields)
     packed = Batch(tokens, labels, positions, documents)
     variant = VARIANTS[seed % len(VARIANTS)]
     layout = ParallelConfig(cp=4, **variant)

@@ -41,6 +41,8 @@ def recipe_for(
         delta_chunk=4,
         mamba1_state=4,
         mamba1_chunk=4,
+        s4d_state=4,
+        s4d_chunk=4,
         mamba_head_dim=8,
         mamba_state=8,
         mamba_groups=2,
@@ -93,7 +95,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {}),
     "hybrid, ladder, tied": ("M-*E", {**LADDER, "tied": True}),
     "mixture first": ("E*M-", {}),
-    "recurrent": ("mD-G", LADDER),
+    "recurrent": ("mDS-G", LADDER),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
     "shared depth": ("*E", {"repeat": 3, "share": True}),
     "steered and noisy routing": (

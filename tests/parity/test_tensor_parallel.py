@@ -45,7 +45,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
                "position_temperature": True, "sinks": True, "window": 5, **LADDER},
     ),
     "latent": ("*-", {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4, **LADDER}),
-    "one group": ("M-m", {"mamba_groups": 1, **LADDER}),
+    "one group": ("M-mS", {"mamba_groups": 1, **LADDER}),
     "two groups": ("M-", {"mamba_groups": 2, "norm_position": "both", **LADDER}),
     "few key heads": ("GD", {"delta_heads": 8, "delta_key_heads": 2}),
     "experts": (
@@ -176,7 +176,7 @@ def test_ladder_leaves_fsdp_its_order(ranks4: Ranks, sequence: bool) -> None:
 def written(rank: int, size: int, layout: dict[str, int]) -> list[int]:
     """Text that a model writes, token by token."""
     here = World(rank, size, torch.device("cpu"))
-    recipe = recipe_for("M*m-GE", layout, 2, **SMALL, **LADDER)
+    recipe = recipe_for("M*mS-GE", layout, 2, **SMALL, **LADDER)
     _, model, _ = build_model(recipe, here)
     return extend(model, [3, 1, 4], 9, 8, None, here.device, seed=7)
 
@@ -189,7 +189,7 @@ def test_ranks_write_the_same_text(ranks1: Ranks, ranks2: Ranks) -> None:
 
 def initial(rank: int, size: int, layout: dict[str, int]) -> dict[str, Tensor]:
     here = World(rank, size, torch.device("cpu"))
-    recipe = recipe_for("M-*EmG", layout, 2, "fp32", **SMALL | {"mamba_groups": 1})
+    recipe = recipe_for("M-*EmSG", layout, 2, "fp32", **SMALL | {"mamba_groups": 1})
     named = build_model(recipe, here)[1].named_parameters()
     return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in named}
 

@@ -20,7 +20,17 @@ from spmd_types import P, R, S, V
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.kernels import attention, conv, delta, experts, loss, routing, selective_scan, ssd
+from colonnade.kernels import (
+    attention,
+    conv,
+    delta,
+    experts,
+    loss,
+    routing,
+    s4d,
+    selective_scan,
+    ssd,
+)
 from colonnade.kernels.segments import StatePassing
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -57,7 +67,8 @@ TOKENS: dict[Function, Contract] = {
 PASSED: dict[Function, Contract] = {
     scan: Contract(over_tokens(symbol) | sharded(0, "documents"), (S(0), V))
     for symbol, scan in (
-        ("M", ssd.ssd), ("m", selective_scan.selective_scan), ("G", delta.delta_rule)
+        ("M", ssd.ssd), ("m", selective_scan.selective_scan), ("S", s4d.s4d),
+        ("G", delta.delta_rule),
     )
 }  # fmt: skip
 ATTENTION = Contract(over_tokens("*"), (S(0),))

@@ -12,7 +12,7 @@ import spmd_types as spmd
 from spmd_types import P, R, S, SpmdTypeError
 from torch import Tensor
 
-from colonnade.kernels import attention, conv, delta, experts, selective_scan, ssd
+from colonnade.kernels import attention, conv, delta, experts, s4d, selective_scan, ssd
 from colonnade.models import blocks, decoder
 from colonnade.models.cards.base import Argument, Kind
 from colonnade.models.config import CARDS
@@ -66,6 +66,7 @@ CONTRACTS: dict[Function, Contract] = {
     conv.causal_conv: Contract(sharded(2, "x") | sharded(0, "weight", "bias"), (S(2),)),
     ssd.ssd: Contract(over_heads("M"), (S(2), S(1))),
     selective_scan.selective_scan: Contract(over_heads("m"), (S(2), S(1))),
+    s4d.s4d: Contract(over_heads("S"), (S(2), S(1))),
     delta.delta_rule: Contract(over_heads("G"), (S(2), S(1))),
     # over the inner width of every expert, which the last product sums
     experts.expert_mlp: Contract(
