@@ -25,10 +25,11 @@ from colonnade.kernels.tiles import ScoreOptions
 from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.memory import resident_mib
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
+from colonnade.launcher.recipe.unused import is_recurrent
 from colonnade.launcher.train.job import build_model
 from colonnade.launcher.train.step import train_step
 from colonnade.models.blocks.attention import Softmax, local_attend
-from colonnade.models.config import ModelConfig
+from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.attention import context_attention
@@ -245,11 +246,12 @@ def sent(crew: Ranks, tokens: int) -> Report:
         variant: ("*", {"context": variant})
         for variant in ("ring", "ulysses", "ring+ulysses", "allgather")
     }
-    for symbol, recurrence in itertools.product("MmDG", ("states", "heads")):
+    recurrent = [symbol for symbol, card in CARDS.items() if is_recurrent(card)]
+    for symbol, recurrence in itertools.product(recurrent, ("states", "heads")):
         cases[f"{symbol}, {recurrence}"] = symbol, {"recurrence": recurrence}
     report: Report = {}
     for name, (pattern, options) in cases.items():
-        model = SMALL.model_copy(update={"pattern": pattern})
+        model = SMALL.changed(pattern=pattern)
         recipe = train(model, ParallelConfig(cp=crew.size, **options), tokens)
         counted = crew.run(traffic.counted, recipe)
         formula = [traffic.formula(recipe, rank) for rank in range(crew.size)]

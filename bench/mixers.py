@@ -7,6 +7,7 @@ what autograd keeps for backward, and the most that is allocated at a time, inpu
 
 import contextlib
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 from colonnade.bench import need
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
+from colonnade.kernels.s4d import s4d, s4d_recurrence
 from colonnade.kernels.selective_scan import selective_scan, selective_scan_recurrence
 from colonnade.kernels.ssd import ssd, ssd_recurrence
 
 # Heads H of width P (keys and values alike), state width N; Mamba-1: CHANNELS with STATE each.
 H, P, N, CHANNELS, STATE = 8, 64, 128, 512, 16
-CHUNK = {"ssd": 64, "selective_scan": 64, "delta_rule": 64, "delta_rule gated": 64}
+PAIRS = 32  # S4D's complex states of a channel
+CHUNK = {"ssd": 64, "s4d": 64, "selective_scan": 64, "delta_rule": 64, "delta_rule gated": 64}
 
 Run = Callable[..., Tensor]  # of the leaves, to outputs `[S, B, ...]`
 
@@ -101,6 +104,23 @@ def selective_scan_case(S: int) -> Case:
     )
 
 
+def s4d_case(S: int) -> Case:
+    """S4D, which transformers does not have."""
+    C, chunk = CHANNELS, CHUNK["s4d"]
+    inputs = leaves(
+        torch.randn(S, 1, C), torch.rand(C) * 0.1, torch.full((C, PAIRS), -0.5),
+        math.pi * torch.arange(float(PAIRS)).expand(C, PAIRS), torch.randn(C, PAIRS),
+        torch.randn(C, PAIRS), torch.ones(C),
+    )  # fmt: skip
+    return Case(
+        f"S={S} B=1 C={C} N={PAIRS} complex chunk={chunk}",
+        inputs,
+        lambda *t: s4d(*t, chunk=chunk)[0],
+        lambda *t: s4d_recurrence(*t)[0],
+        lambda: product_seconds(S * C * (chunk + 4 * PAIRS)),
+    )
+
+
 def delta_case(S: int, gated: bool) -> Case:
     """DeltaNet, and gated DeltaNet with two value heads to a key head as in Qwen3-Next."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -136,6 +156,7 @@ def delta_case(S: int, gated: bool) -> Case:
 CASES: dict[str, Callable[[int], Case]] = {
     "ssd": ssd_case,
     "selective_scan": selective_scan_case,
+    "s4d": s4d_case,
     "delta_rule": lambda S: delta_case(S, gated=False),
     "delta_rule gated": lambda S: delta_case(S, gated=True),
 }

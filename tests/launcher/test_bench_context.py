@@ -32,7 +32,7 @@ def test_a_tiny_run() -> None:
     assert all(report[f"time, cp 2: {n} ms"] > 0 for n in ("zigzag", "contiguous", "one process"))
     assert report["time, cp 2: contiguous / zigzag"] > 0
     equal = {key: value for key, value in report.items() if key.endswith("equal on all ranks")}
-    assert len(equal) == 12
+    assert len(equal) == 14
     assert all(equal.values())
     assert report["sent, M, states: bytes a rank, counted"] > 0
     for tokens in (64, 128):
