@@ -13,7 +13,7 @@ from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import StatePassing
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.base import Card
-from colonnade.models.cards.delta import rule
+from colonnade.models.cards.delta import delta_mixing
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.parameter_module import ParameterModule
@@ -93,7 +93,7 @@ class Decay(ParameterModule):
 class DeltaOut(ParameterModule):
     """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("scan", local_scan, rule(gated=True).kinds),)
+    seams = (Seam("scan", local_scan, delta_mixing(gated=True).kinds),)
     scan: Scan
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
