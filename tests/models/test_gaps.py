@@ -23,7 +23,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import of_half
 from colonnade.models.shapes import measure
-from colonnade.models.wiring import lacks_newest
+from colonnade.models.wiring import skips_newest
 from colonnade.parallel import engine
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
@@ -194,8 +194,8 @@ def test_strength_of_the_delta_rule(negative: bool) -> None:
 
 def test_channel_mixers_stand_beside_a_sequence_mixer_alone() -> None:
     row = "-*--E*TM-"
-    late = lacks_newest(config_of(row, residual="parallel"), row)
-    assert [t for t, late_t in enumerate(late) if late_t] == [2, 6, 8]
+    skips = skips_newest(config_of(row, residual="parallel"), row)
+    assert [t for t, skipped in enumerate(skips) if skipped] == [2, 6, 8]
 
 
 EVERY = dict(

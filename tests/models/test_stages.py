@@ -47,7 +47,7 @@ def run(models: Sequence[Decoder], tokens: Tensor, labels: Tensor | None) -> tup
     for model in models:
         found = model(given, context(groups=3.0, rng_key=1), labels)
         given, part = (found, report) if labels is None else found
-        report = report.joined(part)
+        report = report.merged(part)
     return given, report
 
 
