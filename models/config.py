@@ -29,7 +29,7 @@ def has_parallel_pair(m: "ModelConfig") -> bool:
 
 PARALLEL = Need(
     lambda m: m.residual != "parallel" or has_parallel_pair(m),
-    "as parallel unless `-`, `E` or `T` stands right behind a sequence mixer in model.pattern",
+    "as parallel unless `-`, `E` or `T` directly follows a sequence mixer in model.pattern",
     (*ROW, "repeat"),
 )
 REPEATED = Need(lambda m: m.repeat > 1, "with model.repeat = 1", ("repeat",))
@@ -39,7 +39,7 @@ BIASED = Need(  # a rule refuses crms
     "unless model.norm is layer or pre_rms",
     ("norm",),
 )
-FURTHER = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
+MTP = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
 BASE = Need(lambda m: m.mup_base is not None, "without model.mup_base", ("mup_base",))
 ZERO = Need(
     lambda m: m.has("*") or not m.tied,
@@ -54,7 +54,7 @@ class StreamOptions(Options):
 
     pattern: Annotated[Pattern, choice()] = option("*-", "one symbol per residual sub-block")
     repeat: Annotated[int, choice()] = option(
-        1, "how many times the pattern stands in a row", ge=1, le=4096
+        1, "number of times the pattern is repeated", ge=1, le=4096
     )
     share: Annotated[bool, choice(REPEATED)] = option(
         False, "every repeat uses the same sub-blocks, with norms of its own (WideNet)"
@@ -95,11 +95,11 @@ class StreamOptions(Options):
         0.0, "weight of the z-loss on logits", ge=0
     )
     mtp: Annotated[Count, choice()] = option(
-        0, "further tokens predicted, each by a module of its own", ge=0
+        0, "additional tokens predicted (MTP), each by a module of its own", ge=0
     )
-    mtp_pattern: Annotated[Pattern, choice(FURTHER)] = option("*-", "sub-blocks of such a module")
-    mtp_weight: Annotated[float, choice(FURTHER, training=True)] = option(
-        0.3, "weight of the mean of their losses", ge=0
+    mtp_pattern: Annotated[Pattern, choice(MTP)] = option("*-", "sub-blocks of each MTP module")
+    mtp_weight: Annotated[float, choice(MTP, training=True)] = option(
+        0.3, "weight of the mean of the MTP losses", ge=0
     )
     mup_base: Annotated[dict[str, Count] | None, choice()] = option(
         None, "fields of the base model whose hyper-parameters are transferred (muP)"

@@ -27,8 +27,8 @@ from colonnade.models.wiring import Stage, State, Wiring
 class Embedding(ParameterModule):
     """Token embeddings, `[V, D]`.
 
-    Where ranks shard the vocabulary, each looks up its own rows, and the seam `leave`, that of the
-    wiring, all-reduces or reduce-scatters the sum.
+    Where ranks shard the vocabulary, each looks up the tokens of its shard and has zeros for the
+    others; the seam `leave`, that of the wiring, all-reduces or reduce-scatters the sum.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,9 +63,10 @@ class Head(ParameterModule):
     def forward(
         self, x: Tensor, labels: Tensor | None, tied: Tensor | None, passes: int
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Returns logits, or with labels the objective and its other terms than cross entropy.
+        """Returns logits, or with labels the objective and its additional terms.
 
-        The terms are detached and summed over tokens.
+        The terms are those beside the cross entropy (its mean over THOR's two passes), detached and
+        summed over tokens.
         """
         weight = self.weight_of("weight") if tied is None else tied
         x = self.enter(x if self.scale == 1.0 else x * self.scale)
@@ -214,10 +215,10 @@ class Decoder(CanonicalNames):
         for depth, predictor in enumerate(self.mtp, start=1):
             # Shifting crosses segment boundaries, so it precedes the slicing into segments.
             next_tokens, next_labels = shift(tokens, labels, context.whole_documents, depth)
-            embedded = self.embedding(self.local_segments(next_tokens))
-            x, module_report = predictor(x, embedded, context)
-            local_labels = self.local_segments(next_labels)
-            objectives.append(self.head(x, local_labels, tied, context.passes)[0])
+            next_tokens = self.local_segments(next_tokens)
+            next_labels = self.local_segments(next_labels)
+            x, module_report = predictor(x, self.embedding(next_tokens), context)
+            objectives.append(self.head(x, next_labels, tied, context.passes)[0])
             report = report.merged(module_report)
         first, *others = objectives
         total = sum(others, first) * (self.config.mtp_weight / len(self.mtp))

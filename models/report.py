@@ -24,7 +24,8 @@ class PassReport(NamedTuple):
     Attributes:
         terms: balancing losses, by the index of the sub-block.
         loads: `[E]`, the number of tokens that chose each expert, by the index of the sub-block.
-        extras: terms of the objective other than the cross entropy, summed over tokens, by name.
+        extras: terms of the objective beside the cross entropy (its mean over THOR's two passes),
+            summed over tokens, by name.
     """
 
     terms: dict[int, Tensor]
