@@ -16,7 +16,7 @@ from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.wiring import lacks_newest
+from colonnade.models.wiring import skips_newest
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.parallelize import parallelize
@@ -92,9 +92,9 @@ class Row:
         self.wiring = wiring = model.wiring.to(shape.dtype)
         self.seams: Seams = wiring.enter, wiring.leave
         ladder = config.model_copy(update={"residual": "ladder"})
-        self.late = {
-            "standard": lacks_newest(config, config.symbols),
-            "ladder": lacks_newest(ladder, config.symbols),
+        self.skips_newest = {
+            "standard": skips_newest(config, config.symbols),
+            "ladder": skips_newest(ladder, config.symbols),
         }
         positions = torch.arange(shape.seq, device=device)[:, None]
         self.context = Context(positions.expand(shape.seq, shape.batch))
@@ -107,7 +107,8 @@ class Row:
     def become(self, residual: str, seams: Seams | None = None) -> None:
         """Wire the stream as `residual` says, with these seams or else its own; no gradients."""
         wiring = self.wiring
-        wiring.late, (wiring.enter, wiring.leave) = self.late[residual], seams or self.seams
+        wiring.skips_newest = self.skips_newest[residual]
+        wiring.enter, wiring.leave = seams or self.seams
         wiring.zero_grad()
 
     def forward(self) -> Tensor:

@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.delta_chunks import (
-    LOG_ZERO,
     Chunks,
     Shape,
     chunk_terms,
     head_order,
     natural_order,
 )
-from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.precision import LOG_ZERO, wide, wide_dtype
 from colonnade.kernels.segments import Chunking, StatePassing
 from colonnade.kernels.sharding import outside_graphs
 

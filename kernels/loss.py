@@ -182,6 +182,7 @@ class _Consistency(torch.autograd.Function):
                 pass_logits, slope = _logits(x[tokens], weight, cap, gradients.needed())
                 logits.append(pass_logits)
                 slopes.append(slope)
+            del pass_logits  # `pop` below must drop the last reference to the second pass's logits
             maxima = _shift(logits, sharding)
             powers = [t.exp() for t in logits]
             sums = [t.sum(-1, keepdim=True) for t in powers]
@@ -189,7 +190,7 @@ class _Consistency(torch.autograd.Function):
             totals, target = sharding.all_reduce(torch.stack(sums)).chunk(2)
             lses = totals.log()
             nlls += targets.sum(lses - target)
-            # `pop` drops the second pass's logits, whose memory is then free.
+            # `pop` frees the second pass's logits before the divergence allocates as much again.
             delta = logits[0].sub_(logits.pop()).sub_(lses[0] - lses[1])
             p, q = (t.div_(total) for t, total in zip(powers, totals, strict=True))
             lses += maxima

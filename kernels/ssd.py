@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colonnade.kernels.precision import wide, wide_dtype
+from colonnade.kernels.precision import LOG_ZERO, wide, wide_dtype
 from colonnade.kernels.segments import Chunking, StatePassing
 from colonnade.kernels.sharding import outside_graphs
-
-# exp of anything below is 0 in fp32 and fp64 alike, so clamping log-decays changes no result;
-# it keeps their cumulative sums small enough for their differences to be precise.
-LOG_ZERO = -1000.0
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""What generation keeps of earlier tokens, so that only new ones are computed."""
+"""The cache of generation: keys, values and states of earlier tokens."""
 
 import torch
 from torch import Tensor
 
 
 class Cache:
-    """Tensors that earlier tokens left behind, by sub-block and role.
+    """Tensors computed from earlier tokens, by sub-block and role.
 
-    Attention keeps keys and values, latent attention its latents, convolutions their last inputs,
+    Attention caches keys and values, latent attention its latents, convolutions their last inputs,
     recurrences their states.
     """
 
@@ -15,16 +15,16 @@ class Cache:
         self.tensors: dict[tuple[int, str], Tensor] = {}
 
     def get(self, index: int, role: str) -> Tensor | None:
-        """What the sub-block at `index` put under `role`."""
+        """Returns the tensor of the sub-block at `index` under `role`; None if there is none."""
         return self.tensors.get((index, role))
 
     def put(self, index: int, role: str, value: Tensor) -> None:
-        """Keep `value` for the tokens to come."""
+        """Stores `value` for later tokens."""
         self.tensors[index, role] = value
 
-    def extend(self, index: int, role: str, rows: Tensor, last: int | None = None) -> Tensor:
-        """`rows` behind those kept before, all kept (or the `last`) for the tokens to come."""
-        before = self.get(index, role)
-        rows = rows if before is None else torch.cat([before, rows])
+    def append(self, index: int, role: str, rows: Tensor, last: int | None = None) -> Tensor:
+        """Returns the cached rows followed by `rows`; caches all of them, or the `last` ones."""
+        cached = self.get(index, role)
+        rows = rows if cached is None else torch.cat([cached, rows])
         self.put(index, role, rows if last is None else rows[max(0, len(rows) - last) :])
         return rows

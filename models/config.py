@@ -1,7 +1,7 @@
 """The `[model]` table: every choice that decides which function is trained.
 
-A sub-block's fields stand on its card (`models/cards/NAME.py`). A new one is a base class of
-`ModelConfig`, by which its symbol is known everywhere.
+The fields of a sub-block are in the file of its card (`models/cards/NAME.py`). A new sub-block's
+table becomes a base class of `ModelConfig`, which makes its symbol known everywhere.
 """
 
 from itertools import pairwise
@@ -22,15 +22,15 @@ from colonnade.models.options import ROW, Count, Fact, Formula, Need, Options, c
 LONGEST_ROW = 16384  # sub-blocks
 
 
-def side_by_side(m: "ModelConfig") -> bool:
-    """Whether a channel mixer stands right behind a sequence mixer."""
+def has_parallel_pair(m: "ModelConfig") -> bool:
+    """Whether a channel mixer directly follows a sequence mixer."""
     pairs = [pair for row in m.rows() for pair in pairwise(row)]
     return any(mixes_sequence(a) and not mixes_sequence(b) for a, b in pairs)
 
 
 PARALLEL = Need(
-    lambda m: m.residual != "parallel" or side_by_side(m),
-    "as parallel unless `-`, `E` or `T` stands right behind a sequence mixer in model.pattern",
+    lambda m: m.residual != "parallel" or has_parallel_pair(m),
+    "as parallel unless `-`, `E` or `T` directly follows a sequence mixer in model.pattern",
     (*ROW, "repeat"),
 )
 REPEATED = Need(lambda m: m.repeat > 1, "with model.repeat = 1", ("repeat",))
@@ -40,7 +40,7 @@ BIASED = Need(  # a rule refuses crms
     "unless model.norm is layer or pre_rms",
     ("norm",),
 )
-FURTHER = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
+MTP = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
 BASE = Need(lambda m: m.mup_base is not None, "without model.mup_base", ("mup_base",))
 ZERO = Need(
     lambda m: m.has("*") or not m.tied,
@@ -51,11 +51,11 @@ Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class StreamOptions(Options):
-    """What stands on the residual stream and at its ends, whatever the sub-blocks."""
+    """The residual stream, its norms, embedding and head, whatever the sub-blocks."""
 
     pattern: Annotated[Pattern, choice()] = option("*-", "one symbol per residual sub-block")
     repeat: Annotated[int, choice()] = option(
-        1, "how many times the pattern stands in a row", ge=1, le=4096
+        1, "number of times the pattern is repeated", ge=1, le=4096
     )
     share: Annotated[bool, choice(REPEATED)] = option(
         False, "every repeat uses the same sub-blocks, with norms of its own (WideNet)"
@@ -96,11 +96,11 @@ class StreamOptions(Options):
         0.0, "weight of the z-loss on logits", ge=0
     )
     mtp: Annotated[Count, choice()] = option(
-        0, "further tokens predicted, each by a module of its own", ge=0
+        0, "additional tokens predicted (MTP), each by a module of its own", ge=0
     )
-    mtp_pattern: Annotated[Pattern, choice(FURTHER)] = option("*-", "sub-blocks of such a module")
-    mtp_weight: Annotated[float, choice(FURTHER, training=True)] = option(
-        0.3, "weight of the mean of their losses", ge=0
+    mtp_pattern: Annotated[Pattern, choice(MTP)] = option("*-", "sub-blocks of each MTP module")
+    mtp_weight: Annotated[float, choice(MTP, training=True)] = option(
+        0.3, "weight of the mean of the MTP losses", ge=0
     )
     mup_base: Annotated[dict[str, Count] | None, choice()] = option(
         None, "fields of the base model whose hyper-parameters are transferred (muP)"
@@ -125,64 +125,64 @@ class ModelConfig(  # pydantic takes the fields of the last one first
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, data: Any) -> Any:
-        """None stands for a default that is a formula."""
+        """Treats None as unset where the default is a formula."""
         if not isinstance(data, dict):
             return data
         return {k: v for k, v in data.items() if v is not None or k not in FORMULAS}
 
     @property
     def symbols(self) -> str:
-        """The whole row of sub-blocks."""
+        """The whole row: `pattern` repeated `repeat` times."""
         return self.pattern * self.repeat
 
     def rows(self) -> list[str]:
-        """The rows of sub-blocks, as far as they hold every pair of neighbours."""
+        """Returns the rows, shortened to two repeats, which have every pair of adjacent symbols."""
         row = self.pattern * min(self.repeat, 2)
         return [row, self.mtp_pattern] if self.mtp else [row]
 
     @property
-    def unclear(self) -> bool:
-        """Whether a pattern has symbols that there are not."""
+    def has_unknown_symbols(self) -> bool:
+        """Whether a pattern has symbols that no card defines."""
         return not set("".join(self.rows())) <= set(CARDS)
 
     def has(self, *symbols: str) -> bool:
-        """Whether any of these symbols stands in the model."""
+        """Whether the model has any of these symbols."""
         return any(s in row for s in symbols for row in self.rows())
 
     def sub_blocks(self) -> list[Card]:
-        """The cards of the sub-blocks that stand in the model, each once."""
+        """Returns the cards of the sub-blocks in the model, without repetition."""
         return [card for symbol, card in CARDS.items() if self.has(symbol)]
 
-    def given(self, field: str) -> bool:
-        """Whether a field was set, so that its default does not hold."""
+    def is_explicit(self, field: str) -> bool:
+        """Whether a field was set explicitly, so that its default is not used."""
         return field in self.model_fields_set
 
     def source_of(self, field: str) -> str:
-        """The field, in full, that sets this one: itself, or the one it follows by default."""
-        return f"model.{field if self.given(field) else FORMULAS[field].of}"
+        """Returns the dotted field that decides this one: itself, or the first of its formula."""
+        return f"model.{field if self.is_explicit(field) else FORMULAS[field].of}"
 
     def changed(self, **update: Any) -> "ModelConfig":
-        """The config with these fields given beside those that were; formulas follow them."""
+        """Returns the config with these fields set too; formulas are computed from them anew."""
         fields = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self).model_validate(fields | update)
 
     def explicit(self) -> "ModelConfig":
-        """The config with every field given that else follows from others."""
+        """Returns the config with every field set explicitly whose default is a formula."""
         return self.changed(**{name: getattr(self, name) for name in FORMULAS})
 
     def unused(self, field: str) -> Need | None:
-        """The first condition for an effect of a field that does not hold; None: it has one.
+        """Returns the first unmet condition for an effect of a field; None: it has an effect.
 
-        While a pattern is faulty, whatever hangs on it counts as having an effect.
+        While a pattern has unknown symbols, conditions that read it count as met.
         """
-        unclear = self.unclear
+        unknown = self.has_unknown_symbols
         for need in NEEDS[field]:
-            if not need.holds(self) and not (unclear and "pattern" in need.involves):
+            if not need.holds(self) and not (unknown and "pattern" in need.involves):
                 return need
         return None
 
     def window_of(self, index: int) -> int | None:
-        """The window of the attention that stands at `index` of the row; None: it sees all."""
+        """Returns the window of the attention at `index` of the row; None: full attention."""
         before = self.symbols[:index].count("*")
         return None if before in self.full_attention else self.window
 
@@ -192,19 +192,19 @@ class ModelConfig(  # pydantic takes the fields of the last one first
         return self.mup_base is not None and self.mup_zero_init
 
     def base(self) -> "ModelConfig | None":
-        """The model whose hyper-parameters muP transfers; None without muP."""
+        """Returns the model whose hyper-parameters muP transfers; None without muP."""
         if self.mup_base is None:
             return None
         return self.changed(**self.mup_base, mup_base=None)
 
     @property
     def first_norm(self) -> float:
-        """What the weights of norms start at: 1, where 1 is not added to them."""
+        """The initial weight of norms: 1, or 0 where the norm adds 1 to it."""
         return 0.0 if self.norm == "rms_offset" else 1.0
 
     @property
     def score_width(self) -> int:
-        """Channels of a query that meet those of a key."""
+        """Channels of the dot product of a query and a key."""
         return self.head_dim + self.rope_dim if self.attention == "mla" else self.head_dim
 
     @property
@@ -218,30 +218,30 @@ CARDS: dict[str, Card] = {card.symbol: card for table in TABLES for card in tabl
 
 
 def mixes_sequence(symbol: str) -> bool:
-    """Whether a sub-block mixes tokens of a sequence; others see one token at a time."""
+    """Whether a sub-block mixes tokens of a sequence; the others work token by token."""
     return symbol in CARDS and CARDS[symbol].mixing is not None
 
 
 def fact(field: str) -> Fact:
-    """What is known of a field."""
-    found = (m for m in ModelConfig.model_fields[field].metadata if isinstance(m, Fact))
-    return next(found)
+    """Returns the metadata of a field."""
+    facts = (m for m in ModelConfig.model_fields[field].metadata if isinstance(m, Fact))
+    return next(facts)
 
 
-def standing(symbols: str) -> Need:
-    """That one of these symbols stands in the model."""
+def need_of_symbols(symbols: str) -> Need:
+    """Returns the condition that the model has one of these symbols."""
     titles = " or ".join(dict.fromkeys(CARDS[s].title for s in symbols))
     names = ", ".join(f"`{s}`" for s in symbols)
-    named = " or ".join(names.rsplit(", ", 1))
-    told = f"without {titles} ({named} in model.pattern)"
-    return Need(lambda m: m.has(*symbols), told, ROW)
+    alternatives = " or ".join(names.rsplit(", ", 1))
+    reason = f"without {titles} ({alternatives} in model.pattern)"
+    return Need(lambda m: m.has(*symbols), reason, ROW)
 
 
 def needs(table: type[Options], field: str) -> tuple[Need, ...]:
-    """Conditions for an effect of a field of a table: a sub-block that it is of, and further."""
+    """Returns a field's conditions for an effect: a symbol in the model, and its own `needs`."""
     known = fact(field)
     symbols = known.symbols or "".join(card.symbol for card in table.cards)
-    return (standing(symbols), *known.needs) if symbols else known.needs
+    return (need_of_symbols(symbols), *known.needs) if symbols else known.needs
 
 
 FACTS = {name: fact(name) for name in ModelConfig.model_fields}

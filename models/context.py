@@ -1,4 +1,4 @@
-"""What a forward pass is given beside the tokens: positions, documents, keys of draws, a cache."""
+"""The inputs of a forward pass beside the tokens: positions, documents, keys of draws, a cache."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,21 +15,22 @@ from colonnade.models.cache import Cache
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The inputs of one forward pass that all sub-blocks share; `at` makes the one that each sees.
+    """The inputs of one forward pass that all sub-blocks share; `at` makes that of a sub-block.
 
     Attributes:
-        positions: `[S, B]` integers, from 0 at each document's start.
+        positions: `[S, B]` integers, from 0 at the start of each document.
         documents: `[S, B]` integers, non-decreasing along S; None: every row is one document.
-        groups: balance groups in the global batch; a group's balancing loss weighs 1/groups.
-        samples: `[B]` numbers of the samples, which key random draws; None: 0, 1, ...
-        rng_key: of this step's random draws.
-        passes: how often each sample stands in the batch, one pass beside the other (THOR).
-        index: place of the sub-block in the row.
-        whole_documents: `documents` of the whole sequence where `positions` and `documents` are of
-            a segment.
-        token_index: `[S]`, which tokens of the whole sequence those of a segment are; None: all.
-        cache: what earlier tokens left behind, in generation; None: nothing is kept.
-        tables: rotary tables of these positions, each made at its first use.
+        groups: balance groups in the global batch; the balancing loss of a group weighs 1/groups.
+        samples: `[B]` indices of the samples, which key random draws; None: 0, 1, ...
+        rng_key: the key of this step's random draws.
+        passes: how many copies of each sample the batch has, one pass after the other along B
+            (THOR).
+        index: the index of the sub-block in the row.
+        whole_documents: `documents` of the whole sequence, where `positions` and `documents` are
+            those of a segment.
+        token_index: `[S]`, the indices in the whole sequence of a segment's tokens; None: all.
+        cache: the cache of earlier tokens, in generation; None: nothing is cached.
+        tables: rotary tables of these positions, each computed at its first use.
     """
 
     positions: Tensor
@@ -46,15 +47,15 @@ class Context:
 
     @classmethod
     def of_rows(cls, tokens: Tensor) -> "Context":
-        """The context of tokens `[S, B]` whose every row is one document."""
+        """Returns the context of tokens `[S, B]` in which every row is one document."""
         return cls(torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens))
 
     def at(self, index: int) -> "Context":
-        """The same context, seen by the sub-block at `index`."""
+        """Returns the context of the sub-block at `index`."""
         return dataclasses.replace(self, index=index)
 
     def segment(self, take: Callable[[Tensor], Tensor]) -> "Context":
-        """The same for a segment of the sequence: `take` gives it of a whole tensor `[S, ...]`."""
+        """Returns the context of a segment; `take` slices it from a full tensor `[S, ...]`."""
         return dataclasses.replace(
             self,
             positions=take(self.positions),
@@ -64,42 +65,43 @@ class Context:
             tables={},
         )
 
-    def whole(self) -> "Context":
-        """The same with the documents of the whole sequence, where what is computed has it."""
+    def for_full_sequence(self) -> "Context":
+        """Returns the context with the documents of the whole sequence, for an operator over it."""
         return dataclasses.replace(self, documents=self.whole_documents)
 
-    @torch.compiler.disable  # or the first sub-block's graph would make it, and differ from others'
+    # Inside the graphs of sub-blocks, the first would compute it and differ from the others.
+    @torch.compiler.disable
     def rope(
         self, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None
     ) -> tuple[Tensor, Tensor]:
-        """Rotary table for this head width, made once per pass."""
+        """Returns the rotary table of this head width, computed once per pass."""
         key = (width, theta, dtype, scaling)
         if key not in self.tables:
             self.tables[key] = rope_table(self.positions, width, theta, dtype, scaling)
         return self.tables[key]
 
     def cached(self, role: str) -> Tensor | None:
-        """What this sub-block put under `role` at earlier tokens; None without a cache."""
+        """Returns this sub-block's cached tensor under `role`; None if there is no such tensor."""
         return None if self.cache is None else self.cache.get(self.index, role)
 
     def put(self, role: str, value: Tensor) -> None:
-        """Keep `value` for the tokens to come, if there is a cache."""
+        """Stores `value` for later tokens if there is a cache."""
         if self.cache is not None:
             self.cache.put(self.index, role, value)
 
-    def extended(self, role: str, rows: Tensor, last: int | None = None) -> Tensor:
-        """`rows` behind the cached ones, see `Cache.extend`; without a cache `rows` themselves."""
-        return rows if self.cache is None else self.cache.extend(self.index, role, rows, last)
+    def append_to_cache(self, role: str, rows: Tensor, last: int | None = None) -> Tensor:
+        """Returns the cached rows followed by `rows` (`Cache.append`); without a cache `rows`."""
+        return rows if self.cache is None else self.cache.append(self.index, role, rows, last)
 
-    def sample_numbers(self) -> Tensor:
-        """`[B]`: which sample each column is."""
+    def sample_indices(self) -> Tensor:
+        """Returns the index of each column's sample, `[B]`."""
         if self.samples is not None:
             return self.samples
         return torch.arange(self.positions.shape[1], device=self.positions.device)
 
     def pass_index(self) -> Tensor:
-        """`[B]`: in which of the passes each column is."""
-        columns = torch.arange(len(self.sample_numbers()), device=self.positions.device)
+        """Returns the index of each column's pass, `[B]`."""
+        columns = torch.arange(len(self.sample_indices()), device=self.positions.device)
         return columns // (len(columns) // self.passes)
 
 
@@ -116,9 +118,10 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(x: Tensor, term: Tensor) -> Tensor:
-    """`x`, with `term` added to the loss: wherever x's gradient flows, term's flows too.
+    """Returns `x`, and adds `term` to the loss: backward through x gives `term` the gradient 1.
 
-    A term met deep in the model needs no path to the loss, which may lie in another pipeline stage
-    or outside a recomputed region. The loss itself must be differentiated with gradient 1.
+    So a term computed inside a sub-block needs no path to the loss, which may be in another
+    pipeline stage or outside a recomputed region. The loss itself must be differentiated with
+    gradient 1.
     """
     return _Attach.apply(x, term)

@@ -1,4 +1,4 @@
-"""The language model: embedding, wiring, head, and heads for further tokens."""
+"""The language model: embedding, wiring, head, and modules for multi-token prediction."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,17 +15,21 @@ from colonnade.models import records
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
-from colonnade.models.mtp import Predictor, shifted
+from colonnade.models.mtp import Predictor, shift
 from colonnade.models.names import CanonicalNames
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.reparam import reparametrise
 from colonnade.models.report import PassReport
-from colonnade.models.seams import same
+from colonnade.models.seams import identity
 from colonnade.models.wiring import Stage, State, Wiring
 
 
 class Embedding(ParameterModule):
-    """Token embeddings, `[V, D]`. `leave` is the seam of the same name of the wiring."""
+    """Token embeddings, `[V, D]`.
+
+    Where ranks shard the vocabulary, each looks up the tokens of its shard and has zeros for the
+    others; the seam `leave`, that of the wiring, all-reduces or reduce-scatters the sum.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(records.embedding(config))
@@ -36,17 +40,17 @@ class Embedding(ParameterModule):
         if self.sharding.size == 1:
             return F.embedding(tokens, weight)
         rows = tokens - self.sharding.rank * len(weight)
-        elsewhere = (rows < 0) | (rows >= len(weight))
-        found = F.embedding(rows.masked_fill(elsewhere, 0), weight)
-        return self.leave(found.masked_fill(elsewhere[..., None], 0))
+        on_other_rank = (rows < 0) | (rows >= len(weight))
+        embedded = F.embedding(rows.masked_fill(on_other_rank, 0), weight)
+        return self.leave(embedded.masked_fill(on_other_rank[..., None], 0))
 
 
 class Head(ParameterModule):
-    """Vocabulary projection: logits, or the loss without ever holding all of them.
+    """Vocabulary projection: computes logits, or the loss without ever holding all logits.
 
-    Tied, it has no weight of its own and is handed the embedding's. `scale` multiplies its input
-    (muP's output multiplier). `enter` is the seam of the same name of the wiring, `gather` one that
-    puts the logits of all parts of the vocabulary side by side.
+    Under model.tied it has no weight and is passed the embedding's. `scale` multiplies its input
+    (muP's output multiplier). `enter` is the wiring's seam; `gather` is a seam that all-gathers the
+    logits of all shards of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
@@ -59,7 +63,11 @@ class Head(ParameterModule):
     def forward(
         self, x: Tensor, labels: Tensor | None, tied: Tensor | None, passes: int
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Logits; with labels the objective, and its parts beside the cross entropy, detached."""
+        """Returns logits, or with labels the objective and its additional terms.
+
+        The terms are those beside the cross entropy (its mean over THOR's two passes), detached and
+        summed over tokens.
+        """
         weight = self.weight_of("weight") if tied is None else tied
         x = self.enter(x if self.scale == 1.0 else x * self.scale)
         if labels is None:
@@ -79,8 +87,8 @@ class Head(ParameterModule):
                 z=z,
                 sharding=self.sharding,
             )
-            second = objective.detach() - mean - consistency  # and z
-            return objective, {"consistency": consistency, "second_pass": second}
+            second_pass = objective.detach() - mean - consistency  # includes the z-loss
+            return objective, {"consistency": consistency, "second_pass": second_pass}
         rows = x.flatten(0, 1)
         objective, extra = linear_objective(
             rows, weight, flat, self.chunk, cap=self.cap, z=z, sharding=self.sharding
@@ -89,35 +97,35 @@ class Head(ParameterModule):
 
 
 class Decoder(CanonicalNames):
-    """A decoder over a pattern of sub-blocks, or a stage of one, written for one device.
+    """A decoder over a pattern of sub-blocks, or one pipeline stage of it, written for one device.
 
-    Its weights are drawn from PyTorch's own generator. Made on the meta device it has none, and
-    refuses to compute: `parallel.materialise` has `new_decoder`, of the weights that a run of a
-    seed begins with, and `load_decoder`, of given ones.
+    Its weights are drawn from PyTorch's default generator. Built on the meta device it has none and
+    refuses to compute: `new_decoder` of `parallel.materialise` builds one with the initial weights
+    of a run with a given seed, `load_decoder` one with given weights.
 
-    In training mode, as every module begins, it computes the training function, with gradients or
-    without: noise and capacity of routers, and with labels all parts of the objective. In
-    evaluation mode (`eval()`) no choice is dropped, and the objective is the negative log
-    likelihood alone.
+    In training mode, the initial mode of every module, it computes the training function, with
+    gradients or without: noise and capacity of routers, and with labels all terms of the objective.
+    In evaluation mode (`eval()`) no choice of an expert is dropped, and the objective is the
+    negative log likelihood alone.
 
-    `mine` is a seam: of a whole sequence `[S, ...]` the part that is worked on here. Where there is
-    a cache, as in generation, sequences are not shared.
+    `local_segments` is a seam that slices this rank's segments from a full sequence `[S, ...]`.
+    With a cache, as in generation, it is not called: every rank has the full sequence.
     """
 
     def __init__(
         self, config: ModelConfig, loss_chunk: int = 1024, stage: Stage | None = None
     ) -> None:
-        """Build the model, or of it the sub-blocks of `stage` and what stands at their ends.
+        """Builds the model, or one stage of it: its sub-blocks, and embedding or head at the ends.
 
         Raises:
-            ValueError: no stage of this model, or stages would share weights.
+            ValueError: `stage` is no stage of this model, or stages would share weights.
         """
         super().__init__()
         row = config.symbols
         self.config, self.stage = config, stage or Stage(0, len(row))
         check_stage(config, self.stage)
         self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == len(row)
-        self.mine: Callable[[Tensor], Tensor] = same
+        self.local_segments: Callable[[Tensor], Tensor] = identity
         distinct = len(config.pattern) if config.share else len(row)
         if self.is_first:
             self.embedding = Embedding(config)
@@ -126,40 +134,40 @@ class Decoder(CanonicalNames):
             self.head = Head(config, loss_chunk)
         self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
         reparametrise(self)
-        if not next(self.parameters()).is_meta:  # nobody computes with what memory held
+        if not next(self.parameters()).is_meta:  # otherwise the weights are uninitialised memory
             for module in self.modules():
                 if isinstance(module, ParameterModule):
                     module.fill()
 
     def wirings(self) -> Iterator[Wiring]:
-        """All rows of sub-blocks: the model's own, and those of the further tokens' modules."""
+        """Yields the wiring of the model and those of its modules for multi-token prediction."""
         yield self.wiring
         for predictor in self.mtp:
             assert isinstance(predictor, Predictor)
             yield predictor.wiring
 
     def ends(self) -> list[nn.Module]:
-        """Embedding and head, where this stage has them."""
+        """Returns embedding and head, if this stage has them."""
         return [end for name, end in self.named_children() if name in ("embedding", "head")]
 
     def forward(
         self, tokens: Tensor | State, context: Context, labels: Tensor | None = None
     ) -> Any:
-        """Objective and report, or logits.
+        """Computes objective and report, or logits.
 
         Args:
-            tokens: `[S, B]` integers; for a stage that is not the first, the `State` that the one
-                before it returned.
+            tokens: `[S, B]` integers; for a stage that is not the first, the `State` that the
+                previous one returned.
             context: positions and documents of these tokens, and balance groups.
             labels: `[S, B]` integers, −100 where there is no loss; None for logits. Every stage
-                takes them, for they say what is computed.
+                takes them, because they decide what is computed.
 
         Returns:
             without labels the logits `[S, B, V]`. With labels a pair: the objective, summed over
-            valid tokens, a scalar in at least fp32, which is the negative log likelihood and what
-            `extras` of the report then names; and the `PassReport`. A stage that is not the last
-            has its `State` in place of logits or objective. Where ranks share a sequence, all are
-            those of this rank's part.
+            valid tokens, a scalar in at least fp32, which is the negative log likelihood plus the
+            terms in `extras` of the report; and the `PassReport`. A stage that is not the last
+            returns its `State` in place of logits or objective. Under context parallelism all are
+            those of this rank's segments, not reduced over the context group.
 
         Raises:
             RuntimeError: the model has no weights.
@@ -170,79 +178,85 @@ class Decoder(CanonicalNames):
                 "load_decoder(config, tensors) of colonnade.parallel.materialise"
             )
         if self.training and labels is not None and self.config.has("T"):
-            tokens, context = doubled(tokens, context)
-        mine = self.mine if context.cache is None else same
-        context = context.segment(mine)
-        state = tokens if isinstance(tokens, State) else State(self.embedding(mine(tokens)))
+            tokens, context = duplicate_samples(tokens, context)
+        local_segments = self.local_segments if context.cache is None else identity
+        context = context.segment(local_segments)
+        if isinstance(tokens, State):
+            state = tokens
+        else:
+            state = State(self.embedding(local_segments(tokens)))
         state, report = self.wiring.run(state, context)
         if not self.is_last:
             return state if labels is None else (state, report)
         x = self.wiring.final(state.stream)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
-        found = self.head(x, None if labels is None else mine(labels), tied, context.passes)
         if labels is None:
-            return found
-        objective, extras = found
+            return self.head(x, None, tied, context.passes)
+        objective, extras = self.head(x, local_segments(labels), tied, context.passes)
         report = report._replace(extras=extras)
         if self.training and len(self.mtp):
             assert isinstance(tokens, Tensor)
-            further, found = self.further(x, tokens, labels, context)
-            objective, report = objective + further, report.joined(found)
+            mtp_objective, mtp_report = self.mtp_objective(x, tokens, labels, context)
+            objective, report = objective + mtp_objective, report.merged(mtp_report)
         return objective, report
 
-    def further(
+    def mtp_objective(
         self, x: Tensor, tokens: Tensor, labels: Tensor, context: Context
     ) -> tuple[Tensor, PassReport]:
-        """The objective of further tokens, as it is added, and the report of their modules.
+        """Returns the weighted objective of multi-token prediction, and the report of its modules.
 
         Args:
-            x: `[S, B, D]`, the normed end of the stream.
-            tokens, labels: of whole sequences.
-            context: of this rank's part of them.
+            x: `[S, B, D]`, the final stream after its norm, of this rank's segments.
+            tokens, labels: those of full sequences.
+            context: that of this rank's segments.
         """
         objectives, report = [], PassReport({}, {}, {})
         tied = self.embedding.weight_of("weight") if self.config.tied else None
         for depth, predictor in enumerate(self.mtp, start=1):
-            ahead, wanted = shifted(tokens, labels, context.whole_documents, depth)
-            x, found = predictor(x, self.embedding(self.mine(ahead)), context)
-            objectives.append(self.head(x, self.mine(wanted), tied, context.passes)[0])
-            report = report.joined(found)
+            # Shifting crosses segment boundaries, so it precedes the slicing into segments.
+            next_tokens, next_labels = shift(tokens, labels, context.whole_documents, depth)
+            next_tokens = self.local_segments(next_tokens)
+            next_labels = self.local_segments(next_labels)
+            x, module_report = predictor(x, self.embedding(next_tokens), context)
+            objectives.append(self.head(x, next_labels, tied, context.passes)[0])
+            report = report.merged(module_report)
         first, *others = objectives
         total = sum(others, first) * (self.config.mtp_weight / len(self.mtp))
         return total, report._replace(extras={"mtp": total.detach()})
 
     def begin_step(self) -> None:
-        """An optimizer step begins: what changes once a step may do so at its next use."""
+        """Begins an optimizer step: σReparam's singular vectors advance at their next use."""
         for module in self.modules():
             if isinstance(module, ParameterModule):
                 module.due = module.transformed
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
-        """An optimizer step is done; `loads` are the reports' over the whole global batch."""
-        steered: dict[Mixture, Tensor] = {}
+        """Ends an optimizer step: updates router biases by `loads`, those of the global batch."""
+        loads_of: dict[Mixture, Tensor] = {}
         for wiring in self.wirings():
-            for t in wiring.places:
+            for t in wiring.indices:
                 block, index = wiring.block(t), wiring.start + t
                 if isinstance(block, Mixture) and self.config.router_bias:
-                    steered[block] = steered.get(block, 0) + loads[index].double()
-        for block, counts in steered.items():
-            block.small.steer(counts, self.config.router_bias_rate)
+                    loads_of[block] = loads_of.get(block, 0) + loads[index].double()
+        for block, counts in loads_of.items():
+            block.small.update_bias(counts, self.config.router_bias_rate)
 
 
-def doubled(tokens: Tensor | State, context: Context) -> tuple[Tensor | State, Context]:
-    """Every sample twice, for two passes with draws of their own; each weighs half in balancing.
+def duplicate_samples(tokens: Tensor | State, context: Context) -> tuple[Tensor | State, Context]:
+    """Repeats the batch for THOR's two passes, which draw experts independently of each other.
 
-    A state, which comes of such samples, stays as it is.
+    Each pass weighs half in balancing. A `State`, which an earlier stage computed from a repeated
+    batch, is returned as it is.
     """
 
-    def twice(t: Tensor) -> Tensor:
+    def repeat(t: Tensor) -> Tensor:
         return torch.cat([t, t], dim=-1)
 
-    return tokens if isinstance(tokens, State) else twice(tokens), dataclasses.replace(
+    return tokens if isinstance(tokens, State) else repeat(tokens), dataclasses.replace(
         context,
-        positions=twice(context.positions),
-        documents=None if context.documents is None else twice(context.documents),
-        samples=twice(context.sample_numbers()),
+        positions=repeat(context.positions),
+        documents=None if context.documents is None else repeat(context.documents),
+        samples=repeat(context.sample_indices()),
         groups=2 * context.groups,
         passes=2,
         tables={},
@@ -250,10 +264,10 @@ def doubled(tokens: Tensor | State, context: Context) -> tuple[Tensor | State, C
 
 
 def check_stage(config: ModelConfig, stage: Stage) -> None:
-    """Refuse what is no stage of a model, or would need weights of another one.
+    """Checks that `stage` is a stage of the model and needs no weights of another stage.
 
     Raises:
-        ValueError: with the fields that are at fault.
+        ValueError: names the range, or the fields by which stages would share weights.
     """
     count = len(config.symbols)
     if stage == (0, count):

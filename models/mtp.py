@@ -1,4 +1,4 @@
-"""Multi-token prediction: modules that predict further tokens, each from the one before."""
+"""Multi-token prediction (MTP): modules that predict later tokens, each from the one before."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from colonnade.models.wiring import Wiring
 
 
 class Join(ParameterModule):
-    """The two inputs of a module become one: `[S, B, D]` each to `[S, B, D]`."""
+    """Projects and adds the two inputs of a module: `[S, B, D]` each to `[S, B, D]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(records.join(config))
@@ -25,10 +25,11 @@ class Join(ParameterModule):
 
 
 class Predictor(nn.Module):
-    """Module `depth` (from 0): from the stream of the one before and the token that it predicted.
+    """MTP module `depth` (from 0), which predicts the token `depth` + 2 positions ahead.
 
-    h' = M [norm(h) ; norm(embedding)], then a row of sub-blocks (arXiv:2412.19437, eqs. 21 and 22);
-    embedding and head are the model's.
+    Its inputs are the final stream h of the module before it (of the model for depth 0), and the
+    embedding of the token which that one predicts: h' = M [norm(h) ; norm(embedding)], then a row
+    of sub-blocks (arXiv:2412.19437, eqs. 21 and 22). Embedding and head are the model's.
     """
 
     def __init__(self, config: ModelConfig, depth: int) -> None:
@@ -39,23 +40,23 @@ class Predictor(nn.Module):
         self.wiring = Wiring(config, row, len(row), len(config.symbols) + depth * len(row))
 
     def forward(self, stream: Tensor, token: Tensor, context: Context) -> tuple[Tensor, PassReport]:
-        """`[S, B, D]` each: the normed stream before, and the further tokens' embeddings."""
+        """Takes the previous final stream after its norm and the embeddings, `[S, B, D]` each."""
         x = self.join(self.norm_stream(stream), self.norm_token(token))
         return self.wiring(x, context)
 
 
-def shifted(
+def shift(
     tokens: Tensor, labels: Tensor, documents: Tensor | None, depth: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `[S, B']` and labels `[S, B]`, `depth` places on; documents `[S, B']`.
+    """Shifts tokens `[S, B']` and labels `[S, B]` by `depth` positions; documents are `[S, B']`.
 
-    A place whose token would come from behind the row's end or from another document has no loss.
+    Positions whose token would be past the end of the row, or in another document, have no loss.
     """
-    ahead = torch.cat([tokens[depth:], tokens[-1:].expand(min(depth, len(tokens)), -1)])
-    wanted = torch.full_like(labels, IGNORED)
-    wanted[:-depth] = labels[depth:]
+    shifted_tokens = torch.cat([tokens[depth:], tokens[-1:].expand(min(depth, len(tokens)), -1)])
+    shifted_labels = torch.full_like(labels, IGNORED)
+    shifted_labels[:-depth] = labels[depth:]
     if documents is not None:
         d = documents[:, : labels.shape[1]]
-        crossed = d[depth:] != d[:-depth]
-        wanted[:-depth].masked_fill_(crossed, IGNORED)
-    return ahead, wanted
+        other_document = d[depth:] != d[:-depth]
+        shifted_labels[:-depth].masked_fill_(other_document, IGNORED)
+    return shifted_tokens, shifted_labels

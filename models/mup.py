@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def apply_mup(model: "Decoder") -> None:
-    """Scale first weights, learning rates and outputs of `model` as its config's base asks."""
+    """Scales initial weights, learning rates and logits of `model` relative to its base model."""
     base = model.config.base()
     assert base is not None
     if model.is_last:
         model.head.scale = base.hidden / model.config.hidden
-    smaller = records_of(base)
+    base_records = records_of(base)
     for name, _, spec in declared(model):
         if spec.is_matrix and not name.startswith("head."):
-            scale(spec, smaller[name].shape)
+            scale(spec, base_records[name].shape)
 
 
 def scale(spec: ParameterSpec, base: tuple[int, ...]) -> None:
-    """Apply the rules to a linear weight; vectors and embeddings stay as they are."""
+    """Applies the rules to a linear weight; vectors and embeddings are left unchanged."""
     rows, columns = spec.shape[-2] / base[-2], spec.shape[-1] / base[-1]
     if rows != 1 and columns != 1:
         spec.fill, spec.rate = scaled(spec.fill, columns**-0.5), 1 / columns

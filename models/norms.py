@@ -1,4 +1,4 @@
-"""The norms of the residual stream, by name."""
+"""The norms of the residual stream."""
 
 from torch import Tensor
 
@@ -9,10 +9,11 @@ from colonnade.models.parameter_module import ParameterModule
 
 
 class Norm(ParameterModule):
-    """A norm over the stream's width; weight, and bias where there is one, `[D]`, in fp32.
+    """A norm over the width of the stream; weight, and bias where configured, `[D]`, in fp32.
 
-    `pre_rms` is RMSNorm on a stream that is kept centred, which makes it LayerNorm; `crms` the same
-    without the stream's last channel, which is minus the sum of the others (arXiv:2305.14858).
+    `pre_rms` is RMSNorm on a stream that is kept centred, which makes it equal to LayerNorm; `crms`
+    is the same on a stream without its last channel, which would be minus the sum of the others
+    (arXiv:2305.14858).
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,8 +1,8 @@
-"""What is known of a field of the `[model]` table: what it is, its default, when it has an effect.
+"""Metadata of the fields of the `[model]` table: kind, default, and when a field has an effect.
 
-A field's annotation carries a `Fact` beside its type; its default may be a `Formula` of earlier
-fields. The checks for settings without effect, the rules on sizes, muP's base, `verify`'s small
-models and the conversions to other systems all read these.
+The annotation of a field carries a `Fact` beside its type; its default may be a `Formula` of
+earlier fields. The checks for settings without effect, the rules on sizes, muP's base, `verify`'s
+small models and the conversions to other systems all read these.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from colonnade.models.cards.base import Card
     from colonnade.models.config import ModelConfig
 
-# Bounds far beyond what is trained: larger is a slip, and would be met as a hang or an overflow.
+# Bounds far beyond what anyone trains: a larger number is a typo, which would otherwise show up as
+# a hang or an overflow.
 Count = Annotated[int, Field(le=2**20)]  # widths, heads, experts, taps
 Length = Annotated[int, Field(le=2**31 - 1)]  # tokens
 
 
-# The fields that say which sub-blocks there are.
+# The fields that decide which sub-blocks the model has.
 ROW = "pattern", "mtp", "mtp_pattern"
 
 
@@ -29,21 +30,21 @@ class Need:
     """A condition without which a field has no effect.
 
     Attributes:
-        holds: of the model.
-        otherwise: the end of the sentence «has no effect …».
-        involves: the fields that it looks at.
+        holds: evaluates the condition on a model.
+        reason: completes the sentence «has no effect …» where the condition does not hold.
+        involves: the fields that the condition reads.
     """
 
     holds: Callable[["ModelConfig"], bool]
-    otherwise: str
+    reason: str
     involves: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A default that follows from other fields: `times · of / by`, rounded up where `up` says so.
+    """A default that is computed from other fields: `times · of / by`, rounded up where `up`.
 
-    A quotient that is not rounded up has to be whole, or the field has to be given.
+    Without `up` the division must be exact, or the field must be set.
     """
 
     of: str
@@ -52,17 +53,17 @@ class Formula:
     up: bool = False
 
     def __call__(self, values: dict[str, Any]) -> Any:
-        """The default, from the fields before it; None where one of those was refused."""
-        parts = self.parts(values)
-        if parts is None:
+        """Computes the default from the earlier fields; None where one of those was refused."""
+        terms = self.terms(values)
+        if terms is None:
             return None
-        product, divisor = parts
+        product, divisor = terms
         if divisor == 1:
             return product
         return -(-product // divisor) if self.up else product // divisor
 
-    def parts(self, values: Mapping[str, Any]) -> tuple[Any, Any] | None:
-        """The product and what divides it."""
+    def terms(self, values: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """Returns the product and the divisor; None where a field of the formula is missing."""
         by = values.get(self.by) if isinstance(self.by, str) else self.by
         of = values.get(self.of)
         return None if of is None or not by else (self.times * of if self.times > 1 else of, by)
@@ -77,20 +78,21 @@ Kind = Literal["choice", "width", "heads", "count", "length", "taps"]
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a field beside its type and bounds.
+    """Metadata of a field beside its type and bounds.
 
     Attributes:
-        kind: a width (channels), a number of heads or groups of them, a count of anything else, a
-            length in tokens, the taps of a causal convolution; or a choice.
-        symbols: of which one has to stand in the model; empty: all those of the field's table.
+        kind: a width (channels), a number of heads or of groups of heads, a count of anything else,
+            a length in tokens, the taps of a causal convolution; or a choice.
+        symbols: the field needs one of these symbols in the model; empty: any symbol of its table.
         needs: further conditions for an effect.
-        least: a width or length in `verify`'s small models.
-        divided: whether parallel ranks divide the width among them: small models keep its common
-            divisors with the number of ranks.
-        grows: whether a base model of muP may differ in it.
-        optional: whether a model may lack what the size is of.
-        divides: the field of which this number has to be a divisor.
-        training: whether it matters in training alone, and no other system's checkpoint has it.
+        least: the smallest width or length in `verify`'s small models.
+        divided: whether ranks shard the width; small models keep its common divisors with the
+            number of ranks.
+        grows: whether a base model of muP may have another value.
+        optional: whether a model may lack the tensor that has this size.
+        divides: the field of which this number must be a divisor.
+        training: whether only training uses the field, so that other systems' checkpoints do not
+            have it.
     """
 
     kind: Kind = "choice"
@@ -112,47 +114,47 @@ def width(
     optional: bool = False,
     symbols: str = "",
 ) -> Fact:
-    """A number of channels."""
+    """Describes a number of channels."""
     return Fact(
         "width", symbols, needs, least, divided=divided, grows=grows, optional=optional
     )  # fmt: skip
 
 
 def head_count(*needs: Need, divides: str | None = None) -> Fact:
-    """A number of heads, or of groups of them."""
+    """Describes a number of heads, or of groups of heads."""
     return Fact("heads", needs=needs, grows=True, divides=divides)
 
 
 def length(least: int, *needs: Need, training: bool = False) -> Fact:
-    """A number of tokens."""
+    """Describes a number of tokens."""
     return Fact("length", needs=needs, least=least, training=training)
 
 
 def taps(*needs: Need) -> Fact:
-    """The width of a causal convolution, in tokens."""
+    """Describes the width of a causal convolution, in tokens."""
     return Fact("taps", needs=needs)
 
 
 def choice(
     *needs: Need, symbols: str = "", training: bool = False, divides: str | None = None
 ) -> Fact:
-    """Any other field."""
+    """Describes any other field."""
     return Fact("choice", symbols, needs, training=training, divides=divides)
 
 
 def option(default: Any, description: str, **bounds: Any) -> Any:
-    """A field with its default."""
+    """Declares a field with a constant default."""
     return Field(default, description=description, **bounds)
 
 
 def formula(default: Formula, description: str = "", **bounds: Any) -> Any:
-    """A field whose default is a formula of earlier ones."""
-    told = f"{description}; default: {default}" if description else f"default: {default}"
-    return Field(default_factory=default, description=told, **bounds)
+    """Declares a field whose default is a formula of earlier fields."""
+    text = f"{description}; default: {default}" if description else f"default: {default}"
+    return Field(default_factory=default, description=text, **bounds)
 
 
 class Options(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Fields of the `[model]` table that belong together."""
+    """A group of fields of the `[model]` table."""
 
-    # Of the sub-blocks that these fields are of; a table of the residual stream's has none.
+    # The cards whose sub-blocks these fields configure; empty for the residual stream's table.
     cards: ClassVar[tuple["Card", ...]] = ()

@@ -1,4 +1,4 @@
-"""A module that holds parameters by their records, and the `local` seam."""
+"""A module whose parameters are declared by records, and the `local` seam."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
@@ -13,17 +13,17 @@ from colonnade.models.seams import Seam
 
 
 class ParameterModule(nn.Module):
-    """One half of a sub-block, or another holder of parameters.
+    """One half of a sub-block, or another module with parameters.
 
-    `local` is a seam: what stands between a parameter at rest and its use. It is the identity here;
-    `parallel/` replaces it by the rank's shard.
+    `local` is a seam that maps a parameter at rest to the tensor that is used: the identity on one
+    device, the rank's shard of a DTensor under `parallel/`.
 
-    `specs` has the record of each parameter and buffer, by name. `sharding` says which shard of
-    all split widths is local. Of the transformed weights `started` have a state, and `due` may
-    advance it at the next use.
+    `specs` has the record of each parameter and buffer, by name. `sharding` is the rank's shard of
+    every sharded width. `started` are the transformed weights whose state (the singular vectors of
+    σReparam) is initialised; `due` are those whose state may advance at the next use in training.
 
-    A half of a sub-block declares its `seams`, `()` where it works token by token; what declares
-    none is refused where ranks share sequences.
+    A half of a sub-block declares its `seams`, `()` where it works token by token. Under context
+    parallelism a half that declares none is refused.
     """
 
     seams: ClassVar[tuple[Seam, ...] | None] = None
@@ -38,10 +38,10 @@ class ParameterModule(nn.Module):
         self.due: set[str] = set()
         self.started: set[str] = set()
         for record in records:
-            self.hold(record)
+            self.register(record)
 
-    def hold(self, record: ParameterSpec) -> None:
-        """Register a parameter, or a buffer of state, to be filled wherever its shards lie."""
+    def register(self, record: ParameterSpec) -> None:
+        """Registers a parameter or buffer without values; they are drawn after sharding."""
         if record.state:
             self.register_buffer(record.name, torch.empty(record.shape))
         else:
@@ -50,20 +50,20 @@ class ParameterModule(nn.Module):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Draw every parameter and buffer of this part, in fp32, from PyTorch's CPU generator."""
-        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
-        for name, tensor in own:
+        """Draws each parameter and buffer of this module in fp32 from PyTorch's CPU generator."""
+        tensors = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        for name, tensor in tensors:
             drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
             self.specs[name].fill(drawn, torch.default_generator)
             tensor.copy_(drawn)
 
     @property
     def transformed(self) -> set[str]:
-        """The parameters that have transforms."""
+        """The names of parameters that have transforms."""
         return {name for name, spec in self.specs.items() if spec.transforms}
 
     def weight_of(self, name: str) -> Tensor:
-        """The parameter `name` as this rank uses it."""
+        """Returns the rank's shard of the parameter `name`, after its transforms."""
         weight = self.local(getattr(self, name))
         for transform in self.specs[name].transforms:
             weight = transform(weight)
@@ -79,14 +79,14 @@ class Declared(NamedTuple):
 
 
 def declared(model: nn.Module) -> Iterator[Declared]:
-    """Every parameter of a model.
+    """Yields every parameter of a model.
 
     Raises:
         ValueError: a parameter that no `ParameterModule` declared.
     """
-    for path, part in model.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
             full = canonical(f"{path}.{name}" if path else name)
-            if not isinstance(part, ParameterModule):
+            if not isinstance(module, ParameterModule):
                 raise ValueError(f"{full} was not declared by a ParameterModule")
-            yield Declared(full, parameter, part.specs[name])
+            yield Declared(full, parameter, module.specs[name])

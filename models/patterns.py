@@ -1,4 +1,4 @@
-"""Patterns of hybrid models from the shares of attention and MLPs."""
+"""Generates patterns of hybrid models from the fractions of attention and MLPs."""
 
 from collections.abc import Iterable
 
@@ -8,20 +8,20 @@ from colonnade.models.config import CARDS
 def hybrid_pattern(
     layers: int, attention: float, mlp: float, symbols: tuple[str, str, str] = ("M", "*", "-")
 ) -> str:
-    """A row in which attention, then MLPs, stand as evenly as they can.
+    """Returns a row in which attention, then MLPs, are spaced as evenly as possible.
 
-    Megatron's allocation, so that its ratios make the same model here: 56 layers at 0.08 and 0.5
-    are the published Mamba-2-Hybrid 8B (arXiv:2406.07887). Attention has equal stretches of other
-    layers before, between and behind; MLPs have none behind the last.
+    The allocation is Megatron's, so that its ratios give the same model: 56 layers at 0.08 and 0.5
+    are the published Mamba-2-Hybrid 8B (arXiv:2406.07887). Attention has equal numbers of other
+    layers before, between and after it; after the last MLP there are none.
 
     Args:
         layers: length of the row.
-        attention: share of attention, rounded to whole layers.
-        mlp: share of MLPs; where both are rounded up beyond `layers`, MLPs give way.
-        symbols: of what fills the row, of attention, of MLPs.
+        attention: fraction of attention, rounded to whole layers.
+        mlp: fraction of MLPs; where rounding up both exceeds `layers`, there are fewer MLPs.
+        symbols: the symbols of all other layers, of attention and of MLPs.
 
     Raises:
-        ValueError: no layers, shares out of range, or symbols that do not exist or repeat.
+        ValueError: no layers, fractions out of range, or symbols that are unknown or repeat.
     """
     if layers < 1:
         raise ValueError(f"layers = {layers}: a row has at least 1; give a positive number")
@@ -38,26 +38,27 @@ def hybrid_pattern(
         raise ValueError(f"symbols = {symbols!r}: give three different ones of {known}")
     row = [symbols[0]] * layers
     count = round(layers * attention)
-    rest = layers - count
-    for place in spaced(range(layers), rest / (count + 1)):
-        row[place] = symbols[1]
-    if further := min(round(layers * mlp), rest):
-        free = [place for place in range(layers) if row[place] == symbols[0]]
-        for place in spaced(free, (rest - further) / further):
-            row[place] = symbols[2]
+    remaining = layers - count
+    for index in evenly_spaced(range(layers), remaining / (count + 1)):
+        row[index] = symbols[1]
+    if mlp_count := min(round(layers * mlp), remaining):
+        free = [index for index in range(layers) if row[index] == symbols[0]]
+        for index in evenly_spaced(free, (remaining - mlp_count) / mlp_count):
+            row[index] = symbols[2]
     return "".join(row)
 
 
-def spaced(places: Iterable[int], stretch: float) -> list[int]:
-    """Those of the places that have, on average, `stretch` others before each.
+def evenly_spaced(indices: Iterable[int], gap: float) -> list[int]:
+    """Chooses indices so that, on average, `gap` others are before each of them.
 
-    The distance to the next is walked in floating point as Megatron walks it: it decides ties.
+    The distance to the next one is counted down in floating point as in Megatron, because its
+    rounding decides ties.
     """
-    chosen, ahead = [], stretch
-    for place in places:
-        if ahead < 0.5:
-            chosen.append(place)
-            ahead += stretch
+    chosen, distance = [], gap
+    for index in indices:
+        if distance < 0.5:
+            chosen.append(index)
+            distance += gap
         else:
-            ahead -= 1
+            distance -= 1
     return chosen

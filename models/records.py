@@ -1,4 +1,7 @@
-"""The parameters of a whole model, by canonical name, without torch: sub-blocks, norms and ends."""
+"""The records of all parameters of a model, by canonical name: sub-blocks, norms, embedding, head.
+
+Imports no torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def embedding(c: "ModelConfig") -> list[ParameterSpec]:
-    """Token embeddings, `[V, D]`."""
+    """The record of the token embeddings, `[V, D]`."""
     split = Split(0, c.vocab, "model.vocab")
     shape = c.vocab, c.hidden
     return [ParameterSpec("weight", shape, normal(c.init_std), "table", tp=split)]
 
 
 def head(c: "ModelConfig") -> list[ParameterSpec]:
-    """The vocabulary projection, `[V, D]`; tied, it has no weight of its own."""
+    """The record of the vocabulary projection, `[V, D]`; none where it is tied to the embedding."""
     if c.tied:
         return []
     (table,) = embedding(c)
@@ -26,7 +29,7 @@ def head(c: "ModelConfig") -> list[ParameterSpec]:
 
 
 def norm(c: "ModelConfig") -> list[ParameterSpec]:
-    """A norm of the stream, `[D]`, and its bias where there is one."""
+    """The records of a norm of the stream: weight `[D]`, and bias `[D]` where configured."""
     weight = ParameterSpec("weight", (c.hidden,), constant(c.first_norm))
     if c.norm_bias and c.norm in ("layer", "pre_rms"):
         return [weight, ParameterSpec("bias", (c.hidden,), constant(0.0))]
@@ -34,60 +37,62 @@ def norm(c: "ModelConfig") -> list[ParameterSpec]:
 
 
 def join(c: "ModelConfig") -> list[ParameterSpec]:
-    """What makes one stream of two before a further token is predicted (`models.mtp`)."""
+    """The two projections `[D, D]` whose sum is the input of an MTP module (`models.mtp`)."""
     shape = c.hidden, c.hidden
     return [ParameterSpec(n, shape, normal(c.init_std), "writes") for n in ("stream", "token")]
 
 
 def writing_std(c: "ModelConfig", row: str) -> float:
-    """Of first weights that write onto the stream of a row: one residual add per sub-block."""
+    """The initial std of weights that write onto the stream: init_std / √(length of the row)."""
     return c.init_std * len(row) ** -0.5
 
 
-def named(prefix: str, records: list[ParameterSpec]) -> Iterator[tuple[str, ParameterSpec]]:
-    """The records by full name."""
+def with_prefix(prefix: str, records: list[ParameterSpec]) -> Iterator[tuple[str, ParameterSpec]]:
+    """Yields the records by canonical name, `prefix.name`."""
     return ((f"{prefix}.{record.name}", record) for record in records)
 
 
-def row(
+def row_records(
     c: "ModelConfig", prefix: str, symbols: str, distinct: int
 ) -> Iterator[tuple[str, ParameterSpec]]:
-    """Sub-blocks and norms of a row, of which the first `distinct` sub-blocks have weights."""
+    """Yields the records of a row; only its first `distinct` sub-blocks have weights (WideNet)."""
     from colonnade.models.config import CARDS
 
     for t, symbol in enumerate(symbols[:distinct]):
-        yield from named(f"{prefix}blocks.{t}", CARDS[symbol].records(c, writing_std(c, symbols)))
+        yield from with_prefix(
+            f"{prefix}blocks.{t}", CARDS[symbol].records(c, writing_std(c, symbols))
+        )
     for t in range(len(symbols)):
         if c.norm_position != "after":
-            yield from named(f"{prefix}norms.{t}", norm(c))
+            yield from with_prefix(f"{prefix}norms.{t}", norm(c))
         if c.norm_position != "before":
-            yield from named(f"{prefix}after.{t}", norm(c))
-    yield from named(f"{prefix}final", norm(c))
+            yield from with_prefix(f"{prefix}after.{t}", norm(c))
+    yield from with_prefix(f"{prefix}final", norm(c))
 
 
 def records_of(c: "ModelConfig") -> dict[str, ParameterSpec]:
-    """Every parameter and buffer of the model, by canonical name."""
+    """Returns the record of every parameter and buffer of the model, by canonical name."""
     distinct = len(c.pattern) if c.share else len(c.symbols)
-    records = dict(named("embedding", embedding(c)))
-    records.update(row(c, "", c.symbols, distinct))
-    records.update(named("head", head(c)))
+    records = dict(with_prefix("embedding", embedding(c)))
+    records.update(row_records(c, "", c.symbols, distinct))
+    records.update(with_prefix("head", head(c)))
     for depth in range(c.mtp):
         prefix = f"mtp.{depth}."
         for name in ("norm_stream", "norm_token"):
-            records.update(named(prefix + name, norm(c)))
-        records.update(named(f"{prefix}join", join(c)))
-        records.update(row(c, prefix, c.mtp_pattern, len(c.mtp_pattern)))
+            records.update(with_prefix(prefix + name, norm(c)))
+        records.update(with_prefix(f"{prefix}join", join(c)))
+        records.update(row_records(c, prefix, c.mtp_pattern, len(c.mtp_pattern)))
     return records
 
 
 def splits(c: "ModelConfig") -> set[Split]:
-    """Along what, and in how many pieces, ranks may share the parameters of a model."""
+    """Returns every way in which tensor-parallel ranks shard parameters of the model."""
     records = [*embedding(c), *(r for card in c.sub_blocks() for r in card.parameters(c, 1.0))]
     return {record.split for record in records if record.split is not None}
 
 
 def splits_of_mixers(c: "ModelConfig", seam: str) -> set[Split]:
-    """Those of the sub-blocks that mix along the sequence through this seam."""
+    """Returns those of the sub-blocks that mix along the sequence through this seam."""
     cards = [card for card in c.sub_blocks() if card.mixing and card.mixing.seam == seam]
     records = [record for card in cards for record in card.parameters(c, 1.0)]
     return {record.split for record in records if record.split is not None}

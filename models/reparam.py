@@ -1,6 +1,6 @@
-"""What is done to a weight wherever it is used: σReparam, centring, muP's multipliers.
+"""Transforms of weights at their use: σReparam, centring, muP's multipliers.
 
-Sub-blocks ask for `weight_of(name)` and know of none of it.
+`ParameterModule.weight_of` applies them, so no sub-block depends on them.
 """
 
 from functools import partial
@@ -20,106 +20,114 @@ if TYPE_CHECKING:
 
 
 def reparametrise(model: "Decoder") -> None:
-    """Install the changes that the model's config asks for."""
+    """Installs the transforms that the config of the model enables."""
     config = model.config
     if config.sigma_reparam:
         for wiring in model.wirings():
-            for part in wiring.modules():
-                if isinstance(part, ParameterModule):
-                    spectral(part)
+            for module in wiring.modules():
+                if isinstance(module, ParameterModule):
+                    spectral(module)
     if config.norm == "pre_rms":
-        for part in model.modules():
-            if isinstance(part, ParameterModule):
-                centre(part)
+        for module in model.modules():
+            if isinstance(module, ParameterModule):
+                centre(module)
     if config.mup_base is not None:
         apply_mup(model)
 
 
-def centre(part: ParameterModule) -> None:
-    """Take the mean over the stream's channels out of all that is written onto it.
+def centre(module: ParameterModule) -> None:
+    """Subtracts the mean over the stream's channels from all weights that write onto the stream.
 
-    The stream is then centred, on which RMSNorm is LayerNorm (arXiv:2305.14858, section 3).
+    This centres the stream, so that RMSNorm equals LayerNorm (arXiv:2305.14858, section 3).
     """
-    for spec in part.specs.values():
+    for spec in module.specs.values():
         if spec.role in ("writes", "table"):
             spec.transforms.append(partial(centred, dim=-2 if spec.role == "writes" else -1))
 
 
 def centred(weight: Tensor, dim: int) -> Tensor:
-    """The weight less its mean along `dim`."""
+    """Returns the weight minus its mean along `dim`."""
     return weight - weight.mean(dim, keepdim=True)
 
 
-def spectral(part: ParameterModule) -> None:
-    """σReparam (arXiv:2303.06296, eq. 3): linear weights of sub-blocks are used as γ W / σ(W).
+def spectral(module: ParameterModule) -> None:
+    """Installs σReparam (arXiv:2303.06296, eq. 3): linear weights are used as γ W / σ(W).
 
-    γ, `[1]` or one per expert, starts at 1 and is stored less 1, so that bf16 rounds its change
-    alone. The singular vectors are fp32 state, advanced by one power iteration per optimizer step,
+    γ, `[1]` or one per expert, starts at 1 and is stored minus 1, so that bf16 rounds only its
+    change. The singular vectors are fp32 state, advanced by one power iteration per optimizer step,
     at the first use in training.
     """
-    for name, spec in part.specs.items():
-        if f"{name}_gain" in part.specs:  # declared beside it (`models.cards.base.gains`)
-            spec.transforms.append(partial(normalised, part, name))
+    for name, spec in module.specs.items():
+        if f"{name}_gain" in module.specs:  # declared by `models.cards.base.gains`
+            spec.transforms.append(partial(normalised, module, name))
 
 
-STARTING_ITERATIONS = 64  # of power iteration, the first time
+INITIAL_ITERATIONS = 64  # power iterations that initialise the singular vectors
 
 
-def normalised(part: ParameterModule, name: str, weight: Tensor) -> Tensor:
-    """γ W / (leftᵀ W right), differentiable in W, with the singular vectors held fixed."""
-    left, right = getattr(part, f"{name}_left"), getattr(part, f"{name}_right")
-    w, (rows, columns) = wide(weight), cuts(part, name)
-    if name not in part.started:
-        part.started.add(name)
-        if not bool(left.any()):  # neither advanced yet nor loaded
+def normalised(module: ParameterModule, name: str, weight: Tensor) -> Tensor:
+    """Returns γ W / (leftᵀ W right), differentiable in W, with constant singular vectors.
+
+    Where ranks shard W, the product in the denominator is all-reduced over them.
+    """
+    left, right = getattr(module, f"{name}_left"), getattr(module, f"{name}_right")
+    w, (rows, columns) = wide(weight), shardings(module, name)
+    if name not in module.started:
+        module.started.add(name)
+        if not bool(left.any()):  # neither advanced nor loaded from a checkpoint
             right.fill_(right.shape[-1] ** -0.5)
-            iterate(w, left, right, rows, columns, STARTING_ITERATIONS)
-            part.due.discard(name)
-    if name in part.due and part.training:
-        iterate(w, left, right, rows, columns, 1)
-        part.due.discard(name)
-    ends = rows.local(left, -1).clone(), columns.local(right, -1).clone()
-    sigma = total(torch.einsum("...o,...oi,...i->...", ends[0], w, ends[1]), rows, columns)
-    gain = 1 + wide(part.weight_of(f"{name}_gain")).view(sigma.shape)
+            power_iteration(w, left, right, rows, columns, INITIAL_ITERATIONS)
+            module.due.discard(name)
+    if name in module.due and module.training:
+        power_iteration(w, left, right, rows, columns, 1)
+        module.due.discard(name)
+    # Clones, because autograd saves them and power iteration changes the vectors in place.
+    u, v = rows.local(left, -1).clone(), columns.local(right, -1).clone()
+    sigma = all_reduce(torch.einsum("...o,...oi,...i->...", u, w, v), rows, columns)
+    gain = 1 + wide(module.weight_of(f"{name}_gain")).view(sigma.shape)
     return (w * (gain / sigma)[..., None, None]).to(weight.dtype)
 
 
-def cuts(part: ParameterModule, name: str) -> tuple[Sharding, Sharding]:
-    """How the rows and the columns of a weight are cut as it is used here."""
-    split = part.specs[name].split
-    if split is None or split.pieces % part.sharding.size:
+def shardings(module: ParameterModule, name: str) -> tuple[Sharding, Sharding]:
+    """Returns how ranks shard the rows and the columns of a weight as it is used."""
+    split = module.specs[name].split
+    if split is None or split.units % module.sharding.size:
         return UNSHARDED, UNSHARDED
-    of_rows = split.dim == getattr(part, name).dim() - 2
-    return (part.sharding, UNSHARDED) if of_rows else (UNSHARDED, part.sharding)
+    of_rows = split.dim == getattr(module, name).dim() - 2
+    return (module.sharding, UNSHARDED) if of_rows else (UNSHARDED, module.sharding)
 
 
-def total(t: Tensor, *cuts: Sharding) -> Tensor:
-    """`t` summed over whatever ranks hold the rest."""
-    for cut in cuts:
-        t = cut.all_reduce(t) if cut.size > 1 else t
+def all_reduce(t: Tensor, *shardings: Sharding) -> Tensor:
+    """All-reduces partial sums over the ranks of each sharding; differentiable."""
+    for sharding in shardings:
+        t = sharding.all_reduce(t) if sharding.size > 1 else t
     return t
 
 
-def total_once(t: Tensor, *cuts: Sharding) -> Tensor:
-    """The same in power iteration."""
-    for cut in cuts:
-        t = cut.all_reduce_no_grad(t) if cut.size > 1 else t
+def all_reduce_no_grad(t: Tensor, *shardings: Sharding) -> Tensor:
+    """All-reduces partial sums over the ranks of each sharding, without gradient."""
+    for sharding in shardings:
+        t = sharding.all_reduce_no_grad(t) if sharding.size > 1 else t
     return t
 
 
 @torch.no_grad()
-def iterate(
+def power_iteration(
     w: Tensor, left: Tensor, right: Tensor, rows: Sharding, columns: Sharding, times: int
 ) -> None:
-    """Power iteration on `[..., O, I]`, in place: left `[..., O]`, right `[..., I]`, both whole.
+    """Runs power iteration on `w` `[..., O, I]`, in place of left `[..., O]` and right `[..., I]`.
 
-    Not by matrix products: selective recomputation counts those, and these do not happen again.
+    `w` is the rank's shard; both vectors are full, and all-reduced after each update. It does not
+    use matrix products: selective recomputation counts those of a forward pass in backward, where
+    these do not run again.
     """
 
-    def advance(vector: Tensor, here: Sharding, product: Tensor) -> None:
+    def advance(vector: Tensor, sharding: Sharding, product: Tensor) -> None:
+        # Each rank writes its shard between zeros, so that the all-reduce gathers (for a sharded
+        # dimension) or sums (for the other one) the product.
         vector.zero_()
-        here.local(vector, -1).copy_(product)
-        vector.copy_(F.normalize(total_once(vector, rows, columns), dim=-1))
+        sharding.local(vector, -1).copy_(product)
+        vector.copy_(F.normalize(all_reduce_no_grad(vector, rows, columns), dim=-1))
 
     for _ in range(times):
         advance(left, rows, (w * columns.local(right, -1)[..., None, :]).sum(-1))

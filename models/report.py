@@ -1,4 +1,4 @@
-"""What a forward pass returns beside its output, for reports and for steering routers."""
+"""The report of a forward pass: balancing losses, expert loads and terms of the objective."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class BlockReport(NamedTuple):
-    """What one sub-block found in a pass, detached.
+    """The report of one sub-block in a pass, detached.
 
     Attributes:
-        loads: `[E]`, the rows that each expert was chosen for.
-        term: balancing losses as they enter the objective, a scalar; None: there are none.
+        loads: `[E]`, the number of tokens that chose each expert.
+        term: the sum of its balancing losses as it enters the objective, a scalar; None: no losses.
     """
 
     loads: Tensor
@@ -19,12 +19,13 @@ class BlockReport(NamedTuple):
 
 
 class PassReport(NamedTuple):
-    """What a whole pass found, detached.
+    """The report of a whole pass, detached.
 
     Attributes:
-        terms: balancing losses, by the sub-block's index.
-        loads: `[E]`, the rows that each expert was chosen for, by the sub-block's index.
-        extras: parts of the objective beside the mean cross entropy, summed over tokens, by name.
+        terms: balancing losses, by the index of the sub-block.
+        loads: `[E]`, the number of tokens that chose each expert, by the index of the sub-block.
+        extras: terms of the objective beside the cross entropy (its mean over THOR's two passes),
+            summed over tokens, by name.
     """
 
     terms: dict[int, Tensor]
@@ -33,12 +34,12 @@ class PassReport(NamedTuple):
 
     @classmethod
     def of(cls, blocks: Mapping[int, BlockReport]) -> "PassReport":
-        """The report of these sub-blocks."""
-        terms = {index: found.term for index, found in blocks.items() if found.term is not None}
-        return cls(terms, {index: found.loads for index, found in blocks.items()}, {})
+        """Returns the report of a pass from those of its sub-blocks."""
+        terms = {index: report.term for index, report in blocks.items() if report.term is not None}
+        return cls(terms, {index: report.loads for index, report in blocks.items()}, {})
 
-    def joined(self, other: "PassReport") -> "PassReport":
-        """Both in one, of other sub-blocks or with other extras."""
+    def merged(self, other: "PassReport") -> "PassReport":
+        """Returns the union with a report of other sub-blocks or with other extras."""
         return PassReport(
             self.terms | other.terms, self.loads | other.loads, self.extras | other.extras
         )

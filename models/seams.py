@@ -1,4 +1,4 @@
-"""Seams: where `parallel/` takes part in a sub-block, declared with their arguments."""
+"""Seams: the functions of a sub-block that `parallel/` may replace, with their arguments."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,10 +9,11 @@ from colonnade.models.cards.base import Kind
 
 
 class Seam(NamedTuple):
-    """A function that a sub-block calls by name, and that parallelism may replace.
+    """A function that a module calls through an attribute, and that parallelism may replace.
 
-    `name` is the attribute that holds the function, at first `local`. `arguments` are its tensors
-    in order, before all others; the last argument is the context.
+    `name` is the attribute that holds the function; `local` is the function on one device, its
+    initial value. `arguments` are the layouts of its tensor arguments, in order, before all other
+    arguments; the last argument is the context.
     """
 
     name: str
@@ -20,6 +21,6 @@ class Seam(NamedTuple):
     arguments: Mapping[str, Kind] = {}
 
 
-def same(whole: Tensor) -> Tensor:
-    """The local function of seams that take a rank's part of a sequence, or put parts together."""
-    return whole
+def identity(t: Tensor) -> Tensor:
+    """The function on one device of seams that slice a sequence into segments or gather them."""
+    return t

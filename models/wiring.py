@@ -1,4 +1,4 @@
-"""The residual wiring: norms, adds and seams over a row of sub-blocks it knows nothing about."""
+"""The residual wiring: norms, adds and seams around the sub-blocks of a row, of any kind."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from colonnade.models.report import BlockReport, PassReport
 
 
 class Stage(NamedTuple):
-    """Sub-blocks `start` to `stop` (not included) of a row, which a pipeline's rank holds.
+    """A pipeline stage: sub-blocks `start` to `stop` (not included) of a row.
 
-    The first stage of a model has the embedding, the last one the final norm and the head.
+    The first stage of a model also has the embedding, the last one the final norm and the head.
     """
 
     start: int
@@ -24,11 +24,12 @@ class Stage(NamedTuple):
 
 
 class State(NamedTuple):
-    """What goes from one sub-block to the next, and so from stage to stage, `[S, B, D]` each.
+    """The state between two sub-blocks, which pipeline stages send on, `[S, B, D]` each.
 
     Attributes:
         stream: the residual stream, without `pending`.
-        pending: the newest sub-block's output, perhaps still being reduced; None: it is added.
+        pending: the output of the newest sub-block, whose all-reduce or reduce-scatter may still be
+            in flight; None: it is in the stream already.
     """
 
     stream: Tensor
@@ -36,25 +37,25 @@ class State(NamedTuple):
 
 
 class Halves:
-    """One sub-block in one pass: `first`, then `second`; other sub-blocks' may run between."""
+    """One sub-block in one pass: `first`, then `second`; other sub-blocks may run in between."""
 
     def __init__(self, block: SubBlock, context: Context) -> None:
         self.block, self.context = block, context
 
     def first(self, x: Tensor) -> Any:
-        """The first half of the input `[S, B, D]`; returns what `second` takes."""
+        """Runs the first half on the input `[S, B, D]`; returns the argument of `second`."""
         return self.block.begin(x, self.context)
 
     def second(self, carried: Any) -> Tensor:
-        """The second half: `[S, B, D]`, to leave for the stream."""
+        """Runs the second half; returns `[S, B, D]`, which the wiring passes to `leave`."""
         return self.block.finish(carried, self.context)
 
 
-def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
-    """For each sub-block of the row, whether it reads the stream without the newest output.
+def skips_newest(config: ModelConfig, row: str) -> list[bool]:
+    """Returns for each sub-block of a row whether it reads the stream without the newest output.
 
-    Ladder (arXiv:2501.06589): all but the first, or the last n. Parallel: a channel mixer right
-    behind a sequence mixer reads what that one reads, so both stand side by side.
+    Ladder (arXiv:2501.06589): all but the first do, or the last n. Parallel: a channel mixer that
+    directly follows a sequence mixer does, so that both read the same stream.
     """
     if config.residual == "ladder":
         last = len(row) if config.ladder_last is None else config.ladder_last
@@ -66,20 +67,23 @@ def lacks_newest(config: ModelConfig, row: str) -> list[bool]:
 
 
 class Wiring(nn.Module):
-    """The stream through the sub-blocks of a row, or through a stage of it.
+    """Passes the residual stream through the sub-blocks of a row, or of one stage of it.
 
-    With H_t the stream after t sub-blocks and h_t what sub-block t adds, sub-block t is fed
-    norm(H_t), or, where `late`, norm(H_{t-1}), which lacks the newest output: that output may still
-    be under way between ranks.
+    With H_t the stream before sub-block t and h_t the output of sub-block t, the input of sub-block
+    t is norm(H_t), or, where `skips_newest[t]`, norm(H_{t-1}), which is H_t without the newest
+    output h_{t-1}: the reduction of that output over ranks may still be in flight.
 
-    `enter` and `leave` are seams, the identity on one device: what gathers a sub-block's input and
-    what reduces its output. `gathers` says that `enter` sends something, which then hides behind a
-    second half; otherwise it comes after it, and the reduction before it may take a whole
-    sub-block. `halves` runs a sub-block's halves, and may have backward compute them again.
-    `start` is the number of the row's first sub-block in the whole model.
+    `enter` and `leave` are seams, the identity on one device. Under tensor and sequence parallelism
+    `enter` all-gathers a sub-block's input along the sequence, and `leave` reduce-scatters its
+    output; under tensor parallelism alone `enter` sends nothing forward, and `leave` all-reduces.
+    `gathers` says that `enter` sends something: it is then launched before a second half, to
+    overlap with it. Otherwise `enter` is called after the second half, so that the previous
+    reduction may overlap with a whole sub-block. `halves` runs the two halves of a sub-block, and
+    may recompute them in backward. `start` is the index of the row's first sub-block in the model.
 
-    Sub-blocks and norms are keyed by their place in the whole row. A norm behind a sub-block stands
-    in the stage where the output is added, which for a late successor is the successor's.
+    `indices` are the row's sub-blocks in this stage; sub-blocks and norms are keyed by their index
+    in the whole row. A norm after sub-block t is in the stage that adds t's output to the stream,
+    which is the stage of sub-block t + 1 where that one skips the newest output.
     """
 
     def __init__(
@@ -91,17 +95,17 @@ class Wiring(nn.Module):
         stage: Stage | None = None,
     ) -> None:
         super().__init__()
-        self.late, self.start, self.distinct = lacks_newest(config, row), start, distinct
-        self.places = range(*(stage or Stage(0, len(row))))
+        self.skips_newest, self.start, self.distinct = skips_newest(config, row), start, distinct
+        self.indices = range(*(stage or Stage(0, len(row))))
         std = writing_std(config, row)
         before, after = config.norm_position != "after", config.norm_position != "before"
-        added = [t for t in range(len(row)) if after and t + self.waits(t) in self.places]
+        added = [t for t in range(len(row)) if after and t + self.defers_add(t) in self.indices]
         self.blocks = nn.ModuleDict(
-            {str(t): CARDS[row[t]].build(config, std) for t in self.places if t < distinct}
+            {str(t): CARDS[row[t]].build(config, std) for t in self.indices if t < distinct}
         )
-        self.norms = nn.ModuleDict({str(t): Norm(config) for t in self.places if before})
+        self.norms = nn.ModuleDict({str(t): Norm(config) for t in self.indices if before})
         self.after = nn.ModuleDict({str(t): Norm(config) for t in added})
-        if self.places.stop == len(row):
+        if self.indices.stop == len(row):
             self.final = Norm(config)
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
@@ -109,37 +113,37 @@ class Wiring(nn.Module):
         self.halves: Callable[[SubBlock, Context], Halves] = Halves
 
     def block(self, t: int) -> SubBlock:
-        """Sub-block t of the row; shared ones stand in it several times."""
+        """Returns sub-block t of the row; under model.share several t have the same one."""
         block = self.blocks[str(t % self.distinct)]
         assert isinstance(block, SubBlock)
         return block
 
-    def waits(self, t: int) -> bool:
-        """Whether sub-block t's output is added no sooner than while the next one runs."""
-        return t + 1 < len(self.late) and self.late[t + 1]
+    def defers_add(self, t: int) -> bool:
+        """Whether sub-block t's output is added to the stream only while sub-block t + 1 runs."""
+        return t + 1 < len(self.skips_newest) and self.skips_newest[t + 1]
 
-    def prepare(self, t: int, stream: Tensor) -> Tensor | None:
-        """Sub-block t's input; None where the next stage makes it, or the row has ended."""
-        if t not in self.places:
+    def prepare_input(self, t: int, stream: Tensor) -> Tensor | None:
+        """Returns sub-block t's input; None past the row, or past this stage (left to the next)."""
+        if t not in self.indices:
             return None
         return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
 
-    def add(self, t: int, stream: Tensor, left: Tensor | None) -> Tensor:
-        """The stream with sub-block t's output, which has left it; as it is without one."""
-        if left is None:
+    def add_output(self, t: int, stream: Tensor, output: Tensor | None) -> Tensor:
+        """Returns the stream plus sub-block t's output, normed if configured; None adds nothing."""
+        if output is None:
             return stream
-        return stream + (self.after[str(t)](left) if len(self.after) else left)
+        return stream + (self.after[str(t)](output) if len(self.after) else output)
 
     def forward(self, stream: Tensor, context: Context) -> tuple[Tensor, PassReport]:
-        """`[S, B, D]`, the embeddings, to `[S, B, D]`, the normed end of the stream."""
+        """Maps embeddings `[S, B, D]` to the final stream after its norm, `[S, B, D]`."""
         state, report = self.run(State(stream), context)
         return self.final(state.stream), report
 
     def run(self, state: State, context: Context) -> tuple[State, PassReport]:
-        """All sub-blocks; an input is made as soon as it can be, an output added as late.
+        """Runs all sub-blocks; prepares inputs as early, and adds outputs as late as possible.
 
-        The order of calls at sub-block t, norms left out; `>` marks what is launched, and may be
-        under way until it is used:
+        The order of calls at sub-block t, without norms; `>` marks a collective that is launched,
+        and may be in flight until its result is used:
 
             standard               ladder, `enter` gathers    ladder, `enter` sends nothing
             x_t = enter(H_t) >
@@ -152,30 +156,35 @@ class Wiring(nn.Module):
                                                               x_{t+1} = enter(H_t)
         """
         stream, pending = state
-        x = self.prepare(self.places.start, stream)
-        found: dict[int, BlockReport] = {}
-        for t in self.places:
-            block, index, waits = self.block(t), self.start + t, self.waits(t)
-            halves, last = self.halves(block, context.at(index)), waits and not self.gathers
+        x = self.prepare_input(self.indices.start, stream)
+        reports: dict[int, BlockReport] = {}
+        for t in self.indices:
+            block, index, defers_add = self.block(t), self.start + t, self.defers_add(t)
+            # If `enter` all-gathers, the next input is prepared before the second half, which hides
+            # the gather. If not, it is prepared after `leave`: adding `pending` waits for its
+            # reduction, which can then overlap with the whole sub-block.
+            advance_after_leave = defers_add and not self.gathers
+            halves = self.halves(block, context.at(index))
             assert x is not None
             carried = halves.first(x)
             if (report := block.report(carried)) is not None:
-                found[index] = report
-            if not last:
+                reports[index] = report
+            if not advance_after_leave:
                 stream, x = self.advance(t, stream, pending)
             newest = self.leave(halves.second(carried))
-            del carried  # or it would lie beside the next sub-block's
-            if last:
+            del carried  # frees it before the first half of the next sub-block allocates its own
+            if advance_after_leave:
                 stream, x = self.advance(t, stream, pending)
             pending = newest
-            if not waits:
-                stream, pending = self.add(t, stream, pending), None
-                x = self.prepare(t + 1, stream)
-        return State(stream, pending), PassReport.of(found)
+            if not defers_add:
+                stream, pending = self.add_output(t, stream, pending), None
+                x = self.prepare_input(t + 1, stream)
+        return State(stream, pending), PassReport.of(reports)
 
     def advance(
         self, t: int, stream: Tensor, pending: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream with the output before t's; and where t's own waits, the next input."""
-        stream = self.add(t - 1, stream, pending)
-        return stream, self.prepare(t + 1, stream) if self.waits(t) else None
+        """Adds the output of sub-block t - 1 to the stream; if t + 1 skips t's output, also
+        prepares the input of t + 1."""
+        stream = self.add_output(t - 1, stream, pending)
+        return stream, self.prepare_input(t + 1, stream) if self.defers_add(t) else None

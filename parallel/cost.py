@@ -75,7 +75,7 @@ class Traffic:
     def exchanged(self, operands: list[Argument], ranks: int) -> int:
         """All-to-all of what an operator takes and gives, and of its gradients: sequences are
         exchanged for heads. What all heads share goes to every rank."""
-        numbers = sum(self.bytes_of(operand, ranks) for operand in operands if operand.given)
+        numbers = sum(self.bytes_of(operand, ranks) for operand in operands if operand.present)
         return 2 * self.tokens * numbers * (ranks - 1) // ranks
 
     def bytes_of(self, operand: Argument, ranks: int) -> int:

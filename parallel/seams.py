@@ -9,7 +9,7 @@ from colonnade.models.seams import Seam
 
 FILLED_BY = {
     "attach": "tp",
-    "attend": "cp", "scan": "cp", "conv": "cp", "whole": "cp", "mine": "cp",
+    "attend": "cp", "scan": "cp", "conv": "cp", "full_sequence": "cp", "local_segments": "cp",
 }  # fmt: skip
 
 Fill = Callable[[Seam], Callable[..., Any]]

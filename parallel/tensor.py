@@ -138,7 +138,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
             spec = part.specs[name]
             if spec.split is None:
                 spec.partial = True
-            elif spec.split.pieces % cut.size:
+            elif spec.split.units % cut.size:
                 share(part, spec, spec.split)
     for part in on_stream(model):
         for name, _ in list(part.named_parameters(recurse=False)):
@@ -165,7 +165,7 @@ def check_writers(model: Decoder) -> None:
     for path, block in sub_blocks(model):
         for name, half in block.named_modules(prefix=path):
             for weight, spec in half.specs.items() if isinstance(half, ParameterModule) else ():
-                if spec.role == "writes" and (spec.split is None or spec.split.shared):
+                if spec.role == "writes" and (spec.split is None or spec.split.replicable):
                     raise RefusedError(
                         f"{name}.{weight}: writes onto the stream and is not split over "
                         "tensor-parallel ranks, so its output would count on several of them; "
@@ -183,8 +183,8 @@ def placement(part: ParameterModule, name: str, cut: Sharding) -> Placement:
     if split is None:
         return Replicate()
     if not split.suits(cut.size):
-        raise ValueError(f"{split.field}: {split.pieces} do not divide over {cut.size} ranks")
-    return Replicate() if split.pieces % cut.size else Shard(split.dim)
+        raise ValueError(f"{split.field}: {split.units} do not divide over {cut.size} ranks")
+    return Replicate() if split.units % cut.size else Shard(split.dim)
 
 
 def place(part: ParameterModule, name: str, mesh: DeviceMesh, where: Placement) -> None:
@@ -203,7 +203,7 @@ def shard_of(p: Tensor) -> Tensor:
 def share(part: ParameterModule, spec: ParameterSpec, split: Split) -> None:
     """Use of a whole parameter the piece that this rank needs, among others that need it too."""
     cut = part.sharding
-    spec.transforms.append(lambda whole: cut.local(whole, split.dim, split.pieces))
+    spec.transforms.append(lambda whole: cut.local(whole, split.dim, split.units))
     spec.partial = True
 
 

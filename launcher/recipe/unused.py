@@ -56,12 +56,13 @@ CONDITIONS = (
            "with parallel.tp = 1", "parallel.tp"),
     UsedIf("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
            lambda r: r.parallel.cp > 1, "with parallel.cp = 1", "parallel.cp"),
-    UsedIf("parallel.context parallel.ulysses", lambda r: r.model.unclear or r.model.has("*"),
+    UsedIf("parallel.context parallel.ulysses",
+           lambda r: r.model.has_unknown_symbols or r.model.has("*"),
            "without attention (`*` in model.pattern)", _ROW_FIELDS),
     UsedIf("parallel.ulysses", lambda r: r.parallel.context == "ring+ulysses",
            "unless parallel.context = ring+ulysses", "parallel.context"),
     UsedIf("parallel.recurrence",
-           lambda r: r.model.unclear or any(map(is_recurrent, r.model.sub_blocks())),
+           lambda r: r.model.has_unknown_symbols or any(map(is_recurrent, r.model.sub_blocks())),
            "unless a sub-block with a state, such as Mamba or DeltaNet, stands in model.pattern",
            _ROW_FIELDS),
     UsedIf("parallel.etp", lambda r: r.parallel.tp > 1 and r.model.has("E", "T"),
@@ -123,7 +124,7 @@ def unused_setting(recipe: Recipe, field: str) -> UsedIf | None:
 def conditions() -> Iterator[tuple[str, str]]:
     """Yields every field that may be unused, with the words that say when, once per condition."""
     for name, needs in NEEDS.items():
-        yield from ((f"model.{name}", need.otherwise) for need in needs)
+        yield from ((f"model.{name}", need.reason) for need in needs)
     for condition in CONDITIONS:
         yield from ((field, condition.otherwise) for field in condition.fields.split())
 
@@ -134,7 +135,7 @@ def unused_model_setting(model: ModelConfig, name: str) -> UsedIf | None:
     if need is None:
         return None
     involves = " ".join(f"model.{field}" for field in need.involves)
-    return UsedIf(f"model.{name}", lambda r: need.holds(r.model), need.otherwise, involves)
+    return UsedIf(f"model.{name}", lambda r: need.holds(r.model), need.reason, involves)
 
 
 def involved_fields(condition: UsedIf, field: str) -> Iterator[str]:

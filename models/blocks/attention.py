@@ -1,4 +1,4 @@
-"""`*`: softmax attention over grouped queries, and what latent attention shares with it."""
+"""`*`: softmax attention over grouped queries, and the base class of latent attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from colonnade.models.seams import Seam
 
 @dataclass(frozen=True, eq=False)
 class Softmax:
-    """How scores become weights; the names are those of `kernels.attention.attention`."""
+    """Options of the softmax over scores, by their names in `kernels.attention.attention`."""
 
     scale: float
     window: int | None = None
@@ -33,10 +33,10 @@ class Softmax:
 
 
 class Projected(NamedTuple):
-    """What the first half hands to the second."""
+    """The result of the first half, and argument of the second."""
 
     q: Tensor  # [S, B, H, P]
-    k: Tensor  # [S, B, K, P], earlier tokens' in front where the context has a cache
+    k: Tensor  # [S, B, K, P], after the cached keys of earlier tokens if the context has a cache
     v: Tensor  # [S, B, K, V]
     gate: Tensor | None  # [S, B, H, 1] or [S, B, H, V], before the sigmoid
 
@@ -45,12 +45,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Softmax, Context], Tensor]
 
 
 def local_attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
-    """The `attend` seam's default: all keys and values are on this device."""
+    """Attends to keys and values on this device: the `attend` seam's default."""
     return attention(q, k, v, documents=context.documents, **vars(softmax))
 
 
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:
-    """The configured stretching of rotary positions."""
+    """Returns the configured scaling of rotary positions; None without."""
     c = config
     if c.positions == "none" or c.rope_scaling == "none":
         return None
@@ -62,9 +62,10 @@ def rope_scaling(config: ModelConfig) -> RopeScaling | None:
 
 
 def score_scale(config: ModelConfig) -> float:
-    """The factor of scores: 1/√P; under muP 1/P, equal at the base width (arXiv:2203.03466, 4.1).
+    """Returns the factor of scores: 1/√P; under muP 1/P, equal to that at the base width.
 
-    Latent attention under YaRN squares its `mscale_all_dim` into it (DeepSeek-V3).
+    muP: arXiv:2203.03466, section 4.1. Latent attention under YaRN also multiplies it by the square
+    of the factor from `mscale_all_dim` (DeepSeek-V3).
     """
     base, width = config.base(), config.score_width
     scale = width**-0.5 if base is None else base.score_width**0.5 / width
@@ -74,7 +75,7 @@ def score_scale(config: ModelConfig) -> float:
 
 
 class QKV(Convolving):
-    """Queries, keys, values and gate: `[S, B, D]` to `[S, B, heads, P]` each."""
+    """Projects to queries, keys, values and gate: `[S, B, D]` to `[S, B, heads, P]` each."""
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
         super().__init__(records)
@@ -86,7 +87,7 @@ class QKV(Convolving):
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
 
     def project(self, x: Tensor, name: str, context: Context) -> Tensor:
-        """One of q, k, v before positions: `[S, B, heads, P]`."""
+        """Returns one of q, k, v before rotary positions: `[S, B, heads, P]`."""
         y = linear(x, self.weight_of(name))
         if self.taps:
             y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
@@ -99,10 +100,10 @@ class QKV(Convolving):
             y = rms_norm(y, self.weight_of(f"{name}_norm"), self.eps, None, self.offset)
         return y
 
-    def gates(self, x: Tensor) -> Tensor | None:
-        """Per channel from the whole input, or per head from the head's slice of it.
+    def output_gate(self, x: Tensor) -> Tensor | None:
+        """Returns the gate's logits, per channel from all of x, or per head from its slice of x.
 
-        The latter is gated attention of arXiv:2306.12929, section 4.2.
+        The latter is gated attention of arXiv:2306.12929, section 4.2. None without a gate.
         """
         if self.gate == "channel":
             return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
@@ -117,11 +118,11 @@ class QKV(Convolving):
         if self.rotated:
             table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
             q, k = rotate(q, table), rotate(k, table)
-        return Projected(q, k, v, self.gates(x))
+        return Projected(q, k, v, self.output_gate(x))
 
 
 class AttendOut(ParameterModule):
-    """Attention, gate and output projection: back to `[S, B, D]`."""
+    """Attends, gates and projects back to `[S, B, D]`."""
 
     seams = (Seam("attend", local_attend, ATTEND.kinds),)
     attend: Attend
@@ -135,14 +136,14 @@ class AttendOut(ParameterModule):
 
 
 class Temperature(ParameterModule):
-    """Sinks and the growth of the temperature, `[H]` each, in fp32 whatever the precision."""
+    """Sinks and the position temperature's growth, `[H]` each, in fp32 whatever the precision."""
 
     def scale(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q times 1 + exp(−exp(β)) ln n, n the position from 1.
+        """Returns q times 1 + exp(−exp(β)) ln n, where n is the position counted from 1.
 
         This is the position term of Selective Self-Attention (arXiv:2411.12892) as its authors'
-        code has it, with a β per head; the terms of the query's content and of the values are not
-        built.
+        code has it, with a β per head; the terms that depend on the query's content, and those of
+        the values, are not implemented.
         """
         if "growth" not in self.specs:
             return q
@@ -166,14 +167,15 @@ class Attention(SubBlock):
 
     @staticmethod
     def projections(records: list[ParameterSpec], config: ModelConfig) -> ParameterModule:
-        """The first half."""
+        """Builds the first half."""
         return QKV(records, config)
 
     def begin(self, x: Tensor, context: Context) -> Projected:
         p: Projected = self.first(x, context)
         window = self.config.window_of(context.index)
         last = None if window is None else window - 1
-        k, v = context.extended("k", p.k, last), context.extended("v", p.v, last)
+        k = context.append_to_cache("k", p.k, last)
+        v = context.append_to_cache("v", p.v, last)
         return p._replace(q=self.small.scale(p.q, context.positions), k=k, v=v)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:

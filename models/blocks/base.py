@@ -1,4 +1,4 @@
-"""What the residual wiring sees of a sub-block: two halves, called one after the other."""
+"""The interface of a sub-block to the residual wiring: two halves, called one after the other."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -20,10 +20,10 @@ class SubBlock(CanonicalNames):
 
     `first` and `second` hold the matrices; `small`, where a sub-block has it, holds parameters that
     stay in fp32 whatever the precision (routers, decay rates), and is used by `begin` or `finish`.
-    A sub-block may stand at several places of the row; `context.index` says at which it is called.
+    A sub-block may be at several indices of the row; `context.index` is the one of this call.
 
-    Its `card` says all that is known of it. Its halves, and where it needs any it itself, declare
-    their `seams`: parallelism refuses what does not say so.
+    Its `card` describes it. Its halves declare their `seams`, and so does the sub-block itself if
+    it has any; parallelism refuses a half that does not declare them.
     """
 
     card: Card
@@ -32,7 +32,7 @@ class SubBlock(CanonicalNames):
     first: ParameterModule
     second: ParameterModule
     small: ParameterModule
-    share = 1.0  # of a sequence that this rank has
+    sequence_share = 1.0  # the fraction of a sequence's tokens on this rank
 
     def __init__(self, card: Card) -> None:
         super().__init__()
@@ -41,26 +41,26 @@ class SubBlock(CanonicalNames):
             setattr(self, seam.name, seam.local)
 
     def begin(self, x: Tensor, context: Context) -> Any:
-        """First half. x: `[S, B, D]`. Returns what `finish` takes."""
+        """Runs the first half on x `[S, B, D]`; returns the argument of `finish`."""
         return self.first(x, context)
 
     def report(self, carried: Any) -> BlockReport | None:
-        """Loads and balancing losses, read off what the first half returned."""
+        """Returns loads and balancing losses from the first half's result; None if it has none."""
         return None
 
     def finish(self, carried: Any, context: Context) -> Tensor:
-        """Second half. Returns `[S, B, D]`, to be added to the stream."""
+        """Runs the second half; returns `[S, B, D]`, which the wiring adds to the stream."""
         return self.second(carried, context)
 
 
-# x, weight, bias, whether SiLU follows, the name under which it keeps its last inputs, context
+# Arguments: x, weight, bias, whether SiLU follows, the role of the cached last inputs, context.
 Conv = Callable[[Tensor, Tensor, Tensor | None, bool, str, Context], Tensor]
 
 
 def local_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, role: str, context: Context
 ) -> Tensor:
-    """The `conv` seam's default: the whole sequence is on this device."""
+    """Convolves full sequences on this device: the `conv` seam's default."""
     before = context.cached(role)
     if context.cache is not None:
         if before is None:

@@ -13,7 +13,7 @@ from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import StatePassing
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.base import Card
-from colonnade.models.cards.delta import rule
+from colonnade.models.cards.delta import delta_mixing
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.parameter_module import ParameterModule
@@ -24,7 +24,7 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, Context], T
 
 
 class Projected(NamedTuple):
-    """What the first half hands to the second. K key heads of width P, H value heads of width V."""
+    """The result of the first half: K key heads of width P, H value heads of width V."""
 
     q: Tensor  # [S, B, K, P] convolved
     k: Tensor  # [S, B, K, P] convolved
@@ -44,7 +44,7 @@ def local_scan(
     context: Context,
     state_passing: StatePassing | None = None,
 ) -> Tensor:
-    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
+    """Scans full sequences, or with `state_passing` segments: the `scan` seam's default."""
     state = context.cached("state")
     o, state = delta_rule(
         q, k, v, beta, decay, chunk=chunk, documents=context.documents, initial_state=state,
@@ -55,7 +55,7 @@ def local_scan(
 
 
 class InConv(Convolving):
-    """Projections, and the causal convolutions of q, k, v."""
+    """Projects the input, and convolves q, k and v causally."""
 
     def __init__(self, records: list[ParameterSpec], key: int, value: int) -> None:
         super().__init__(records)
@@ -84,27 +84,27 @@ class Decay(ParameterModule):
     """log A and dt bias, `[H]` each (gated), in fp32 whatever the precision."""
 
     def log_decay(self, dt: Tensor | None) -> Tensor | None:
-        """−exp(A_log) softplus(dt + bias), `[S, B, H]`."""
+        """Returns −exp(A_log) softplus(dt + bias), `[S, B, H]`; None if not gated."""
         if dt is None:
             return None
         return -self.weight_of("A_log").exp() * F.softplus(wide(dt) + self.weight_of("dt_bias"))
 
 
 class DeltaOut(ParameterModule):
-    """Delta rule, norm per head, gate, output projection: back to `[S, B, D]`."""
+    """Applies delta rule, norm per head, gate and output projection: back to `[S, B, D]`."""
 
-    seams = (Seam("scan", local_scan, rule(gated=True).kinds),)
+    seams = (Seam("scan", local_scan, delta_mixing(gated=True).kinds),)
     scan: Scan
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
         super().__init__(records)
         self.chunk, self.eps = config.delta_chunk, config.norm_eps
-        self.strength = 2.0 if config.delta_negative else 1.0
+        self.max_beta = 2.0 if config.delta_negative else 1.0
 
     def forward(self, carried: tuple[Projected, Tensor | None], context: Context) -> Tensor:
         p, decay = carried
         q = l2_norm(p.q, 1e-6) * p.q.shape[-1] ** -0.5
-        beta = wide(p.beta).sigmoid() * self.strength
+        beta = wide(p.beta).sigmoid() * self.max_beta
         o = self.scan(q, l2_norm(p.k, 1e-6), p.v, beta, decay, self.chunk, context)
         o = rms_norm(o, self.weight_of("norm"), self.eps)
         if p.z is not None:

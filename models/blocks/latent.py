@@ -14,9 +14,10 @@ from colonnade.models.parameters import ParameterSpec
 
 
 class Latents(ParameterModule):
-    """Queries; keys and values through a latent that is all a cache has to hold.
+    """Projects to queries, and to keys and values through a latent, the only cached tensor.
 
-    A head's key is its own channels beside rotated ones that all heads share.
+    A key is the concatenation of the head's channels and of rotary channels that all heads share,
+    which are cached too.
     """
 
     seams = ()
@@ -24,13 +25,13 @@ class Latents(ParameterModule):
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
         super().__init__(records)
         c = config
-        self.own, self.value = c.head_dim, c.value_dim
+        self.head_dim, self.value_dim = c.head_dim, c.value_dim
         self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
         self.scaling, self.eps = rope_scaling(c), c.latent_norm_eps
         self.window_of = c.window_of
 
     def queries(self, x: Tensor) -> Tensor:
-        """`[S, B, H * P]`."""
+        """Returns queries, `[S, B, H * P]`."""
         if "q" in self.specs:
             return linear(x, self.weight_of("q"))
         latent = rms_norm(linear(x, self.weight_of("q_a")), self.weight_of("q_norm"), self.eps)
@@ -38,18 +39,19 @@ class Latents(ParameterModule):
 
     def forward(self, x: Tensor, context: Context) -> Projected:
         latent = rms_norm(linear(x, self.weight_of("kv_a")), self.weight_of("kv_norm"), self.eps)
-        shared = linear(x, self.weight_of("k_rope"))[..., None, :]
-        q = self.queries(x).unflatten(-1, (-1, self.own + self.rotated))
+        k_rope = linear(x, self.weight_of("k_rope"))[..., None, :]
+        q = self.queries(x).unflatten(-1, (-1, self.head_dim + self.rotated))
         if self.rope:
             table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
-            own, turned = q.split([self.own, self.rotated], dim=-1)
-            q, shared = torch.cat([own, rotate(turned, table)], dim=-1), rotate(shared, table)
+            q_head, q_rope = q.split([self.head_dim, self.rotated], dim=-1)
+            q = torch.cat([q_head, rotate(q_rope, table)], dim=-1)
+            k_rope = rotate(k_rope, table)
         last = None if (window := self.window_of(context.index)) is None else window - 1
-        latent = context.extended("latent", latent, last)
-        shared = context.extended("k_rope", shared, last)
-        k = linear(latent, self.weight_of("k_b")).unflatten(-1, (-1, self.own))
-        v = linear(latent, self.weight_of("v_b")).unflatten(-1, (-1, self.value))
-        k = torch.cat([k, shared.expand(*k.shape[:-1], -1)], dim=-1)
+        latent = context.append_to_cache("latent", latent, last)
+        k_rope = context.append_to_cache("k_rope", k_rope, last)
+        k = linear(latent, self.weight_of("k_b")).unflatten(-1, (-1, self.head_dim))
+        v = linear(latent, self.weight_of("v_b")).unflatten(-1, (-1, self.value_dim))
+        k = torch.cat([k, k_rope.expand(*k.shape[:-1], -1)], dim=-1)
         return Projected(q, k, v, None)
 
 
@@ -58,7 +60,7 @@ class LatentAttention(Attention):
 
     @staticmethod
     def projections(records: list[ParameterSpec], config: ModelConfig) -> ParameterModule:
-        """The first half."""
+        """Builds the first half."""
         return Latents(records, config)
 
     def begin(self, x: Tensor, context: Context) -> Projected:

@@ -24,7 +24,7 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Context], 
 
 
 class Projected(NamedTuple):
-    """What the first half hands to the second. C channels."""
+    """The result of the first half, and argument of the second. C channels."""
 
     z: Tensor  # [S, B, C] gate
     x: Tensor  # [S, B, C] convolved
@@ -34,7 +34,7 @@ def local_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
     state_passing: StatePassing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
+    """Scans full sequences, or with `state_passing` segments: the `scan` seam's default."""
     state = context.cached("state")
     y, state = selective_scan(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
@@ -45,7 +45,7 @@ def local_scan(
 
 
 class InConv(Convolving):
-    """Projections to z and x, and the causal convolution of x."""
+    """Projects to z and x, and convolves x causally."""
 
     def forward(self, u: Tensor, context: Context) -> Projected:
         weight, bias = self.weight_of("conv_x"), self.weight_of("conv_x_bias")
@@ -58,7 +58,7 @@ class Decay(ParameterModule):
 
 
 class ScanOut(ParameterModule):
-    """Selection of dt, B, C, scan, gate, output projection: back to `[S, B, D]`."""
+    """Projects to dt, B, C, scans, gates and projects back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan
@@ -68,7 +68,10 @@ class ScanOut(ParameterModule):
         self.chunk = chunk
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt within its rank, B and C of every token, from all channels: `[S, B, R or N]`."""
+        """Returns low-rank dt `[S, B, R]`, B and C `[S, B, N]`, from all channels of a token.
+
+        Where ranks shard the channels, all-reduces the partial products, in one call.
+        """
         dt, B, C = (linear(x, self.weight_of(name)) for name in ("dt_a", "B", "C"))
         if self.sharding.size == 1:
             return dt, B, C
@@ -78,8 +81,8 @@ class ScanOut(ParameterModule):
 
     def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:
         (z, x), small = carried
-        low, B, C = self.select(x)
-        raw = linear(low, self.weight_of("dt_b"))
+        low_rank_dt, B, C = self.select(x)
+        raw = linear(low_rank_dt, self.weight_of("dt_b"))
         dt = F.softplus(wide(raw) + small.weight_of("dt_bias"))
         A = -small.weight_of("A_log").exp()
         y = self.scan(x, dt, A, B, C, small.weight_of("D"), self.chunk, context)

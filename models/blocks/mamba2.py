@@ -22,7 +22,7 @@ from colonnade.models.seams import Seam
 
 
 class Projected(NamedTuple):
-    """What the first half hands to the second. P head width, G groups, N state."""
+    """The result of the first half. H heads of width P, G groups, N state."""
 
     z: Tensor  # [S, B, H*P] gate
     x: Tensor  # [S, B, H*P] convolved
@@ -38,7 +38,7 @@ def local_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int, context: Context,
     state_passing: StatePassing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
+    """Scans full sequences, or with `state_passing` segments: the `scan` seam's default."""
     state = context.cached("state")
     y, state = ssd(
         x, dt, A, B, C, D, chunk=chunk, documents=context.documents, initial_state=state,
@@ -49,14 +49,16 @@ def local_scan(
 
 
 class InConv(Convolving):
-    """Projections to z, x, B, C, dt, and the causal convolution of x, B, C."""
+    """Projects to z, x, B, C, dt, and convolves x, B and C causally."""
 
     def forward(self, u: Tensor, context: Context) -> Projected:
-        parts = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
+        projected = {name: linear(u, self.weight_of(name)) for name in Projected._fields}
         for name in "xBC":
             weight, bias = self.weight_of(f"conv_{name}"), self.weight_of(f"conv_{name}_bias")
-            parts[name] = self.conv(parts[name], weight, bias, True, f"conv_{name}", context)
-        return Projected(**parts)
+            projected[name] = self.conv(
+                projected[name], weight, bias, True, f"conv_{name}", context
+            )
+        return Projected(**projected)
 
 
 class Decay(ParameterModule):
@@ -64,7 +66,7 @@ class Decay(ParameterModule):
 
 
 class ScanOut(ParameterModule):
-    """Scan, gated norm within groups, output projection: back to `[S, B, D]`."""
+    """Scans, gates, norms within groups and projects back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan
@@ -81,8 +83,11 @@ class ScanOut(ParameterModule):
         x = p.x.unflatten(-1, (-1, self.width))
         B, C = (t.unflatten(-1, (-1, self.state)) for t in (p.B, p.C))
         y = self.scan(x, dt, A, B, C, D, self.chunk, context).flatten(-2) * F.silu(p.z)
-        here = B.shape[-2]  # groups, or the part of one that this rank has
-        grouped, weight = y.unflatten(-1, (here, -1)), self.weight_of("norm").view(here, -1)
+        local_groups = B.shape[
+            -2
+        ]  # 1 where several ranks hold the same group, each some heads of it
+        grouped = y.unflatten(-1, (local_groups, -1))
+        weight = self.weight_of("norm").view(local_groups, -1)
         mean = self.sharding.mean_over_ranks(self.groups)
         normed = rms_norm(grouped, weight, self.eps, mean=mean)
         return linear(normed.flatten(-2), self.weight_of("out"))

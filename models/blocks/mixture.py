@@ -28,23 +28,23 @@ from colonnade.models.context import Context, attach
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, of_half
 from colonnade.models.report import BlockReport
-from colonnade.models.seams import Seam, same
+from colonnade.models.seams import Seam, identity
 
 
 class Dispatched(NamedTuple):
-    """Rows sorted by expert, how to undo it, each choice's weight; the shared expert's input."""
+    """The result of the first half: rows sorted by expert, and all that `combine` needs."""
 
-    rows: Tensor  # [M, D], at most T*k rows
-    order: DispatchOrder
-    weight: Tensor  # [T, k]
+    rows: Tensor  # [M, D], sorted by expert, at most T*k rows
+    order: DispatchOrder  # inverts the sort
+    weight: Tensor  # [T, k], of each choice
     shape: torch.Size  # [S, B, D]
-    shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate
-    opening: Tensor | None  # [S, B, 1] gate on the shared expert, before the sigmoid
-    report: BlockReport | None = None  # of a router in training
+    shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate of the shared expert
+    shared_gate: Tensor | None  # [S, B, 1] gate on the shared expert, before the sigmoid
+    report: BlockReport | None = None  # in training, where there is a router
 
 
 class Router(Coefficients):
-    """Scores of every expert, `[S, B, E]`, in at least fp32, and the bias that steers choices."""
+    """Computes logits of all experts, `[S, B, E]`, in at least fp32; holds the bias on choices."""
 
     router_bias: Tensor  # [E], where configured
 
@@ -56,22 +56,26 @@ class Router(Coefficients):
         logits = wide(x) @ wide(self.weight_of("router")).T
         if self.noise and self.training:
             S, _, E = logits.shape
-            place = torch.arange(S) if context.token_index is None else context.token_index
-            place = place.to(x.device)[:, None, None]
-            columns = context.sample_numbers()[:, None], context.pass_index()[:, None]
-            keys = *columns, place, torch.arange(E, device=x.device)
-            drawn = draw_normal(context.rng_key, context.index, *keys, dtype=logits.dtype)
-            logits = logits + self.noise * drawn
+            # Keyed by sample and by token index in the full sequence: alike on every layout.
+            tokens = torch.arange(S) if context.token_index is None else context.token_index
+            tokens = tokens.to(x.device)[:, None, None]
+            columns = context.sample_indices()[:, None], context.pass_index()[:, None]
+            keys = *columns, tokens, torch.arange(E, device=x.device)
+            noise = draw_normal(context.rng_key, context.index, *keys, dtype=logits.dtype)
+            logits = logits + self.noise * noise
         return logits
 
     @torch.no_grad()
-    def steer(self, counts: Tensor, rate: float) -> None:
-        """Favour experts with less than the mean load, `[E]` of a batch (arXiv:2408.15664)."""
+    def update_bias(self, counts: Tensor, rate: float) -> None:
+        """Raises the bias of experts below the mean load, lowers others' (arXiv:2408.15664).
+
+        `counts` are the loads `[E]` of the global batch.
+        """
         self.router_bias += rate * (counts.mean() - counts).sign().to(self.router_bias)
 
 
 class Dispatch(ParameterModule):
-    """Sort tokens by expert, and start the shared expert: `[S, B, D]` to `[M, D]`."""
+    """Sorts tokens by expert, `[S, B, D]` to `[M, D]`, and runs the shared expert's first half."""
 
     seams = ()
 
@@ -80,25 +84,25 @@ class Dispatch(ParameterModule):
         self.experts = experts
 
     def forward(self, routed: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Dispatched:
-        x, chosen, kept, weight = routed
+        x, chosen, keep_mask, weight = routed
         rows, order = dispatch(
             x.flatten(0, 1),
             chosen.flatten(0, 1),
             self.experts,
-            None if kept is None else kept.flatten(0, 1),
+            None if keep_mask is None else keep_mask.flatten(0, 1),
         )
-        shared, opening = None, None
+        shared, shared_gate = None, None
         if "shared_up" in self.specs:
             gated = "shared_gate" in self.specs
             gate = linear(x, self.weight_of("shared_gate")) if gated else None
             shared = linear(x, self.weight_of("shared_up")), gate
         if "shared_open" in self.specs:
-            opening = linear(x, self.weight_of("shared_open"))
-        return Dispatched(rows, order, weight.flatten(0, 1), x.shape, shared, opening)
+            shared_gate = linear(x, self.weight_of("shared_open"))
+        return Dispatched(rows, order, weight.flatten(0, 1), x.shape, shared, shared_gate)
 
 
 class Experts(ParameterModule):
-    """Every expert's MLP over its rows, and the weighted sum: back to `[S, B, D]`."""
+    """Runs every expert's MLP on its rows, and sums them by weight, back to `[S, B, D]`."""
 
     seams = ()
 
@@ -107,31 +111,39 @@ class Experts(ParameterModule):
         self.activation = activation
 
     def forward(self, carried: tuple[Dispatched, Tensor | None], context: Context) -> Tensor:
-        sent, poly = carried
+        dispatched, poly = carried
         gate = self.weight_of("gate") if "gate" in self.specs else None
         up, down = self.weight_of("up"), self.weight_of("down")
-        counts, kind = sent.order.counts, self.activation
-        rows = expert_mlp(sent.rows, counts, gate, up, down, kind, poly, self.sharding)
-        y = combine(rows, sent.order, sent.weight).view(sent.shape)
-        if sent.shared is None:
+        order, kind = dispatched.order, self.activation
+        rows = dispatched.rows
+        rows = expert_mlp(rows, order.counts, gate, up, down, kind, poly, self.sharding)
+        y = combine(rows, order, dispatched.weight).view(dispatched.shape)
+        if dispatched.shared is None:
             return y
         down = self.weight_of("shared_down")
-        shared = activated_linear(*sent.shared, down, self.activation, poly, self.sharding)
-        return y + (shared if sent.opening is None else shared * sent.opening.sigmoid())
+        shared = activated_linear(*dispatched.shared, down, kind, poly, self.sharding)
+        if dispatched.shared_gate is not None:
+            shared = shared * dispatched.shared_gate.sigmoid()
+        return y + shared
 
 
 class Mixture(SubBlock):
     """Halves: `route, dispatch | experts, combine`.
 
-    Seams: `attach`, where several ranks compute the same balancing losses, has them count once;
-    where each has a part of a sequence, `share` of it all, `whole` puts the parts of all together,
-    and `mine` takes this rank's.
+    Seams: `attach` adds a balancing loss to the objective; where tensor-parallel ranks compute the
+    same loss, it counts once. Under context parallelism `full_sequence` all-gathers the segments of
+    a sequence, without gradient, and `local_segments` slices this rank's; `sequence_share` is the
+    fraction of the sequence in them.
     """
 
-    seams = Seam("attach", attach), Seam("whole", same), Seam("mine", same)
+    seams = (
+        Seam("attach", attach),
+        Seam("full_sequence", identity),
+        Seam("local_segments", identity),
+    )
     attach: Callable[[Tensor, Tensor], Tensor]
-    whole: Callable[[Tensor], Tensor]
-    mine: Callable[[Tensor], Tensor]
+    full_sequence: Callable[[Tensor], Tensor]
+    local_segments: Callable[[Tensor], Tensor]
 
     small: Router
 
@@ -139,7 +151,7 @@ class Mixture(SubBlock):
         super().__init__(card)
         c = self.config = config
         records = card.records(config, out_std)
-        self.rule = RoutingOptions(
+        self.routing = RoutingOptions(
             c.top_k, c.router_score, c.router_normalise, c.router_scale, c.router_groups,
             c.router_top_groups,
         )  # fmt: skip
@@ -150,40 +162,49 @@ class Mixture(SubBlock):
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         c, logits = self.config, self.small(x, context)
         bias = self.small.router_bias if c.router_bias else None
-        probabilities, chosen, weight = route(logits, self.rule, bias)
-        kept = None
-        if c.capacity is not None and self.training:  # only training drops choices
-            everyone = self.whole(chosen)
-            kept = self.mine(within_capacity(everyone, c.experts, c.capacity, c.balance_samples))
-        if not self.training:
-            return self.first((x, chosen, kept, weight))
+        probabilities, chosen, weight = route(logits, self.routing, bias)
+        if not self.training:  # only training drops choices and has balancing losses
+            return self.first((x, chosen, None, weight))
+        keep_mask = None
+        if c.capacity is not None:
+            # Earlier tokens of a sequence take an expert's capacity first, so the mask is computed
+            # from the choices of the full sequence.
+            all_chosen = self.full_sequence(chosen)
+            keep_mask = within_capacity(all_chosen, c.experts, c.capacity, c.balance_samples)
+            keep_mask = self.local_segments(keep_mask)
         term = None
         if c.balance or c.balance_sequence or c.router_z:
             term = self.losses(logits, probabilities, chosen) / context.groups
+            # Attached before dispatch, because `combine` uses the weights: backward through them
+            # then also runs backward through the losses.
             weight = self.attach(weight, term)
-        found = BlockReport(loads(chosen, None, c.experts), None if term is None else term.detach())
-        return self.first((x, chosen, kept, weight))._replace(report=found)
+        report = BlockReport(
+            loads(chosen, None, c.experts), None if term is None else term.detach()
+        )
+        return self.first((x, chosen, keep_mask, weight))._replace(report=report)
 
     def report(self, carried: Dispatched) -> BlockReport | None:
         return carried.report
 
     def losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """Balancing terms, summed over balance groups; a sample's own weigh 1/samples each.
+        """Returns the balancing losses, summed over balance groups.
 
-        Of a part of a sequence, that part's share: how often experts were chosen counts in all.
+        The loss of each sample (`balance_sequence`) weighs 1/balance_samples. Under context
+        parallelism it is the segments' share of the loss: probabilities are those of the segments,
+        while the choices are counted over the full sequence. The ranks' shares sum to the loss.
         """
         c, samples = self.config, self.config.balance_samples
         term = logits.new_zeros(())
         if c.balance:
-            everyone = self.whole(chosen)
-            term = term + c.balance * balance_loss(probabilities, everyone, samples)
+            all_chosen = self.full_sequence(chosen)
+            term = term + c.balance * balance_loss(probabilities, all_chosen, samples)
         if c.balance_sequence:
-            best = self.whole(best_experts(probabilities, c.top_k))
-            alone = balance_loss(probabilities, best, 1) / samples
-            term = term + c.balance_sequence * alone
+            best = self.full_sequence(best_experts(probabilities, c.top_k))
+            per_sample = balance_loss(probabilities, best, 1) / samples
+            term = term + c.balance_sequence * per_sample
         if c.router_z:
             term = term + c.router_z * router_z_loss(logits, samples)
-        return term * self.share
+        return term * self.sequence_share
 
     def finish(self, carried: Dispatched, context: Context) -> Tensor:
         return self.second((carried, self.small.values()), context)

@@ -13,7 +13,7 @@ from colonnade.models.parameters import ParameterSpec, of_half
 
 
 class Up(ParameterModule):
-    """Up and gate projections: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
+    """Projects to up and gate: `[S, B, D]` to `[S, B, F]` each (no gate: None)."""
 
     seams = ()
 
@@ -23,7 +23,7 @@ class Up(ParameterModule):
 
 
 class Down(ParameterModule):
-    """Activation and down projection: back to `[S, B, D]`."""
+    """Applies the activation and projects back to `[S, B, D]`."""
 
     seams = ()
 
@@ -43,12 +43,12 @@ class Coefficients(ParameterModule):
     """a_0 to a_3 of a polynomial activation (arXiv:2411.03884), in fp32 whatever the precision."""
 
     def values(self) -> Tensor | None:
-        """`[4]`, or None where the activation is no polynomial."""
+        """Returns `[4]`, or None where the activation is no polynomial."""
         return self.weight_of("poly") if "poly" in self.specs else None
 
 
 class MLP(SubBlock):
-    """Halves: `up, gate | activation, down`, so that backward can make the activation again."""
+    """Halves: `up, gate | activation, down`, so that backward can recompute the activation."""
 
     small: Coefficients
 

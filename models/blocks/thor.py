@@ -1,4 +1,4 @@
-"""`T`: THOR, experts chosen at random, of which every one learns the same (arXiv:2110.04260)."""
+"""`T`: THOR, experts chosen at random, trained to agree with each other (arXiv:2110.04260)."""
 
 from torch import Tensor
 
@@ -13,10 +13,10 @@ from colonnade.models.parameters import of_half
 
 
 class Thor(SubBlock):
-    """Halves: `draw, dispatch | expert`. No router: each balance group meets one random expert.
+    """Halves: `draw, dispatch | expert`. No router: each balance group gets one random expert.
 
-    The draw is a function of the step, the place in the row, the group's samples and the pass, so
-    it is the same on every layout, and again in recomputation.
+    The draw is a function of the step, the index in the row, the group's samples and the pass, so
+    it is the same on every layout, and in recomputation.
     """
 
     small: Coefficients
@@ -31,7 +31,7 @@ class Thor(SubBlock):
 
     def begin(self, x: Tensor, context: Context) -> Dispatched:
         S = len(x)
-        group = context.sample_numbers() // self.config.balance_samples
+        group = context.sample_indices() // self.config.balance_samples
         keys = context.rng_key, context.index, group, context.pass_index()
         chosen = draw_integers(self.config.experts, *keys).expand(S, -1)[..., None]
         return self.first((x, chosen, None, x.new_ones(chosen.shape)))

@@ -1,1 +1,1 @@
-"""A card for each kind of sub-block: all that is known of it but how it computes. No torch."""
+"""The cards: options, parameters, seams and FLOPs of each kind of sub-block. No torch."""

@@ -29,12 +29,12 @@ HEADS = "model.heads"
 
 
 def latent(c: "ModelConfig") -> bool:
-    """Whether keys and values come from a latent."""
+    """Whether keys and values are projected from a latent (MLA)."""
     return c.attention == "mla"
 
 
 def key_heads(c: "ModelConfig") -> int:
-    """Heads of keys and values: of latent attention as many as queries have."""
+    """The number of key and value heads: that of query heads under latent attention."""
     return c.heads if latent(c) else c.kv_heads
 
 
@@ -55,15 +55,15 @@ class AttentionCard(Card):
     symbol, title, mixing = "*", "attention", ATTEND
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections of queries, keys and values, sinks and temperature, the output."""
+        """Returns projections of q, k and v, sinks, temperature and the output projection."""
         c, split = config, Split(0, config.heads, HEADS)
         records = latents(c, split) if latent(c) else grouped(c, split)
-        for name, asked, first in (
+        for name, enabled, initial in (
             ("sinks", c.sinks, 0.0),
             ("growth", c.position_temperature, 1.5),
         ):
-            if asked:
-                spec = ParameterSpec(name, (c.heads,), constant(first), tp=split, half="small")
+            if enabled:
+                spec = ParameterSpec(name, (c.heads,), constant(initial), tp=split, half="small")
                 records.append(spec)
         inner = c.heads * c.values_width
         out = ParameterSpec(
@@ -73,15 +73,15 @@ class AttentionCard(Card):
         return [*records, out]
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """Scores and values, 2 FLOPs each per visible key: causal, so half of them, but for a
-        window."""
+        """Counts 2 FLOPs per visible key and channel, for scores and for values: with the causal
+        mask half of the sequence, less with a window."""
         c = config
         window = min(c.window_of(index) or seq_len, seq_len)
-        seen = window - window * window / (2 * seq_len)
-        return round(2 * seen * c.heads * (c.score_width + c.values_width))
+        visible = window - window * window / (2 * seq_len)
+        return round(2 * visible * c.heads * (c.score_width + c.values_width))
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """Grouped queries or latent attention, as configured."""
+        """Builds attention over grouped queries, or latent attention."""
         from colonnade.models.blocks.attention import Attention
         from colonnade.models.blocks.latent import LatentAttention
 
@@ -89,11 +89,13 @@ class AttentionCard(Card):
 
 
 def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
-    """Queries, keys and values with their filters and norms, and the gate of the output."""
-    keys = Split(0, c.kv_heads, "model.kv_heads", shared=True) if c.given("kv_heads") else queries
+    """Returns projections, filters and norms of q, k and v, and the gate on the output."""
+    keys = queries
+    if c.is_explicit("kv_heads"):
+        keys = Split(0, c.kv_heads, "model.kv_heads", replicable=True)
     records = []
     for name, split in {"q": queries, "k": keys, "v": keys}.items():
-        size = split.pieces * c.head_dim
+        size = split.units * c.head_dim
         fill = normal(0.0 if name == "q" and c.zero_init else c.init_std)
         records.append(ParameterSpec(name, (size, c.hidden), fill, "reads", tp=split))
         if c.attention_conv:  # the identity at first
@@ -101,14 +103,12 @@ def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
             records.append(ParameterSpec(f"conv_{name}", shape, last_tap, decay=False, tp=split))
         if c.qk_norm != "none" and name != "v":
             full = c.qk_norm == "full"
-            first, at = constant(c.first_norm), split if full else None
-            width = size if full else c.head_dim
-            records.append(ParameterSpec(f"{name}_norm", (width,), first, tp=at))
+            width, norm_split = (size, split) if full else (c.head_dim, None)
+            fill = constant(c.first_norm)
+            records.append(ParameterSpec(f"{name}_norm", (width,), fill, tp=norm_split))
     if c.attention_gate == "channel":
         shape = c.heads * c.head_dim, c.hidden
-        records.append(
-            ParameterSpec("gate_z", shape, normal(c.init_std), "reads", tp=queries)
-        )  # fmt: skip
+        records.append(ParameterSpec("gate_z", shape, normal(c.init_std), "reads", tp=queries))
     elif c.attention_gate == "head":
         shape = c.heads, c.hidden // c.heads
         records.append(ParameterSpec("gate_w", shape, normal(c.init_std), tp=queries))
@@ -117,31 +117,32 @@ def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
 
 
 def latents(c: "ModelConfig", split: Split) -> list[ParameterSpec]:
-    """Queries, through a latent where it has a rank; keys and values through theirs."""
-    queries, normally = c.heads * c.score_width, normal(c.init_std)
+    """Returns projections of queries, through a latent if `q_rank`, and of keys and values, always
+    through theirs."""
+    queries, init = c.heads * c.score_width, normal(c.init_std)
     fill = normal(0.0 if c.zero_init else c.init_std)
     if c.q_rank:
         records = [
-            ParameterSpec("q_a", (c.q_rank, c.hidden), normally, "reads"),
+            ParameterSpec("q_a", (c.q_rank, c.hidden), init, "reads"),
             ParameterSpec("q_norm", (c.q_rank,), constant(1.0)),
             ParameterSpec("q_b", (queries, c.q_rank), fill, "inner", tp=split),
         ]
     else:
         records = [ParameterSpec("q", (queries, c.hidden), fill, "reads", tp=split)]
-    own, values = (c.heads * width for width in (c.head_dim, c.value_dim))
+    keys, values = c.heads * c.head_dim, c.heads * c.value_dim
     return [
         *records,
-        ParameterSpec("kv_a", (c.kv_rank, c.hidden), normally, "reads"),
+        ParameterSpec("kv_a", (c.kv_rank, c.hidden), init, "reads"),
         ParameterSpec("kv_norm", (c.kv_rank,), constant(1.0)),
-        ParameterSpec("k_rope", (c.rope_dim, c.hidden), normally, "reads"),
-        ParameterSpec("k_b", (own, c.kv_rank), normally, "inner", tp=split),
-        ParameterSpec("v_b", (values, c.kv_rank), normally, "inner", tp=split),
+        ParameterSpec("k_rope", (c.rope_dim, c.hidden), init, "reads"),
+        ParameterSpec("k_b", (keys, c.kv_rank), init, "inner", tp=split),
+        ParameterSpec("v_b", (values, c.kv_rank), init, "inner", tp=split),
     ]
 
 
 def scales_scores(m: "ModelConfig") -> bool:
-    """Whether `rope_mscale_all` changes anything: it scales latent attention's scores, and is part
-    of the factor of cosine and sine."""
+    """Whether `rope_mscale_all` has an effect: it scales the scores of latent attention, and enters
+    the factor of cosine and sine where that is computed."""
     computed = m.rope_attention_factor is None and m.rope_mscale > 0
     return latent(m) or computed
 
@@ -183,7 +184,7 @@ WINDOW = Need(lambda m: m.window is not None, "without model.window", ("window",
 
 
 class AttentionOptions(Options):
-    """`*`."""
+    """`*`: attention."""
 
     cards: ClassVar[tuple[Card, ...]] = (AttentionCard(),)
 
@@ -248,13 +249,13 @@ class AttentionOptions(Options):
         "none", "norm queries and keys in each head, or over all of them"
     )
     window: Annotated[Length | None, length(5)] = option(
-        None, "keys a query sees, its own included", ge=1
+        None, "keys a query attends to, its own included", ge=1
     )
     full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = option(
         (), "which attentions of the row, counted from 0, have no window"
     )
     sinks: Annotated[bool, choice()] = option(
-        False, "a learned logit per head that takes weight, no value"
+        False, "a learned logit per head in the softmax, without a value"
     )
     attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = option(
         "none", "sigmoid gate per head on its input slice, or per channel"

@@ -1,9 +1,9 @@
-"""A sub-block's card: all that is known of it but how it computes. Imports no torch.
+"""A sub-block's card: its options, parameters, seams and FLOPs, without its code. Imports no torch.
 
-Cards stand in `models/cards/NAME.py`. Beside options (`models.options`) and parameters
-(`models.parameters`) a card says what mixes along the sequence, and what of it ranks may exchange:
-the seams of the sub-block's halves, the exchange of heads, the bytes that are sent and the types of
-the checker in tests follow from that.
+The cards are in `models/cards/NAME.py`. Beside options (`models.options`) and parameters
+(`models.parameters`) a card describes the operator that mixes along the sequence, and the tensors
+that ranks may exchange for it. The seams of the sub-block's halves, the all-to-all of heads, the
+count of bytes sent and the tests' type checker are derived from that.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,44 +16,46 @@ if TYPE_CHECKING:
     from colonnade.models.blocks.base import SubBlock
     from colonnade.models.config import ModelConfig
 
-# How an argument lies over the heads of a sub-block (of Mamba-1 the channels), which do not meet:
-# head      [S, B, H, ...]  of each head
-# group     [S, B, G, ...]  of each group of heads; where ranks outnumber groups, several share one
+# How an argument is laid out over the heads of a sub-block (of Mamba-1 over the channels), which
+# the operator treats independently of each other:
+# head      [S, B, H, ...]  one slice per head
+# group     [S, B, G, ...]  one slice per group of heads; with more ranks than groups, several ranks
+#                           hold the same group
 # shared    [S, B, ...]     the same for all heads
-# constant  [H, ...]        of each head, for all tokens
+# constant  [H, ...]        one slice per head, the same for all tokens
 Kind = Literal["head", "group", "shared", "constant"]
 Size = Callable[["ModelConfig"], int]
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor that an operator along the sequence takes or gives.
+    """An input or the output of an operator along the sequence.
 
     Attributes:
-        kind: how it lies over the heads.
-        count: heads or groups; 1 where it is shared.
-        width: numbers of a token in each of them.
+        kind: how it is laid out over the heads.
+        count: the number of heads or groups; 1 where it is shared.
+        width: elements per token and head, or per token and group.
         wide: whether it is in at least fp32 whatever the precision.
-        given: whether there is one.
+        present: whether the sub-block has it; otherwise None is passed.
     """
 
     kind: Kind
     count: Size = lambda c: 1
     width: Size = lambda c: 1
     wide: bool = False
-    given: bool = True
+    present: bool = True
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """What a sub-block does along the sequence, through one seam.
+    """The operator of a sub-block along the sequence, which is called through one seam.
 
     Attributes:
-        seam: its name.
+        seam: the name of the seam.
         arguments: the seam's tensors, in order, before all other arguments.
-        result: the tensor that it gives.
-        state: numbers of a sequence's state and of the transition that a segment applies to it,
-            which ranks hand on; None: it has no state (attention).
+        result: the output tensor.
+        state: elements per sequence of the state, and of the transition that a segment applies to
+            it, which context ranks send to each other; None: no state (attention).
     """
 
     seam: Literal["attend", "scan"]
@@ -63,15 +65,15 @@ class Mixing:
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        """How each argument lies over the heads."""
+        """How each argument is laid out over the heads."""
         return {name: argument.kind for name, argument in self.arguments.items()}
 
 
 class Card:
-    """All that is known of the sub-block that `symbol` stands for.
+    """Describes the kind of sub-block that `symbol` denotes in a pattern.
 
-    `title` names it within a sentence. `mixing` is None where it works token by token; parallelism
-    refuses a card that does not say.
+    `title` is its name within a sentence. `mixing` is None where it works token by token;
+    `parallelize` refuses a card without the attribute.
     """
 
     symbol: str
@@ -79,31 +81,39 @@ class Card:
     mixing: Mixing | None
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """A new record of each parameter; `out_std` is that of weights that write the stream."""
+        """Returns a new record of each parameter.
+
+        `out_std` is the initial standard deviation of weights that write onto the stream.
+        """
         raise NotImplementedError
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """Forward FLOPs per token at this place beside those of the weights (2 per weight used)."""
+        """Returns forward FLOPs per token at row index `index`, without the 2 per weight used."""
         return 0
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module. Imports torch."""
+        """Builds the module. Imports torch."""
         raise NotImplementedError
 
     def records(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """The parameters, and under σReparam the gain and the singular vectors of each weight."""
-        own = self.parameters(config, out_std)
-        return own + [r for spec in own for r in gains(spec)] if config.sigma_reparam else own
+        """Returns `parameters`, and for σReparam each weight's gain and singular vectors."""
+        records = self.parameters(config, out_std)
+        if not config.sigma_reparam:
+            return records
+        return records + [extra for record in records for extra in gains(record)]
 
 
 def gains(spec: ParameterSpec) -> list[ParameterSpec]:
-    """What σReparam holds beside a linear weight `[..., O, I]` (`models.reparam`)."""
+    """Returns σReparam's gain and singular vectors of a linear weight `[..., O, I]`.
+
+    `models.reparam` uses them; a record of another role has none.
+    """
     if not spec.is_matrix:
         return []
-    *many, rows, columns = spec.shape
+    *experts, rows, columns = spec.shape
     zero = constant(0.0)
     return [
-        ParameterSpec(f"{spec.name}_gain", tuple(many) or (1,), zero, half=spec.half),
-        ParameterSpec(f"{spec.name}_left", (*many, rows), zero, half=spec.half, state=True),
-        ParameterSpec(f"{spec.name}_right", (*many, columns), zero, half=spec.half, state=True),
+        ParameterSpec(f"{spec.name}_gain", tuple(experts) or (1,), zero, half=spec.half),
+        ParameterSpec(f"{spec.name}_left", (*experts, rows), zero, half=spec.half, state=True),
+        ParameterSpec(f"{spec.name}_right", (*experts, columns), zero, half=spec.half, state=True),
     ]

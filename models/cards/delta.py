@@ -36,15 +36,15 @@ OF_KEYS = Argument("group", lambda c: c.delta_key_heads, lambda c: c.delta_key_d
 OF_VALUES = Argument("head", lambda c: c.delta_heads, lambda c: c.delta_value_dim)
 
 
-def rule(gated: bool) -> Mixing:
-    """The delta rule's seam; `decay` is there where it is gated."""
+def delta_mixing(gated: bool) -> Mixing:
+    """Returns the delta rule as an operator along the sequence; `decay` is present if gated."""
     of_heads = Argument("head", lambda c: c.delta_heads, wide=True)
-    decay = Argument("head", lambda c: c.delta_heads, wide=True, given=gated)
+    decay = Argument("head", lambda c: c.delta_heads, wide=True, present=gated)
     return Mixing(
         "scan",
         {"q": OF_KEYS, "k": OF_KEYS, "v": OF_VALUES, "beta": of_heads, "decay": decay},
         result=OF_VALUES,
-        # of each head a state [K, V], and the matrix [K, K] that a segment applies to it
+        # per head a state [K, V], and the transition [K, K] that a segment applies to it
         state=lambda c: c.delta_heads * c.delta_key_dim * (c.delta_value_dim + c.delta_key_dim),
     )
 
@@ -54,22 +54,24 @@ class DeltaCard(Card):
 
     def __init__(self, symbol: str, title: str, gated: bool) -> None:
         self.symbol, self.title, self.gated = symbol, title, gated
-        self.mixing = rule(gated)
+        self.mixing = delta_mixing(gated)
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections and filters of q, k and v, beta, decay and gate where gated, the output."""
+        """Returns projections, filters of q, k and v, decay and gate if gated, norm and output."""
         c, H = config, config.delta_heads
         keys, values = c.delta_key_heads * c.delta_key_dim, H * c.delta_value_dim
-        own, groups = Split(0, H, HEADS), Split(0, H, HEADS)
-        if c.given("delta_key_heads"):
-            groups = Split(0, c.delta_key_heads, "model.delta_key_heads", shared=True)
+        heads = key_heads = Split(0, H, HEADS)
+        if c.is_explicit("delta_key_heads"):
+            key_heads = Split(0, c.delta_key_heads, "model.delta_key_heads", replicable=True)
         widths = {"q": keys, "k": keys, "v": values, "beta": H}
         if self.gated:
             widths |= {"dt": H, "z": values}
-        filters = uniform(-(c.delta_conv**-0.5), c.delta_conv**-0.5)  # the fan-in is the width
+        filters = uniform(
+            -(c.delta_conv**-0.5), c.delta_conv**-0.5
+        )  # the fan-in is the filter width
         records = []
         for name, size in widths.items():
-            split = groups if name in ("q", "k") else own
+            split = key_heads if name in ("q", "k") else heads
             shape = size, c.hidden
             records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", tp=split))
             if name in ("q", "k", "v"):
@@ -82,7 +84,7 @@ class DeltaCard(Card):
         return [
             *records,
             *(
-                ParameterSpec(name, (H,), fill, tp=own, half="small")
+                ParameterSpec(name, (H,), fill, tp=heads, half="small")
                 for name, fill in decay.items()
                 if self.gated
             ),
@@ -94,21 +96,21 @@ class DeltaCard(Card):
         ]  # fmt: skip
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """Of each head K Kᵀ, Q Kᵀ and the solve over half a chunk, its products with K and V, and
-        reading, correcting and writing the state."""
+        """Counts per head K Kᵀ, Q Kᵀ and the triangular solve over half a chunk, its products with
+        K and V, and reading, correcting and writing the state."""
         key, value = config.delta_key_dim, config.delta_value_dim
         half = min(config.delta_chunk, seq_len) // 2
         return config.delta_heads * (2 * half * (3 * key + 2 * value) + 6 * key * value)
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.delta import DeltaNet
 
         return DeltaNet(self, config, out_std)
 
 
 class DeltaOptions(Options):
-    """`D` DeltaNet and `G` gated DeltaNet."""
+    """`D`: DeltaNet; `G`: gated DeltaNet."""
 
     cards: ClassVar[tuple[Card, ...]] = (
         DeltaCard("D", "DeltaNet", False),

@@ -46,13 +46,13 @@ SCAN = Mixing(
         "D": Argument("constant"),
     },
     result=OF_CHANNELS,
-    # of each channel N states, and the product of the decays of each
+    # per channel N states, and the transition of a segment: the product of the decays of each
     state=lambda c: 2 * c.mamba1_inner * c.mamba1_state,
 )
 
 
-def steps_of(c: "ModelConfig") -> Fill:
-    """U(± rank^-½) of the base's rank, which muP scales by itself."""
+def dt_projection_fill(c: "ModelConfig") -> Fill:
+    """Draws from U(± rank^-½), with the rank of muP's base model, because muP scales the rest."""
 
     def fill(t: "Tensor", g: "Generator") -> None:
         bound = (c.base() or c).mamba1_rank ** -0.5
@@ -67,46 +67,50 @@ class Mamba1Card(Card):
     symbol, title, mixing = "m", "Mamba-1", SCAN
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections to z and x, x's filter, selection of dt, B and C, decay and output."""
+        """Returns projections to z and x, x's filter, projections to dt, B and C, decay, output."""
         c, C, rank = config, config.mamba1_inner, config.mamba1_rank
-        own, inputs = Split(0, C, CHANNELS), Split(1, C, CHANNELS)
-        filters = uniform(-(c.mamba1_conv**-0.5), c.mamba1_conv**-0.5)  # the fan-in is the width
-        steps = inverse_softplus_dt(1e-3, 0.1, 1e-4)
-        normally = normal(c.init_std)
+        channels, inputs = Split(0, C, CHANNELS), Split(1, C, CHANNELS)
+        filters = uniform(
+            -(c.mamba1_conv**-0.5), c.mamba1_conv**-0.5
+        )  # the fan-in is the filter width
+        dt_bias = inverse_softplus_dt(1e-3, 0.1, 1e-4)
+        init = normal(c.init_std)
         selected = {"dt_a": rank, "B": c.mamba1_state, "C": c.mamba1_state}
         return [
-            ParameterSpec("z", (C, c.hidden), normally, "reads", tp=own),
-            ParameterSpec("x", (C, c.hidden), normally, "reads", tp=own),
-            ParameterSpec("conv_x", (C, c.mamba1_conv), filters, tp=own),
-            ParameterSpec("conv_x_bias", (C,), filters, tp=own),
+            ParameterSpec("z", (C, c.hidden), init, "reads", tp=channels),
+            ParameterSpec("x", (C, c.hidden), init, "reads", tp=channels),
+            ParameterSpec("conv_x", (C, c.mamba1_conv), filters, tp=channels),
+            ParameterSpec("conv_x_bias", (C,), filters, tp=channels),
             ParameterSpec(
-                "A_log", (C, c.mamba1_state), log_counting, decay=False, tp=own, half="small"
+                "A_log", (C, c.mamba1_state), log_counting, decay=False, tp=channels, half="small"
             ),
-            ParameterSpec("dt_bias", (C,), steps, tp=own, half="small"),
-            ParameterSpec("D", (C,), constant(1.0), tp=own, half="small"),
+            ParameterSpec("dt_bias", (C,), dt_bias, tp=channels, half="small"),
+            ParameterSpec("D", (C,), constant(1.0), tp=channels, half="small"),
             *(
-                ParameterSpec(name, (size, C), normally, "inner", tp=inputs, half="second")
+                ParameterSpec(name, (size, C), init, "inner", tp=inputs, half="second")
                 for name, size in selected.items()
             ),
-            ParameterSpec("dt_b", (C, rank), steps_of(c), "inner", tp=own, half="second"),
+            ParameterSpec(
+                "dt_b", (C, rank), dt_projection_fill(c), "inner", tp=channels, half="second"
+            ),
             ParameterSpec(
                 "out", (c.hidden, C), normal(out_std), "writes", tp=inputs, half="second"
             ),
         ]
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """Decay, write and read of every state, 2 FLOPs each."""
+        """Counts decay, write and read of every state element, 2 FLOPs each."""
         return 6 * config.mamba1_inner * config.mamba1_state
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.mamba1 import Mamba1
 
         return Mamba1(self, config, out_std)
 
 
 class Mamba1Options(Options):
-    """`m` Mamba-1."""
+    """`m`: Mamba-1."""
 
     cards: ClassVar[tuple[Card, ...]] = (Mamba1Card(),)
 

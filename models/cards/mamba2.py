@@ -44,7 +44,7 @@ SCAN = Mixing(
         "D": Argument("constant"),
     },
     result=OF_HEADS,
-    # of each head a state [P, N] and the product of its decays
+    # per head a state [P, N], and the transition of a segment: the product of its decays
     state=lambda c: c.mamba_heads * (c.mamba_head_dim * c.mamba_state + 1),
 )
 
@@ -55,14 +55,17 @@ class Mamba2Card(Card):
     symbol, title, mixing = "M", "Mamba-2", SCAN
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections to z, x, B, C and dt, filters of x, B and C, decay, norm and output."""
+        """Returns projections to z, x, B, C, dt, filters of x, B, C, decay, norm and output."""
         c, H = config, config.mamba_heads
         inner, state = H * c.mamba_head_dim, c.mamba_groups * c.mamba_state
-        own, groups = Split(0, H, HEADS), Split(0, c.mamba_groups, GROUPS, shared=True)
-        filters = uniform(-(c.mamba_conv**-0.5), c.mamba_conv**-0.5)  # the fan-in is the width
+        heads = Split(0, H, HEADS)
+        groups = Split(0, c.mamba_groups, GROUPS, replicable=True)
+        filters = uniform(
+            -(c.mamba_conv**-0.5), c.mamba_conv**-0.5
+        )  # the fan-in is the filter width
         records = []
         for name, size in {"z": inner, "x": inner, "B": state, "C": state, "dt": H}.items():
-            split = groups if name in ("B", "C") else own
+            split = groups if name in ("B", "C") else heads
             shape = size, c.hidden
             records.append(ParameterSpec(name, shape, normal(c.init_std), "reads", tp=split))
             if name in ("x", "B", "C"):
@@ -76,8 +79,8 @@ class Mamba2Card(Card):
         }
         return [
             *records,
-            *(ParameterSpec(n, (H,), fill, tp=own, half="small") for n, fill in decay.items()),
-            ParameterSpec("norm", (inner,), constant(1.0), tp=own, half="second"),
+            *(ParameterSpec(n, (H,), fill, tp=heads, half="small") for n, fill in decay.items()),
+            ParameterSpec("norm", (inner,), constant(1.0), tp=heads, half="second"),
             ParameterSpec(
                 "out", (c.hidden, inner), normal(out_std), "writes",
                 tp=Split(1, H, HEADS), half="second",
@@ -85,20 +88,21 @@ class Mamba2Card(Card):
         ]  # fmt: skip
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """C Bᵀ per group and its product with x over half a chunk, state in and state out."""
+        """Counts C Bᵀ per group and its product with x over half a chunk, and reading and writing
+        the state."""
         c, inner = config, config.mamba_heads * config.mamba_head_dim
         half = min(c.mamba_chunk, seq_len) // 2
         return 2 * half * (c.mamba_groups * c.mamba_state + inner) + 4 * inner * c.mamba_state
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.mamba2 import Mamba2
 
         return Mamba2(self, config, out_std)
 
 
 class Mamba2Options(Options):
-    """`M` Mamba-2."""
+    """`M`: Mamba-2."""
 
     cards: ClassVar[tuple[Card, ...]] = (Mamba2Card(),)
 

@@ -30,28 +30,28 @@ class MixtureCard(Card):
     symbol, title, mixing = "E", "a mixture of experts", None
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Router, experts, and an expert that every token meets."""
-        c, normally = config, normal(config.init_std)
-        router = [ParameterSpec("router", (c.experts, c.hidden), normally, "reads", half="small")]
+        """Returns router, experts and the shared expert, which every token uses."""
+        c, init = config, normal(config.init_std)
+        router = [ParameterSpec("router", (c.experts, c.hidden), init, "reads", half="small")]
         if c.router_bias:
             bias = ParameterSpec("router_bias", (c.experts,), constant(0.0), half="small")
             bias.state = True
             router.append(bias)
         shared = mlp(c, c.shared_ffn, "model.shared_ffn", out_std, "shared_")
         if c.shared_gate:
-            shared.append(ParameterSpec("shared_open", (1, c.hidden), normally, "reads"))
-        chosen = experts(c, out_std, Fraction(c.top_k, c.experts))
-        return [*activation(c), *router, *(shared if c.shared_ffn else []), *chosen]
+            shared.append(ParameterSpec("shared_open", (1, c.hidden), init, "reads"))
+        routed = experts(c, out_std, Fraction(c.top_k, c.experts))
+        return [*activation(c), *router, *(shared if c.shared_ffn else []), *routed]
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.mixture import Mixture
 
         return Mixture(self, config, out_std)
 
 
 def in_balance_groups(m: "ModelConfig") -> bool:
-    """Whether anything is computed by balance groups (a mean over all groups is not)."""
+    """Whether any result depends on the balance groups (a mean over all groups does not)."""
     grouped = m.balance > 0 or m.capacity is not None
     return m.has("T") or (m.has("E") and grouped)
 
@@ -79,7 +79,7 @@ IN_GROUPS = Need(
 
 
 class ExpertOptions(Options):
-    """`E` mixture of experts and `T` THOR."""
+    """`E`: mixture of experts; `T`: THOR."""
 
     cards: ClassVar[tuple[Card, ...]] = (MixtureCard(), ThorCard())
 
@@ -89,13 +89,13 @@ class ExpertOptions(Options):
         Formula("ffn"), "inner width of an expert", ge=1
     )
     shared_ffn: Annotated[Count, width(12, divided=True, optional=True, symbols="E")] = option(
-        0, "width of an expert every token meets; 0: none", ge=0
+        0, "inner width of the shared expert, which every token uses; 0: none", ge=0
     )
     shared_gate: Annotated[bool, choice(SHARED, symbols="E")] = option(
         False, "a sigmoid gate on the shared expert"
     )
     router_score: Annotated[Literal["softmax", "sigmoid"], choice(symbols="E")] = option(
-        "softmax", "of a token over all experts, or of each expert by itself"
+        "softmax", "softmax over all experts of a token, or sigmoid of each expert"
     )
     router_normalise: Annotated[bool, choice(SEVERAL, symbols="E")] = option(
         True, "a token's weights sum to 1"
@@ -108,10 +108,10 @@ class ExpertOptions(Options):
         None, "groups a token may choose from", ge=1
     )
     router_bias: Annotated[bool, choice(symbols="E")] = option(
-        False, "a bias steers choices; set balance to 0 to do without the loss"
+        False, "a bias on the choice of experts balances loads; set balance to 0 to drop the loss"
     )
     router_bias_rate: Annotated[float, choice(STEERED, symbols="E", training=True)] = option(
-        1e-3, "its change per step", ge=0
+        1e-3, "change of the bias per step", ge=0
     )
     router_noise: Annotated[float, choice(symbols="E", training=True)] = option(
         0.0, "standard deviation of noise in training", ge=0
@@ -123,7 +123,7 @@ class ExpertOptions(Options):
         0.01, "weight of the load-balancing loss", ge=0
     )
     balance_sequence: Annotated[float, choice(symbols="E", training=True)] = option(
-        0.0, "the same, for each sample alone", ge=0
+        0.0, "the same, computed for each sample separately", ge=0
     )
     balance_samples: Annotated[Count, choice(IN_GROUPS, training=True)] = option(
         1, "consecutive samples per balance group", ge=1

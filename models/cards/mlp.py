@@ -19,11 +19,11 @@ class MLPCard(Card):
     symbol, title, mixing = "-", "an MLP", None
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections of the MLP, and the coefficients of its activation."""
+        """Returns the projections, and the coefficients of a polynomial activation."""
         return [*mlp(config, config.ffn, "model.ffn", out_std), *activation(config)]
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.mlp import MLP
 
         return MLP(self, config, out_std)
@@ -32,7 +32,7 @@ class MLPCard(Card):
 def mlp(
     c: "ModelConfig", inner: int, field: str, out_std: float, prefix: str = ""
 ) -> list[ParameterSpec]:
-    """The weights of an MLP whose width the field `field` sets."""
+    """Returns the weights of an MLP whose inner width the recipe field `field` sets."""
     shape, split = (inner, c.hidden), Split(0, inner, field)
     up = ParameterSpec(f"{prefix}up", shape, normal(c.init_std), "reads", tp=split)
     gate = ParameterSpec(f"{prefix}gate", shape, normal(c.init_std), "reads", tp=split)
@@ -44,7 +44,7 @@ def mlp(
 
 
 def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterSpec]:
-    """Every expert's MLP, stacked along dimension 0; a token meets the share `used` of them."""
+    """Returns all experts' MLPs, stacked along dimension 0; a token uses the fraction `used`."""
     E, F, D, field = c.experts, c.expert_ffn, c.hidden, c.source_of("expert_ffn")
     over_experts = Split(0, E, "model.experts")
     inner = [
@@ -62,15 +62,15 @@ def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterS
 
 
 def activation(c: "ModelConfig", half: Half = "small") -> list[ParameterSpec]:
-    """a_0 to a_3 of a polynomial activation, in fp32 whatever the precision."""
+    """Returns a_0 to a_3 of a polynomial activation, in fp32 whatever the precision; else none."""
     if not polynomial(c.activation):
         return []
     return [ParameterSpec("poly", (4,), coefficients, half=half)]
 
 
 def takes_width(m: "ModelConfig") -> bool:
-    """Whether an MLP, or experts without a width of their own, have the width `ffn`."""
-    return m.has("-") or (m.has("E", "T") and not m.given("expert_ffn"))
+    """Whether `ffn` is the width of an MLP, or of experts because expert_ffn is not set."""
+    return m.has("-") or (m.has("E", "T") and not m.is_explicit("expert_ffn"))
 
 
 WIDTH = Need(
@@ -81,7 +81,7 @@ WIDTH = Need(
 
 
 class MLPOptions(Options):
-    """`-`, and the inside of experts."""
+    """`-`: MLP; its fields apply to experts too."""
 
     cards: ClassVar[tuple[Card, ...]] = (MLPCard(),)
 

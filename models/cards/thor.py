@@ -18,12 +18,12 @@ class ThorCard(Card):
     symbol, title, mixing = "T", "THOR", None
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """The experts, of which a token meets one."""
+        """Returns the experts, of which a token uses one."""
         used = Fraction(1, config.experts)
         return [*activation(config), *experts(config, out_std, used)]
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.thor import Thor
 
         return Thor(self, config, out_std)

@@ -95,6 +95,7 @@ class HeadExchange:
                     tensors |= zip(found, move(*(tensors[i] for i in found)), strict=True)
             for i in of("constant"):
                 tensors[i] = self.mine(tensors[i])
-            return self.give(seam.local(*tensors.values(), *given[len(kinds) :], context.whole()))
+            context = context.for_full_sequence()
+            return self.give(seam.local(*tensors.values(), *given[len(kinds) :], context))
 
         return moved

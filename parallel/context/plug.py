@@ -39,7 +39,7 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
     """
     group = mesh.get_group()
     cut = SequenceSharding(group.size(), group.rank(), config.zigzag)
-    model.mine = cut.mine
+    model.local_segments = cut.mine
     _, block = next(sub_blocks(model))
     heads = model.config.heads // block.first.sharding.size
     conv, attend = context_conv(cut, group), context_attend(mesh, config, heads)
@@ -48,13 +48,13 @@ def context_parallel(model: Decoder, mesh: DeviceMesh, config: ParallelConfig) -
         "conv": lambda seam: conv,
         "attend": lambda seam: attend,
         "scan": scans.filled,
-        "mine": lambda seam: cut.mine,
-        "whole": lambda seam: whole,
+        "local_segments": lambda seam: cut.mine,
+        "full_sequence": lambda seam: whole,
     }
     fill_seams(model, "cp", fills)
     check_sequence_mixers(model)
     for _, block in sub_blocks(model):
-        block.share = 1 / cut.ranks
+        block.sequence_share = 1 / cut.ranks
 
 
 def gathered(cut: SequenceSharding, group: dist.ProcessGroup, t: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def context_attend(mesh: DeviceMesh, config: ParallelConfig, heads: int) -> Atte
             if softmax.sinks is not None:
                 softmax = dataclasses.replace(softmax, sinks=inner.mine(softmax.sinks))
         if outer.size() == 1:
-            y = local_attend(q, k, v, softmax, context.whole())
+            y = local_attend(q, k, v, softmax, context.for_full_sequence())
         else:
             y = across(q, k, v, softmax, context)
         return y if inner is None else inner.give(y)

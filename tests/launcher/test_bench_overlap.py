@@ -65,7 +65,7 @@ def test_every_collective_of_the_row_goes_over_the_link(sequence: bool) -> None:
             if variant == "standard":
                 assert min(took[:2]) >= per_pass * watch.delay
                 assert per_pass * watch.delay / 2 < took.forward_waited <= took.forward
-            assert only.wiring.late == [False, variant == "ladder"]
+            assert only.wiring.skips_newest == [False, variant == "ladder"]
 
 
 def test_a_tiny_run_has_figures() -> None:

@@ -1,4 +1,4 @@
-"""Small models of every kind, in fp64 with random weights, and rows for them."""
+"""Small models of every kind, in fp64 with random weights, and token batches for them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ S, B, V = 23, 2, 31
 
 
 def config_of(pattern: str, **fields: Any) -> ModelConfig:
-    """Odd widths, chunks that do not divide the row, no balancing terms unless asked for."""
+    """Returns a config with odd widths, chunks that do not divide S, and no balancing losses."""
     small = dict(
         vocab=V, hidden=12, heads=4, head_dim=6, ffn=11, balance=0.0,
         mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, mamba_chunk=8,
@@ -27,7 +27,7 @@ def config_of(pattern: str, **fields: Any) -> ModelConfig:
 
 
 def model_of(config: ModelConfig, seed: int) -> Decoder:
-    """With random weights, and state buffers at zero."""
+    """Builds a model with random weights, and with zeros in the buffers."""
     model = empty(config)
     randomise(model, seed)
     for buffer in model.buffers():
@@ -36,12 +36,12 @@ def model_of(config: ModelConfig, seed: int) -> Decoder:
 
 
 def data(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, `[S, B]`, some labels without loss."""
+    """Returns tokens and labels, `[S, B]`, some labels without loss."""
     g = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(V, (2, S, B), generator=g)
     return tokens, labels.where(torch.rand(S, B, generator=g) > 0.2, -100)
 
 
 def context(**fields: Any) -> Context:
-    """Whole rows."""
+    """Returns the context in which each row is one document."""
     return Context(torch.arange(S)[:, None].expand(S, B), **fields)

@@ -1,4 +1,4 @@
-"""Options of `*` by their formulas, per token and head: gates, filters, temperature, spans."""
+"""Compares options of `*` with their formulas per token and head: gates, filters, temperature."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from colonnade.models.wiring import Wiring
 
 
 def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
-    """Sub-block t's output for its normed input `[S, B, D]`, written out per sample and head."""
+    """Computes sub-block t's output from its normed input `[S, B, D]`, per sample and head."""
     c, weights = model.config, dict(model.wiring.block(t).named_parameters())
     width, window = c.head_dim, c.window_of(t)
     group = c.heads // (c.kv_heads or c.heads)
@@ -58,8 +58,8 @@ def attended(model: Decoder, t: int, x: Tensor) -> Tensor:
                 out.append(p @ v[first : i + 1])
             y = torch.stack(out)
             if c.attention_gate == "head":
-                part = slice(h * c.hidden // c.heads, (h + 1) * c.hidden // c.heads)
-                gate = F.linear(x[:, b, part], weights["gate_w"][h : h + 1], weights["gate_b"][h])
+                inputs = slice(h * c.hidden // c.heads, (h + 1) * c.hidden // c.heads)
+                gate = F.linear(x[:, b, inputs], weights["gate_w"][h : h + 1], weights["gate_b"][h])
                 y = y * gate.sigmoid()
             if c.attention_gate == "channel":
                 gate = x[:, b] @ weights["gate_z"].view(c.heads, width, -1)[h].T
@@ -94,7 +94,7 @@ def test_option_is_its_formula(name: str) -> None:
 
     ours, _ = wiring(model.embedding(tokens), context())
     (ours * target).sum().backward()
-    mine = {n: g for n, g in gradients(model.wiring).items()}
+    our_gradients = {n: g for n, g in gradients(model.wiring).items()}
     model.zero_grad()
 
     stream = model.embedding(tokens)
@@ -103,18 +103,18 @@ def test_option_is_its_formula(name: str) -> None:
     expected = wiring.final(stream)
     (expected * target).sum().backward()
     assert_equal({"out": ours.detach()}, {"out": expected.detach()})
-    assert_equal(mine, gradients(model.wiring))
+    assert_equal(our_gradients, gradients(model.wiring))
 
 
 def test_the_temperature_counts_from_each_document() -> None:
-    """Positions start again in a packed document, and so does n."""
+    """Positions start from 0 in each packed document, and n from 1."""
     model, tokens = (
         model_of(config_of("*", position_temperature=True, positions="none"), 2),
         data(2)[0],
     )
-    place = torch.arange(S)[:, None].expand(S, 2)
-    documents = (place >= 9).long()
-    packed = Context(place - 9 * documents, documents)
+    index = torch.arange(S)[:, None].expand(S, 2)
+    documents = (index >= 9).long()
+    packed = Context(index - 9 * documents, documents)
     with torch.no_grad():
-        alone = model(tokens[9:], Context(place[: S - 9]))
-        assert_equal({"logits": model(tokens, packed)[9:]}, {"logits": alone})
+        unpacked = model(tokens[9:], Context(index[: S - 9]))
+        assert_equal({"logits": model(tokens, packed)[9:]}, {"logits": unpacked})

@@ -1,4 +1,4 @@
-"""Logits with caches, a few tokens at a time, equal those of the whole row at once."""
+"""Logits computed with a cache, a few tokens at a time, equal those of one forward pass."""
 
 from typing import Any
 
@@ -43,20 +43,20 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("pieces", [(1,) * S, (9, 1, 1, 2, 10), (S - 1, 1)])
+@pytest.mark.parametrize("sizes", [(1,) * S, (9, 1, 1, 2, 10), (S - 1, 1)])
 @pytest.mark.parametrize("name", CASES)
-def test_cached_logits(name: str, pieces: tuple[int, ...]) -> None:
+def test_cached_logits(name: str, sizes: tuple[int, ...]) -> None:
     pattern, fields = CASES[name]
     model = model_of(config_of(pattern, **fields), seed=1)
     tokens, _ = data(1)
-    cache, parts, start = Cache(), [], 0
+    cache, logits, start = Cache(), [], 0
     with evaluating(model):
-        whole = model(tokens, context())
-        for piece in pieces:
-            here = slice(start, start + piece)
-            parts.append(model(tokens[here], Context(context().positions[here], cache=cache)))
-            start += piece
-    assert_equal({"logits": torch.cat(parts)}, {"logits": whole})
+        expected = model(tokens, context())
+        for size in sizes:
+            rows = slice(start, start + size)
+            logits.append(model(tokens[rows], Context(context().positions[rows], cache=cache)))
+            start += size
+    assert_equal({"logits": torch.cat(logits)}, {"logits": expected})
 
 
 def test_a_window_bounds_its_cache() -> None:

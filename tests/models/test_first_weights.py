@@ -1,4 +1,4 @@
-"""First weights: their distribution, and that they are a function of seed and name alone."""
+"""Initial weights: their distribution, and that they depend only on seed and name."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from colonnade.parallel.materialise import fill_shard, materialise, new_decoder
 
 
 def config_of(pattern: str, **more: object) -> ModelConfig:
-    """Small and odd."""
+    """Returns a config with small, odd widths."""
     fields = dict(
         pattern=pattern, vocab=31, hidden=12, heads=4, kv_heads=2, head_dim=6, ffn=11,
         mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, experts=5, expert_ffn=7,
@@ -28,7 +28,7 @@ def config_of(pattern: str, **more: object) -> ModelConfig:
 
 
 def first_distribution(name: str, layers: int, config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """The distribution function a parameter must have: Mamba's from its paper, others by std."""
+    """Returns the expected distribution function: Mamba's from its paper, others by std."""
     role = name.split(".")[-1]
     if role == "A_log":  # A ~ U(1, 16)
         return lambda t: (t.exp() - 1) / 15
@@ -41,7 +41,7 @@ def first_distribution(name: str, layers: int, config: ModelConfig) -> Callable[
 
 
 def test_first_weights_have_their_distribution() -> None:
-    """By Kolmogorov and Smirnov's statistic, at 1 in 10 000; norms and D are 1."""
+    """Kolmogorov-Smirnov test at a significance of 1 in 10 000; norms and D are 1."""
     config = config_of("M-*E", init_std=0.05).model_copy(
         update={"hidden": 32, "mamba_heads": 1024, "mamba_conv": 3, "repeat": 2, "ffn": 33}
     )
@@ -79,16 +79,18 @@ def test_first_weights_are_a_function_of_seed_and_name() -> None:
         materialise(model, torch.device("cpu"), seed)
         return {n: p.detach() for n, p in model.named_parameters() if "norm" not in n}
 
-    one, again, other = weights(1), weights(1), weights(2)
+    one, same_seed, other_seed = weights(1), weights(1), weights(2)
     del one["final.weight"]
-    flat = [t.flatten()[:16] for t in one.values()] + [other[n].flatten()[:16] for n in one]
-    assert all(torch.equal(one[n], again[n]) for n in one)
-    assert len({tuple((t / t[0]).tolist()) for t in flat}) == len(flat)  # no two alike, nor scaled
+    flat = [t.flatten()[:16] for t in one.values()] + [other_seed[n].flatten()[:16] for n in one]
+    assert all(torch.equal(one[n], same_seed[n]) for n in one)
+    assert len({tuple((t / t[0]).tolist()) for t in flat}) == len(
+        flat
+    )  # no two are equal, nor multiples of each other
 
 
 @pytest.mark.parametrize("block", [1, 10, 64, 1 << 16])
 def test_any_shard_is_the_slice_of_the_whole(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For random shapes and shards of one to three dimensions, in fp32 and fp64."""
+    """Random shapes and shards of one to three dimensions, in fp32 and fp64."""
     monkeypatch.setattr(materialise_module, "BLOCK", block)
     g = torch.Generator().manual_seed(block)
 
@@ -102,13 +104,13 @@ def test_any_shard_is_the_slice_of_the_whole(block: int, monkeypatch: pytest.Mon
         whole, shard = torch.empty(shape), torch.full(size, math.nan, dtype=torch.float64)
         fill_shard(whole, shape, (0,) * len(shape), normal(1.0), f"7/{case}")
         fill_shard(shard, shape, offset, normal(1.0), f"7/{case}")
-        part = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
-        assert torch.equal(whole[part].double(), shard), (shape, offset, size)
+        block_slices = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
+        assert torch.equal(whole[block_slices].double(), shard), (shape, offset, size)
         assert whole.unique().numel() == whole.numel()  # no block repeats another
 
 
 def test_a_shard_of_a_large_parameter() -> None:
-    """With the true block size, which this parameter exceeds several times."""
+    """Uses the real block size, which this parameter exceeds several times."""
     shape, offset, size = (700, 3, 111), (303, 1, 5), (290, 2, 100)
     whole, shard = torch.empty(shape), torch.empty(size)
     fill_shard(whole, shape, (0, 0, 0), normal(1.0), "1/w")

@@ -1,4 +1,4 @@
-"""That a router learns from the loss with any top k."""
+"""A router gets a gradient from the loss with any top k."""
 
 import torch
 from oracle import empty, randomise

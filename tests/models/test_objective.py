@@ -1,4 +1,4 @@
-"""What is minimised: z-loss and capped logits, further tokens (MTP), THOR's two passes, WideNet."""
+"""The objective: z-loss, capped logits, multi-token prediction (MTP), THOR's passes, WideNet."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ TABLE = [
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over valid labels."""
+    """Returns the cross entropy summed over valid labels."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
 
 
 def compare(model: Decoder, objective: Tensor, expected: Tensor) -> None:
-    """Both values, and the gradients of all parameters."""
+    """Compares both values, and the gradients of all parameters."""
     assert_equal({"objective": objective.detach()}, {"objective": expected.detach()})
     objective.backward()
     ours = gradients(model)
@@ -58,22 +58,22 @@ def test_z_loss_and_soft_capping(cap: float | None, z: float) -> None:
     assert_equal({"z": report.extras.get("logit_z", torch.zeros(()))}, {"z": term.detach()})
     with evaluating(model):
         assert_equal({"logits": model(tokens, context())}, {"logits": logits})
-        alone, _ = model(tokens, context(), labels)  # evaluation has no z-loss
-    assert_equal({"nll": alone}, {"nll": nll(logits, labels).detach()})
+        objective, _ = model(tokens, context(), labels)  # evaluation has no z-loss
+    assert_equal({"nll": objective}, {"nll": nll(logits, labels).detach()})
 
 
-# Further tokens
+# Multi-token prediction
 
 
-def further(model: Decoder, tokens: Tensor, labels: Tensor, here: Context) -> Tensor:
-    """The objective by its formula: module k sees token i + k, and predicts the one behind it."""
+def mtp_objective(model: Decoder, tokens: Tensor, labels: Tensor, context: Context) -> Tensor:
+    """Computes the objective: module k reads token i + k and predicts token i + k + 1."""
     weights, config = dict(model.named_parameters()), model.config
     table = weights["embedding.weight"]
 
     def norm(name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weights[name], config.norm_eps)
 
-    stream, _ = model.wiring(table[tokens], here)
+    stream, _ = model.wiring(table[tokens], context)
     total = nll(stream @ weights["head.weight"].T, labels)
     for k in range(1, config.mtp + 1):
         name = f"mtp.{k - 1}"
@@ -88,28 +88,29 @@ def further(model: Decoder, tokens: Tensor, labels: Tensor, here: Context) -> Te
             )
             rows.append(joined.T)
         predictor = model.mtp[k - 1]
-        stream, _ = predictor.wiring(torch.stack(rows), here)
-        wanted = torch.full_like(labels, -100)
+        stream, _ = predictor.wiring(torch.stack(rows), context)
+        next_labels, documents = torch.full_like(labels, -100), context.documents
         for i in range(S - k):
-            same = True if here.documents is None else here.documents[i] == here.documents[i + k]
-            wanted[i] = torch.where(torch.as_tensor(same), labels[i + k], -100)
-        share = config.mtp_weight / config.mtp
-        total = total + share * nll(stream @ weights["head.weight"].T, wanted)
+            same_document = True if documents is None else documents[i] == documents[i + k]
+            next_labels[i] = torch.where(torch.as_tensor(same_document), labels[i + k], -100)
+        weight = config.mtp_weight / config.mtp
+        total = total + weight * nll(stream @ weights["head.weight"].T, next_labels)
     return total
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_further_tokens(depth: int, packed: bool) -> None:
+def test_multi_token_prediction(depth: int, packed: bool) -> None:
     model = model_of(config_of("*-", mtp=depth, mtp_pattern="M-", mtp_weight=0.4), 2)
     tokens, labels = data(2)
-    cut = torch.tensor([5, 21])
-    place = torch.arange(S)[:, None].expand(S, B)
-    documents = (place >= cut).long() if packed else None
-    positions = place - cut * (place >= cut) if packed else place
-    here = Context(positions, documents)
-    compare(model, model(tokens, here, labels)[0], further(model, tokens, labels, here))
-    with evaluating(model):  # of the next token alone
+    start = torch.tensor([5, 21])  # of the second document in each row
+    index = torch.arange(S)[:, None].expand(S, B)
+    documents = (index >= start).long() if packed else None
+    positions = index - start * (index >= start) if packed else index
+    packing = Context(positions, documents)
+    expected = mtp_objective(model, tokens, labels, packing)
+    compare(model, model(tokens, packing, labels)[0], expected)
+    with evaluating(model):  # the loss of the next token only
         logits = model(tokens, Context(positions, documents))
         loss, _ = model(tokens, Context(positions, documents), labels)
     assert_equal({"loss": loss}, {"loss": nll(logits, labels)})
@@ -118,8 +119,8 @@ def test_further_tokens(depth: int, packed: bool) -> None:
 def test_rows_shorter_than_the_depth() -> None:
     model = model_of(config_of("*-", mtp=3), 2)
     tokens, labels = (t[:2] for t in data(2))
-    here = Context(torch.arange(2)[:, None].expand(2, B))
-    objective, report = model(tokens, here, labels)
+    short = Context(torch.arange(2)[:, None].expand(2, B))
+    objective, report = model(tokens, short, labels)
     objective.backward()
     assert report.extras["mtp"].isfinite()
 
@@ -129,7 +130,7 @@ def test_rows_shorter_than_the_depth() -> None:
 
 @pytest.mark.parametrize("z", [0.0, 0.1])
 def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> None:
-    """Experts known, each pass is a dense model with their MLPs, sample by sample."""
+    """With known experts each pass is a dense model with their MLPs, sample by sample."""
     config = config_of("*T*T", thor_alpha=0.7, logit_z=z)
     model = model_of(config, 3)
     tokens, labels = data(3)
@@ -147,15 +148,17 @@ def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> 
     for column in range(2 * B):
         b = column % B
         dense = model_of(config_of("*-*-", ffn=config.expert_ffn), 3)
-        own = {n: p for n, p in weights.items() if "blocks.1" not in n and "blocks.3" not in n}
+        dense_weights = {
+            n: p for n, p in weights.items() if "blocks.1" not in n and "blocks.3" not in n
+        }
         for t in (1, 3):
             expert = int(drawn[t][column])
             block = f"blocks.{t}"
             for role in ("gate", "up", "down"):
-                own[f"{block}.{role}"] = weights[f"{block}.{role}"][expert]
+                dense_weights[f"{block}.{role}"] = weights[f"{block}.{role}"][expert]
         row = Context(torch.arange(S)[:, None])
         paths = {canonical(path): path for path, _ in nn.Module.named_parameters(dense)}
-        at_paths = {paths[name]: tensor for name, tensor in own.items()}
+        at_paths = {paths[name]: tensor for name, tensor in dense_weights.items()}
         logits = torch.func.functional_call(dense, at_paths, (tokens[:, b : b + 1], row))
         logs.append(logits[:, 0])
     one, two = torch.stack(logs[:B], 1), torch.stack(logs[B:], 1)
@@ -178,12 +181,12 @@ def test_thor_is_two_dense_passes(monkeypatch: pytest.MonkeyPatch, z: float) -> 
 
 
 def test_a_context_serves_after_a_training_pass() -> None:
-    """Tables of the doubled batch stay with it."""
+    """The rotary tables of the doubled batch are not left in the caller's context."""
     model, (tokens, labels) = model_of(config_of("*T"), 3), data(3)
-    here, fresh = context(), context()
-    model(tokens, here, labels)[0].backward()
+    reused, fresh = context(), context()
+    model(tokens, reused, labels)[0].backward()
     with torch.no_grad():
-        assert torch.equal(model(tokens, here), model(tokens, fresh))
+        assert torch.equal(model(tokens, reused), model(tokens, fresh))
 
 
 def test_thor_with_one_expert_is_twice_the_dense_loss() -> None:
@@ -197,24 +200,24 @@ def test_thor_with_one_expert_is_twice_the_dense_loss() -> None:
 
 
 def test_thor_draws_by_step_place_group_and_pass() -> None:
-    """Every expert has its turn, independently; groups of samples draw alike wherever they are."""
+    """Draws are uniform and independent; a balance group draws alike in any micro-batch."""
     block = CARDS["T"].build(config_of("T", experts=4, balance_samples=2), 0.1)
 
     def experts(key: int, index: int, samples: list[int], passes: int) -> list[int]:
         n = len(samples)
-        here = Context(torch.zeros(1, n), samples=torch.tensor(samples), rng_key=key, passes=passes)
-        x = torch.zeros(1, n, 12)
-        order = block.begin(x, here.at(index)).order
-        owner = torch.repeat_interleave(torch.arange(4), order.counts)
-        return owner[order.rows].tolist()
+        samples_of = torch.tensor(samples)
+        keys = Context(torch.zeros(1, n), samples=samples_of, rng_key=key, passes=passes)
+        order = block.begin(torch.zeros(1, n, 12), keys.at(index)).order
+        expert_of_row = torch.repeat_interleave(torch.arange(4), order.counts)
+        return expert_of_row[order.rows].tolist()
 
     one = experts(7, 3, [4, 5, 6, 7, 4, 5, 6, 7], 2)
-    assert one[:4:2] == one[1:4:2]  # a group is whole
-    assert one[2:4] == experts(7, 3, [6, 7], 1)  # and drawn alike in any micro-batch
+    assert one[:4:2] == one[1:4:2]  # the samples of a group have the same expert
+    assert one[2:4] == experts(7, 3, [6, 7], 1)  # and the same draw in any micro-batch
     table = torch.tensor(
         [experts(step, index, [0, 2, 0, 2], 2) for step in range(300) for index in (1, 3)]
     )
-    table = table.view(300, -1)  # columns: place, pass and group
+    table = table.view(300, -1)  # columns: index in the row, pass and group
     shares = F.one_hot(table, 4).double().mean(0)
     assert (shares - 0.25).abs().max() < 5 * (0.25 * 0.75 / 300) ** 0.5
     coincide = (table[:, :, None] == table[:, None, :]).double().mean(0)
@@ -227,10 +230,10 @@ def test_thor_draws_by_step_place_group_and_pass() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"residual": "ladder"}])
 def test_shared_depth_is_tied_weights(fields: dict[str, Any]) -> None:
-    """Gradients of the shared sub-blocks are the sums over their places; norms are individual."""
+    """Gradients of shared sub-blocks are sums over their uses; norms are not shared."""
     shared = model_of(config_of("*EM", repeat=3, share=True, balance=0.3, **fields), 5)
     tied = model_of(config_of("*EM", repeat=3, balance=0.3, **fields), 5)
-    own = dict(shared.named_parameters())
+    weights = dict(shared.named_parameters())
 
     def source(name: str) -> str:
         if not name.startswith("blocks."):
@@ -238,13 +241,13 @@ def test_shared_depth_is_tied_weights(fields: dict[str, Any]) -> None:
         index, rest = name.removeprefix("blocks.").split(".", 1)
         return f"blocks.{int(index) % 3}.{rest}"
 
-    tied.load_state_dict({n: own[source(n)].detach() for n, _ in tied.named_parameters()})
+    tied.load_state_dict({n: weights[source(n)].detach() for n, _ in tied.named_parameters()})
     tokens, labels = data(5)
     loss, ours = shared(tokens, context(), labels)
     expected, theirs = tied(tokens, context(), labels)
     loss.backward()
     expected.backward()
-    sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in own.items()}
+    sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in weights.items()}
     for name, gradient in gradients(tied).items():
         sums[source(name)] += gradient
     assert_equal(gradients(shared), sums)

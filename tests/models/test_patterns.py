@@ -1,4 +1,4 @@
-"""Hybrid patterns against the published one, Megatron's allocation, and counted spacing."""
+"""Hybrid patterns against the published one and Megatron's allocation; counts and spacing."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ PUBLISHED = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"  # arXiv:
 
 
 def drawn(seed: int, count: int) -> Iterator[tuple[int, float, float]]:
-    """Layers and shares, some with few digits, so that rounding and spacing meet ties."""
+    """Yields layers and fractions, some with few digits, so that rounding and spacing have ties."""
     draw = random.Random(seed)
     for _ in range(count):
         attention = round(draw.random() * draw.choice((0.2, 1)), draw.choice((1, 2, 12)))
@@ -46,7 +46,7 @@ def test_counts_are_the_shares_rounded() -> None:
 
 
 def test_spacing_is_even() -> None:
-    """Before the k-th of n stand k times the mean stretch of others, to within rounding."""
+    """Before the k-th symbol there are k times the mean gap of others, up to rounding."""
     for shares in drawn(2, 2000):
         row = hybrid_pattern(*shares)
         inner = row.replace("*", "")
@@ -54,10 +54,10 @@ def test_spacing_is_even() -> None:
             (row, "*", row.count("*") + 1),
             (inner, "-", max(1, inner.count("-"))),
         ):
-            parts = line.split(symbol)
-            before = [len("".join(parts[:k])) for k in range(1, len(parts))]
-            stretch = len("".join(parts)) / sections
-            assert all(abs(b - k * stretch) <= 0.5 + 1e-9 for k, b in enumerate(before, 1)), shares
+            others = line.split(symbol)
+            before = [len("".join(others[:k])) for k in range(1, len(others))]
+            gap = len("".join(others)) / sections
+            assert all(abs(b - k * gap) <= 0.5 + 1e-9 for k, b in enumerate(before, 1)), shares
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,6 @@ def test_spacing_is_even() -> None:
         ((8, 0.1, 0.5, ("M", "*", "x")), r"symbols = .* \* M m S D G - E T"),
     ],
 )
-def test_wrong_arguments_are_told(arguments: tuple, words: str) -> None:
+def test_wrong_arguments_are_refused(arguments: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         hybrid_pattern(*arguments)

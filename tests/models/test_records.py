@@ -1,4 +1,4 @@
-"""A model's records, which need no torch, are those of its modules."""
+"""The records of a model, made without torch, are equal to those of its modules."""
 
 import subprocess
 import sys
@@ -32,8 +32,8 @@ def test_records_are_those_of_the_modules(name: str) -> None:
     records = records_of(config)
     states = {name: tuple(t.shape) for name, t in model.named_buffers()}
     assert {n: r.shape for n, r in records.items() if r.state} == states
-    held = {n: (tuple(p.shape), s.role, s.split, s.decayed) for n, p, s in declared(model)}
-    assert held == {
+    in_modules = {n: (tuple(p.shape), s.role, s.split, s.decayed) for n, p, s in declared(model)}
+    assert in_modules == {
         n: (r.shape, r.role, r.split, r.decayed) for n, r in records.items() if not r.state
     }
     assert measure(config, 16).parameters == sum(p.numel() for p in model.parameters())

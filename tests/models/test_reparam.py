@@ -1,4 +1,4 @@
-"""Weights changed at use: σReparam, centred streams and the conversion from LayerNorm, muP."""
+"""Transforms of weights at use: σReparam, centred streams, conversion from LayerNorm, muP."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ TABLE = [
 
 
 class Reparametrised(ParameterModule):
-    """One linear weight, as `reparametrise` changes it."""
+    """A module with one linear weight under σReparam."""
 
     def __init__(self, *shape: int) -> None:
         weight = ParameterSpec("w", shape, normal(1.0), "reads")
@@ -45,7 +45,7 @@ class Reparametrised(ParameterModule):
 
 
 def test_sigma_reparam_is_torch_spectral_norm() -> None:
-    """Values, gradients and the iteration over several steps, given the same start."""
+    """Values, gradients and power iteration are equal over several steps from the same state."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 5, generator=g, dtype=torch.float64)
     theirs = spectral_norm(nn.Linear(5, 7, bias=False, dtype=torch.float64), eps=0.0)
@@ -62,11 +62,11 @@ def test_sigma_reparam_is_torch_spectral_norm() -> None:
         ours.w_right.copy_(state._v)
     ours.started.add("w")
     for step in range(4):
-        # Their iteration takes u from v and then v from u, as ours takes left from right.
+        # Both update u (our left) from v (our right), then v from u.
         target = torch.randn(7, 5, generator=g, dtype=torch.float64)
         ours.due.add("w")
-        used, used_again = ours.weight_of("w"), ours.weight_of("w")
-        assert torch.equal(used, used_again)  # once a step
+        used, second_use = ours.weight_of("w"), ours.weight_of("w")
+        assert torch.equal(used, second_use)  # one iteration per step
         expected = theirs.weight
         assert_equal({f"W{step}": used.detach()}, {f"W{step}": expected.detach()})
         (one,) = torch.autograd.grad((used * target).sum(), ours.w)
@@ -81,19 +81,19 @@ def test_sigma_reparam_is_torch_spectral_norm() -> None:
 
 def test_sigma_reparam_starts_at_the_spectral_norm_per_expert() -> None:
     g = torch.Generator().manual_seed(1)
-    part = Reparametrised(3, 6, 4)
+    module = Reparametrised(3, 6, 4)
     with torch.no_grad():
-        part.w.copy_(torch.randn(3, 6, 4, generator=g))
-        part.w_gain.copy_(torch.tensor([0.0, 1.0, 2.0]))
-        part.w_left.zero_()
-        part.w_right.zero_()
-    norms = torch.linalg.matrix_norm(part.weight_of("w"), ord=2)
-    assert (norms - torch.tensor([1.0, 2.0, 3.0])).abs().max() < 1e-3  # a few dozen iterations
+        module.w.copy_(torch.randn(3, 6, 4, generator=g))
+        module.w_gain.copy_(torch.tensor([0.0, 1.0, 2.0]))
+        module.w_left.zero_()
+        module.w_right.zero_()
+    norms = torch.linalg.matrix_norm(module.weight_of("w"), ord=2)
+    assert (norms - torch.tensor([1.0, 2.0, 3.0])).abs().max() < 1e-3  # after INITIAL_ITERATIONS
 
 
 @pytest.mark.parametrize("recompute", ["block", "selective"])
 def test_sigma_reparam_under_recomputation(recompute: str) -> None:
-    """The iteration advances once a step, and backward meets the same weights."""
+    """The iteration advances once per step, and backward recomputes with the same weights."""
     tokens, labels = data(1)
     models = [model_of(config_of("*-ME", sigma_reparam=True), 2) for _ in range(2)]
     recompute_model(models[1], recompute)
@@ -110,18 +110,18 @@ def test_sigma_reparam_under_recomputation(recompute: str) -> None:
 
 
 def test_a_small_change_of_gamma_is_seen_in_bf16() -> None:
-    """Stored less 1, it is not lost in bf16's eight bits: what is used grows by it."""
-    part = Reparametrised(64, 64).float()
-    part.local = lambda parameter: parameter.bfloat16()  # as FSDP hands it to the half
+    """γ is stored minus 1, so bf16's eight bits do not round a small change away."""
+    module = Reparametrised(64, 64).float()
+    module.local = lambda parameter: parameter.bfloat16()  # as FSDP casts it for the half
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        part.w.copy_(torch.randn(64, 64, generator=g))
-        part.w_left.zero_()
-        part.w_right.zero_()
+        module.w.copy_(torch.randn(64, 64, generator=g))
+        module.w_left.zero_()
+        module.w_right.zero_()
         norms = []
         for gain in (0.0, 0.003):
-            part.w_gain.fill_(gain)
-            norms.append(part.weight_of("w").double().norm().item())
+            module.w_gain.fill_(gain)
+            norms.append(module.weight_of("w").double().norm().item())
     assert norms[1] / norms[0] == pytest.approx(1.003, abs=5e-4)
 
 
@@ -197,7 +197,7 @@ def test_what_crms_cannot_hold_is_refused(field: str, fields: dict[str, Any]) ->
 
 
 def test_mup_scales_the_bound_of_dt_once() -> None:
-    """U(±1/√rank) in the base, and its width shrinks by the growth of the rank alone."""
+    """U(±1/√rank) in the base model; its bound shrinks only with the growth of the rank."""
     fields = {"mamba1_inner": 64, "init_std": 0.1}
     base = config_of("m", mamba1_rank=4, **fields)
     wide = config_of("m", mamba1_rank=64, mup_base={"mamba1_rank": 4, "mamba1_inner": 16}, **fields)
@@ -206,7 +206,7 @@ def test_mup_scales_the_bound_of_dt_once() -> None:
 
 
 def sized(width: int, base: int | None, **fields: Any) -> ModelConfig:
-    """`*-EM` at some width, growing in every width but the head's."""
+    """Returns `*-EM` at some width; every width scales with it except that of a head."""
 
     def widths(n: int) -> dict[str, int]:
         return {"hidden": n, "ffn": 2 * n, "expert_ffn": n, "heads": n // 8, "mamba_heads": n // 4}
@@ -229,18 +229,19 @@ def started(config: ModelConfig) -> Decoder:
 
 def test_mup_at_its_base_is_the_plain_model() -> None:
     tokens, labels = data(7)
-    found = []
+    results = []
     for base in (None, 32):
         model = started(sized(32, base))
         model(tokens, context(), labels)[0].backward()
         groups = AdamW(model, OptimizerConfig()).torch.param_groups
-        found.append((gradients(model), [(g["rate"], g["weight_decay"]) for g in groups]))
-    assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0])
-    assert found[0][1] == found[1][1]
+        results.append((gradients(model), [(g["rate"], g["weight_decay"]) for g in groups]))
+    (plain, plain_groups), (mup, mup_groups) = results
+    assert all(torch.equal(plain[n], mup[n]) for n in plain)
+    assert plain_groups == mup_groups
 
 
 def test_mup_rules() -> None:
-    """By the table: hidden weights, an output-like one (the router), vectors, embedding, head."""
+    """Rules of the table: hidden weights, the router (output-like), vectors, embedding, head."""
     r = 4.0
     plain, model = started(sized(128, None)), started(sized(128, 32))
     assert model.head.scale == 1 / r
@@ -268,23 +269,23 @@ def test_mup_rules() -> None:
 
 
 def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
-    """The output of every sub-block, and the logits."""
-    kept: dict[str, Tensor] = {}
+    """Returns the output of every sub-block, and the logits."""
+    outputs_by_name: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, given, output: kept.update({name: output.detach()})
+    def record(name: str) -> Any:
+        return lambda module, args, output: outputs_by_name.update({name: output.detach()})
 
     halves = [block.second for block in model.wiring.blocks.values()]
-    handles = [half.register_forward_hook(keep(str(t))) for t, half in enumerate(halves)]
+    handles = [half.register_forward_hook(record(str(t))) for t, half in enumerate(halves)]
     with torch.no_grad():
-        kept["logits"] = model(tokens, context())
+        outputs_by_name["logits"] = model(tokens, context())
     for handle in handles:
         handle.remove()
-    return kept
+    return outputs_by_name
 
 
 def growth(base: int | None) -> dict[str, float]:
-    """How the change of each output after 5 Adam steps grows with width: slope of log over log."""
+    """Returns how each output's change after 5 Adam steps grows with width: log-log slopes."""
     widths = (32, 64, 128, 256)
     tokens, labels = data(8)
     sizes: dict[str, list[float]] = {}
@@ -305,7 +306,7 @@ def growth(base: int | None) -> dict[str, float]:
 
 
 def test_coordinates_do_not_grow_under_mup() -> None:
-    """A coordinate check: standard parametrisation grows with width, muP does not."""
+    """Coordinate check: outputs' changes grow with width without muP, and do not with it."""
     standard, mup = growth(None), growth(32)
     assert max(mup.values()) < 0.3, mup
     assert max(standard.values()) > 1.0, standard

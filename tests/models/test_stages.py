@@ -1,4 +1,4 @@
-"""Stages of a model, one after the other in this process, against the whole model."""
+"""Stages of a model, run in order in this process, against the model without stages."""
 
 import itertools
 from collections.abc import Sequence
@@ -29,44 +29,45 @@ CASES |= {
 }
 
 
-def cuts(count: int) -> list[list[Stage]]:
-    """Every cut of so many sub-blocks into two or three stages."""
-    inner = [c for n in (1, 2) for c in itertools.combinations(range(1, count), n)]
-    return [[Stage(*s) for s in itertools.pairwise((0, *places, count))] for places in inner]
+def divisions(count: int) -> list[list[Stage]]:
+    """Returns every division of so many sub-blocks into two or three stages."""
+    inner = [b for n in (1, 2) for b in itertools.combinations(range(1, count), n)]
+    return [[Stage(*s) for s in itertools.pairwise((0, *bounds, count))] for bounds in inner]
 
 
 def stages_of(config: ModelConfig, stages: Sequence[Stage]) -> list[Decoder]:
-    """Unfilled, on meta."""
+    """Builds the stages on the meta device."""
     with torch.device("meta"):
         return [Decoder(config, 7, stage).double() for stage in stages]
 
 
 def run(models: Sequence[Decoder], tokens: Tensor, labels: Tensor | None) -> tuple[Any, PassReport]:
-    """What the last stage returns, and the reports of all."""
-    given, report = tokens, PassReport({}, {}, {})
+    """Returns the output of the last stage, and the merged reports of all."""
+    output, report = tokens, PassReport({}, {}, {})
     for model in models:
-        found = model(given, context(groups=3.0, rng_key=1), labels)
-        given, part = (found, report) if labels is None else found
-        report = report.joined(part)
-    return given, report
+        output = model(output, context(groups=3.0, rng_key=1), labels)
+        if labels is not None:
+            output, stage_report = output
+            report = report.merged(stage_report)
+    return output, report
 
 
 def flat(report: PassReport) -> dict[str, Tensor]:
-    """Everything in it."""
-    parts = report._asdict().items()
-    return {f"{kind} {key}": t.double() for kind, part in parts for key, t in part.items()}
+    """Returns all tensors of a report by name."""
+    fields = report._asdict().items()
+    return {f"{field} {key}": t.double() for field, values in fields for key, t in values.items()}
 
 
 def check(pattern: str, recompute: str, **fields: Any) -> None:
-    """All cuts: objective, report and gradients, and the logits."""
+    """Compares objective, report, gradients and logits under every division into stages."""
     config = config_of(pattern, balance=0.1, router_z=0.1, **fields)
     whole = model_of(config, seed=1)
     tokens, labels = data(1)
     expected, theirs = run([whole], tokens, labels)
     expected.backward()
     weights = whole.state_dict()
-    for cut in cuts(len(pattern)):
-        models = stages_of(config, cut)
+    for division in divisions(len(pattern)):
+        models = stages_of(config, division)
         for model in models:
             model.to_empty(device="cpu").load_state_dict(
                 {n: weights[n] for n in model.state_dict()}
@@ -76,10 +77,10 @@ def check(pattern: str, recompute: str, **fields: Any) -> None:
         assert sorted(names) == sorted(weights)  # each weight in one stage
         objective, ours = run(models, tokens, labels)
         objective.backward()
-        found = {n: g for model in models for n, g in gradients(model).items()}
+        stage_gradients = {n: g for model in models for n, g in gradients(model).items()}
         assert_equal({"objective": objective.detach()}, {"objective": expected.detach()}, 1e-12)
         assert_equal(flat(ours), flat(theirs), 1e-12)
-        assert_equal(found, gradients(whole), 1e-12)
+        assert_equal(stage_gradients, gradients(whole), 1e-12)
         with torch.no_grad():
             assert_equal({"x": run(models, tokens, None)[0]}, {"x": run([whole], tokens, None)[0]})
 
@@ -120,6 +121,6 @@ def test_shared_weights_are_refused(fields: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize("stage", [(0, 3), (1, 1), (-1, 1)])
-def test_what_is_no_stage_is_refused(stage: tuple[int, int]) -> None:
+def test_invalid_stages_are_refused(stage: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="the row has 2 sub-blocks"):
         Decoder(config_of("*-"), stage=Stage(*stage))

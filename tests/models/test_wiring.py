@@ -1,4 +1,4 @@
-"""The row of sub-blocks: its recursion, recomputation, packed documents, first weights."""
+"""The wiring of a row of sub-blocks: its recursion, recomputation, packed documents."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ WIRINGS = ["standard", "ladder"]
 
 
 def config_of(pattern: str, residual: Any = "standard", **more: Any) -> ModelConfig:
-    """Small and odd, with both balancing terms on."""
+    """Returns a config with small, odd widths and two balancing losses."""
     return ModelConfig(
         pattern=pattern, residual=residual, vocab=V, hidden=12, heads=4, kv_heads=2, head_dim=6,
         ffn=11, mamba_heads=4, mamba_head_dim=3, mamba_state=5, mamba_groups=2, mamba_chunk=8,
@@ -36,32 +36,32 @@ def config_of(pattern: str, residual: Any = "standard", **more: Any) -> ModelCon
 
 
 def model_of(config: ModelConfig, seed: int) -> Decoder:
-    """In fp64, with random weights."""
+    """Builds a model in fp64 with random weights."""
     model = empty(config)
     randomise(model, seed)
     return model
 
 
 def data(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, `[S, B]`, some labels without loss."""
+    """Returns tokens and labels, `[S, B]`, some labels without loss."""
     g = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(V, (2, S, B), generator=g)
     return tokens, labels.where(torch.rand(S, B, generator=g) > 0.2, -100)
 
 
 def context() -> Context:
-    """Whole rows, three balance groups in the batch."""
+    """Returns the context in which each row is one document, with three balance groups."""
     return Context(torch.arange(S)[:, None].expand(S, B), groups=3.0)
 
 
-# What the wiring computes
+# The recursion of the stream
 
 
-Output = Callable[[int, Tensor], Tensor]  # what sub-block t makes of a stream
+Output = Callable[[int, Tensor], Tensor]  # the output of sub-block t for a stream
 
 
 def by_index(r0: Tensor, h: Output, n: int) -> Tensor:
-    """Ladder over all n sub-blocks, as an index recursion."""
+    """Computes ladder over all n sub-blocks by its recursion over indices."""
     r: list[Tensor] = [r0, r0]
     added: list[Tensor] = []
     for t in range(n):
@@ -72,8 +72,10 @@ def by_index(r0: Tensor, h: Output, n: int) -> Tensor:
 
 
 def by_layer(r0: Tensor, h: Output, n: int, ladder_layers: int) -> Tensor:
-    """Layers of two sub-blocks, the last ones laddered, between them the stream H and P, the same
-    without the newest output."""
+    """Computes layers of two sub-blocks, with ladder over the last `ladder_layers`.
+
+    Between layers H is the stream, and P the stream without the newest output.
+    """
     P = H = r0
     for layer in range(n // 2):
         ladder = layer >= n // 2 - ladder_layers
@@ -83,21 +85,21 @@ def by_layer(r0: Tensor, h: Output, n: int, ladder_layers: int) -> Tensor:
 
 
 def side_by_side(r0: Tensor, h: Output, n: int) -> Tensor:
-    """Layers of two sub-blocks that read the same stream."""
+    """Computes layers of two sub-blocks that read the same stream."""
     for t in range(0, n, 2):
         r0 = r0 + h(t, r0) + h(t + 1, r0)
     return r0
 
 
 def one_by_one(r0: Tensor, h: Output, n: int) -> Tensor:
-    """The standard residual."""
+    """Computes the standard residual."""
     for t in range(n):
         r0 = r0 + h(t, r0)
     return r0
 
 
 def final_stream(config: ModelConfig, r0: Tensor, h: Output) -> Tensor:
-    """The stream behind the last sub-block."""
+    """Returns the stream after the last sub-block."""
     n = len(config.symbols)
     if config.residual == "standard":
         return one_by_one(r0, h, n)
@@ -112,9 +114,9 @@ def final_stream(config: ModelConfig, r0: Tensor, h: Output) -> Tensor:
 def written_out(
     model: Decoder, context: Context, tokens: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Summed loss of the model with its own sub-blocks, all between them written out here.
+    """Computes the model's summed loss with its sub-blocks, but without its wiring.
 
-    Also their balancing losses.
+    Also returns the balancing losses by index.
     """
     wiring, config, weights = model.wiring, model.config, dict(model.named_parameters())
     terms: dict[int, Tensor] = {}
@@ -124,12 +126,12 @@ def written_out(
         return rms_norm_reference(x, weights[name], config.norm_eps) if name in weights else x
 
     def h(t: int, r: Tensor) -> Tensor:
-        block, here = wiring.block(t), context.at(t)
+        block, at_t = wiring.block(t), context.at(t)
         x = wiring.enter(norm(f"norms.{t}", r))
-        carried = block.begin(x, here)
+        carried = block.begin(x, at_t)
         if (report := block.report(carried)) is not None:
             terms[t] = report.term
-        return norm(f"after.{t}", wiring.leave(block.finish(carried, here)))
+        return norm(f"after.{t}", wiring.leave(block.finish(carried, at_t)))
 
     x = final_stream(config, weights["embedding.weight"][tokens], h)
     logits = norm("final", x) @ weights["head.weight"].T
@@ -150,7 +152,7 @@ TABLE = [Row("any row", f"{name} wiring", "its recursion written out") for name 
 
 
 def check_wiring(pattern: str, recompute: str, **fields: Any) -> None:
-    """Loss, balancing terms and gradients; seams that are not the identity act once each."""
+    """Compares loss, balancing losses and gradients, with scaling functions at both seams."""
     model = model_of(config_of(pattern, **fields), seed=len(pattern))
     model.wiring.enter, model.wiring.leave = lambda x: 1.5 * x, lambda h: 0.7 * h
     reference = copy.deepcopy(model)
@@ -194,13 +196,13 @@ def test_norms_behind_sub_blocks(position: str, residual: str, recompute: str) -
 
 def test_ladder_of_no_sub_block_has_the_bits_of_standard() -> None:
     tokens, labels = data(5)
-    found = []
+    results = []
     for fields in ({}, {"residual": "ladder", "ladder_last": 0}):
         model = model_of(config_of("M-*E", **fields), 5)
         loss, _ = model(tokens, context(), labels)
         loss.backward()
-        found.append([loss.detach(), *gradients(model).values()])
-    assert all(map(torch.equal, *found))
+        results.append([loss.detach(), *gradients(model).values()])
+    assert all(map(torch.equal, *results))
 
 
 def test_wirings_differ_from_the_second_sub_block_on() -> None:
@@ -214,7 +216,7 @@ def test_wirings_differ_from_the_second_sub_block_on() -> None:
 
 
 class _Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts the matrix products that run."""
 
     count = 0
 
@@ -229,9 +231,9 @@ class _Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", WIRINGS)
 def test_recomputed_bits_are_the_same(residual: str, dtype: torch.dtype) -> None:
-    """`block` makes every product again, `selective` none; neither changes a bit."""
+    """`block` recomputes every product, `selective` none; neither changes a bit."""
     tokens, labels = data(6)
-    found: dict[str, tuple[int, list[Tensor]]] = {}
+    results: dict[str, tuple[int, list[Tensor]]] = {}
     for name in ("none", "block", "selective"):
         model = model_of(config_of("M-*E", residual), seed=6).to(dtype)
         recompute_model(model, name)
@@ -239,10 +241,10 @@ def test_recomputed_bits_are_the_same(residual: str, dtype: torch.dtype) -> None
         with _Products() as products:
             loss.backward()
         tensors = [loss.detach(), *report.terms.values(), *(p.grad for p in model.parameters())]
-        found[name] = products.count, tensors
+        results[name] = products.count, tensors
     for name in ("block", "selective"):
-        assert all(map(torch.equal, found[name][1], found["none"][1])), name
-    assert found["selective"][0] == found["none"][0] < found["block"][0]
+        assert all(map(torch.equal, results[name][1], results["none"][1])), name
+    assert results["selective"][0] == results["none"][0] < results["block"][0]
 
 
 def test_no_balancing_terms_in_evaluation() -> None:
@@ -263,9 +265,9 @@ TABLE += [Row("packed documents", f"`{pattern}`", "the documents one by one") fo
 @pytest.mark.parametrize("residual", WIRINGS)
 @pytest.mark.parametrize("pattern", PACKED)
 def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
-    """Logits, loss and gradients of packed rows are those of the documents one by one."""
+    """Logits, loss and gradients of packed rows equal those of each document in its own row."""
     model = model_of(config_of(pattern, residual, balance=0.0, router_z=0.0), seed=8)
-    alone = copy.deepcopy(model)
+    unpacked = copy.deepcopy(model)
     tokens, labels = data(8)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS], 1)
     documents = torch.stack(
@@ -280,10 +282,11 @@ def test_packed_documents_are_alone(pattern: str, residual: str) -> None:
     for b, row in enumerate(LENGTHS):
         start = 0
         for length in row:
-            part = slice(start, start + length), slice(b, b + 1)
+            span = slice(start, start + length), slice(b, b + 1)
             start += length
-            here = Context(torch.arange(length)[:, None])
-            alone(tokens[part], here, labels[part])[0].backward()
+            one_document = Context(torch.arange(length)[:, None])
+            unpacked(tokens[span], one_document, labels[span])[0].backward()
             with torch.no_grad():
-                assert_equal({"logits": packed[part]}, {"logits": alone(tokens[part], here)})
-    assert_equal(gradients(model), gradients(alone))
+                expected = unpacked(tokens[span], one_document)
+                assert_equal({"logits": packed[span]}, {"logits": expected})
+    assert_equal(gradients(model), gradients(unpacked))

@@ -69,7 +69,7 @@ def meshes() -> Iterator[Meshes]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular vectors are not looked at here."""
-    monkeypatch.setattr(reparam, "STARTING_ITERATIONS", 1)
+    monkeypatch.setattr(reparam, "INITIAL_ITERATIONS", 1)
 
 
 class Inputs(NamedTuple):
@@ -209,19 +209,19 @@ def whole_labels(model: Decoder) -> None:
 
 def only_one_part(model: Decoder) -> None:
     """Every rank takes the first."""
-    model.mine = lambda whole: whole.chunk(4)[0]
+    model.local_segments = lambda whole: whole.chunk(4)[0]
 
 
 def choices_of_a_part(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
-        block.whole = lambda t: t
+        block.full_sequence = lambda t: t
 
 
 def places_of_all(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
-        block.mine = lambda t: t
+        block.local_segments = lambda t: t
 
 
 def summed_to(kind: Any) -> Fault:

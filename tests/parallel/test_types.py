@@ -80,7 +80,7 @@ def meshes() -> Iterator[Meshes]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular vectors are not looked at here."""
-    monkeypatch.setattr(reparam, "STARTING_ITERATIONS", 1)
+    monkeypatch.setattr(reparam, "INITIAL_ITERATIONS", 1)
 
 
 def model_of(mesh: DeviceMesh, sequence: bool, **fields: Any) -> Decoder:
@@ -270,14 +270,14 @@ def test_fault(meshes: Meshes, fault: str, sequence: bool) -> None:
         check(model, meshes[4])
 
 
-@pytest.mark.parametrize("total", [lambda t, *cuts: t, None], ids=["missing", "doubled"])
+@pytest.mark.parametrize("replacement", [lambda t, *shardings: t, None], ids=["missing", "doubled"])
 def test_fault_in_spectral_norm(
-    meshes: Meshes, monkeypatch: pytest.MonkeyPatch, total: Callable[..., Tensor] | None
+    meshes: Meshes, monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., Tensor] | None
 ) -> None:
-    model, once = model_of(meshes[2], True, pattern="-", sigma_reparam=True), reparam.total
+    model, reduce = model_of(meshes[2], True, pattern="-", sigma_reparam=True), reparam.all_reduce
     check(model, meshes[2])
-    twice = lambda t, *cuts: once(once(t, *cuts), *cuts)  # noqa: E731
-    monkeypatch.setattr(reparam, "total", total or twice)
+    twice = lambda t, *shardings: reduce(reduce(t, *shardings), *shardings)  # noqa: E731
+    monkeypatch.setattr(reparam, "all_reduce", replacement or twice)
     with pytest.raises(SpmdTypeError):
         check(model, meshes[2])
 

@@ -142,7 +142,7 @@ CASES: list[tuple[Card, dict[str, Any], str]] = [
      r"the seam 'scan' of .* does not say how its arguments lie over heads"),
     (Unsaid(), {"cp": 2}, r"blocks\.0: the card of Other does not say what it mixes"),
     (Down(None), {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
-    (Down(Split(1, 1, "model.ffn", shared=True)), {"tp": 2},
+    (Down(Split(1, 1, "model.ffn", replicable=True)), {"tp": 2},
      r"blocks\.0\.second\.down: writes onto the stream"),
 ]  # fmt: skip
 

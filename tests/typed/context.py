@@ -76,13 +76,13 @@ CONTEXT_CONTRACTS = TOKENS | PASSED
 
 # Seams by name, along the axis whose ranks share sequences, and along others.
 SEAMS: dict[str, Contract] = {
-    "mine": Contract({}, (S(0),)),
-    "whole": Contract(sharded(0, "t"), (R,)),
+    "local_segments": Contract({}, (S(0),)),
+    "full_sequence": Contract(sharded(0, "t"), (R,)),
     "conv": Contract(sharded(0, "x"), (S(0),)),
 }
 SEAMS_ELSEWHERE: dict[str, Contract] = {
-    "mine": Contract({}, (R,)),
-    "whole": Contract({}, (R,)),
+    "local_segments": Contract({}, (R,)),
+    "full_sequence": Contract({}, (R,)),
     "conv": CONTRACTS[conv.causal_conv],
 }
 # Methods of `HeadExchange`, each with the types of its arguments and of its results.

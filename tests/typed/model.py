@@ -42,7 +42,8 @@ def checked(
         return stamp(shard, parameter(p))
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(reparam, "iterate", spmd.no_typecheck(reparam.iterate)))
+        untyped = spmd.no_typecheck(reparam.power_iteration)
+        stack.enter_context(patch.object(reparam, "power_iteration", untyped))
         for change in patches:
             stack.enter_context(change)
         parts = [part for part in model.modules() if isinstance(part, ParameterModule)]

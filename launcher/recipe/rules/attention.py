@@ -21,7 +21,7 @@ def gate_slices(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A gate per head reads that head's slice of the stream."""
     m = r.model
     gated = m.has("*") and m.attention == "gqa" and m.attention_gate == "head"
-    if gated and m.given("head_dim") and m.hidden % m.heads:
+    if gated and m.is_explicit("head_dim") and m.hidden % m.heads:
         remedy = f"model.attention_gate = head slices model.hidden = {m.hidden} among them; set "
         remedy += f"model.heads to {nearest_values(head_counts(m), m.heads)}, or "
         yield Fault("model.heads", m.heads, f"{remedy}model.attention_gate to channel")
@@ -54,7 +54,7 @@ def full_attention(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def head_counts(m: ModelConfig) -> list[int]:
     """Returns the divisors of the hidden width that are multiples of an explicit kv_heads."""
     fit = divisors(m.hidden)
-    return [h for h in fit if not m.given("kv_heads") or h % m.kv_heads == 0] or fit
+    return [h for h in fit if not m.is_explicit("kv_heads") or h % m.kv_heads == 0] or fit
 
 
 def rotated_width(m: ModelConfig) -> int | None:
@@ -66,7 +66,7 @@ def rotated_width(m: ModelConfig) -> int | None:
         return None
     if m.attention == "mla":
         return m.rope_dim
-    if not m.given("head_dim") and m.hidden % m.heads:
+    if not m.is_explicit("head_dim") and m.hidden % m.heads:
         return None
     return round(m.head_dim * m.rope_fraction)
 
@@ -86,7 +86,7 @@ def rotated_pairs(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         return
     width = m.head_dim
     if rotated == width:
-        given = m.given("head_dim")
+        given = m.is_explicit("head_dim")
         default = "" if given else f"by default it is hidden / heads = {width}; "
         remedy = f"{default}rope rotates pairs of channels: set model.head_dim to "
         yield Fault(

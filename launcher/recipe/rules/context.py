@@ -48,7 +48,7 @@ def convolution_reach(r: Recipe) -> dict[str, int]:
 def convolutions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A causal convolution reads tokens of its segment and the previous one, no earlier ones."""
     p, length = r.parallel, r.train.seq_len
-    reach_of = {} if r.model.unclear else convolution_reach(r)
+    reach_of = {} if r.model.has_unknown_symbols else convolution_reach(r)
     if p.cp == 1 or not reach_of:
         return
     field = max(reach_of, key=lambda name: reach_of[name])
@@ -76,11 +76,11 @@ def local_splits(r: Recipe, seam: str) -> list[Split]:
     where tp cannot shard them; the rule `tensor_parallel` reports that.
     """
     tp = r.parallel.tp
-    mixer_splits = [] if r.model.unclear else list(splits_of_mixers(r.model, seam))
+    mixer_splits = [] if r.model.has_unknown_symbols else list(splits_of_mixers(r.model, seam))
     if not all_suit(mixer_splits, tp):
         return []
     by_field = {split.field: split for split in mixer_splits}
-    return [by_field[f]._replace(pieces=max(1, by_field[f].pieces // tp)) for f in sorted(by_field)]
+    return [by_field[f]._replace(units=max(1, by_field[f].units // tp)) for f in sorted(by_field)]
 
 
 def all_suit(heads: list[Split], ranks: int) -> bool:
@@ -93,9 +93,9 @@ def why_unsuited(r: Recipe, heads: list[Split], ranks: int) -> str:
     tp, reasons = r.parallel.tp, []
     for split in heads:
         if not split.suits(ranks):
-            verb = "neither divides nor is a multiple of" if split.shared else "does not divide"
-            quotient = f" / parallel.tp = {split.pieces * tp} / {tp}" if tp > 1 else ""
-            reasons.append(f"{verb} {split.field}{quotient} = {split.pieces}")
+            verb = "neither divides nor is a multiple of" if split.replicable else "does not divide"
+            quotient = f" / parallel.tp = {split.units * tp} / {tp}" if tp > 1 else ""
+            reasons.append(f"{verb} {split.field}{quotient} = {split.units}")
     return " and ".join(reasons)
 
 
@@ -105,7 +105,7 @@ def exchange_remedy(r: Recipe, heads: list[Split], world_size: int | None, setti
     The caller completes the sentence with another value of `setting`, such as parallel.context.
     """
     p = r.parallel
-    count = math.gcd(*(split.pieces for split in heads if not split.shared))
+    count = math.gcd(*(split.units for split in heads if not split.replicable))
     degrees = [d for d in divisors(count) if d > 1 and all_suit(heads, d)]
     if world_size is not None:
         degrees = [d for d in degrees if world_size // p.tp % d == 0]
@@ -121,7 +121,7 @@ def other_contexts(r: Recipe, heads: list[Split]) -> str:
     p, possible = r.parallel, ["ring", "allgather"]
     for context in ("ulysses", "ring+ulysses"):
         q = p.model_copy(update={"context": context, "ulysses": None})
-        degree = q.ulysses_degree(heads[0].pieces)
+        degree = q.ulysses_degree(heads[0].units)
         if degree and all_suit(heads, degree):
             possible.append(context)
     words = " or ".join(context for context in possible if context != p.context)
@@ -151,7 +151,7 @@ def ulysses_in_ring(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         return
     proper = divisors(p.cp)[1:-1] or [p.cp]  # a prime cp leaves only Ulysses over all its ranks
     valid = [d for d in proper if all_suit(heads, d)]
-    degree = p.ulysses_degree(heads[0].pieces)
+    degree = p.ulysses_degree(heads[0].units)
     if degree in valid:
         return
     field, value = ("parallel.ulysses", p.ulysses) if p.ulysses else ("parallel.context", p.context)

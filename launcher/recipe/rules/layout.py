@@ -78,13 +78,13 @@ def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Heads, groups, widths and vocabulary shard evenly over the tensor-parallel group."""
     tp = r.parallel.tp
-    if tp == 1 or r.model.unclear:
+    if tp == 1 or r.model.has_unknown_symbols:
         return
     all_splits = sorted(splits(r.model), key=lambda split: split.field)
     degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in all_splits)]
     options = nearest_values(degrees, tp)
     # Several parameters may split by the same field: report each field once.
-    for field, size in dict.fromkeys((s.field, s.pieces) for s in all_splits if not s.suits(tp)):
+    for field, size in dict.fromkeys((s.field, s.units) for s in all_splits if not s.suits(tp)):
         remedy = f"does not divide {field} = {size}; set parallel.tp to {options}"
         yield Fault("parallel.tp", tp, remedy)
 

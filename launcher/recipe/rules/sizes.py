@@ -32,7 +32,7 @@ def group_divisors(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     m, broken = r.model, indivisible(r.model)
     for field, known in FACTS.items():
         of = known.divides
-        if of is None or not m.given(field) or m.unused(field) or of in broken:
+        if of is None or not m.is_explicit(field) or m.unused(field) or of in broken:
             continue
         value, total = getattr(m, field), getattr(m, of)
         if total % value:
@@ -42,7 +42,7 @@ def group_divisors(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 
 def quotient_terms(m: ModelConfig, field: str) -> tuple[int, int]:
     """Returns the product and the divisor whose quotient is the default of a field."""
-    terms = FORMULAS[field].parts(dict(m))
+    terms = FORMULAS[field].terms(dict(m))
     assert terms is not None
     return terms
 
@@ -52,7 +52,7 @@ def indivisible(m: ModelConfig) -> list[str]:
     return [
         field
         for field, formula in FORMULAS.items()
-        if isinstance(formula.by, str) and not m.given(field) and not m.unused(field)
+        if isinstance(formula.by, str) and not m.is_explicit(field) and not m.unused(field)
         if quotient_terms(m, field)[0] % quotient_terms(m, field)[1]
     ]
 
