@@ -20,8 +20,8 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.wiring import Halves
-from colonnade.parallel.context.attention import ATTENTION
-from colonnade.parallel.context.halo import HANDED_ON
+from colonnade.parallel.context.attention import CONTEXT_ATTENTION
+from colonnade.parallel.context.halo import HALO_SEND_RECV
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 # Costly to compute again, and no larger than a sub-block's input or its inner width. Batched
@@ -42,8 +42,8 @@ SENT = {
     c10d.all_reduce.default,
     c10d.all_gather_into_tensor.default,
     c10d.all_to_all_single.default,
-    ATTENTION,
-    HANDED_ON,
+    CONTEXT_ATTENTION,
+    HALO_SEND_RECV,
 }
 
 # Around a forward pass, and around that pass again in backward.

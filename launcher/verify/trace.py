@@ -212,7 +212,7 @@ def gather_trace(shards: dict[str, Shard], world: World) -> Trace:
 
     Other ranks return a trace of their losses and norms.
     """
-    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.first else None
+    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.is_rank_zero else None
     dist.gather_object(shards, by_rank, dst=0)
     if by_rank is None:
         by_rank = [{k: s for k, s in shards.items() if k.startswith(("losses/", "norms/"))}]

@@ -114,18 +114,18 @@ def test_recomputation_sends_nothing_again(ranks2: Ranks, variant: dict[str, Any
 
 
 @functools.cache
-def built(recipe: str, here: World) -> Decoder:
-    return build_model(Recipe.model_validate_json(recipe), here)[1]
+def built(recipe: str, world: World) -> Decoder:
+    return build_model(Recipe.model_validate_json(recipe), world)[1]
 
 
 def summed(rank: int, size: int, recipe: Recipe, batches: list[Batch]) -> dict[str, Tensor]:
     """Loss and gradients, added up over batches of one row."""
-    here = World(rank, size, torch.device("cpu"))
-    model = built(recipe.model_dump_json(exclude_unset=True), here)
+    world = World(rank, size, torch.device("cpu"))
+    model = built(recipe.model_dump_json(exclude_unset=True), world)
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        loss, _ = forward(model, batch, [0], here.device)
+        loss, _ = forward(model, batch, [0], world.device)
         loss.backward()
         total += loss.detach()
     dist.all_reduce(total)

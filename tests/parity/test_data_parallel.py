@@ -166,8 +166,8 @@ def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
 
 
 def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
-    here = World(rank, size, torch.device("cpu"))
-    model = build_model(recipe, here)[1]
+    world = World(rank, size, torch.device("cpu"))
+    model = build_model(recipe, world)[1]
     return {name: whole(p) for name, p in model.named_parameters()}
 
 

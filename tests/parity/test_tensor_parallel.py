@@ -113,15 +113,15 @@ def rows() -> Batch:
 
 def objectives(rank: int, size: int, layout: dict[str, int]) -> dict[tuple[bool, bool], float]:
     """By mode, training or not, with gradients or without."""
-    here, found = World(rank, size, torch.device("cpu")), {}
+    world, found = World(rank, size, torch.device("cpu")), {}
     routing = {"router_noise": 0.3, "capacity": 1.0}
     recipe = recipe_for("M*m-E", layout, 2, **SMALL, **LADDER, **routing)
-    _, model, _ = build_model(recipe, here)
+    _, model, _ = build_model(recipe, world)
     for training in (True, False):
         model.train(training)
         for kept in (True, False):
             with torch.set_grad_enabled(kept):
-                objective, _ = forward(model, rows(), [0, 1], here.device, rng_key=3)
+                objective, _ = forward(model, rows(), [0, 1], world.device, rng_key=3)
             found[training, kept] = objective.item()
     return found
 
@@ -139,10 +139,10 @@ def test_the_mode_says_what_is_computed(ranks1: Ranks, ranks2: Ranks, layout: st
 
 def sent(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
     """What the forward and the backward pass of a micro-batch send."""
-    here = World(rank, size, torch.device("cpu"))
-    _, model, _ = build_model(recipe, here)
+    world = World(rank, size, torch.device("cpu"))
+    _, model, _ = build_model(recipe, world)
     with Sent() as noted:
-        loss, _ = forward(model, rows(), [0, 1], here.device)
+        loss, _ = forward(model, rows(), [0, 1], world.device)
         noted.calls.append("backward")
         noted.fsdp.append(("backward", 0))
         loss.backward()
@@ -175,10 +175,10 @@ def test_ladder_leaves_fsdp_its_order(ranks4: Ranks, sequence: bool) -> None:
 
 def written(rank: int, size: int, layout: dict[str, int]) -> list[int]:
     """Text that a model writes, token by token."""
-    here = World(rank, size, torch.device("cpu"))
+    world = World(rank, size, torch.device("cpu"))
     recipe = recipe_for("M*m-GE", layout, 2, **SMALL, **LADDER)
-    _, model, _ = build_model(recipe, here)
-    return extend(model, [3, 1, 4], 9, 8, None, here.device, seed=7)
+    _, model, _ = build_model(recipe, world)
+    return extend(model, [3, 1, 4], 9, 8, None, world.device, seed=7)
 
 
 def test_ranks_write_the_same_text(ranks1: Ranks, ranks2: Ranks) -> None:
@@ -188,9 +188,9 @@ def test_ranks_write_the_same_text(ranks1: Ranks, ranks2: Ranks) -> None:
 
 
 def initial(rank: int, size: int, layout: dict[str, int]) -> dict[str, Tensor]:
-    here = World(rank, size, torch.device("cpu"))
+    world = World(rank, size, torch.device("cpu"))
     recipe = recipe_for("M-*EmG", layout, 2, "fp32", **SMALL | {"mamba_groups": 1})
-    named = build_model(recipe, here)[1].named_parameters()
+    named = build_model(recipe, world)[1].named_parameters()
     return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in named}
 
 
