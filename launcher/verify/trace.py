@@ -98,7 +98,7 @@ def record_trace(
                 record("gradients", f"step {step + 1}: {name}", p.grad)
 
     # called within the update, when gradients are reduced, and clipped already
-    optimizer.observers.append(record_gradients)
+    optimizer.step_pre_hooks.append(record_gradients)
     engine = Engine(model, optimizer, mesh, world.device)
     for step in range(recipe.train.steps):
         if step and starts is not None:
