@@ -72,4 +72,4 @@ def formula(recipe: Recipe, rank: int) -> int:
     train = recipe.train
     number = 8 if train.precision == "fp64" else 2 if train.precision == "bf16" else 4
     traffic = Traffic(recipe.model, recipe.parallel, train.micro_batch, train.seq_len, number)
-    return traffic.sent(rank)
+    return traffic.bytes_sent(rank)

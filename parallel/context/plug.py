@@ -1,8 +1,8 @@
 """Applies context parallelism to a model: shards its sequences, and fills the seams that
 communicate over the `cp` axis.
 
-Parameters stay as they are. Their gradients are partial sums over the ranks that share a sequence:
-FSDP's reduce-scatter runs over `dp_shard` and `cp` together.
+Parameters stay as they are. Their gradients are partial sums over the `cp` axis, which FSDP's
+reduce-scatter over `dp_shard` and `cp` completes.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What ranks that share a sequence send: every variant counted, against its formula."""
+"""Bytes sent over the context group: every variant counted, against its formula."""
 
 from typing import Any
 
