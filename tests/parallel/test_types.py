@@ -58,7 +58,7 @@ ROWS: dict[str, dict[str, Any]] = {
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
         norm_position="after", clip_low=-0.1, attention_cap=3.0,
     ),
-    "σReparam, further tokens": dict(
+    "σReparam, multi-token prediction": dict(
         pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",
     ),
 }  # fmt: skip
@@ -135,7 +135,7 @@ SUMMED = {
     "latent": dict(pattern="*-", **LATENT, activation="polynorm", norm="layer", norm_bias=True),
     "shared": dict(pattern="*M", kv_heads=2, mamba_groups=1, qk_norm="head"),
     "routed": dict(pattern="E", activation="polyrelu", shared_ffn=8, sigma_reparam=True),
-    "further": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
+    "multi-token": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
 }
 
 

@@ -101,7 +101,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "experts": 6,
          "router_noise": 0.3, "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 8},
     ),
-    "further tokens": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
+    "multi-token": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
     "centred, latent": (
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,

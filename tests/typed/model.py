@@ -43,8 +43,8 @@ def checked(
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(reparam, "iterate", spmd.no_typecheck(reparam.iterate)))
-        for further in patches:
-            stack.enter_context(further)
+        for further_types in patches:
+            stack.enter_context(further_types)
         modules = [module for module in model.modules() if isinstance(module, ParameterModule)]
         for module in modules:
             local = functools.partial(typed_shard, module.local)
