@@ -57,7 +57,7 @@ def work(ranks: int) -> Report:
             Ring(SequenceSharding(ranks, rank, zigzag), length, ScoreOptions(1.0), False)
             for rank in range(ranks)
         ]
-        steps = [[ring.scores(step) for ring in rings] for step in range(ranks)]
+        steps = [[ring.score_count(step) for ring in rings] for step in range(ranks)]
         of_rank = [sum(scores) for scores in zip(*steps, strict=True)]
         report[f"{case}: {cut}, largest of a rank / smallest"] = max(of_rank) / min(of_rank)
         longest[cut] = sum(map(max, steps))
@@ -102,14 +102,17 @@ def both(attend: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], ob
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
 
 
-def attention_seconds(here: World, shape: Shape, rounds: int) -> dict[str, list[float]]:
+def attention_seconds(world: World, shape: Shape, rounds: int) -> dict[str, list[float]]:
     """Of ranks 0 and 1 each with half of a sequence, and of rank 0 with all of it: by round."""
-    torch.manual_seed(here.rank)
-    group = build_mesh(ParallelConfig(cp=2), here)["cp"].get_group()
-    rule, halves, whole = ScoreOptions(shape.width**-0.5), shape.leaves(2), shape.leaves(1)
+    torch.manual_seed(world.rank)
+    group = build_mesh(ParallelConfig(cp=2), world)["cp"].get_group()
+    score_options = ScoreOptions(shape.width**-0.5)
+    halves, whole = shape.leaves(2), shape.leaves(1)
 
     def shared(zigzag: bool) -> Callable[..., Tensor]:
-        return lambda q, k, v: context_attention(q, k, v, group, rule=rule, zigzag=zigzag)
+        return lambda q, k, v: context_attention(
+            q, k, v, group, score_options=score_options, zigzag=zigzag
+        )
 
     contestants = {
         "zigzag": (2, both(shared(True), halves)),
@@ -121,7 +124,7 @@ def attention_seconds(here: World, shape: Shape, rounds: int) -> dict[str, list[
         for name, (ranks, action) in contestants.items():
             dist.barrier()
             start = time.perf_counter()
-            if here.rank < ranks:
+            if world.rank < ranks:
                 action()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
@@ -144,10 +147,10 @@ def timed(crew: Ranks, shape: Shape, rounds: int) -> Report:
     }
 
 
-def attention_bytes(here: World, variant: Any, cp: int, shape: Shape) -> int:
+def attention_bytes(world: World, variant: Any, cp: int, shape: Shape) -> int:
     """What attention keeps from forward to backward on a rank, its inputs included."""
     parallel = ParallelConfig(cp=cp, context=variant)
-    mesh = build_mesh(parallel, here)["cp"]
+    mesh = build_mesh(parallel, world)["cp"]
     attend = local_attend if cp == 1 else context_attend(mesh, parallel, shape.heads)
     (q, k, v), softmax = shape.leaves(cp), Softmax(shape.width**-0.5)
     context = Context(torch.arange(len(q))[:, None])
@@ -198,15 +201,15 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def step_memory(here: World, recipe: Recipe) -> Memory:
+def step_memory(world: World, recipe: Recipe) -> Memory:
     """A first training step, as it is made of one row that all ranks share."""
-    mesh, model, optimizer = build_model(recipe, here)
+    mesh, model, optimizer = build_model(recipe, world)
     batch = traffic.random_batch(1, recipe.train.seq_len, recipe.model.vocab)
     forget_peak()
     before = resident_mib()
     dist.barrier()
     start = time.perf_counter()
-    train_step(Engine(model, optimizer, mesh, here.device), [batch], [[0]], recipe, 0)
+    train_step(Engine(model, optimizer, mesh, world.device), [batch], [[0]], recipe, 0)
     return Memory(before, resident_mib(), time.perf_counter() - start)
 
 

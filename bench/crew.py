@@ -18,7 +18,7 @@ import torch.distributed as dist
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import prepare_rank
 from colonnade.launcher.errors import UserError
-from colonnade.parallel.world import world as open_world
+from colonnade.parallel.world import open_world
 
 TIDY = 10  # seconds that the processes have to end by themselves
 

@@ -23,7 +23,7 @@ from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
-from colonnade.parallel.world import world
+from colonnade.parallel.world import open_world
 
 PORT = 29500
 FASTEST = 1e10  # bytes/s: no limit
@@ -89,8 +89,8 @@ class Rank(Host):
         os.environ["GLOO_SOCKET_IFNAME"] = LINK
         store = dist.TCPStore(f"{NETWORK}1", PORT, RANKS, is_master=self.number == 0)
         self.group = ExitStack()
-        self.here = self.group.enter_context(world(self.number, RANKS, device, store))
-        self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.here)
+        self.world = self.group.enter_context(open_world(self.number, RANKS, device, store))
+        self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.world)
 
     def close(self) -> None:
         """Leave the group together with the other rank."""
@@ -98,7 +98,7 @@ class Rank(Host):
 
     def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
         """Make a row, its input and the gradient of its output."""
-        self.row = Row(shape, pattern, sequence, self.mesh, self.here.device)
+        self.row = Row(shape, pattern, sequence, self.mesh, self.world.device)
         alone: Seams = (_Gather.apply, _Scatter.apply) if sequence else (same, same)
         self.variants = {"none": ("standard", alone), "standard": ("standard", None)}
         self.variants["ladder"] = "ladder", None

@@ -231,8 +231,8 @@ def run(shape: Shape | None = None, rounds: int = 15, share: float = SHARE) -> d
     shape = shape or (ON_GPU if device.type == "cuda" else ON_CPU)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report: dict[str, Any] = {"shape": f"{shape}; one rank of them, {where}"}
-    with linked(device) as here:
-        mesh = build_mesh(ParallelConfig(tp=RANKS), here)
+    with linked(device) as world:
+        mesh = build_mesh(ParallelConfig(tp=RANKS), world)
         link = mesh.get_group("tp")
         assert isinstance(link, Link)
         for pattern, name in PATTERNS.items():

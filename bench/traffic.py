@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
-from colonnade.parallel.context.hops import group_of
+from colonnade.parallel.context.p2p import group_by_name
 from colonnade.parallel.cost import Traffic
 from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
@@ -43,7 +43,7 @@ class Sent(TorchDispatchMode):
         if func.namespace == "c10d" and name == "send":
             self.bytes += sum(t.nbytes for t in args[0])
         elif func.namespace == "_c10d_functional" and name not in SILENT:
-            ranks = group_of(args[-1]).size()
+            ranks = group_by_name(args[-1]).size()
             self.bytes += args[0].nbytes * SENDS[name](ranks) // ranks
         return func(*args, **kwargs)
 
@@ -56,13 +56,13 @@ def random_batch(rows: int, tokens: int, vocab: int) -> Batch:
     return Batch(both[0], both[1], place, torch.zeros_like(place))
 
 
-def counted(here: World, recipe: Recipe) -> int:
+def counted(world: World, recipe: Recipe) -> int:
     """What this rank sends."""
-    _, model, _ = build_model(recipe, here)
+    _, model, _ = build_model(recipe, world)
     rows, tokens = recipe.train.micro_batch, recipe.train.seq_len
     batch = random_batch(rows, tokens, recipe.model.vocab)
     with Sent() as sent:
-        loss, _ = forward(model, batch, list(range(rows)), here.device)
+        loss, _ = forward(model, batch, list(range(rows)), world.device)
         loss.backward()
     return sent.bytes
 
@@ -72,4 +72,4 @@ def formula(recipe: Recipe, rank: int) -> int:
     train = recipe.train
     number = 8 if train.precision == "fp64" else 2 if train.precision == "bf16" else 4
     traffic = Traffic(recipe.model, recipe.parallel, train.micro_batch, train.seq_len, number)
-    return traffic.sent(rank)
+    return traffic.bytes_sent(rank)

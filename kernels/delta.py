@@ -161,7 +161,7 @@ class _DeltaRule(torch.autograd.Function):
             dinitial = dstates.clone()
             _run_backward(shape, x, dcorrections.clone(), dinitial)
             dinitial = dinitial[0].view(*transition.shape[:-1], shape.V)
-            wait = ctx.state_passing.launch_back(dinitial, transition, True)
+            wait = ctx.state_passing.launch_backward(dinitial, transition, True)
         predicted = shape.by_head(torch.bmm(shape.flat(x.keys), before)).mul_(x.decays.entering)
         errors = predicted.neg_().add_(head_order(v))  # v − E k S
         corrections = torch.bmm(x.inverse, shape.flat(errors * x.beta))

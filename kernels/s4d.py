@@ -269,7 +269,7 @@ class _S4D(torch.autograd.Function):
                 tables = _tables(block, pieces.Q, pieces.length)
                 read = torch.bmm(pieces.rows(dy[..., c])[:, :entering], tables.read)
                 through[c] = _states_back(read, tables, pieces, through[c])[1]
-            launch, kept = ctx.state_passing.launch_back, _transition(system, pieces)
+            launch, kept = ctx.state_passing.launch_backward, _transition(system, pieces)
             dfinal = _exchanged(launch, ctx.state_passing.segments, through, kept)
         dx, dinitial = x.new_empty(x.shape), torch.empty_like(dfinal)
         dsystem = _Parameters(*(torch.empty_like(p) for p in system))

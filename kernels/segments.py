@@ -27,8 +27,8 @@ Wait = Callable[[], Tensor]
 class StatePassing(Protocol):
     """Gives a device's segments the states before them, and the gradients after them.
 
-    A kernel calls `launch` once in forward and `launch_back` once in backward, and calls what each
-    returns once. Until it has called that, it does not change the tensors that it passed.
+    A kernel calls `launch` once in forward and `launch_backward` once in backward, and calls what
+    each returns once. Until it has called that, it does not change the tensors that it passed.
 
     Attributes:
         segments: how many segments this device holds: equal ones, one after the other along the
@@ -54,7 +54,7 @@ class StatePassing(Protocol):
         """
         ...
 
-    def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
+    def launch_backward(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
         """Starts the all-gather of the gradients of the states before the local segments.
 
         Args:
@@ -137,7 +137,7 @@ class LocalStatePassing:
         before = states_before(state, transition, self.same_document, matrix)
         return lambda: before
 
-    def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
+    def launch_backward(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
         after = grads_after(grad, transition, self.same_document, matrix)
         return lambda: after
 

@@ -131,7 +131,7 @@ class _SelectiveScan(torch.autograd.Function):
         passing = ctx.state_passing
         if passing is not None:
             dinitial = _initial_state_grad(dy, dt, A, C, barrier, ctx.Q)
-            dfinal = _exchanged(passing.launch_back, passing.segments, dinitial, transition)
+            dfinal = _exchanged(passing.launch_backward, passing.segments, dinitial, transition)
         chunks = list(enumerate(_ranges(len(x), ctx.Q)))
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])

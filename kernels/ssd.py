@@ -198,7 +198,7 @@ class _SSD(torch.autograd.Function):
             dinitial, transition = (
                 shape.by_segment(t[0], ctx.state_passing.segments) for t in (dstates, decays)
             )
-            wait = ctx.state_passing.launch_back(dinitial, transition, False)
+            wait = ctx.state_passing.launch_backward(dinitial, transition, False)
 
         # Through the tokens' reads of the state before the chunk.
         dy_entering = shape.heads(dy, decay.entering)

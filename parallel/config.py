@@ -1,4 +1,4 @@
-"""The `[parallel]` table: how ranks divide one model and one batch."""
+"""The `[parallel]` table: the degree of each kind of parallelism, and its options."""
 
 from typing import Literal
 
@@ -13,20 +13,22 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None,
         ge=1,
         le=2**20,
-        description="ranks that share one copy (FSDP2); default: all that are left",
+        description="ranks that shard one copy (FSDP2); default: all remaining ranks",
     )
-    tp: int = Field(1, ge=1, le=2**20, description="ranks that share every sub-block's products")
+    tp: int = Field(
+        1, ge=1, le=2**20, description="ranks that shard the weights of every sub-block"
+    )
     sequence: bool = Field(
-        True, description="between sub-blocks, tensor-parallel ranks hold parts of the sequence"
+        True, description="between sub-blocks, tensor-parallel ranks hold shards of the sequence"
     )
-    cp: int = Field(1, ge=1, le=2**20, description="ranks that share every sequence")
+    cp: int = Field(1, ge=1, le=2**20, description="ranks that shard every sequence")
     zigzag: bool = Field(
         True,
         description="of 2 cp segments rank r holds r and 2 cp - 1 - r, which is equal work for "
         "causal attention; false: one segment each",
     )
     context: Literal["ring", "ulysses", "ring+ulysses", "allgather"] = Field(
-        "ring", description="how attention reaches over the ranks that share a sequence"
+        "ring", description="how attention communicates over the ranks that shard a sequence"
     )
     ulysses: int | None = Field(
         None,
@@ -36,19 +38,21 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     recurrence: Literal["states", "heads"] = Field(
         "states",
-        description="what Mamba and DeltaNet exchange over the ranks that share a sequence: states "
+        description="what Mamba and DeltaNet exchange over the ranks that shard a sequence: states "
         "between segments, or heads",
     )
     timeout: int = Field(
         1800,
         ge=1,
         le=2**20,
-        description="seconds that one exchange between ranks may take before they end",
+        description="seconds that a collective may take before the job ends",
     )
     pp: int = Field(1, ge=1, le=2**20, description="stages of a pipeline (not built yet)")
-    ep: int = Field(1, ge=1, le=2**20, description="ranks that share experts (not built yet)")
+    ep: int = Field(
+        1, ge=1, le=2**20, description="ranks that the experts are divided over (not built yet)"
+    )
     etp: int | None = Field(
-        None, ge=1, le=2**20, description="ranks that share the inside of an expert; default: tp"
+        None, ge=1, le=2**20, description="ranks that shard each expert; default: tp"
     )
 
     def degrees(self, world_size: int) -> dict[str, int]:
@@ -67,14 +71,14 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @property
     def segments(self) -> int:
-        """Pieces that a sequence is cut into."""
+        """How many segments the context group shards a sequence into."""
         return 1 if self.cp == 1 else self.cp * (2 if self.zigzag else 1)
 
     def ulysses_degree(self, heads: int) -> int:
-        """How many ranks exchange heads, where one tensor-parallel rank has `heads` query heads.
+        """How many ranks exchange heads by an all-to-all, where each has `heads` query heads.
 
-        1 where attention exchanges none. For ring+ulysses by default the largest proper divisor of
-        cp that divides them, which for a prime cp is all of it; 0 where there is none.
+        It is 1 where attention exchanges none. For ring+ulysses the default is the largest proper
+        divisor of cp that divides `heads` (for a prime cp: cp itself); 0 where there is none.
         """
         if self.cp == 1 or self.context in ("ring", "allgather"):
             return 1
@@ -84,7 +88,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self.ulysses or next((d for d in proper if heads % d == 0), 0)
 
     def expert_degrees(self, world_size: int) -> dict[str, int]:
-        """The same ranks as experts see them: edp · ep · etp = dp_shard · cp · tp."""
+        """Every axis of the expert view with its degree: edp · ep · etp = dp_shard · cp · tp."""
         dense = self.degrees(world_size)
         etp = self.etp or self.tp
         folded = dense["dp_shard"] * dense["cp"] * dense["tp"]

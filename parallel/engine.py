@@ -1,4 +1,4 @@
-"""A step of training: micro-batches forward and backward, whole gradients, and the update."""
+"""A step of training: micro-batches forward and backward, reduced gradients, and the update."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import ranks_per_sample, ranks_per_token
 from colonnade.parallel.optimizer import Optimizer
-from colonnade.parallel.parallelize import last_micro_batch
+from colonnade.parallel.parallelize import set_last_micro_batch
 from colonnade.parallel.tensor import complete_gradients
 
 
@@ -37,14 +37,14 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What a step's forward and backward passes found: global figures, equal on all ranks."""
+    """The results of a step's forward and backward passes: global figures, equal on all ranks."""
 
     loss: float  # mean negative log likelihood per valid token, in nats
     balance: float  # balancing terms, as they enter the objective
-    extras: dict[str, float]  # other parts of the objective, per valid token, by name
+    extras: dict[str, float]  # other terms of the objective, per valid token, by name
     grad_norm: float
     tokens: int  # valid tokens
-    loads: dict[int, Tensor]  # tokens of every expert, by the mixture's place in the row
+    loads: dict[int, Tensor]  # tokens of every expert, by the mixture's index in the row
 
     @property
     def finite(self) -> bool:
@@ -70,9 +70,9 @@ class Engine:
     ) -> Report:
         """Gradients of the mean objective per valid token of the global batch, on every rank.
 
-        Each rank divides by the count of valid tokens over all ranks, and gradients are summed:
-        FSDP2 reduce-scatters them after every micro-batch, and what is partial over
-        tensor-parallel ranks is all-reduced once at the end. Collective.
+        Each rank divides by the number of valid tokens of all ranks, and gradients are summed:
+        FSDP2 reduce-scatters them over the data axes and `cp` after every micro-batch, and those
+        that are partial over `tp` are all-reduced once at the end. Collective.
 
         Args:
             batches: this rank's micro-batches.
@@ -82,21 +82,22 @@ class Engine:
         """
         valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
         tokens = int(all_reduced([valid], self.device)[0]) // ranks_per_sample(self.mesh)
-        losses, loads, sharers = Sums(), Sums(), ranks_per_token(self.mesh)
+        losses, loads = RunningSums(), RunningSums()
+        copies = ranks_per_token(self.mesh)  # ranks that add the same tokens to a sum
         self.model.train()
         self.model.begin_step()
-        for number, (batch, numbers) in enumerate(zip(batches, samples, strict=True), start=1):
-            last_micro_batch(self.model, number == len(batches))
-            objective, found = forward(self.model, batch, numbers, self.device, groups, rng_key)
+        for number, (batch, indices) in enumerate(zip(batches, samples, strict=True), start=1):
+            set_last_micro_batch(self.model, number == len(batches))
+            objective, report = forward(self.model, batch, indices, self.device, groups, rng_key)
             objective = objective / max(tokens, 1)
             objective.backward()
-            extras = {name: v.double() / max(tokens, 1) for name, v in found.extras.items()}
+            extras = {name: v.double() / max(tokens, 1) for name, v in report.extras.items()}
             loss = objective.detach().double() - sum(extras.values())
-            balance = sum(t.double() for t in found.terms.values()) + torch.zeros_like(loss)
+            balance = sum(t.double() for t in report.terms.values()) + torch.zeros_like(loss)
             losses.add({"loss": loss, "balance": balance, **extras})
-            loads.add(found.loads)
-        totals = {name: value.item() for name, value in losses.over_ranks(sharers).items()}
-        complete_gradients(self.model, self.mesh)
+            loads.add(report.loads)
+        totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
+        complete_gradients(self.model, self.mesh)  # before the norm, which needs complete sums
         norm = gradient_norm(list(self.model.parameters())).item()
         return Report(
             totals.pop("loss"),
@@ -104,14 +105,15 @@ class Engine:
             totals,
             norm,
             tokens,
-            loads.over_ranks(sharers),
+            loads.all_reduce(copies),
         )
 
     def update(self, report: Report, lr: float, clip: float) -> None:
-        """One step of the optimizer at this learning rate; gradients are dropped. Collective.
+        """Clips the gradients, takes one optimizer step and drops the gradients. Collective.
 
         Args:
             report: what `gradients` returned.
+            lr: the learning rate of this step.
             clip: the largest norm of all gradients; 0 does not clip.
         """
         if clip:
@@ -123,7 +125,7 @@ class Engine:
         self.optimizer.zero_grad()
 
     def discard(self) -> None:
-        """Drop the gradients and update nothing."""
+        """Drops the gradients without an update."""
         self.optimizer.zero_grad()
 
 
@@ -135,15 +137,15 @@ def forward(
     groups: float = 1.0,
     rng_key: int = 0,
 ) -> tuple[Tensor, PassReport]:
-    """Summed objective of one micro-batch, and what else the pass found."""
-    tokens, labels, positions, documents = on_device(batch, device)
-    numbers = torch.tensor(samples, device=device)
-    return model(tokens, Context(positions, documents, groups, numbers, rng_key), labels)
+    """The objective of one micro-batch, summed over its tokens, and the report of the pass."""
+    tokens, labels, positions, documents = to_device(batch, device)
+    indices = torch.tensor(samples, device=device)
+    return model(tokens, Context(positions, documents, groups, indices, rng_key), labels)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode, and no gradients are kept; then as it was before."""
+    """A context manager: the model is in evaluation mode without gradients, and then as before."""
     training = model.training
     model.eval()
     try:
@@ -153,14 +155,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def on_device(
+def to_device(
     batch: MicroBatch, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """tokens, labels, positions and documents as `[S, B]`; documents None if all rows are whole."""
+    """Copies a micro-batch to a device: tokens, labels, positions and documents, `[S, B]` each.
+
+    Documents are None where every row is a single document.
+    """
+
+    def move(t: Tensor) -> Tensor:
+        return t.T.contiguous().to(device, non_blocking=True)
+
+    tokens, labels, positions = (move(t) for t in (batch.tokens, batch.labels, batch.positions))
     packed = bool(batch.documents.any())
-    move = [batch.tokens, batch.labels, batch.positions] + [batch.documents] * packed
-    moved = [t.T.contiguous().to(device, non_blocking=True) for t in move]
-    return moved[0], moved[1], moved[2], moved[3] if packed else None
+    return tokens, labels, positions, move(batch.documents) if packed else None
 
 
 def all_reduced(
@@ -168,25 +176,26 @@ def all_reduced(
     device: torch.device,
     operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> list[float]:
-    """All-reduces each value over all ranks, in fp64: their sums, or by another operation."""
+    """All-reduces each value over all ranks, in fp64, to its sum or by another operation."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, operation)
     return total.tolist()
 
 
-class Sums(dict[Any, Tensor]):
-    """Tensors added up by name over the micro-batches of a step."""
+class RunningSums(dict[Any, Tensor]):
+    """Sums of tensors over the micro-batches of a step, by name."""
 
     def add(self, named: Mapping[Any, Tensor]) -> None:
-        """Add each tensor to the one of its name."""
+        """Adds each tensor to the sum of its name."""
         for name, value in named.items():
             self[name] = self[name] + value if name in self else value
 
-    def over_ranks(self, sharers: int) -> dict[Any, Tensor]:
-        """All-reduces the sums, of which `sharers` ranks each hold the same; all have all names."""
+    def all_reduce(self, copies: int) -> dict[Any, Tensor]:
+        """All-reduces the sums over all ranks; `copies` ranks each hold the same sum, which counts
+        once. All ranks have the same names."""
         if not self:
             return self
         names = sorted(self)
         stacked = torch.stack([self[name] for name in names])
         dist.all_reduce(stacked)
-        return dict(zip(names, stacked / sharers, strict=True))
+        return dict(zip(names, stacked / copies, strict=True))

@@ -1,4 +1,4 @@
-"""Norm and clipping of gradients that lie in shards."""
+"""Norm and clipping of sharded gradients."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,26 +10,26 @@ from torch.distributed.tensor import DTensor
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """This rank's part of every gradient."""
+    """This rank's shard of every gradient."""
     return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, sharing its memory; another tensor as it is."""
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, on every rank.
 
-    Squares are summed locally, then over exactly the mesh axes that shard a gradient, so that a
-    replicated one counts once.
+    Squares are summed locally, and all-reduced over exactly the mesh axes that shard a gradient, so
+    that a replicated one counts once. Collective.
     """
     by_axes: dict[tuple, list[Tensor]] = defaultdict(list)
     for p in parameters:
         g = p.grad
         if isinstance(g, DTensor):
-            sharded = tuple(i for i, place in enumerate(g.placements) if not place.is_replicate())
+            sharded = tuple(i for i, p in enumerate(g.placements) if not p.is_replicate())
             by_axes[g.device_mesh, sharded].append(g.to_local())
         elif g is not None:
             by_axes[None, ()].append(g)
@@ -43,6 +43,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale all gradients so that their norm is at most `limit` (arXiv:1211.5063, section 3.2)."""
+    """Scales all gradients so that their norm is at most `limit` (arXiv:1211.5063, section 3.2)."""
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(local_gradients(parameters), scale)

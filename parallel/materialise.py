@@ -15,14 +15,14 @@ from colonnade.models.names import canonical
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
 
-BLOCK = 1 << 16  # elements of a parameter that are drawn together, about
+BLOCK = 1 << 16  # about how many elements of a parameter one generator draws
 
 
-def to_fill(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
-    """Every parameter and buffer with its full name and its initial distribution."""
+def tensors_to_fill(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
+    """Yields every parameter and buffer with its canonical name and its initial distribution."""
     for prefix, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
+        buffers = module.named_buffers(recurse=False)
+        for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
             assert isinstance(module, ParameterModule), f"{prefix}.{name} has no record"
             yield canonical(f"{prefix}.{name}"), tensor, module.specs[name].fill
 
@@ -33,7 +33,7 @@ def new_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """A decoder on one device with the first weights that a run of this seed begins with."""
+    """A decoder on one device with the initial weights of a run with this seed."""
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     materialise(model, torch.device(device), seed)
@@ -50,12 +50,12 @@ def load_decoder(
 
     Args:
         config: of the model.
-        tensors: our tensors by name, as `read_hf` and `state_dict` have them.
-        device: where it computes.
-        dtype: of its parameters; None: as they come. State beside them stays as it comes.
+        tensors: our tensors by name, as `read_hf` and `state_dict` return them.
+        device: of the decoder.
+        dtype: of its parameters; None: that of `tensors`. Buffers keep theirs.
 
     Raises:
-        RuntimeError: tensors are missing, left over or of another shape; the message names them.
+        RuntimeError: tensors are missing, unexpected or of another shape; the message names them.
     """
     with torch.device("meta"):
         model = Decoder(config)
@@ -74,36 +74,39 @@ def load_decoder(
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocate a model that was built on meta and sharded, on `device`, and fill it."""
+    """Allocates a model that was built on meta and sharded on `device`, and fills its tensors.
+
+    Every rank fills its own shards, without communication.
+    """
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, tensor, fill in to_fill(model):
+        for name, tensor, fill in tensors_to_fill(model):
             if isinstance(tensor, DTensor):
                 _, offset = compute_local_shape_and_global_offset(
                     tensor.shape, tensor.device_mesh, tensor.placements
                 )
                 fill_shard(tensor.to_local(), tensor.shape, offset, fill, f"{seed}/{name}")
             else:
-                whole = (0,) * tensor.dim()
-                fill_shard(tensor, tensor.shape, whole, fill, f"{seed}/{name}")
+                offset = (0,) * tensor.dim()
+                fill_shard(tensor, tensor.shape, offset, fill, f"{seed}/{name}")
 
 
 def fill_shard(
     shard: Tensor, shape: tuple[int, ...], offset: tuple[int, ...], fill: Fill, key: str
 ) -> None:
-    """Fill the part of a parameter that starts at `offset`.
+    """Fills the shard of a parameter of this global `shape` that starts at `offset`.
 
-    The parameter, seen as `[rows, columns]` with the last dimension as columns, is cut into blocks
-    of whole rows; each block is drawn by a generator of its own, keyed by (key, block), in fp32 on
-    the CPU. A shard draws the blocks it touches.
+    The parameter, seen as `[rows, columns]` with the last dimension as columns, is divided into
+    blocks of full rows. Each block is drawn by its own generator, keyed by (key, block), in fp32 on
+    the CPU. A shard draws every block that it overlaps.
     """
     if shard.numel() == 0:
         return
     columns = shape[-1]
     per_block = max(1, BLOCK // columns)
-    rows = row_numbers(shape[:-1], shard.shape[:-1], offset[:-1])
+    rows = global_rows(shape[:-1], shard.shape[:-1], offset[:-1])
     target = shard.view(len(rows), shard.shape[-1])
-    wanted = slice(offset[-1], offset[-1] + shard.shape[-1])
+    local_columns = slice(offset[-1], offset[-1] + shard.shape[-1])
     total = math.prod(shape[:-1])
     block_of = rows // per_block
     for block in block_of.unique().tolist():
@@ -112,13 +115,13 @@ def fill_shard(
         digest = hashlib.blake2b(f"{key}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         fill(drawn, generator)
-        mine = block_of == block
-        target[mine.to(target.device)] = drawn[rows[mine] - first, wanted].to(target)
+        in_block = block_of == block
+        target[in_block.to(target.device)] = drawn[rows[in_block] - first, local_columns].to(target)
 
 
-def row_numbers(shape: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
-    """Global row number of every local row, when leading dimensions are flattened."""
+def global_rows(shape: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+    """The global row number of every local row, where leading dimensions are flattened."""
     rows = torch.zeros(1, dtype=torch.long)
-    for size, count, start in zip(shape, local, offset, strict=True):
-        rows = (rows[:, None] * size + torch.arange(start, start + count)).flatten()
+    for size, local_size, start in zip(shape, local, offset, strict=True):
+        rows = (rows[:, None] * size + torch.arange(start, start + local_size)).flatten()
     return rows

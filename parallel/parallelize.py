@@ -52,10 +52,13 @@ class Settings(Protocol):
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
-    """Shard a model that was built on meta; `materialise` it afterwards.
+    """Applies all parallelism of a recipe to a model built on meta; `materialise` it afterwards.
 
-    Both halves of a sub-block are one FSDP2 group in the compute dtype; norms, routers and decay
-    rates stay in the root group in the storage dtype. One rank in fp32 or fp64 needs none of it.
+    The order is fixed: recomputation wraps the halves, then tensor parallelism shards widths over
+    the `tp` axis, context parallelism sequences over `cp`, and FSDP2 weights over the data axes and
+    `cp`. Both halves of a sub-block are one FSDP2 group in the compute dtype; norms, routers and
+    decay rates stay in the root group in the storage dtype. One rank in fp32 or fp64 needs no
+    FSDP2.
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
@@ -68,12 +71,13 @@ def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
         compile_halves(model)
     weights = weights_mesh(mesh)
     if weights.size() > 1 or precision == "bf16":
-        shard(model, weights, precision)
+        apply_fsdp(model, weights, precision)
     return model
 
 
-def groups(model: Decoder) -> Iterator[list[nn.Module]]:
-    """The modules whose weights are gathered together: both halves of a sub-block, and so on."""
+def fsdp_groups(model: Decoder) -> Iterator[list[nn.Module]]:
+    """Yields the modules whose weights FSDP2 all-gathers together: both halves of each sub-block,
+    and the projection of each multi-token predictor."""
     for wiring in model.wirings():
         for block in wiring.blocks.values():
             assert isinstance(block, SubBlock)
@@ -84,40 +88,42 @@ def groups(model: Decoder) -> Iterator[list[nn.Module]]:
 
 
 def compile_halves(model: Decoder) -> None:
-    """Compile every half alone, so that what is launched between them stays outside the graphs.
+    """Compiles the `forward` of every half by itself, so that the collectives launched between
+    halves stay outside the graphs.
 
-    Of a half its `forward`: hooks, which gather weights, stay outside as well. So do its seams:
-    collectives are plugged in there, and by default kernels that a compiler could only unroll.
+    FSDP2's hooks, which all-gather weights, stay outside as well. So do the seams: they hold
+    collectives, or by default kernels that a compiler could only unroll.
     """
-    for group in groups(model):
+    for group in fsdp_groups(model):
         for half in group:
             assert isinstance(half, ParameterModule)
             for name in (seam.name for seam in half.seams or ()):
-                if getattr(half, name) is not local_conv:  # one operator
+                if getattr(half, name) is not local_conv:  # a single operator
                     setattr(half, name, torch.compiler.disable(getattr(half, name)))
-            half.forward = compiled(half)
+            half.forward = compiled_forward(half)
 
 
-def compiled(half: ParameterModule) -> Forward:
+def compiled_forward(half: ParameterModule) -> Forward:
     """The half's `forward`, compiled in training.
 
-    Elsewhere it runs as it is: validation would need one more graph, and generation, whose caches
-    grow with every token, one after the other.
+    In evaluation it runs uncompiled: validation would need one more graph, and generation, whose
+    caches grow with every token, a new graph for every token.
     """
-    plain, fast = half.forward, torch.compile(half.forward)
+    eager, compiled = half.forward, torch.compile(half.forward)
 
     def forward(*inputs: Any) -> Any:
         if not half.training:
-            return plain(*inputs)
-        advance(half)
-        made = fast(*tree_map_only(AsyncCollectiveTensor, _Arrived.apply, inputs))
-        return _Arrived.apply(made) if isinstance(made, Tensor) else made
+            return eager(*inputs)
+        advance_states(half)
+        outputs = compiled(*tree_map_only(AsyncCollectiveTensor, _Wait.apply, inputs))
+        return _Wait.apply(outputs) if isinstance(outputs, Tensor) else outputs
 
     return forward
 
 
-class _Arrived(torch.autograd.Function):
-    """What graphs do not do: wait for their input, and for the gradient of their output."""
+class _Wait(torch.autograd.Function):
+    """Waits for an asynchronous collective, in forward for its result and in backward for that of a
+    gradient: compiled graphs wait for neither their input nor the gradient of their output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -129,10 +135,10 @@ class _Arrived(torch.autograd.Function):
         return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
 
 
-def advance(half: ParameterModule) -> None:
-    """Let every state that is to advance at the coming use of its weight do so outside the graph.
+def advance_states(half: ParameterModule) -> None:
+    """Advances, outside the graph, every state that the next use of its weight would advance.
 
-    Recomputation has nothing to advance, so no checkpoint may see what this saves for backward.
+    Recomputation does not advance states, so its hooks must not see what this saves for backward.
     """
     with torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
         for name in half.due | (half.transformed - half.started):
@@ -141,12 +147,14 @@ def advance(half: ParameterModule) -> None:
             half.started.add(name)
 
 
-# Nothing here writes into the output of a half, which is all the warning is about.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
+    """Applies FSDP2 over a mesh of one dimension, or HSDP over one of two.
 
-
-def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
-    """FSDP2, or HSDP over a mesh of two dimensions. Gradients are summed, in at least fp32."""
+    Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
+    least fp32; under HSDP they are also all-reduced over `dp_replicate`.
+    """
+    # The warning concerns writes into the output of a module. Nothing writes into that of a half.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     storage = storage_dtype(precision)
 
     def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -157,12 +165,12 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
     compute = policy(COMPUTE[precision])
     ends = model.ends()
     for group in [ends] if model.config.tied else [[end] for end in ends]:
-        # Backward begins with the head: its weight, which may be the embedding's, stays gathered.
+        # Backward begins with the head: its weight, which may be the embedding's, is not resharded.
         has_head = model.is_last and model.head in group
-        fully_shard(group, mesh=data, mp_policy=compute, reshard_after_forward=not has_head)
-    for group in groups(model):
-        fully_shard(group, mesh=data, mp_policy=compute)
-    fully_shard(model, mesh=data, mp_policy=policy(storage))
+        fully_shard(group, mesh=mesh, mp_policy=compute, reshard_after_forward=not has_head)
+    for group in fsdp_groups(model):
+        fully_shard(group, mesh=mesh, mp_policy=compute)
+    fully_shard(model, mesh=mesh, mp_policy=policy(storage))
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count
             module.set_gradient_divide_factor(1.0)
@@ -170,17 +178,17 @@ def shard(model: Decoder, data: DeviceMesh, precision: str) -> None:
 
 
 def reshard(model: Decoder) -> None:
-    """After a forward pass without backward: drop the whole weights that it left on this rank."""
+    """Frees the all-gathered weights that a forward pass without backward has left on this rank."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def last_micro_batch(model: Decoder, last: bool) -> None:
-    """Say whether the coming backward pass is the step's last.
+def set_last_micro_batch(model: Decoder, last: bool) -> None:
+    """Tells FSDP2 whether the next backward pass is the step's last.
 
-    Gradients are reduce-scattered after every micro-batch, so they never lie whole on a rank; under
-    HSDP only the last pass reduces them over the replicas.
+    Gradients are reduce-scattered after every micro-batch, so that no rank holds unsharded ones;
+    under HSDP only the last pass all-reduces them over `dp_replicate`.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)

@@ -1,7 +1,9 @@
-"""Activation recomputation: backward runs a sub-block's halves again instead of keeping tensors.
+"""Activation recomputation: backward runs a sub-block's halves again instead of saving tensors.
 
-`torch.utils.checkpoint` wraps one call. A sub-block is two calls, between which other sub-blocks'
-halves may run. Both have one frame, and backward runs both again at the first tensor it asks for.
+`torch.utils.checkpoint` wraps one call. A sub-block is two calls, between which halves of other
+sub-blocks may run. Both calls have one frame, and backward runs both again when it unpacks the
+first of their saved tensors. What ranks of the `tp` and `cp` axes sent each other within the
+sub-block is saved, so that recomputation launches no collective.
 """
 
 import weakref
@@ -20,13 +22,14 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.wiring import Halves
-from colonnade.parallel.context.attention import ATTENTION
-from colonnade.parallel.context.halo import HANDED_ON
+from colonnade.parallel.context.attention import CONTEXT_ATTENTION
+from colonnade.parallel.context.halo import HALO_SEND_RECV
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-# Costly to compute again, and no larger than a sub-block's input or its inner width. Batched
-# products are not: they stand inside kernels, which choose themselves what they keep.
-KEPT = {
+# Operators whose results `selective` saves: costly to compute again, and no larger than a
+# sub-block's input or its inner width. Batched matrix products are not among them: they are within
+# kernels, which choose themselves what they save.
+COMPUTE_OPERATORS = {
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -36,111 +39,118 @@ KEPT = {
     aten._grouped_mm.default,
 }
 if ONEDNN_LINEAR is not None:
-    KEPT.add(ONEDNN_LINEAR.default)
-# What another rank has sent is never asked for twice.
-SENT = {
+    COMPUTE_OPERATORS.add(ONEDNN_LINEAR.default)
+# Operators that communicate: their results are saved, so that nothing is sent twice.
+COMMUNICATION_OPERATORS = {
     c10d.all_reduce.default,
     c10d.all_gather_into_tensor.default,
     c10d.all_to_all_single.default,
-    ATTENTION,
-    HANDED_ON,
+    CONTEXT_ATTENTION,
+    HALO_SEND_RECV,
 }
 
-# Around a forward pass, and around that pass again in backward.
+# The context managers around a forward pass, and around its recomputation in backward.
 Modes = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
-    """Have backward compute a model's activations again.
+    """Makes backward recompute the activations of a model's sub-blocks.
 
     Args:
-        model: whose sub-blocks keep less for backward.
-        name: `none` keeps everything, `block` only the inputs of sub-blocks, `selective` products
-            as well.
-        ranks: how many share a sub-block; what they send each other within it is kept.
+        model: whose sub-blocks save less for backward.
+        name: `none` saves everything, `block` only the inputs of sub-blocks, `selective` their
+            inputs and the results of matrix products and attention.
+        ranks: how many compute a sub-block together, over the `tp` and `cp` axes; results of
+            communication within it are saved.
     """
     if name == "none":
         return
-    operators = (KEPT if name == "selective" else set()) | (SENT if ranks > 1 else set())
+    saved_operators = COMPUTE_OPERATORS if name == "selective" else set()
+    saved_operators = saved_operators | (COMMUNICATION_OPERATORS if ranks > 1 else set())
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operator in operators
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        save = operator in saved_operators
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
-    selecting: Callable[[], Modes] = partial(create_selective_checkpoint_contexts, policy)
-    modes = selecting if operators else lambda: (nullcontext(), nullcontext())
+    selective: Callable[[], Modes] = partial(create_selective_checkpoint_contexts, policy)
+    modes = selective if saved_operators else lambda: (nullcontext(), nullcontext())
 
     def halves(block: SubBlock, context: Context) -> Halves:
-        kept = torch.is_grad_enabled()
-        return Recomputed(block, context, modes()) if kept else Halves(block, context)
+        if not torch.is_grad_enabled():
+            return Halves(block, context)
+        return RecomputedHalves(block, context, modes())
 
     for wiring in model.wirings():
         wiring.halves = halves
 
 
-class Recomputed(Halves):
-    """Halves of which backward has no more than the input, and runs both again from it."""
+class RecomputedHalves(Halves):
+    """The halves of a sub-block of which only the input is saved: backward runs both again."""
 
     def __init__(self, block: SubBlock, context: Context, modes: Modes) -> None:
         super().__init__(block, context)
-        self.forward_mode, again_mode = modes
-        whole = Halves(block, context)  # not `self`, which has the frame: a cycle would keep x
-        self.frame = Frame(lambda x: whole.second(whole.first(x)), str(context.index), again_mode)
+        self.forward_mode, recompute_mode = modes
+        # Not `self`, which has the frame: a reference cycle would keep x alive.
+        plain = Halves(block, context)
+        self.frame = Frame(
+            lambda x: plain.second(plain.first(x)), str(context.index), recompute_mode
+        )
 
     def first(self, x: Tensor) -> Any:
         self.frame.begin(x)
-        with self.frame.saving(), self.forward_mode:
+        with self.frame.hooks(), self.forward_mode:
             return super().first(x)
 
     def second(self, carried: Any) -> Tensor:
-        with self.frame.saving(), self.forward_mode:
+        with self.frame.hooks(), self.forward_mode:
             return super().second(carried)
 
 
 class Slot:
-    """What a graph holds in place of a saved tensor; `value` is there between making and use."""
+    """What a graph holds in place of a saved tensor; `value` is set from recomputation to use."""
 
     def __init__(self, frame: "Frame", saved: Tensor) -> None:
-        self.frame, self.kind = frame, kind(saved)
+        self.frame, self.signature = frame, signature(saved)
         self.value: Tensor | None = None
 
-    def take(self) -> Tensor:
-        """The tensor, made again if need be; it is the caller's alone."""
+    def unpack(self) -> Tensor:
+        """Returns the tensor, recomputed if it is not there, and keeps no reference to it."""
         if self.value is None:
-            self.frame.fill()
+            self.frame.recompute()
         value, self.value = self.value, None
         assert value is not None
         return value
 
 
-class _FilledError(Exception):
+class _SlotsFilledError(Exception):
     """All slots are filled, so the rest of the halves need not run."""
 
 
 class Frame:
     """The slots of all tensors that a sub-block saves for backward, in the order of saving.
 
-    Slots hold the frame and the frame no slot, so that what a graph lets go is freed. A second
-    backward pass over a retained graph runs the halves once more; a mode that keeps results gives
-    them once, and refuses it. PyTorch's generators and autocast are not restored: sub-blocks use
-    neither.
+    A slot holds a reference to the frame, and the frame only weak ones to its slots, so that memory
+    is freed as soon as the graph drops it. A second backward pass over a retained graph runs the
+    halves once more; a mode that saves results of operators returns them once, and refuses that.
+    PyTorch's generators and autocast are not restored: sub-blocks use neither.
     """
 
     def __init__(
-        self, again: Callable[[Tensor], object], name: str, mode: AbstractContextManager[Any]
+        self, forward: Callable[[Tensor], object], name: str, mode: AbstractContextManager[Any]
     ) -> None:
-        self.again, self.name, self.mode = again, name, mode
+        """`forward` runs both halves of the sub-block `name`; `mode` is around a recomputation."""
+        self.forward, self.name, self.mode = forward, name, mode
         self.slots: list[weakref.ref[Slot]] = []
         self.x: Tensor | None = None
-        self.differentiated = False
+        self.x_requires_grad = False
 
     def begin(self, x: Tensor) -> None:
-        """Keep the sub-block's input, without the graph behind it."""
-        self.x, self.differentiated = x.detach(), x.requires_grad
+        """Keeps the sub-block's input, without the graph that made it."""
+        self.x, self.x_requires_grad = x.detach(), x.requires_grad
 
-    def saving(self) -> saved_tensors_hooks:
-        """Within, a slot is saved in place of every tensor."""
-        return saved_tensors_hooks(self.pack, Slot.take)
+    def hooks(self) -> saved_tensors_hooks:
+        """A context manager within which autograd saves a slot in place of every tensor."""
+        return saved_tensors_hooks(self.pack, Slot.unpack)
 
     def pack(self, saved: Tensor) -> Slot:
         """A new slot for a tensor."""
@@ -148,46 +158,47 @@ class Frame:
         self.slots.append(weakref.ref(slot))
         return slot
 
-    def fill(self) -> None:
-        """Run the halves again as far as their last saved tensor, and fill the slots.
+    def recompute(self) -> None:
+        """Runs the halves again as far as their last saved tensor, and fills the slots.
 
         Raises:
             RuntimeError: they save other tensors than before.
         """
         assert self.x is not None
-        made = 0
+        count = 0
 
         def pack(saved: Tensor) -> None:
-            nonlocal made
-            slot, number = self.slots[made](), made
-            made += 1
+            nonlocal count
+            slot, number = self.slots[count](), count
+            count += 1
             if slot is not None:
-                if kind(saved) != slot.kind:
+                if signature(saved) != slot.signature:
                     raise RuntimeError(
                         f"recomputation: saved tensor {number} of sub-block {self.name} was "
-                        f"{slot.kind} and is {kind(saved)}; it must compute the same in backward"
+                        f"{slot.signature} and is {signature(saved)}; it must compute the same in "
+                        "backward"
                     )
                 slot.value = saved.detach()
-            if made == len(self.slots):
-                raise _FilledError
+            if count == len(self.slots):
+                raise _SlotsFilledError
 
-        x = self.x.detach().requires_grad_(self.differentiated)
+        x = self.x.detach().requires_grad_(self.x_requires_grad)
         try:
-            with torch.enable_grad(), saved_tensors_hooks(pack, unusable), self.mode:
-                self.again(x)
-        except _FilledError:
+            with torch.enable_grad(), saved_tensors_hooks(pack, refuse_unpack), self.mode:
+                self.forward(x)
+        except _SlotsFilledError:
             return
         raise RuntimeError(
-            f"recomputation: sub-block {self.name} saved {len(self.slots)} tensors, and {made} in "
+            f"recomputation: sub-block {self.name} saved {len(self.slots)} tensors, and {count} in "
             "backward; it must compute the same there"
         )
 
 
-def unusable(saved: None) -> Tensor:
-    """The graph of a recomputation is for no backward pass."""
+def refuse_unpack(saved: None) -> Tensor:
+    """Refuses backward through the graph of a recomputation, which only fills slots."""
     raise RuntimeError("recomputation: its own graph was differentiated")
 
 
-def kind(t: Tensor) -> tuple[Any, ...]:
-    """What a saved tensor must have in common with the one it is replaced by."""
+def signature(t: Tensor) -> tuple[Any, ...]:
+    """Shape, dtype and device: what a recomputed tensor must share with the saved one."""
     return tuple(t.shape), t.dtype, t.device

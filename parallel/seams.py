@@ -1,5 +1,7 @@
-"""The seams of sub-blocks, filled in one place: what is not declared or filled is refused."""
+"""Fills the seams of sub-blocks with functions that communicate over the `tp` or the `cp` axis, and
+refuses a seam that is not declared or not filled."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -7,58 +9,64 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.seams import Seam
 
-FILLED_BY = {
+AXIS_OF_SEAM = {
     "attach": "tp",
     "attend": "cp", "scan": "cp", "conv": "cp", "full_sequence": "cp", "local_segments": "cp",
 }  # fmt: skip
 
-Fill = Callable[[Seam], Callable[..., Any]]
+Fill = Callable[[Seam], Callable[..., Any]]  # makes the function to put at a seam
 
 
 class RefusedError(ValueError):
-    """A sub-block that parallelism cannot be applied to, by name."""
+    """Parallelism cannot be applied to a sub-block, which the message names."""
 
 
 def sub_blocks(model: Decoder) -> Iterator[tuple[str, SubBlock]]:
-    """Every sub-block once, with its name in the model."""
+    """Yields every sub-block once, with its name in the model."""
     for name, module in model.named_modules():
         if isinstance(module, SubBlock):
             yield name, module
 
 
 def fill_seams(model: Decoder, axis: str, fills: Mapping[str, Fill]) -> None:
-    """Put at every seam that `axis` fills what `fills` has for its name.
+    """Puts a function at every seam of `axis`: the one that `fills` makes for the seam's name.
 
     Raises:
         RefusedError: a half that does not declare its seams, or a seam that nothing fills.
     """
     for path, block in sub_blocks(model):
         for half in ("first", "second"):
-            part = getattr(block, half)
-            if part.seams is None:
+            module = getattr(block, half)
+            if module.seams is None:
                 raise RefusedError(
-                    f"{path}.{half}: {type(part).__name__} does not declare its seams, so {axis} "
-                    "could leave it local without a word; declare `seams`, () if it works token "
-                    "by token"
+                    f"{path}.{half}: {type(module).__name__} does not declare its seams, so "
+                    f"{axis} could leave it local without a word; declare `seams`, () if it works "
+                    "token by token"
                 )
-        for where, owner in block.named_modules(prefix=path):
-            for seam in getattr(owner, "seams", None) or ():
-                name = seam.name
-                if name not in FILLED_BY:
-                    known = ", ".join(FILLED_BY)
+        for name, module in block.named_modules(prefix=path):
+            for seam in getattr(module, "seams", None) or ():
+                if seam.name not in AXIS_OF_SEAM:
+                    known = ", ".join(AXIS_OF_SEAM)
                     raise RefusedError(
-                        f"{where}: {type(owner).__name__} declares the seam {name!r}, which no "
-                        f"parallelism fills; the seams are {known}"
+                        f"{name}: {type(module).__name__} declares the seam {seam.name!r}, which "
+                        f"no parallelism fills; the seams are {known}"
                     )
-                if FILLED_BY[name] != axis:
+                if AXIS_OF_SEAM[seam.name] != axis:
                     continue
-                if name not in fills:
-                    raise RefusedError(f"{where}: {axis} has nothing for the seam {name!r}")
-                setattr(owner, name, fills[name](seam))
+                if seam.name not in fills:
+                    raise RefusedError(f"{name}: {axis} has nothing for the seam {seam.name!r}")
+                setattr(module, seam.name, fills[seam.name](seam))
+
+
+def ignore_collective_names() -> None:
+    """Hides a deprecation warning of PyTorch 2.13: spmd_types calls functional collectives by names
+    for which PyTorch now has others."""
+    message = ".*torch.distributed._functional_collectives.*deprecated"
+    warnings.filterwarnings("ignore", message=message)
 
 
 def check_sequence_mixers(model: Decoder) -> None:
-    """Refuse, where ranks share sequences, what mixes along them and has no seam for that.
+    """Refuses a sub-block that mixes along the sequence and has no seam for the `cp` axis.
 
     Raises:
         RefusedError: such a sub-block, or one that does not say what it mixes.

@@ -1,11 +1,11 @@
-"""Tensor and sequence parallelism: parameters cut over ranks, and the seams that join their work.
+"""Tensor and sequence parallelism: shards parameters over the `tp` axis, and puts the collectives
+between the residual stream and the sub-blocks.
 
-What a rank computes alone is described by `spmd_types`: the stream is invariant (I) over the ranks,
-or under sequence parallelism sharded (S) along the sequence; within a sub-block the input is
+`spmd_types` types what a rank computes. The stream is invariant (I) over the ranks of the axis, or
+under sequence parallelism sharded (S) along the sequence. Within a sub-block the input is
 replicated (R), weights vary (V), and the output is a partial sum (P).
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,140 +24,160 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, Split
 from colonnade.parallel.gradients import local_gradients
-from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
+from colonnade.parallel.seams import RefusedError, fill_seams, ignore_collective_names, sub_blocks
 
-# spmd_types calls functional collectives by names that PyTorch 2.13 has given others beside.
-warnings.filterwarnings("ignore", message=".*torch.distributed._functional_collectives.*deprecated")
-
-FIRST = 2**62  # above every number that autograd gives a node
+HIGHEST = 2**62  # above every sequence number that autograd gives a node
 
 
-def later(x: Tensor) -> dict[str, Any]:
+def async_options(x: Tensor) -> dict[str, Any]:
     """Options of a collective that is launched and not waited for, in the dtype of `x`."""
     return {"async_op": True, "op_dtype": x.dtype}
 
 
-def both(x: Tensor) -> dict[str, Any]:
-    """The same for a collective and for that of its gradient."""
-    return {**later(x), "backward_options": later(x)}
+def async_both_ways(x: Tensor) -> dict[str, Any]:
+    """The same options for a collective and for the collective of its gradient."""
+    return {**async_options(x), "backward_options": async_options(x)}
 
 
-class Seams:
-    """`enter` and `leave` between the stream and sub-blocks, launched and not waited for.
+class StreamCollectives:
+    """The seams `enter` and `leave` between the stream and sub-blocks, over the tensor-parallel
+    group: their collectives are launched and not waited for.
 
-    Sequences are sharded in training alone: in evaluation the stream is whole, so that text of any
-    length can be generated.
+    Sequences are sharded in training only: in evaluation every rank has the full stream, so that
+    text of any length can be generated.
 
-    Backward runs by sequence numbers. A node that launches a collective goes first. Where `enter`
-    gathers nothing, what waits for its reduced gradient goes after the whole sub-block in front of
-    which it entered, so that the reduction may take as long (architecture, "ladder overlap").
+    Autograd runs the ready node with the highest sequence number first. A node that launches a
+    collective gets the highest. Where `enter` communicates nothing forward, its gradient's
+    all-reduce is hidden behind backward of the whole sub-block before it: the node that waits for
+    it gets the number of the previous `enter`, and so runs after that sub-block (architecture,
+    "ladder overlap").
     """
 
     def __init__(self, model: Decoder, group: dist.ProcessGroup, sequence: bool) -> None:
         self.model, self.group, self.sequence = model, group, sequence
-        self.entered = 0  # number of the last node that entered
+        self.previous_enter = 0  # sequence number of the last `enter`'s backward node
 
     def enter(self, x: Tensor) -> Tensor:
-        """`[S or S/n, B, D]` of the stream to `[S, B, D]`, replicated."""
+        """Gives a sub-block the stream, `[S or S/n, B, D]`, as `[S, B, D]`, replicated.
+
+        Under sequence parallelism it all-gathers, and backward reduce-scatters; else only backward
+        communicates, by an all-reduce.
+        """
         if self.sequence and self.model.training:
-            return launched(spmd.all_gather(x, self.group, src=S(0), dst=R, **both(x)))
-        ordered(x, self.entered)
-        x = spmd.convert(x, self.group, src=I, dst=R, backward_options=later(x))
+            return run_backward_first(
+                spmd.all_gather(x, self.group, src=S(0), dst=R, **async_both_ways(x))
+            )
+        # Numbers in this order: first that of the node that waits for the reduced gradient, ...
+        set_backward_order(x, self.previous_enter)
+        x = spmd.convert(x, self.group, src=I, dst=R, backward_options=async_options(x))
         if x.grad_fn is not None:
-            self.entered = x.grad_fn._sequence_nr()
-        return launched(x)
+            # ... then the number to wait for next time, before it becomes the highest.
+            self.previous_enter = x.grad_fn._sequence_nr()
+        return run_backward_first(x)
 
     def leave(self, h: Tensor) -> Tensor:
-        """`[S, B, D]`, a partial sum, to `[S or S/n, B, D]` of the stream."""
+        """Returns a sub-block's output, `[S, B, D]`, a partial sum, to the stream,
+        `[S or S/n, B, D]`.
+
+        Under sequence parallelism it reduce-scatters, and backward all-gathers; else it
+        all-reduces, and backward communicates nothing.
+        """
         if self.sequence and self.model.training:
-            return launched(spmd.reduce_scatter(h, self.group, src=P, dst=S(0), **both(h)))
-        return launched(spmd.all_reduce(h, self.group, src=P, dst=I, **later(h)))
+            return run_backward_first(
+                spmd.reduce_scatter(h, self.group, src=P, dst=S(0), **async_both_ways(h))
+            )
+        return run_backward_first(spmd.all_reduce(h, self.group, src=P, dst=I, **async_options(h)))
 
 
-def ordered(x: Tensor, number: int) -> Tensor:
-    """`x`, whose backward node has this number: of those that are ready the highest runs first."""
+def set_backward_order(x: Tensor, number: int) -> Tensor:
+    """Sets the sequence number of the backward node of `x`, and returns `x`; of the nodes that are
+    ready, autograd runs the one with the highest number first."""
     if x.grad_fn is not None:
         x.grad_fn._set_sequence_nr(number)  # type: ignore[attr-defined]  # not in PyTorch's stubs
     return x
 
 
-def launched(x: Tensor) -> Tensor:
-    """`x`, whose gradient launches a collective as soon as it is there."""
-    return ordered(x, FIRST)
+def run_backward_first(x: Tensor) -> Tensor:
+    """Makes the backward node of `x`, which launches a collective, run as soon as it is ready."""
+    return set_backward_order(x, HIGHEST)
 
 
 def sharding_over(group: dist.ProcessGroup) -> Sharding:
-    """This rank's part of all widths that the group shares."""
+    """The `Sharding` of widths over the tensor-parallel group, with the all-reduces over it."""
 
-    def total(t: Tensor) -> Tensor:
-        back = {"op_dtype": t.dtype}
-        return spmd.all_reduce(t.contiguous(), group, src=P, dst=R, backward_options=back)
+    def all_reduce(t: Tensor) -> Tensor:
+        options = {"op_dtype": t.dtype}
+        return spmd.all_reduce(t.contiguous(), group, src=P, dst=R, backward_options=options)
 
-    def largest(t: Tensor) -> Tensor:
+    def all_reduce_max(t: Tensor) -> Tensor:
         return funcol.wait_tensor(funcol.all_reduce(t, "max", group))
 
-    def once(t: Tensor) -> Tensor:
-        t = t.clone()  # in place: no operator whose results are kept for recomputation
+    def all_reduce_no_grad(t: Tensor) -> Tensor:
+        t = t.clone()  # in place: not an operator whose results recomputation keeps
         dist.all_reduce(t, group=group)
         return t
 
-    combine = (outside_graphs(f) for f in (total, largest, once))
-    return Sharding(group.size(), group.rank(), *combine)
+    reductions = (outside_graphs(f) for f in (all_reduce, all_reduce_max, all_reduce_no_grad))
+    return Sharding(group.size(), group.rank(), *reductions)
 
 
-def on_stream(model: Decoder) -> Iterator[ParameterModule]:
-    """The parts that work on the stream: norms, and what joins two streams into one."""
-    inside = {id(part) for part in in_blocks(model)}
-    return (m for m in model.modules() if isinstance(m, ParameterModule) and id(m) not in inside)
+def stream_modules(model: Decoder) -> Iterator[ParameterModule]:
+    """The modules that work on the stream: norms, and projections that join two streams."""
+    sharded = {id(module) for module in sharded_modules(model)}
+    return (m for m in model.modules() if isinstance(m, ParameterModule) and id(m) not in sharded)
 
 
-def in_blocks(model: Decoder) -> Iterator[ParameterModule]:
-    """The parts that work on replicated inputs: of sub-blocks, embedding and head."""
+def sharded_modules(model: Decoder) -> Iterator[ParameterModule]:
+    """The modules whose widths may be sharded, and whose inputs are replicated: those of
+    sub-blocks, embedding and head."""
     blocks = (block for wiring in model.wirings() for block in wiring.blocks.values())
     for root in [*model.ends(), *blocks]:
         yield from (m for m in root.modules() if isinstance(m, ParameterModule))
 
 
 def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
-    """Cut a model, built on meta, over the ranks of a one-dimensional mesh.
+    """Shards a model, built on meta, over the ranks of a one-dimensional mesh, the `tp` axis.
 
-    Parameters become DTensors. Those that ranks use whole have gradients that are partial sums:
-    `complete_gradients` adds them up at the end of the step.
+    Parameters become DTensors. Those that are replicated within sub-blocks, and under `sequence`
+    those on the stream, have gradients that are partial sums: `complete_gradients` all-reduces them
+    at the end of the step.
 
     Raises:
         RefusedError: a sub-block that would compute another function.
         ValueError: pieces that do not divide over the ranks.
     """
+    ignore_collective_names()
     check_writers(model)
     group = mesh.get_group()
-    cut, seams = sharding_over(group), Seams(model, group, sequence)
-    for part in in_blocks(model):
-        part.sharding = cut
-        for name, _ in list(part.named_parameters(recurse=False)):
-            place(part, name, mesh, placement(part, name, cut))
-            spec = part.specs[name]
+    sharding, stream = sharding_over(group), StreamCollectives(model, group, sequence)
+    for module in sharded_modules(model):
+        module.sharding = sharding
+        for name, _ in list(module.named_parameters(recurse=False)):
+            distribute_parameter(module, name, mesh, placement_of(module, name, sharding))
+            spec = module.specs[name]
             if spec.split is None:
                 spec.partial = True
-            elif spec.split.units % cut.size:
-                share(part, spec, spec.split)
-    for part in on_stream(model):
-        for name, _ in list(part.named_parameters(recurse=False)):
-            place(part, name, mesh, Replicate())
-            part.specs[name].partial = sequence
+            elif spec.split.units % sharding.size:
+                slice_at_use(module, spec, spec.split)
+    for module in stream_modules(model):
+        for name, _ in list(module.named_parameters(recurse=False)):
+            distribute_parameter(module, name, mesh, Replicate())
+            module.specs[name].partial = sequence
     for wiring in model.wirings():
-        wiring.enter, wiring.leave, wiring.gathers = seams.enter, seams.leave, sequence
+        wiring.enter, wiring.leave, wiring.gathers = stream.enter, stream.leave, sequence
     fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
     if model.is_first:
-        model.embedding.leave = seams.leave
+        model.embedding.leave = stream.leave
     if model.is_last:
-        model.head.enter = seams.enter
+        model.head.enter = stream.enter
         model.head.gather = lambda logits: spmd.all_gather(logits, group, src=S(2), dst=R)
 
 
 def check_writers(model: Decoder) -> None:
-    """Refuse weights that write onto the stream and that every rank would hold whole.
+    """Refuses weights that write onto the stream and that several ranks would hold.
 
-    What sub-blocks write is summed over the ranks: a whole weight's output would count on each.
+    `leave` sums what sub-blocks write over the ranks of the `tp` axis, so the output of such a
+    weight would count several times.
 
     Raises:
         RefusedError: such a weight, by name.
@@ -173,63 +193,68 @@ def check_writers(model: Decoder) -> None:
                     )
 
 
-def placement(part: ParameterModule, name: str, cut: Sharding) -> Placement:
-    """How a parameter of a sub-block lies at rest.
+def placement_of(module: ParameterModule, name: str, sharding: Sharding) -> Placement:
+    """The placement at rest of a parameter of a sub-block over the `tp` axis.
 
     Raises:
         ValueError: its pieces can be neither divided among the ranks nor shared by several.
     """
-    split = part.specs[name].split
+    split = module.specs[name].split
     if split is None:
         return Replicate()
-    if not split.suits(cut.size):
-        raise ValueError(f"{split.field}: {split.units} do not divide over {cut.size} ranks")
-    return Replicate() if split.units % cut.size else Shard(split.dim)
+    if not split.suits(sharding.size):
+        raise ValueError(f"{split.field}: {split.units} do not divide over {sharding.size} ranks")
+    return Replicate() if split.units % sharding.size else Shard(split.dim)
 
 
-def place(part: ParameterModule, name: str, mesh: DeviceMesh, where: Placement) -> None:
-    """Make a parameter a DTensor, of which a part sees its shard."""
-    whole = getattr(part, name).data
-    cut = distribute_tensor(whole, mesh, [where], src_data_rank=None)
-    setattr(part, name, nn.Parameter(cut))
-    part.local = shard_of
+def distribute_parameter(
+    module: ParameterModule, name: str, mesh: DeviceMesh, placement: Placement
+) -> None:
+    """Makes a parameter a DTensor over the `tp` axis; the module computes with its local shard."""
+    full = getattr(module, name).data
+    # No rank broadcasts: the model is on meta, and `materialise` fills every shard.
+    sharded = distribute_tensor(full, mesh, [placement], src_data_rank=None)
+    setattr(module, name, nn.Parameter(sharded))
+    module.local = local_shard
 
 
-def shard_of(p: Tensor) -> Tensor:
-    """The rank's shard of a DTensor; its gradient stays what this rank finds."""
+def local_shard(p: Tensor) -> Tensor:
+    """The rank's shard of a DTensor; its gradient is this rank's, without communication."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def share(part: ParameterModule, spec: ParameterSpec, split: Split) -> None:
-    """Use of a whole parameter the piece that this rank needs, among others that need it too."""
-    cut = part.sharding
-    spec.transforms.append(lambda whole: cut.local(whole, split.dim, split.units))
+def slice_at_use(module: ParameterModule, spec: ParameterSpec, split: Split) -> None:
+    """Makes a module slice its shard of a replicated parameter at use, where pieces are fewer than
+    ranks and several ranks use the same one; so its gradient is a partial sum."""
+    sharding = module.sharding
+    spec.transforms.append(lambda full: sharding.local(full, split.dim, split.units))
     spec.partial = True
 
 
 def attach_once(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], Tensor]:
-    """`attach` of a term that every rank computes alike: its gradient flows on one of them."""
+    """The seam `attach` for a term that is the same on every rank of the tensor-parallel group: its
+    gradient flows on one of them, or it would count on each."""
     return lambda x, term: attach(x, spmd.convert(term, group, src=R, dst=P))
 
 
 def complete_gradients(model: Decoder, mesh: DeviceMesh) -> None:
-    """Sum gradients that are partial over tensor-parallel ranks: one reduction for all of them.
+    """All-reduces the gradients that are partial sums over the `tp` axis, all in one collective.
 
-    To be called once, after a step's last backward pass; the sums commute with those of FSDP.
+    Call it once, after a step's last backward pass; the sums commute with FSDP's reduce-scatters.
     """
     if mesh["tp"].size() == 1:
         return
-    parts = (m for m in model.modules() if isinstance(m, ParameterModule))
+    modules = (m for m in model.modules() if isinstance(m, ParameterModule))
     partial = (
-        getattr(part, name)
-        for part in parts
-        for name in sorted(part.specs)
-        if part.specs[name].partial
+        getattr(module, name)
+        for module in modules
+        for name in sorted(module.specs)  # the same order on every rank
+        if module.specs[name].partial
     )
     shards = local_gradients(partial)
     if shards:
         flat = torch.cat([shard.flatten() for shard in shards])
         dist.all_reduce(flat, group=mesh.get_group("tp"))
-        pieces = flat.split([shard.numel() for shard in shards])
-        for shard, piece in zip(shards, pieces, strict=True):
-            shard.copy_(piece.view_as(shard))
+        sums = flat.split([shard.numel() for shard in shards])
+        for shard, total in zip(shards, sums, strict=True):
+            shard.copy_(total.view_as(shard))

@@ -1,4 +1,4 @@
-"""One rank's place in the job: process group, device, and the tidy end that gloo needs."""
+"""A rank of the job: its process group and device, and the orderly shutdown that gloo needs."""
 
 import gc
 import itertools
@@ -16,54 +16,66 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks, and the device it computes on.
+    """This rank among all ranks of the job, and the device it computes on.
 
-    `meshes`, by degrees, are those made so far: their groups keep threads. `store` is what the
-    ranks met by; None where nothing has to be waited for (`meet`).
+    Attributes:
+        rank: from 0.
+        size: ranks of the job.
+        device: of this rank.
+        store: through which `wait_for_all` works; None: it returns at once.
+        waits: numbers of the calls of `wait_for_all`, for keys of the store.
+        meshes: those made so far, by degrees, to be used again: the groups of each hold threads.
     """
 
     rank: int
     size: int
     device: torch.device
     store: dist.Store | None = field(default=None, compare=False, repr=False)
-    meetings: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
+    waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
     meshes: dict[tuple[int, ...], DeviceMesh] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     @property
-    def first(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes for all."""
+    def is_rank_zero(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def meet(self, pause: float = 0.2) -> None:
-        """Wait until every rank has called this as often, however long that takes.
+    def wait_for_all(self, pause: float = 0.2) -> None:
+        """A barrier over all ranks without a time-out.
 
-        A collective would end the job after the group's time-out: this asks the store instead,
-        every `pause` seconds. Collective.
+        `dist.barrier` would end the job after the group's time-out: this counts ranks in the store
+        instead, and asks for the count every `pause` seconds. Collective.
         """
         if self.store is None:
             return
-        name = f"meeting/{next(self.meetings)}"
-        self.store.add(name, 1)
-        while self.store.add(name, 0) < self.size:
+        key = f"wait/{next(self.waits)}"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.size:
             time.sleep(pause)
 
 
 @contextmanager
-def world(
+def open_world(
     rank: int,
     size: int,
     device: torch.device,
     store: dist.Store | None = None,
     timeout: float | None = None,
 ) -> Iterator[World]:
-    """Open the process group of `size` ranks, and close it without the crash gloo is prone to.
+    """Opens the process group of `size` ranks, and closes it without the crash gloo is prone to.
 
-    `store` defaults to the launcher's rendezvous (`env://`), or to memory for a single rank.
-    `timeout` is how many seconds a collective may take; None: PyTorch's default. After a failure
-    one rank of several leaves the group open: the others learn of it when this process ends, which
-    is after it has told why.
+    Without a failure a barrier over all ranks comes before the close. After a failure one rank of
+    several leaves the group open: the others learn of it when this process ends, which is after it
+    has printed why.
+
+    Args:
+        rank: of this process.
+        size: ranks of the job.
+        device: of this rank.
+        store: through which the ranks connect; None: the launcher's rendezvous (`env://`), or
+            memory for a single rank.
+        timeout: seconds that a collective may take; None: PyTorch's default.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -61,19 +61,19 @@ class Broken(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def here(rank: int, size: int) -> World:
+def world_of(rank: int, size: int) -> World:
     """A rank of a pool."""
     return World(rank, size, torch.device("cpu"))
 
 
 def reference(rank: int, size: int, small: Recipe) -> Trace:
     """One process."""
-    return record_trace(in_one_process(small), here(rank, size))
+    return record_trace(in_one_process(small), world_of(rank, size))
 
 
 def rounded(rank: int, size: int, small: Recipe, precision: str) -> Noise:
     """What rounding does to it."""
-    return measure_noise(small, precision, here(rank, size))
+    return measure_noise(small, precision, world_of(rank, size))
 
 
 def laid(
@@ -83,7 +83,7 @@ def laid(
     """A layout, of which the last rank breaks the sum of this number; and how many there are."""
     recipe = on_layout(small, size, layout, precision)
     with Broken(fault if rank == size - 1 else None) as broken:
-        return record_trace(recipe, here(rank, size), exact.parameters), broken.sums
+        return record_trace(recipe, world_of(rank, size), exact.parameters), broken.sums
 
 
 def passes(

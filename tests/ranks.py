@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import prepare_rank
 from colonnade.parallel import mesh
-from colonnade.parallel.world import world as open_world
+from colonnade.parallel.world import open_world
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     device = prepare_rank(RankEnvironment.on_one_host(rank, size), threads=1)
     # Every group keeps threads, and DTensor's caches keep meshes: one of a shape serves all tests.
     mesh.init_device_mesh = functools.cache(init_device_mesh)
-    mesh.fold = functools.cache(mesh.fold)
+    mesh.split_group = functools.cache(mesh.split_group)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with open_world(rank, size, device, store):
         gc.freeze()

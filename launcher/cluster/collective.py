@@ -16,16 +16,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_all_ranks(action: Callable[[], T], meet: Callable[[], None] | None = None) -> list[T]:
+def on_all_ranks(
+    action: Callable[[], T], wait_for_all: Callable[[], None] | None = None
+) -> list[T]:
     """Runs `action` on every rank, and all-gathers the results; returns them by rank.
 
     If it fails on any rank, every rank raises the failure of the lowest rank that failed. Where
-    `action` may take longer on one rank than the group's time-out, pass `World.meet` as `meet`: it
+    `action` may take longer on one rank than the group's time-out, pass `World.wait_for_all`: it
     makes the ranks wait for each other before the all-gather.
     """
     outcome = _attempt(action)
-    if meet is not None:
-        meet()
+    if wait_for_all is not None:
+        wait_for_all()
     if not dist.is_initialized():
         return [_result(outcome)]
     outcomes = [outcome] * dist.get_world_size()

@@ -48,7 +48,7 @@ class Job:
 
     recipe: Recipe
     run: Path
-    here: World
+    world: World
     mesh: DeviceMesh
     model: Decoder
     optimizer: Optimizer
@@ -92,33 +92,33 @@ class Job:
 
 
 def build_model(
-    recipe: Recipe, here: World, prepare: Callable[[Decoder], object] | None = None
+    recipe: Recipe, world: World, prepare: Callable[[Decoder], object] | None = None
 ) -> tuple[DeviceMesh, Decoder, Optimizer]:
     """Mesh, sharded model from the seed, optimizer with its first state.
 
     `prepare` gets the model before it is sharded and filled.
     """
-    mesh = build_mesh(recipe.parallel, here)
+    mesh = build_mesh(recipe.parallel, world)
     with torch.device("meta"):
         model = Decoder(recipe.model, recipe.train.loss_chunk)
     if prepare is not None:
         prepare(model)
     parallelize(model, mesh, recipe)
-    materialise(model, here.device, recipe.train.seed)
+    materialise(model, world.device, recipe.train.seed)
     compute = COMPUTE[recipe.train.precision]
     return mesh, model, build_optimizer(model, recipe.optimizer, compute)
 
 
-def build(recipe: Recipe, run: Path, here: World) -> Job:
+def build(recipe: Recipe, run: Path, world: World) -> Job:
     """Everything a rank needs to train a recipe."""
     settle_determinism(recipe.train.deterministic)
-    return Job(recipe, run, here, *build_model(recipe, here), open_data(recipe))
+    return Job(recipe, run, world, *build_model(recipe, world), open_data(recipe))
 
 
 def run_job(
     recipe: Recipe,
     run: Path,
-    here: World,
+    world: World,
     resume: bool = False,
     until: int | None = None,
     answers: bool = False,
@@ -130,12 +130,12 @@ def run_job(
     Returns:
         the number of the signal that stopped it, or 0.
     """
-    job = build(recipe, run, here)
+    job = build(recipe, run, world)
     if resume:
         job.restore()
         on_rank_zero(lambda: adopt(run))
     monitor = open_monitor(job)
-    with stop_signal(here.size, answers) as stop:
+    with stop_signal(world.size, answers) as stop:
         end = min(until or recipe.train.steps, recipe.train.steps)
         number = train_loop(job, monitor, stop, end)
         if job.step == recipe.train.steps and not number:
@@ -160,11 +160,11 @@ def open_monitor(job: Job) -> Monitor | None:
 
 def introduction(job: Job) -> str:
     """What is about to run, where, and on what data."""
-    recipe, here = job.recipe, job.here
+    recipe, world = job.recipe, job.world
     size = measure(recipe.model, recipe.train.seq_len)
-    ranks = "1 rank" if here.size == 1 else f"{here.size} ranks"
-    text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {here.device.type}"
-    if here.device.type == "cpu" and torch.cuda.is_available():
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
+    if world.device.type == "cpu" and torch.cuda.is_available():
         text += f" (GPUs here: {torch.cuda.device_count()}; with at most a rank each they serve)"
     text += f"\n{job.data.train.describe()}"
     if job.step:
@@ -177,13 +177,13 @@ def introduction(job: Job) -> str:
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
     """Steps until `end` or a signal on any rank; a checkpoint at the last one always."""
     recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)
-    engine = Engine(job.model, job.optimizer, job.mesh, job.here.device)
+    engine = Engine(job.model, job.optimizer, job.mesh, job.world.device)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
         if job.step < end:
             first = len(micro_batches(recipe.train, job.step, rank, ranks))
-            agreed(partial(raise_if, job.reader.upcoming_error(first)), job.here.device)
+            agreed(partial(raise_if, job.reader.upcoming_error(first)), job.world.device)
         while job.step < end and not number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
@@ -218,7 +218,7 @@ def agree(
         coming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
         unreadable = job.reader.upcoming_error(len(coming))
     noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
-    number, failed, stuck = all_reduced(noted, job.here.device, dist.ReduceOp.MAX)
+    number, failed, stuck = all_reduced(noted, job.world.device, dist.ReduceOp.MAX)
     if failed:
         raise UserError(on_rank_zero(lambda: str(trouble)))
     stop.agreed = number > 0
@@ -284,7 +284,7 @@ def report(job: Job, monitor: Monitor, result: Result) -> None:
             f"step {job.step}: loss {found.loss}, gradient norm {found.grad_norm}: not finite, "
             f"step skipped ({job.bad} in a row, {recipe.bad_steps} end the run)"
         )
-    monitor.step(metrics, tokens, job.here)
+    monitor.step(metrics, tokens, job.world)
 
 
 def check(job: Job, monitor: Monitor | None) -> None:
@@ -292,7 +292,7 @@ def check(job: Job, monitor: Monitor | None) -> None:
     rows, count = job.data.validation, job.recipe.train.validate_rows
     if rows is None or count == 0:
         return
-    device = job.here.device
+    device = job.world.device
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths)
 
@@ -316,7 +316,7 @@ def finish(job: Job, monitor: Monitor | None) -> None:
     if not count or tokenizer is None:
         return
     start = tokenizer.encode(["def "])[0]
-    made = extend(job.model, start, count, job.recipe.train.seq_len, None, job.here.device)
+    made = extend(job.model, start, count, job.recipe.train.seq_len, None, job.world.device)
     text = "def " + tokenizer.decode(made)
     path = job.run / "sample.txt"
     on_rank_zero(lambda: writing(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
@@ -333,7 +333,7 @@ def close_run(job: Job) -> None:
         print(f"no plot     {job.run / 'loss.png'}: {error.strerror}")
     print(f"run         {job.run}")
     if job.step < job.recipe.train.steps:
-        ranks = f" --nproc {job.here.size}" if job.here.size > 1 else ""
+        ranks = f" --nproc {job.world.size}" if job.world.size > 1 else ""
         print(
             f"stopped after step {job.step}, saved; go on with: "
             f"colonnade train --resume {job.run}{ranks}"

@@ -22,7 +22,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import COMING, RECIPE
 from colonnade.launcher.train.job import run_job
 from colonnade.launcher.train.run import Run
-from colonnade.parallel.world import world as open_world
+from colonnade.parallel.world import open_world
 
 OpenFolder = Callable[[], AbstractContextManager[Path]]  # opens and locks a run's folder
 
@@ -92,7 +92,7 @@ def train_as_rank(
         settle_products(device)
         if not started:
             prepares = environment.local_rank == 0
-            on_all_ranks(lambda: prepare_data(recipe) if prepares else None, world.meet)
+            on_all_ranks(lambda: prepare_data(recipe) if prepares else None, world.wait_for_all)
         path = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
         number = run_job(recipe, path, world, resume, until, announce)

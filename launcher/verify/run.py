@@ -38,8 +38,7 @@ from colonnade.launcher.verify.rounding import Noise, measure_noise
 from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
 from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.world import World
-from colonnade.parallel.world import world as open_world
+from colonnade.parallel.world import World, open_world
 
 JOB, REPORT = "job.json", "report.json"
 

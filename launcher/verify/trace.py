@@ -98,7 +98,7 @@ def record_trace(
                 record("gradients", f"step {step + 1}: {name}", p.grad)
 
     # called within the update, when gradients are reduced, and clipped already
-    optimizer.observers.append(record_gradients)
+    optimizer.step_pre_hooks.append(record_gradients)
     engine = Engine(model, optimizer, mesh, world.device)
     for step in range(recipe.train.steps):
         if step and starts is not None:
@@ -212,7 +212,7 @@ def gather_trace(shards: dict[str, Shard], world: World) -> Trace:
 
     Other ranks return a trace of their losses and norms.
     """
-    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.first else None
+    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.is_rank_zero else None
     dist.gather_object(shards, by_rank, dst=0)
     if by_rank is None:
         by_rank = [{k: s for k, s in shards.items() if k.startswith(("losses/", "norms/"))}]

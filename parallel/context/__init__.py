@@ -1,11 +1,12 @@
-"""Context parallelism: one sequence over many ranks, through every sub-block.
+"""Context parallelism: the ranks of the `cp` axis shard a sequence, through every sub-block.
 
-layout     which segments of a sequence a rank holds, and where their neighbours are
-hops       segments' tensors on their way to other ranks
-ring       attention: keys and values go round
-gathered   attention: every rank gathers all keys and values
-heads      attention and recurrences: ranks exchange their parts of the sequence for heads
-states     recurrences: states are handed on between segments
-halo       convolutions: a segment's first taps reach into the one before
-plug       all of that put into a model
+layout     which segments of a sequence a rank holds, and which rank holds a segment
+p2p        send/recv of segments: around the ring, or to the rank of the next segment
+ring       attention by send/recv of keys and values around the ring
+allgather  attention by an all-gather of keys and values
+attention  the operator and the autograd function of both
+heads      attention and recurrences by an all-to-all: sequence shards for shards of the heads
+states     recurrences by state passing: an all-gather of the segments' states
+halo       convolutions by halo exchange: send/recv of the last rows of the segment before
+plug       fills a model's seams with all of these
 """

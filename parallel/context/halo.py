@@ -1,4 +1,5 @@
-"""Convolutions over a sequence of which each rank holds a part: the rows before each segment."""
+"""Halo exchange for causal convolutions: send/recv over the context group gives each segment the
+last rows of the segment before it."""
 
 from typing import Any
 
@@ -10,41 +11,45 @@ from torch.autograd.function import once_differentiable
 from colonnade.kernels.conv import causal_conv
 from colonnade.models.blocks.base import Conv, local_conv
 from colonnade.models.context import Context
-from colonnade.parallel.context.hops import along, group_of, send
 from colonnade.parallel.context.layout import SequenceSharding
+from colonnade.parallel.context.p2p import group_by_name, launch_send_recv, next_segment_route
 
 
-# An operator, so that recomputation can keep its results instead of sending everything again.
-@torch.library.custom_op("colonnade::handed_on", mutates_args=())
-def handed_on(rows: Tensor, group_name: str, zigzag: bool, back: bool) -> Tensor:
-    """`[parts, ...]` of every segment to the one after it, or the one before it."""
-    group = group_of(group_name)
-    hop = along(SequenceSharding(group.size(), group.rank(), zigzag))
-    return send(rows.contiguous(), hop.back() if back else hop, group)()
+# A custom operator, so that recomputation can keep its results instead of communicating again.
+@torch.library.custom_op("colonnade::halo_send_recv", mutates_args=())
+def halo_send_recv(rows: Tensor, group_name: str, zigzag: bool, backward: bool) -> Tensor:
+    """Sends rows of every segment, `[segments_per_rank, ...]`, to the rank of the next segment, or
+    under `backward` to that of the previous one, and returns the rows received in their place."""
+    group = group_by_name(group_name)
+    route = next_segment_route(SequenceSharding(group.size(), group.rank(), zigzag))
+    return launch_send_recv(rows.contiguous(), route.reversed() if backward else route, group)()
 
 
-@handed_on.register_fake
-def _(rows: Tensor, group_name: str, zigzag: bool, back: bool) -> Tensor:
+@halo_send_recv.register_fake
+def _(rows: Tensor, group_name: str, zigzag: bool, backward: bool) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
-HANDED_ON = torch.ops.colonnade.handed_on.default
+HALO_SEND_RECV = torch.ops.colonnade.halo_send_recv.default
 
 
-class _HandedOn(torch.autograd.Function):
+class _HaloExchange(torch.autograd.Function):
+    """Sends rows to the next segment over the context group; backward returns their gradients."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, zigzag: bool) -> Tensor:
         ctx.options = group.group_name, zigzag
-        return handed_on(rows, *ctx.options, False)
+        return halo_send_recv(rows, *ctx.options, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return handed_on(grad, *ctx.options, True), None, None
+        return halo_send_recv(grad, *ctx.options, True), None, None
 
 
-def context_conv(cut: SequenceSharding, group: dist.ProcessGroup) -> Conv:
-    """The `conv` seam: `x` `[S/n, B, C]` are this rank's segments."""
+def context_conv(sharding: SequenceSharding, group: dist.ProcessGroup) -> Conv:
+    """The `conv` seam: convolves this rank's segments, `x` `[S/n, B, C]`, each with its halo, the
+    rows before it, which come by send/recv over the context group."""
 
     def conv(
         x: Tensor,
@@ -54,31 +59,34 @@ def context_conv(cut: SequenceSharding, group: dist.ProcessGroup) -> Conv:
         role: str,
         context: Context,
     ) -> Tensor:
-        reach = weight.shape[1] - 1
-        if context.cache is not None or not reach:
+        rows = weight.shape[1] - 1  # that the first output of a segment reads before it
+        if context.cache is not None or not rows:
             return local_conv(x, weight, bias, activation, role, context)
-        parts, documents = x.chunk(cut.parts), context.documents
-        before = _HandedOn.apply(torch.stack([part[-reach:] for part in parts]), group, cut.zigzag)
-        numbers: tuple[Tensor | None, ...] = (None,) * cut.parts
+        segments, documents = x.chunk(sharding.segments_per_rank), context.documents
+        last_rows = torch.stack([segment[-rows:] for segment in segments])
+        halo = _HaloExchange.apply(last_rows, group, sharding.zigzag)
+        numbers: tuple[Tensor | None, ...] = (None,) * sharding.segments_per_rank
         if documents is not None:
-            numbers = documents.chunk(cut.parts)
-            before = before * _visible(cut, context, reach)[..., None]
+            numbers = documents.chunk(sharding.segments_per_rank)
+            halo = halo * _same_document(sharding, context, rows)[..., None]
         return torch.cat(
             [
-                causal_conv(part, weight, bias, activation=activation, documents=d, before=rows)
-                for part, d, rows in zip(parts, numbers, before, strict=True)
+                causal_conv(segment, weight, bias, activation=activation, documents=d, before=h)
+                for segment, d, h in zip(segments, numbers, halo, strict=True)
             ]
         )
 
     return conv
 
 
-def _visible(cut: SequenceSharding, context: Context, reach: int) -> Tensor:
-    """Which of the rows before a segment are of its first document, `[parts, reach, B]`."""
-    whole = context.whole_documents
-    assert whole is not None
-    length = len(whole) // cut.segments
-    before = [whole[i * length - reach : i * length] for i in cut.own if i]
-    nothing = [torch.full_like(whole[:reach], -1)] * (cut.parts - len(before))  # zeros arrive
-    firsts = torch.stack([whole[i * length] for i in cut.own])
-    return torch.stack([*nothing, *before]) == firsts[:, None]
+def _same_document(sharding: SequenceSharding, context: Context, rows: int) -> Tensor:
+    """Whether each of the `rows` before a segment is of the document that the segment starts with,
+    `[segments_per_rank, rows, B]`."""
+    documents = context.whole_documents
+    assert documents is not None
+    length, segments = len(documents) // sharding.segments, sharding.local_segments
+    before = [documents[s * length - rows : s * length] for s in segments if s]
+    # Nothing is before the first segment: it receives zeros, of no document.
+    none = [torch.full_like(documents[:rows], -1)] * (len(segments) - len(before))
+    first = torch.stack([documents[s * length] for s in segments])
+    return torch.stack([*none, *before]) == first[:, None]

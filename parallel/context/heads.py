@@ -1,7 +1,7 @@
-"""Ranks exchange their parts of a sequence for heads: each then has all of it, and fewer heads.
+"""All-to-all over the context group: from shards of the sequence to shards of the heads, and back.
 
-For attention this is Ulysses (arXiv:2309.14509); recurrences are independent by head or channel,
-too.
+Each rank then has the full sequence of some heads. For attention this is Ulysses
+(arXiv:2309.14509); recurrences are independent by head or channel, too.
 """
 
 from collections.abc import Callable
@@ -19,42 +19,44 @@ from colonnade.parallel.seams import RefusedError
 
 
 class HeadExchange:
-    """The exchange between the ranks of a group, which hold the parts of `cut`."""
+    """All-to-all between the sequence shards and the head shards of the n ranks of a group."""
 
-    def __init__(self, cut: SequenceSharding, group: dist.ProcessGroup) -> None:
-        self.cut, self.group = cut, group
+    def __init__(self, sharding: SequenceSharding, group: dist.ProcessGroup) -> None:
+        self.sharding, self.group = sharding, group
 
-    def take(self, *tensors: Tensor) -> list[Tensor]:
-        """`[S/n, B, H, ...]` each to `[S, B, H/n, ...]`, in the order of the sequence.
+    def sequence_to_heads(self, *tensors: Tensor) -> list[Tensor]:
+        """All-to-all of each tensor: `[S/n, B, H, ...]` to `[S, B, H/n, ...]`, in sequence order.
 
         All are launched before the first is waited for. Where n is a multiple of H, several ranks
-        take the same head; its gradients are added up.
+        receive the same head; backward sums its gradients.
         """
-        n, launched = self.cut.ranks, []
+        n, launched = self.sharding.size, []
         for t in tensors:
             if t.shape[2] % n:
                 t = t.repeat_interleave(n // t.shape[2], dim=2)
-            launched.append(self.exchanged(t.unflatten(2, (n, -1)).movedim(2, 0)))
-        return [self.cut.natural(t.flatten(0, 1)) for t in launched]
+            launched.append(self.all_to_all(t.unflatten(2, (n, -1)).movedim(2, 0)))
+        return [self.sharding.in_sequence_order(t.flatten(0, 1)) for t in launched]
 
-    def give(self, t: Tensor) -> Tensor:
-        """The opposite: `[S, B, H/n, ...]` to `[S/n, B, H, ...]`."""
-        sent = self.cut.by_rank(t).unflatten(0, (self.cut.ranks, -1))
-        return self.exchanged(sent).movedim(0, 2).flatten(2, 3)
+    def heads_to_sequence(self, t: Tensor) -> Tensor:
+        """All-to-all in the opposite direction: `[S, B, H/n, ...]` to `[S/n, B, H, ...]`."""
+        by_rank = self.sharding.in_rank_order(t).unflatten(0, (self.sharding.size, -1))
+        return self.all_to_all(by_rank).movedim(0, 2).flatten(2, 3)
 
-    def exchanged(self, t: Tensor) -> Tensor:
-        """`[n, ...]`, to each rank one of it, to `[n, ...]`, of each rank one; backward as well.
+    def all_to_all(self, t: Tensor) -> Tensor:
+        """All-to-all of `[n, ...]` over the group: entry i goes to rank i, and entry i of the
+        result, `[n, ...]`, comes from it. Backward is an all-to-all as well.
 
         PyTorch's own collective: that of `spmd_types` cannot be kept by recomputation.
         """
         return funcol.all_to_all_single_autograd(t.contiguous(), None, None, self.group)
 
-    def mine(self, t: Tensor) -> Tensor:
-        """Of what there is for each head, `[H, ...]`, that of this rank's: `[H/n, ...]`."""
-        return t.chunk(self.cut.ranks)[self.cut.rank]
+    def local_heads(self, t: Tensor) -> Tensor:
+        """Slices this rank's heads of a tensor that every rank has: `[H, ...]` to `[H/n, ...]`."""
+        return t.chunk(self.sharding.size)[self.sharding.rank]
 
-    def everything(self, *tensors: Tensor) -> list[Tensor]:
-        """What all heads share, `[S/n, ...]` each, to `[S, ...]`; its gradients are added up."""
+    def all_gather(self, *tensors: Tensor) -> list[Tensor]:
+        """All-gathers each tensor, which all heads share: `[S/n, ...]` to `[S, ...]`, in sequence
+        order; backward reduce-scatters the gradients."""
 
         def gathered(t: Tensor) -> Tensor:
             dtype = {"op_dtype": t.dtype}
@@ -62,13 +64,13 @@ class HeadExchange:
                 t.contiguous(), self.group, src=S(0), dst=R, **dtype, backward_options=dtype
             )
 
-        return [self.cut.natural(gathered(t)) for t in tensors]
+        return [self.sharding.in_sequence_order(gathered(t)) for t in tensors]
 
-    def around(self, seam: Seam) -> Callable[..., Tensor]:
-        """The seam's local function over whole sequences, of the heads that are this rank's.
+    def wrap(self, seam: Seam) -> Callable[..., Tensor]:
+        """The seam's local function, run on the full sequence of this rank's heads.
 
-        Each argument moves by its kind: heads and groups are exchanged, shared ones all-gathered,
-        and constants sliced; the output is exchanged back.
+        Each argument moves by its kind: an all-to-all of heads and groups, an all-gather of what
+        heads share, a slice of constants. An all-to-all brings the output back.
 
         Raises:
             RefusedError: the seam does not declare its arguments.
@@ -80,22 +82,30 @@ class HeadExchange:
                 "lie over heads, which recurrence = heads exchanges; declare `arguments`"
             )
 
-        def moved(*args: Any) -> Tensor:
+        def on_full_sequence(*args: Any) -> Tensor:
             *given, context = args
             tensors = dict(enumerate(given[: len(kinds)]))
 
-            def of(*wanted: Kind) -> list[int]:
+            def present(*wanted: Kind) -> list[int]:
+                """The indices of the arguments of these kinds that are not None."""
                 return [
                     i for i, kind in enumerate(kinds) if kind in wanted and tensors[i] is not None
                 ]
 
-            moves = (("head", "group"), self.take), (("shared",), self.everything)
-            for wanted, move in moves:
-                if found := of(*wanted):
-                    tensors |= zip(found, move(*(tensors[i] for i in found)), strict=True)
-            for i in of("constant"):
-                tensors[i] = self.mine(tensors[i])
-            context = context.for_full_sequence()
-            return self.give(seam.local(*tensors.values(), *given[len(kinds) :], context))
+            # Each call launches all its tensors before it waits for the first.
+            exchanges = (
+                (("head", "group"), self.sequence_to_heads),
+                (("shared",), self.all_gather),
+            )
+            for wanted, exchange in exchanges:
+                if indices := present(*wanted):
+                    results = exchange(*(tensors[i] for i in indices))
+                    tensors |= zip(indices, results, strict=True)
+            for i in present("constant"):
+                tensors[i] = self.local_heads(tensors[i])
+            options = given[len(kinds) :]
+            return self.heads_to_sequence(
+                seam.local(*tensors.values(), *options, context.for_full_sequence())
+            )
 
-        return moved
+        return on_full_sequence

@@ -1,6 +1,6 @@
-"""Optimizers of a model that lies in shards, behind one interface.
+"""Optimizers of a sharded model, behind one interface.
 
-base     what training, checkpoints and resumption see of an optimizer
+base     the interface that training, checkpoints and resumption use
 adamw    AdamW
 muon     Muon on linear weights, AdamW on the rest
 """
@@ -18,7 +18,7 @@ __all__ = ["AdamW", "Muon", "Optimizer", "OptimizerSettings", "build_optimizer"]
 def build_optimizer(
     model: nn.Module, settings: OptimizerSettings, compute: torch.dtype = torch.float32
 ) -> Optimizer:
-    """The optimizer that `settings.name` says, with zero state.
+    """Builds the optimizer named `settings.name`, with zero state.
 
     Args:
         model: sharded and filled.

@@ -1,4 +1,5 @@
-"""AdamW (arXiv:1711.05101, algorithm 2): PyTorch's fused one, a group per rate and decay."""
+"""AdamW (arXiv:1711.05101, algorithm 2): PyTorch's fused one, a parameter group for each rate and
+decay. It communicates nothing: shards are updated where they are."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,28 +14,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(Optimizer):
-    """AdamW over the parameters of a model, or over `some` of them.
+    """AdamW on all parameters of a model, or on the given ones.
 
-    AdamW multiplies its decay by the learning rate; where muP lowers the rate, the decay rises, so
-    that their product stays (arXiv:2203.03466, appendix B.3).
+    AdamW multiplies its weight decay by the learning rate; where muP lowers the rate, the decay is
+    raised, so that their product stays the same (arXiv:2203.03466, appendix B.3).
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerSettings, some: Iterable[Declared] | None = None
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        parameters: Iterable[Declared] | None = None,
     ) -> None:
         super().__init__()
-        self.named = list(declared(model) if some is None else some)
+        self.named = list(declared(model) if parameters is None else parameters)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
         for _, parameter, spec in self.named:
             groups[spec.rate, spec.decayed].append(parameter)
         self.torch = torch.optim.AdamW(
             [
                 {
-                    "params": parameters,
+                    "params": members,
                     "rate": rate,
                     "weight_decay": settings.weight_decay / rate if decayed else 0.0,
                 }
-                for (rate, decayed), parameters in sorted(groups.items(), key=lambda g: g[0])
+                for (rate, decayed), members in sorted(groups.items(), key=lambda g: g[0])
             ],
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,

@@ -1,4 +1,4 @@
-"""What training, checkpoints and resumption see of an optimizer."""
+"""The interface of an optimizer that training, checkpoints and resumption use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,18 +25,20 @@ class OptimizerSettings(Protocol):
 
 
 class Optimizer(ABC):
-    """An update rule and its state, whole from the start, so that a checkpoint always has it.
+    """An update rule and its state, all of which exists from the start, so that every checkpoint
+    has it.
 
-    `observers` are called at the beginning of every step, when gradients are complete and clipped.
+    `step_pre_hooks` are called at the beginning of every step, when gradients are reduced and
+    clipped.
     """
 
     def __init__(self) -> None:
-        self.observers: list[Callable[[], None]] = []
+        self.step_pre_hooks: list[Callable[[], None]] = []
 
     def step(self, lr: float) -> None:
-        """Update every parameter from its gradient at this learning rate. Collective."""
-        for observe in self.observers:
-            observe()
+        """Updates every parameter from its gradient at this learning rate. Collective."""
+        for hook in self.step_pre_hooks:
+            hook()
         self.update(lr)
 
     @abstractmethod
@@ -45,16 +47,16 @@ class Optimizer(ABC):
 
     @abstractmethod
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Drops all gradients."""
 
     @abstractmethod
     def named_state(self) -> dict[str, Tensor]:
-        """State tensors as `PARAMETER.STATE`, sharded as the parameter is."""
+        """State tensors by `PARAMETER.STATE`, each sharded like its parameter."""
 
     @property
     @abstractmethod
     def updates(self) -> int:
-        """Updates so far, on which bias corrections depend; skipped steps do not count."""
+        """Updates so far, without skipped steps; bias corrections depend on it."""
 
     @updates.setter
     @abstractmethod

@@ -11,42 +11,42 @@ from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.adamw import AdamW
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
-ENDS = ("embedding.", "head.")  # of the model: vectors of tokens, not maps between activations
-RMS = 0.2  # of an update's elements, about AdamW's (arXiv:2502.16982, eq. 4)
+ENDS = ("embedding.", "head.")  # their rows are vectors of tokens, not maps between activations
+RMS = 0.2  # of an update's elements, about that of AdamW's (arXiv:2502.16982, eq. 4)
 
 
 class Muon(Optimizer):
     """Muon on all linear weights but embedding and head, AdamW on the rest, at one learning rate.
 
-    Every matrix (of experts each) moves by lr · 0.2 · √max(rows, columns) times its orthogonalised
-    Nesterov momentum. Ranks that share a matrix all-gather the momentum's shards, orthogonalise the
-    whole alike, and keep their shard of it, so that an update does not depend on the layout.
+    The update of every matrix, and of each expert's, is lr · 0.2 · √max(rows, columns) times its
+    orthogonalised Nesterov momentum. The ranks that shard a matrix all-gather the shards of its
+    momentum over the axes of its mesh, each orthogonalises the full matrix, and keeps its own shard
+    of the result, so that an update does not depend on the layout.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, compute: torch.dtype) -> None:
         super().__init__()
-        every = list(declared(model))
-        self.matrices = [one for one in every if is_matrix(one)]
-        rest = [one for one in every if not is_matrix(one)]
-        self.adamw = AdamW(model, settings, rest)
+        parameters = list(declared(model))
+        self.matrices = [p for p in parameters if is_matrix(p)]
+        self.adamw = AdamW(model, settings, [p for p in parameters if not is_matrix(p)])
         self.momentum, self.decay, self.compute = settings.momentum, settings.weight_decay, compute
         self.momenta = [torch.zeros_like(p) for _, p, _ in self.matrices]
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
-        """Update every parameter; all-gathers the momentum of every matrix. Collective."""
+        """Updates every parameter; all-gathers the momentum of every matrix. Collective."""
         self.adamw.update(lr)
         for (_, p, spec), momentum in zip(self.matrices, self.momenta, strict=True):
             if p.grad is None:
                 continue
-            weight, grad, mean = local(p), local(p.grad), local(momentum)
-            mean.lerp_(grad, 1 - self.momentum)
-            nesterov = torch.zeros_like(p, dtype=self.compute)  # rounded before it is sent
-            local(nesterov).copy_(grad.lerp(mean, self.momentum))
-            direction = orthogonalised(whole(nesterov))
-            size = RMS * max(p.shape[-2:]) ** 0.5
+            weight, grad, local_momentum = local(p), local(p.grad), local(momentum)
+            local_momentum.lerp_(grad, 1 - self.momentum)
+            nesterov = torch.zeros_like(p, dtype=self.compute)  # rounded before the all-gather
+            local(nesterov).copy_(grad.lerp(local_momentum, self.momentum))
+            direction = orthogonalised(full(nesterov))
+            scale = RMS * max(p.shape[-2:]) ** 0.5
             weight.mul_(1 - lr * (self.decay if spec.decayed else 0.0))
-            weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * size)
+            weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * scale)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad()
@@ -54,8 +54,8 @@ class Muon(Optimizer):
             p.grad = None
 
     def named_state(self) -> dict[str, Tensor]:
-        own = zip(self.matrices, self.momenta, strict=True)
-        return self.adamw.named_state() | {f"{one.name}.momentum": m for one, m in own}
+        momenta = zip(self.matrices, self.momenta, strict=True)
+        return self.adamw.named_state() | {f"{p.name}.momentum": m for p, m in momenta}
 
     @property
     def updates(self) -> int:
@@ -66,18 +66,19 @@ class Muon(Optimizer):
         self.adamw.updates = count
 
 
-def is_matrix(one: Declared) -> bool:
-    """Whether Muon updates the parameter: a linear weight, or several, between the ends."""
-    return one.spec.role in ("reads", "inner", "writes") and not one.name.startswith(ENDS)
+def is_matrix(p: Declared) -> bool:
+    """Whether Muon updates the parameter: a linear weight, or one of each expert, that is not the
+    embedding or the head."""
+    return p.spec.role in ("reads", "inner", "writes") and not p.name.startswith(ENDS)
 
 
-def whole(t: Tensor) -> Tensor:
-    """All of a tensor: all-gathers the shards of a DTensor."""
+def full(t: Tensor) -> Tensor:
+    """All-gathers the shards of a DTensor to the full tensor; any other tensor as it is."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor what this rank holds of the DTensor `like`."""
+    """Slices from a full tensor the shard that this rank holds of the DTensor `like`."""
     if not isinstance(like, DTensor):
         return t
     shape, offset = compute_local_shape_and_global_offset(

@@ -144,9 +144,9 @@ class Recorded(LocalStatePassing):
         wait = super().launch(state, transition, matrix)
         return self.record("launch", wait, state, transition)
 
-    def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
-        wait = super().launch_back(grad, transition, matrix)
-        return self.record("launch_back", wait, grad, transition)
+    def launch_backward(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
+        wait = super().launch_backward(grad, transition, matrix)
+        return self.record("launch_backward", wait, grad, transition)
 
 
 class Products(TorchDispatchMode):
@@ -170,8 +170,8 @@ def test_each_exchange_is_launched_once_and_hides_behind_products(name: str) -> 
     with Products(state_passing.events):
         results(KERNELS[name][0], inputs(name, 24), chunk=4, state_passing=state_passing)
     exchanges = [e for e in state_passing.events if e != "product"]
-    assert exchanges == ["launch", "launch waited", "launch_back", "launch_back waited"]
-    for direction in ("launch", "launch_back"):
+    assert exchanges == ["launch", "launch waited", "launch_backward", "launch_backward waited"]
+    for direction in ("launch", "launch_backward"):
         start, stop = (state_passing.events.index(e) for e in (direction, f"{direction} waited"))
         assert name in "mS" or "product" in state_passing.events[start:stop]
 
@@ -201,9 +201,9 @@ def test_segments_that_are_not_adjacent(name: str, rank: int) -> None:
             before = every.returned["launch"]
             return self.record("launch", lambda: before[held], state, transition)
 
-        def launch_back(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
-            after = every.returned["launch_back"]
-            return self.record("launch_back", lambda: after[held], grad, transition)
+        def launch_backward(self, grad: Tensor, transition: Tensor, matrix: bool) -> Wait:
+            after = every.returned["launch_backward"]
+            return self.record("launch_backward", lambda: after[held], grad, transition)
 
     every, one_rank = Recorded(4, ids), Rank(2)
     dy = torch.randn(call(kernel, t, chunk=4)[0].shape, dtype=torch.float64)

@@ -42,8 +42,8 @@ def test_a_tiny_run() -> None:
 
 
 def weighed(rank: int, size: int, variant: str) -> list[int]:
-    here = World(rank, size, torch.device("cpu"))
-    return [context.attention_bytes(here, variant, cp, TINY) for cp in (1, 2, 4)]
+    world = World(rank, size, torch.device("cpu"))
+    return [context.attention_bytes(world, variant, cp, TINY) for cp in (1, 2, 4)]
 
 
 @pytest.mark.parametrize("variant", ["ring", "allgather", "ulysses"])
@@ -64,10 +64,10 @@ def test_a_peak_is_forgotten() -> None:
     assert resident_mib() < high - 100
 
 
-def failing(here: World, who: int) -> int:
-    if here.rank == who:
+def failing(world: World, who: int) -> int:
+    if world.rank == who:
         raise UserError("cannot")
-    return here.rank
+    return world.rank
 
 
 def test_ranks_answer_until_one_fails() -> None:

@@ -51,8 +51,8 @@ def test_messages_go_over_the_link_one_after_the_other() -> None:
 def test_every_collective_of_the_row_goes_over_the_link(sequence: bool) -> None:
     """Forward two per sub-block with sequence parallelism, else one; backward as many."""
     device = torch.device("cpu")
-    with linked(device) as here:
-        mesh = build_mesh(ParallelConfig(tp=2), here)
+    with linked(device) as world:
+        mesh = build_mesh(ParallelConfig(tp=2), world)
         link = mesh.get_group("tp")
         assert isinstance(link, Link)
         only = Row(TINY, "*-", sequence, mesh, device)

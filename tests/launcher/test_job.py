@@ -291,7 +291,7 @@ def validated(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, f
     rows = made.data.validation
     assert rows is not None
     assert rows.rows is not None
-    loss, bits = validate_loss(made.model, rows, recipe, made.mesh, made.here.device, None)
+    loss, bits = validate_loss(made.model, rows, recipe, made.mesh, made.world.device, None)
     assert bits is None
     return loss, rows.rows
 

@@ -14,19 +14,19 @@ import torch.distributed as dist
 from colonnade.parallel.world import World
 
 
-def test_ranks_meet_however_late_one_comes() -> None:
+def test_ranks_wait_however_late_one_comes() -> None:
     """They wait through the store: no collective is open that could time out.
 
-    They meet twice: each meeting has a number in its name.
+    They wait twice: each wait has a number in its key.
     """
     store = dist.HashStore()
     early, late = (World(rank, 2, torch.device("cpu"), store) for rank in range(2))
     for _ in range(2):
-        waiting = threading.Thread(target=early.meet, args=(0.01,))
+        waiting = threading.Thread(target=early.wait_for_all, args=(0.01,))
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()
-        late.meet(0.01)
+        late.wait_for_all(0.01)
         waiting.join(10)
         assert not waiting.is_alive()
 

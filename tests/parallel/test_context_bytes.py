@@ -1,4 +1,4 @@
-"""What ranks that share a sequence send: every variant counted, against its formula."""
+"""Bytes sent over the context group: every variant counted, against its formula."""
 
 from typing import Any
 
@@ -49,8 +49,8 @@ def recipe(name: str, ranks: int) -> Recipe:
 
 
 def counted(rank: int, size: int) -> dict[str, int]:
-    here = World(rank, size, torch.device("cpu"))
-    return {name: traffic.counted(here, recipe(name, size)) for name in CASES}
+    world = World(rank, size, torch.device("cpu"))
+    return {name: traffic.counted(world, recipe(name, size)) for name in CASES}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -64,5 +64,5 @@ def test_formulas_of_a_ring_by_hand() -> None:
     small = {"pattern": "*", "hidden": 3, "heads": 1, "vocab": 2}
     train = TrainConfig(micro_batch=1, seq_len=8)
     one = Recipe(model=ModelConfig(**small), parallel=ParallelConfig(cp=2), train=train)
-    # keys and values go once forward and once backward, their gradients home in two hops
+    # keys and values are sent once forward and once backward, their gradients twice, to their owner
     assert traffic.formula(one, rank=0) == 4 * 24 * (1 + 1 + 2)

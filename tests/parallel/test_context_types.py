@@ -1,4 +1,4 @@
-"""Types along the context axis: every layout that shares sequences passes, and no faulty one."""
+"""Types along the context axis: every layout with context parallelism passes, and no faulty one."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from equal import assert_equal
 from spmd_types import I, P, R, S, SpmdTypeError
-from test_types import EVERYWHERE, ROWS, SMALL, drawn, joined, part_of, whole_vocabulary
+from test_types import EVERYWHERE, ROWS, SMALL, drawn, joined, shard_of, unsharded_vocabulary
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -50,16 +50,16 @@ Meshes = dict[str, DeviceMesh]
 
 @pytest.fixture(scope="module")
 def meshes() -> Iterator[Meshes]:
-    """Rank 1 of four, of which two or all share sequences; nothing is sent."""
+    """Rank 1 of four, of which two or all are the context group; the fake backend sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
 
     def pairs(*names: str) -> DeviceMesh:
         return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
 
-    both, folded = pairs("cp", "tp"), pairs("outer", "inner")
+    both, split = pairs("cp", "tp"), pairs("outer", "inner")
     yield {
         "four": init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)),
-        "outer": folded["outer"], "inner": folded["inner"],  # the four, folded
+        "outer": split["outer"], "inner": split["inner"],  # the four, split
         "two": pairs("dp", "cp")["cp"],
         "cp": both["cp"], "tp": both["tp"],
     }  # fmt: skip
@@ -67,8 +67,8 @@ def meshes() -> Iterator[Meshes]:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Singular vectors are not looked at here."""
+def one_power_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of singular vectors do not matter to types."""
     monkeypatch.setattr(reparam, "INITIAL_ITERATIONS", 1)
 
 
@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
 def inputs() -> Inputs:
     """Two documents a row, which do not end where segments do."""
     draw = torch.Generator().manual_seed(0)
-    # labels that all ranks of tp have in their columns
+    # labels in the columns of every tp rank's shard
     tokens, labels = torch.randint(VOCAB // 4, (2, TOKENS, SAMPLES), generator=draw)
     positions = torch.arange(TOKENS)[:, None].repeat(1, SAMPLES)
     return Inputs(tokens, labels, positions, (positions > TOKENS // 2 + 1).long())
@@ -147,14 +147,14 @@ def test_two(meshes: Meshes, row: str, variant: str) -> None:
     check(model, meshes["two"])
 
 
-BESIDE = [(row, variant) for row in EVERYWHERE for variant in ("ring", "heads")]
-BESIDE += [(row, "ring") for row in ROWS if row not in EVERYWHERE]
+WITH_TP = [(row, variant) for row in EVERYWHERE for variant in ("ring", "heads")]
+WITH_TP += [(row, "ring") for row in ROWS if row not in EVERYWHERE]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize(("row", "variant"), BESIDE)
-def test_beside_tensor_parallel(meshes: Meshes, row: str, variant: str, sequence: bool) -> None:
-    """Along both axes, of one model."""
+@pytest.mark.parametrize(("row", "variant"), WITH_TP)
+def test_with_tensor_parallel(meshes: Meshes, row: str, variant: str, sequence: bool) -> None:
+    """One model is checked along both axes."""
     residual = "ladder" if sequence else "standard"
     layout = {**VARIANTS[variant], "tp": 2, "sequence": sequence}
     model = model_of(meshes["cp"], layout, {**ROWS[row], "residual": residual}, meshes["tp"])
@@ -176,7 +176,7 @@ def test_logits(meshes: Meshes, variant: str) -> None:
 
 
 Fault = Callable[[Decoder], None]
-PLAIN: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
+LOCAL: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
     AttendOut: ("attend", local_attend),
     Convolving: ("conv", local_conv),
     mamba1.ScanOut: ("scan", mamba1.local_scan),
@@ -186,46 +186,46 @@ PLAIN: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
 }
 
 
-def left(kind: type[ParameterModule]) -> Fault:
-    """Parts of this kind without what is to be plugged."""
+def leave_local(kind: type[ParameterModule]) -> Fault:
+    """The seam of modules of this kind has the local function again."""
 
-    def spoil(model: Decoder) -> None:
-        for part in model.modules():
-            if isinstance(part, kind):
-                setattr(part, *PLAIN[kind])
+    def inject(model: Decoder) -> None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                setattr(module, *LOCAL[kind])
 
-    return spoil
-
-
-def whole_tokens(model: Decoder) -> None:
-    embed, whole = model.embedding.forward, inputs().tokens
-    model.embedding.forward = lambda tokens: embed(stamp(whole, R))
+    return inject
 
 
-def whole_labels(model: Decoder) -> None:
-    head, whole = model.head.forward, inputs().labels
-    model.head.forward = lambda x, labels, *rest: head(x, stamp(whole, R), *rest)
+def full_tokens(model: Decoder) -> None:
+    embed, full = model.embedding.forward, inputs().tokens
+    model.embedding.forward = lambda tokens: embed(stamp(full, R))
 
 
-def only_one_part(model: Decoder) -> None:
-    """Every rank takes the first."""
-    model.local_segments = lambda whole: whole.chunk(4)[0]
+def full_labels(model: Decoder) -> None:
+    head, full = model.head.forward, inputs().labels
+    model.head.forward = lambda x, labels, *rest: head(x, stamp(full, R), *rest)
 
 
-def choices_of_a_part(model: Decoder) -> None:
+def same_shard(model: Decoder) -> None:
+    """Every rank takes the first shard."""
+    model.local_segments = lambda full: full.chunk(4)[0]
+
+
+def local_choices(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.full_sequence = lambda t: t
 
 
-def places_of_all(model: Decoder) -> None:
+def full_keep_mask(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         assert isinstance(block, Mixture)
         block.local_segments = lambda t: t
 
 
-def summed_to(kind: Any) -> Fault:
-    def spoil(model: Decoder) -> None:
+def all_reduced_to(kind: Any) -> Fault:
+    def inject(model: Decoder) -> None:
         forward = model.forward
 
         def total(*args: Any) -> Any:
@@ -234,127 +234,135 @@ def summed_to(kind: Any) -> Fault:
 
         model.forward = total
 
-    return spoil
+    return inject
 
 
-def documents_of_a_part(model: Decoder) -> None:
-    """What looks at whole sequences, by heads, is told of the rank's own documents."""
-    for part in model.modules():
-        if isinstance(part, mamba2.ScanOut):
-            part.scan = part_told(part.scan)
+def local_documents(model: Decoder) -> None:
+    """A scan over full sequences, by heads, gets the documents of the rank's shard."""
+    for module in model.modules():
+        if isinstance(module, mamba2.ScanOut):
+            module.scan = with_local_documents(module.scan)
 
 
-def part_told(scan: mamba2.Scan) -> mamba2.Scan:
-    def told(*args: Any) -> Tensor:
+def with_local_documents(scan: mamba2.Scan) -> mamba2.Scan:
+    def call(*args: Any) -> Tensor:
         *tensors, context = args
         return scan(*tensors, dataclasses.replace(context, whole_documents=context.documents))
 
-    return told
+    return call
 
 
-# What is spoilt, of which model, in which variant; what the checker says.
+# The fault, the model, the variant, and what the checker reports.
 FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
-    "plain attention": (
-        left(AttendOut), dict(pattern="*"), RING, r"attention: q is S\(0\), not S\(2\)"),
-    "plain attention for heads": (left(AttendOut), dict(pattern="*"), HEADS, "attention: q is S"),
-    "plain Mamba-2": (
-        left(mamba2.ScanOut), dict(pattern="M"), RING, r"ssd: x is S\(0\), not S\(2\)"),
-    "plain Mamba-1": (left(mamba1.ScanOut), dict(pattern="m"), RING, "selective_scan: x is S"),
-    "plain S4D": (left(s4d.ScanOut), dict(pattern="S"), RING, "s4d: x is S"),
-    "plain DeltaNet": (left(delta.DeltaOut), dict(pattern="D"), RING, "delta_rule: q is S"),
-    "plain gated DeltaNet": (left(delta.DeltaOut), dict(pattern="G"), HEADS, "delta_rule: q is S"),
-    "plain convolution": (
-        left(Convolving), dict(pattern="M"), RING, r"causal_conv: x is S\(0\), not S\(2\)"),
-    "plain convolution of keys": (
-        left(Convolving), dict(pattern="*", attention_conv=3), RING, "causal_conv: x is S"),
-    "whole tokens": (whole_tokens, dict(pattern="-"), RING, "objective: x is R"),
-    "whole labels": (whole_labels, dict(pattern="-"), RING, "objective: labels is R"),
-    "the same part": (only_one_part, dict(pattern="-"), RING, "objective: x is R"),
-    "balance of a part": (
-        choices_of_a_part, dict(pattern="E"), RING, r"balance_loss: chosen is S\(0\), not R"),
-    "places of a part": (
-        choices_of_a_part, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
-    "places of all": (
-        places_of_all, dict(pattern="E", capacity=1.0), RING, "dispatch: keep_mask is R"),
-    "loss summed": (summed_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
-    "loss summed, R": (summed_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
-    "documents of a part": (
-        documents_of_a_part, dict(pattern="M"), HEADS, r"ssd: documents is S\(0\), not R"),
+    "local attention": (
+        leave_local(AttendOut), dict(pattern="*"), RING, r"attention: q is S\(0\), not S\(2\)"),
+    "local attention for heads": (
+        leave_local(AttendOut), dict(pattern="*"), HEADS, "attention: q is S"),
+    "local Mamba-2": (
+        leave_local(mamba2.ScanOut), dict(pattern="M"), RING, r"ssd: x is S\(0\), not S\(2\)"),
+    "local Mamba-1": (
+        leave_local(mamba1.ScanOut), dict(pattern="m"), RING, "selective_scan: x is S"),
+    "local S4D": (leave_local(s4d.ScanOut), dict(pattern="S"), RING, "s4d: x is S"),
+    "local DeltaNet": (
+        leave_local(delta.DeltaOut), dict(pattern="D"), RING, "delta_rule: q is S"),
+    "local gated DeltaNet": (
+        leave_local(delta.DeltaOut), dict(pattern="G"), HEADS, "delta_rule: q is S"),
+    "local convolution": (
+        leave_local(Convolving), dict(pattern="M"), RING, r"causal_conv: x is S\(0\), not S\(2\)"),
+    "local convolution of keys": (
+        leave_local(Convolving), dict(pattern="*", attention_conv=3), RING, "causal_conv: x is S"),
+    "full tokens": (full_tokens, dict(pattern="-"), RING, "objective: x is R"),
+    "full labels": (full_labels, dict(pattern="-"), RING, "objective: labels is R"),
+    "the same shard": (same_shard, dict(pattern="-"), RING, "objective: x is R"),
+    "balance of a shard": (
+        local_choices, dict(pattern="E"), RING, r"balance_loss: chosen is S\(0\), not R"),
+    "capacity of a shard": (
+        local_choices, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
+    "keep mask of all tokens": (
+        full_keep_mask, dict(pattern="E", capacity=1.0), RING, "dispatch: keep_mask is R"),
+    "loss all-reduced": (all_reduced_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
+    "loss all-reduced, R": (
+        all_reduced_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
+    "documents of a shard": (
+        local_documents, dict(pattern="M"), HEADS, r"ssd: documents is S\(0\), not R"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault(meshes: Meshes, fault: str) -> None:
-    spoil, fields, variant, said = FAULTS[fault]
+    inject, fields, variant, message = FAULTS[fault]
     model = model_of(meshes["four"], variant, fields)
     check(model, meshes["four"])
-    spoil(model)
-    with pytest.raises(SpmdTypeError, match=said):
+    inject(model)
+    with pytest.raises(SpmdTypeError, match=message):
         check(model, meshes["four"])
 
 
-class NothingTaken(HeadExchange):
-    def take(self, *tensors: Tensor) -> list[Tensor]:
+class QueriesNotExchanged(HeadExchange):
+    def sequence_to_heads(self, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
 
 
-GIVE = HeadExchange.give
+HEADS_TO_SEQUENCE = HeadExchange.heads_to_sequence
 
 
-class NothingGiven(HeadExchange):
-    def give(self, t: Tensor) -> Tensor:
-        """What has the shape that is wanted, and still is of some heads."""
+class OutputNotExchanged(HeadExchange):
+    def heads_to_sequence(self, t: Tensor) -> Tensor:
+        """Returns the right shape with the type of a shard of heads."""
         kind = type_of(t)
         with spmd.no_typecheck():
-            given = GIVE(self, t)
-        return stamp(given, kind)
+            output = HEADS_TO_SEQUENCE(self, t)
+        return stamp(output, kind)
 
 
 class AllHeads(HeadExchange):
-    def mine(self, t: Tensor) -> Tensor:
+    def local_heads(self, t: Tensor) -> Tensor:
         return t
 
 
-class OwnRows(HeadExchange):
-    def everything(self, *tensors: Tensor) -> list[Tensor]:
+class LocalRows(HeadExchange):
+    def all_gather(self, *tensors: Tensor) -> list[Tensor]:
         return [*tensors]
 
 
 EXCHANGE_FAULTS: dict[str, tuple[type[HeadExchange], str, str]] = {
-    "queries not taken": (NothingTaken, "*", "attention: q"),
-    "attention not given back": (NothingGiven, "*", "sharding"),
-    "Mamba-2 not given back": (NothingGiven, "M", "sharding"),
-    "DeltaNet not given back": (NothingGiven, "D", "sharding"),
+    "queries not exchanged": (QueriesNotExchanged, "*", "attention: q"),
+    "attention not exchanged back": (OutputNotExchanged, "*", "sharding"),
+    "Mamba-2 not exchanged back": (OutputNotExchanged, "M", "sharding"),
+    "DeltaNet not exchanged back": (OutputNotExchanged, "D", "sharding"),
     "sinks of all heads": (AllHeads, "*", r"attention: sinks is R, not S\(0\)"),
     "A of all heads": (AllHeads, "M", r"ssd: A is R, not S\(0\)"),
     "A of all channels": (AllHeads, "m", r"selective_scan: A is R, not S\(0\)"),
-    "B of a part": (OwnRows, "m", r"selective_scan: B is S\(0\), not R"),
+    "B of a shard": (LocalRows, "m", r"selective_scan: B is S\(0\), not R"),
 }
 
 
 @pytest.mark.parametrize("fault", EXCHANGE_FAULTS)
 def test_fault_in_exchange(meshes: Meshes, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    heads, pattern, said = EXCHANGE_FAULTS[fault]
+    exchange, pattern, message = EXCHANGE_FAULTS[fault]
     fields = {"pattern": pattern, "sinks": "*" in pattern}
     check(model_of(meshes["four"], HEADS, fields), meshes["four"])
-    monkeypatch.setattr(plug, "HeadExchange", heads)
+    monkeypatch.setattr(plug, "HeadExchange", exchange)
     model = model_of(meshes["four"], HEADS, fields)
-    with pytest.raises(SpmdTypeError, match=said):
+    with pytest.raises(SpmdTypeError, match=message):
         check(model, meshes["four"])
 
 
-def test_fault_beside_tensor_parallel(meshes: Meshes) -> None:
-    """Each axis finds its own."""
-    for spoil, wrong, right in ((left(AttendOut), "cp", "tp"), (whole_vocabulary, "tp", "cp")):
+def test_fault_with_tensor_parallel(meshes: Meshes) -> None:
+    """The check along each axis finds the faults of this axis only."""
+    for inject, wrong, right in (
+        (leave_local(AttendOut), "cp", "tp"),
+        (unsharded_vocabulary, "tp", "cp"),
+    ):
         model = model_of(meshes["cp"], {"tp": 2}, {"pattern": "*-"}, meshes["tp"])
-        spoil(model)
+        inject(model)
         check(model, meshes[right])
         with pytest.raises(SpmdTypeError):
             check(model, meshes[wrong])
 
 
-# What the checker is told is so: put together, the results of parts of a sequence are those of it.
-# What ranks exchange is in `parity/`.
+# What is stated to the checker is true: the results of shards of a sequence, joined, are those of
+# the full sequence. `parity/` tests the collectives.
 
 LOGITS = drawn(8, 2, 4)
 CHOSEN = LOGITS.topk(2, -1).indices
@@ -373,16 +381,19 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
 @pytest.mark.parametrize("kernel", ARGUMENTS, ids=lambda kernel: kernel.__name__)
 def test_contract(kernel: Callable[..., Any]) -> None:
     given, contract = ARGUMENTS[kernel], CONTEXT_CONTRACTS[kernel]
-    means = kernel in (balance_loss, router_z_loss)  # of a part, of which `share` is taken
+    means = kernel in (
+        balance_loss,
+        router_z_loss,
+    )  # times `share` in a model
 
     def results(rank: int | None) -> tuple[Tensor, ...]:
-        own = {
-            name: t if rank is None else part_of(t, contract.arguments.get(name, R), rank)
+        local = {
+            name: t if rank is None else shard_of(t, contract.arguments.get(name, R), rank)
             for name, t in given.items()
         }
-        found = kernel(**own)
-        several = found if isinstance(found, tuple) else (found,)
-        return tuple(t / 2 if means and rank is not None else t.double() for t in several)
+        outputs = kernel(**local)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(t / 2 if means and rank is not None else t.double() for t in outputs)
 
     both = zip(results(0), results(1), contract.results, strict=True)
     ours = {str(i): joined((a, b), wanted) for i, (a, b, wanted) in enumerate(both)}
@@ -390,7 +401,7 @@ def test_contract(kernel: Callable[..., Any]) -> None:
 
 
 def test_contracts_of_a_mixture() -> None:
-    """Rows of a part's tokens are apart from others', and come back in their order."""
+    """Each shard's tokens are dispatched by themselves, and come back in their order."""
 
     def mixed(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         rows, order = dispatch(x, chosen, 4)
@@ -398,5 +409,5 @@ def test_contracts_of_a_mixture() -> None:
         return combine(expert_mlp(rows, order.counts, None, up, down, "relu2"), order, weight)
 
     given = drawn(8, 3), CHOSEN[:, 0], drawn(8, 2)
-    parts = [mixed(*(part_of(t, S(0), rank) for t in given)) for rank in range(2)]
-    assert_equal({"y": joined((parts[0], parts[1]), S(0))}, {"y": mixed(*given)})
+    shards = [mixed(*(shard_of(t, S(0), rank) for t in given)) for rank in range(2)]
+    assert_equal({"y": joined((shards[0], shards[1]), S(0))}, {"y": mixed(*given)})

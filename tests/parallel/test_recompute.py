@@ -1,4 +1,4 @@
-"""Recomputation of halves: whatever runs between them, what is kept, made again and let go."""
+"""Recomputation of halves that interleave: what it saves, recomputes and frees."""
 
 import gc
 import weakref
@@ -26,30 +26,33 @@ PATTERN = "*EM-"
 
 
 class Live(TorchDispatchMode):
-    """The bytes of all tensors made within that are alive, and the most there were."""
+    """Counts the bytes of live tensors made under this mode, their peak, and matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self.storages: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self.now = self.peak = self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **kwargs or {})
+        outputs = func(*args, **kwargs or {})
         self.operators += func is torch.ops.aten.mm.default
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and (held := leaf.untyped_storage()) not in self.seen:
-                self.seen[held] = True
-                self.now += held.nbytes()
-                weakref.finalize(held, self.gone, held.nbytes())
+        for leaf in tree_leaves(outputs):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in self.storages:
+                self.storages[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
         self.peak = max(self.peak, self.now)
-        return found
+        return outputs
 
-    def gone(self, size: int) -> None:
+    def freed(self, size: int) -> None:
         self.now -= size
 
 
 def built(name: str, pattern: str = PATTERN, **fields: Any) -> Decoder:
-    """A model that recomputes so."""
+    """A model with this recomputation."""
     model = model_of(config_of(pattern, balance=0.1, router_z=0.1, **fields), 1)
     recompute(model, name)
     return model
@@ -75,20 +78,20 @@ def interleaved(model: Decoder) -> dict[str, Tensor]:
     out = {t: halves[t].second(carried[t]) for t in order}
     del carried
     sum((out[t] * out[t]).sum() for t in range(4)).backward()
-    own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = {f"out {t}": out[t].detach() for t in order}
-    return found | own | {f"x {t}": x.grad for t, x in enumerate(xs) if x.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    outputs = {f"out {t}": out[t].detach() for t in order}
+    return outputs | grads | {f"x {t}": x.grad for t, x in enumerate(xs) if x.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["block", "selective"])
 def test_halves_may_interleave(name: str) -> None:
-    found, expected = (interleaved(built(which)) for which in (name, "none"))
-    assert found.keys() == expected.keys()
-    assert len(found) > 20
-    assert all(torch.equal(found[n], expected[n]) for n in found)
+    results, expected = (interleaved(built(which)) for which in (name, "none"))
+    assert results.keys() == expected.keys()
+    assert len(results) > 20
+    assert all(torch.equal(results[n], expected[n]) for n in results)
 
 
-def once(model: Decoder, t: int = 0) -> tuple[Tensor, Tensor, weakref.ref[Any]]:
+def run_block(model: Decoder, t: int = 0) -> tuple[Tensor, Tensor, weakref.ref[Any]]:
     """Sub-block t's input and output, and a weak reference to its frame."""
     (half,), (x,) = blocks(model, [t]), inputs(1)
     frame = weakref.ref(getattr(half, "frame", half))
@@ -96,10 +99,10 @@ def once(model: Decoder, t: int = 0) -> tuple[Tensor, Tensor, weakref.ref[Any]]:
 
 
 def test_backward_runs_halves_once_and_as_far_as_needed() -> None:
-    """Of attention's four products the last is not made again: nothing is saved behind it."""
+    """The last of attention's four matrix products is not recomputed: nothing is saved after it."""
     counts = []
     for name in ("none", "block"):
-        _, out, _ = once(built(name, "*"))
+        _, out, _ = run_block(built(name, "*"))
         with Live() as live:
             out.sum().backward()
         counts.append(live.operators)
@@ -107,18 +110,18 @@ def test_backward_runs_halves_once_and_as_far_as_needed() -> None:
 
 
 @pytest.mark.parametrize("t", range(4))
-def test_nothing_outlives_its_use(t: int) -> None:
-    """A frame is freed by backward, or with a graph that nobody differentiates; by no collector."""
+def test_frames_are_freed(t: int) -> None:
+    """Backward frees a frame, as does dropping its graph, without the garbage collector."""
     model = built("block")
-    once(model, t)[1].sum().backward()
+    run_block(model, t)[1].sum().backward()
     gc.collect()
     gc.disable()
     try:
-        _, out, frame = once(model, t)
+        _, out, frame = run_block(model, t)
         assert frame() is not None
         del out
         assert frame() is None
-        _, out, frame = once(model, t)
+        _, out, frame = run_block(model, t)
         out.sum().backward()
         assert frame() is None
     finally:
@@ -126,38 +129,39 @@ def test_nothing_outlives_its_use(t: int) -> None:
 
 
 def test_a_retained_graph_is_differentiated_again() -> None:
-    """`block` makes everything once more; `selective` gives what it kept once, and says so."""
-    x, out, _ = once(built("block"))
+    """`block` recomputes everything once more; `selective` returns what it saved only once, and
+    raises."""
+    x, out, _ = run_block(built("block"))
     one, two = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(one, two)
-    x, out, _ = once(built("selective"))
+    x, out, _ = run_block(built("selective"))
     torch.autograd.grad(out.sum(), x, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward an extra time"):
         torch.autograd.grad(out.sum(), x)
 
 
-def test_a_part_of_the_graph_may_go_first() -> None:
-    """Gradients of one parameter, and then of all, are those of one pass."""
+def test_partial_backward_before_the_full_one() -> None:
+    """Gradients of one parameter, and then of all, are equal to those without recomputation."""
     model, plain = built("block"), built("none")
-    found = []
+    grads = []
     for which in (model, plain):
-        _, out, _ = once(which)
+        _, out, _ = run_block(which)
         weight = which.wiring.block(0).second.out
         (grad,) = torch.autograd.grad(out.sum(), weight, retain_graph=True)
         out.sum().backward()
         assert weight.grad is not None
-        found.append({"alone": grad, "then": weight.grad})
-    assert_equal(*found)
+        grads.append({"one parameter": grad, "all": weight.grad})
+    assert_equal(*grads)
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_saved() -> None:
     model = built("selective")
     with torch.no_grad():
         assert type(blocks(model, [0])[0]) is Halves
 
 
-def other(block: SubBlock, change: Callable[[Tensor], Tensor]) -> None:
-    """From the second call on the first half gets a changed input."""
+def change_recomputation(block: SubBlock, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the input of the first half from its second call on."""
     begin, calls = block.begin, []
 
     def changed(x: Tensor, context: Context) -> Any:
@@ -171,20 +175,20 @@ def other(block: SubBlock, change: Callable[[Tensor], Tensor]) -> None:
     (lambda x: x[:5], r"saved tensor \d+ of sub-block 0 was .*23.* and is .*5"),
     (lambda x: x.detach(), r"sub-block 0 saved \d+ tensors, and \d+ in backward|was .* and is"),
 ])  # fmt: skip
-def test_another_pass_in_backward_is_an_error(
+def test_a_different_recomputation_is_an_error(
     change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     model = built("block", "-")
     for p in model.wiring.block(0).first.parameters():
         p.requires_grad_(False)  # so that a detached input saves nothing
-    other(model.wiring.block(0), change)
-    _, out, _ = once(model)
+    change_recomputation(model.wiring.block(0), change)
+    _, out, _ = run_block(model)
     with pytest.raises(RuntimeError, match=message):
         out.sum().backward()
 
 
 class Checkpointed(Halves):
-    """Both halves in one of PyTorch's checkpoints, as they were while they could not interleave."""
+    """Both halves in one checkpoint of PyTorch's, where they cannot interleave."""
 
     def first(self, x: Tensor) -> Tensor:
         return x
@@ -199,16 +203,16 @@ def both(block: SubBlock, context: Context, x: Tensor) -> Tensor:
 
 
 def memory(model: Decoder) -> tuple[int, int]:
-    """Bytes of what lives behind a forward pass, and at most in forward and backward."""
+    """Bytes that live after a forward pass, and the peak in forward and backward."""
     tokens, labels = data(3)
     for _ in range(2):
         model.zero_grad(set_to_none=False)
         gc.collect()
         with Live() as live:
             objective, _ = model(tokens, context(), labels)
-            kept = live.now
+            saved = live.now
             objective.backward()
-    return kept, live.peak
+    return saved, live.peak
 
 
 @pytest.mark.parametrize("residual", ["standard", "ladder"])
@@ -216,20 +220,20 @@ def test_memory_is_that_of_pytorchs_checkpoint(residual: str) -> None:
     fields = {"pattern": "*-M-", "residual": residual, "repeat": 2}
     ours, theirs = built("block", **fields), built("none", **fields)
     theirs.wiring.halves = Checkpointed
-    ours_kept, ours_peak = memory(ours)
-    kept, peak = memory(theirs)
-    assert ours_kept <= kept
+    ours_saved, ours_peak = memory(ours)
+    saved, peak = memory(theirs)
+    assert ours_saved <= saved
     assert ours_peak <= peak
-    assert ours_kept < 0.5 * memory(built("none", **fields))[0]
+    assert ours_saved < 0.5 * memory(built("none", **fields))[0]
 
 
 @pytest.mark.parametrize("name", ["block", "selective"])
-def test_whole_model(name: str) -> None:
-    """Ladder, every symbol."""
+def test_model(name: str) -> None:
+    """A model with ladder and every symbol."""
     tokens, labels = data(4)
-    found = []
+    results = []
     for which in (name, "none"):
         model = built(which, "*-EMmDGT", residual="ladder", sigma_reparam=True)
         model(tokens, context(), labels)[0].backward()
-        found.append(gradients(model))
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[1])
+        results.append(gradients(model))
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[1])

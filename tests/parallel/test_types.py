@@ -1,4 +1,4 @@
-"""Communication is typed: every layout's forward passes spmd_types' checker, and no faulty one."""
+"""Types along the tp axis: every layout's forward passes spmd_types' checker, and no faulty one."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +26,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import declared
 from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
-from colonnade.parallel.tensor import on_stream, tensor_parallel
+from colonnade.parallel.tensor import stream_modules, tensor_parallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")
 
@@ -59,7 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
         norm_position="after", clip_low=-0.1, attention_cap=3.0,
     ),
-    "σReparam, further tokens": dict(
+    "σReparam, multi-token prediction": dict(
         pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",
     ),
 }  # fmt: skip
@@ -70,7 +70,7 @@ Fault = Callable[[Decoder], None]
 
 @pytest.fixture(scope="module")
 def meshes() -> Iterator[Meshes]:
-    """Rank 1 of four, of which two or all are tensor-parallel; nothing is sent."""
+    """Rank 1 of four, of which two or all are tensor-parallel; the fake backend sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     yield {2: two, 4: init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))}
@@ -78,8 +78,8 @@ def meshes() -> Iterator[Meshes]:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Singular vectors are not looked at here."""
+def one_power_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of singular vectors do not matter to types."""
     monkeypatch.setattr(reparam, "INITIAL_ITERATIONS", 1)
 
 
@@ -95,7 +95,7 @@ def model_of(mesh: DeviceMesh, sequence: bool, **fields: Any) -> Decoder:
 def check(model: Decoder, mesh: DeviceMesh) -> None:
     """Forward and backward of one step, typed."""
     draw = torch.Generator().manual_seed(0)
-    # labels that all ranks have in their columns: a loss that knows no ranks takes them too
+    # labels in the columns of every rank's shard: a loss without a `Sharding` takes them, too
     tokens, labels = torch.randint(VOCAB // 4, (2, TOKENS, SAMPLES), generator=draw)
     positions = torch.arange(TOKENS)[:, None].repeat(1, SAMPLES)
     documents = (positions > TOKENS // 2).long()
@@ -130,20 +130,20 @@ def test_logits(meshes: Meshes, sequence: bool) -> None:
         assert logits.shape == (TOKENS, SAMPLES, VOCAB)
 
 
-# Which gradients are partial sums, and so to be summed at the end of a step.
+# Which gradients are partial sums, and so all-reduced at the end of a step.
 
 SUMMED = {
     "latent": dict(pattern="*-", **LATENT, activation="polynorm", norm="layer", norm_bias=True),
     "shared": dict(pattern="*M", kv_heads=2, mamba_groups=1, qk_norm="head"),
     "routed": dict(pattern="E", activation="polyrelu", shared_ffn=8, sigma_reparam=True),
-    "further": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
+    "multi-token": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
 }
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("row", SUMMED)
 def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
-    """Gradients of just the members of `partial` are partial: the checker takes no other set."""
+    """Exactly the gradients whose spec is `partial` are partial sums: any other set is an error."""
     mesh = meshes[4]
     model = model_of(mesh, sequence, **SUMMED[row])
     check(model, mesh)
@@ -158,10 +158,10 @@ def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
     check(model, mesh)
 
 
-# Faults. Where a sequence is cut, what sends nothing at least gives the shape that is wanted.
+# Faults. Under sequence parallelism a seam without its collective still returns the right shape.
 
 
-def piece(ranks: int) -> Callable[[Tensor], Tensor]:
+def first_shard(ranks: int) -> Callable[[Tensor], Tensor]:
     return lambda h: h.chunk(ranks)[0]
 
 
@@ -175,10 +175,10 @@ def ranks_of(model: Decoder) -> int:
 
 def without_leave(model: Decoder) -> None:
     for wiring in model.wirings():
-        wiring.leave = piece(ranks_of(model))
+        wiring.leave = first_shard(ranks_of(model))
 
 
-def twice_left(model: Decoder) -> None:
+def leave_twice(model: Decoder) -> None:
     leave = model.wiring.leave
     model.wiring.leave = lambda h: leave(leave(h))
 
@@ -193,100 +193,108 @@ def without_last_enter(model: Decoder) -> None:
 
 
 def without_first_leave(model: Decoder) -> None:
-    model.embedding.leave = piece(ranks_of(model))
+    model.embedding.leave = first_shard(ranks_of(model))
 
 
-def of_second(model: Decoder, total: Callable[[Tensor], Tensor], mean: bool = True) -> None:
-    """The sums that the second halves of sub-blocks complete."""
+def replace_all_reduce(
+    model: Decoder, all_reduce: Callable[[Tensor], Tensor], mean: bool = True
+) -> None:
+    """Replaces the all-reduce within sub-blocks, and without `mean` removes that of means."""
     for block in model.wiring.blocks.values():
         assert isinstance(block, SubBlock)
         for half in (block.first, block.second):
-            cut = half.sharding
-            half.sharding = Sharding(cut.size, cut.rank, total, cut.all_reduce_max)
+            old = half.sharding
+            half.sharding = Sharding(old.size, old.rank, all_reduce, old.all_reduce_max)
             if not mean:
                 object.__setattr__(half.sharding, "mean_over_ranks", lambda groups=1: None)
 
 
-def without_totals(model: Decoder) -> None:
-    of_second(model, lambda t: t)
+def without_all_reduce(model: Decoder) -> None:
+    replace_all_reduce(model, lambda t: t)
 
 
-def twice_totalled(model: Decoder) -> None:
-    total = model.wiring.block(0).second.sharding.all_reduce
-    of_second(model, lambda t: total(total(t)))
+def all_reduce_twice(model: Decoder) -> None:
+    all_reduce = model.wiring.block(0).second.sharding.all_reduce
+    replace_all_reduce(model, lambda t: all_reduce(all_reduce(t)))
 
 
 def without_means(model: Decoder) -> None:
-    of_second(model, model.head.sharding.all_reduce, mean=False)
+    replace_all_reduce(model, model.head.sharding.all_reduce, mean=False)
 
 
-def on_every_rank(model: Decoder) -> None:
+def attach_on_every_rank(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         block.attach = context.attach
 
 
-def uncut(model: Decoder) -> None:
+def unsharded(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         block.second.sharding = UNSHARDED
 
 
-def whole_vocabulary(model: Decoder) -> None:
+def unsharded_vocabulary(model: Decoder) -> None:
     model.head.sharding = UNSHARDED
 
 
-def one_norm_left_out(model: Decoder) -> None:
-    """One of many, as a slip would be."""
-    list(on_stream(model))[1].specs["weight"].partial ^= True
+def one_norm_omitted(model: Decoder) -> None:
+    """One norm of many, as in a real mistake."""
+    list(stream_modules(model))[1].specs["weight"].partial ^= True
 
 
 FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "no leave": (without_leave, dict(pattern="*-")),
     "no leave, ladder": (without_leave, dict(pattern="*-M", residual="ladder")),
-    "leave twice": (twice_left, dict(pattern="*-")),
+    "leave twice": (leave_twice, dict(pattern="*-")),
     "no enter": (without_enter, dict(pattern="-*")),
     "no enter, ladder": (without_enter, dict(pattern="-*E", residual="ladder")),
     "head does not enter": (without_last_enter, dict(pattern="*")),
     "embedding does not leave": (without_first_leave, dict(pattern="*")),
-    "Mamba-1's selection": (without_totals, dict(pattern="m")),
-    "Mamba-1's selection twice": (twice_totalled, dict(pattern="m")),
+    "Mamba-1's selection": (without_all_reduce, dict(pattern="m")),
+    "Mamba-1's selection twice": (all_reduce_twice, dict(pattern="m")),
     "Mamba-2's groups": (without_means, dict(pattern="M", mamba_groups=2)),
     "norm of all queries": (without_means, dict(pattern="*", qk_norm="full")),
-    "polynorm": (uncut, dict(pattern="-", activation="polynorm")),
-    "polynorm of experts": (uncut, dict(pattern="E", activation="polynorm")),
-    "balance on every rank": (on_every_rank, dict(pattern="E")),
-    "part of a vocabulary": (whole_vocabulary, dict(pattern="-")),
-    "a norm's gradient": (one_norm_left_out, dict(pattern="*-")),
+    "polynorm": (unsharded, dict(pattern="-", activation="polynorm")),
+    "polynorm of experts": (unsharded, dict(pattern="E", activation="polynorm")),
+    "balance on every rank": (attach_on_every_rank, dict(pattern="E")),
+    "shard of a vocabulary": (unsharded_vocabulary, dict(pattern="-")),
+    "a norm's gradient": (one_norm_omitted, dict(pattern="*-")),
 }
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault(meshes: Meshes, fault: str, sequence: bool) -> None:
-    spoil, fields = FAULTS[fault]
+    inject, fields = FAULTS[fault]
     model = model_of(meshes[4], sequence, **fields)
     check(model, meshes[4])
-    spoil(model)
+    inject(model)
     with pytest.raises(SpmdTypeError):
         check(model, meshes[4])
 
 
-@pytest.mark.parametrize("replacement", [lambda t, *shardings: t, None], ids=["missing", "doubled"])
+@pytest.mark.parametrize("fault", ["missing", "doubled"])
 def test_fault_in_spectral_norm(
-    meshes: Meshes, monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., Tensor] | None
+    meshes: Meshes, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    model, reduce = model_of(meshes[2], True, pattern="-", sigma_reparam=True), reparam.all_reduce
+    model, total = model_of(meshes[2], True, pattern="-", sigma_reparam=True), reparam.all_reduce
     check(model, meshes[2])
-    twice = lambda t, *shardings: reduce(reduce(t, *shardings), *shardings)  # noqa: E731
-    monkeypatch.setattr(reparam, "all_reduce", replacement or twice)
+
+    def missing(t: Tensor, *shardings: Any) -> Tensor:
+        return t
+
+    def doubled(t: Tensor, *shardings: Any) -> Tensor:
+        return total(total(t, *shardings), *shardings)
+
+    monkeypatch.setattr(reparam, "all_reduce", missing if fault == "missing" else doubled)
     with pytest.raises(SpmdTypeError):
         check(model, meshes[2])
 
 
-# What the checker is told is so: put together, ranks' results are those of one device.
+# What is stated to the checker is true: the ranks' results, joined, are those of one device.
 
 
-def part_of(t: Any, wanted: Any, rank: int) -> Any:
-    """One of two ranks' part of an argument."""
+def shard_of(t: Any, wanted: Any, rank: int) -> Any:
+    """An argument as one of two ranks has it, by its type."""
     if not isinstance(t, Tensor) or wanted in (R, None):
         return t
     if wanted is P:
@@ -294,10 +302,11 @@ def part_of(t: Any, wanted: Any, rank: int) -> Any:
     return t.chunk(2, wanted.dim)[rank].contiguous()
 
 
-def joined(parts: tuple[Tensor, Tensor], wanted: Any) -> Tensor:
+def joined(results: tuple[Tensor, Tensor], wanted: Any) -> Tensor:
+    """The result on one device, from those of two ranks, by its type."""
     if wanted is P:
-        return parts[0] + parts[1]
-    return torch.cat(parts, wanted.dim) if isinstance(wanted, S) else parts[0]
+        return results[0] + results[1]
+    return torch.cat(results, wanted.dim) if isinstance(wanted, S) else results[0]
 
 
 def drawn(*shape: int) -> Tensor:
@@ -335,12 +344,12 @@ def test_contract(kernel: Callable[..., Any]) -> None:
     given, contract = ARGUMENTS[kernel.__name__], CONTRACTS[kernel]
 
     def results(rank: int | None) -> tuple[Tensor, ...]:
-        own = {
-            name: t if rank is None else part_of(t, contract.arguments.get(name, R), rank)
+        local = {
+            name: t if rank is None else shard_of(t, contract.arguments.get(name, R), rank)
             for name, t in given.items()
         }
-        found = kernel(**own)
-        return found if isinstance(found, tuple) else (found,)
+        outputs = kernel(**local)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     assert contract.arguments.keys() <= given.keys()
     both = zip(results(0), results(1), contract.results, strict=True)
@@ -356,7 +365,7 @@ def plain(*values: Any) -> list[tuple[Any, Any]]:
 ORDER = experts.DispatchOrder(
     torch.tensor([4, 4]), torch.arange(8), torch.arange(8).view(4, 2), None
 )
-RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
+RULE_CASES: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
     "columns": (linear._Linear, [(drawn(3, 4, 6), R), (drawn(8, 6), S(0))], S(2)),
     "rows": (linear._Linear, [(drawn(3, 4, 6), S(2)), (drawn(8, 6), S(1))], P),
     "of a sum": (linear._Linear, [(drawn(3, 4, 6), P), (drawn(8, 6), R)], P),
@@ -387,18 +396,18 @@ RULED: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RULED)
+@pytest.mark.parametrize("case", RULE_CASES)
 def test_rule(meshes: Meshes, case: str) -> None:
     register()
-    function, arguments, wanted = RULED[case]
+    function, arguments, wanted = RULE_CASES[case]
     results = []
     for rank in range(2):
-        own = [part_of(t, kind, rank) for t, kind in arguments]
+        local = [shard_of(t, kind, rank) for t, kind in arguments]
         with spmd.set_current_mesh(meshes[2]), typecheck("strict", local=False):
-            for t, (_, kind) in zip(own, arguments, strict=True):
+            for t, (_, kind) in zip(local, arguments, strict=True):
                 if isinstance(t, Tensor):
                     stamp(t, kind)
-            results.append(function.apply(*own))
+            results.append(function.apply(*local))
             assert type_of(results[-1]) == wanted
-    whole = function.apply(*(t for t, _ in arguments))
-    assert_equal({"y": joined((results[0], results[1]), wanted)}, {"y": whole})
+    expected = function.apply(*(t for t, _ in arguments))
+    assert_equal({"y": joined((results[0], results[1]), wanted)}, {"y": expected})

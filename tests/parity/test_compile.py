@@ -1,4 +1,5 @@
-"""Compiled halves against eager ones: every symbol, with recomputation and FSDP2; no compiler."""
+"""Compiled halves against eager ones: every symbol, with recomputation and FSDP2, and the message
+without a compiler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from colonnade.parallel.recompute import recompute
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """Each test compiles anew, and where Dynamo would give up and run eagerly it raises."""
+    """Each test compiles from scratch; where Dynamo would fall back to eager, it raises."""
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -39,28 +40,29 @@ def strict() -> Iterator[None]:
 def results(
     model: Decoder, seed: int, shape: tuple[int, int] = (23, 2), packed: bool = True
 ) -> dict[str, Tensor]:
-    """What a step on random tokens finds: objective, gradients, loads, states; shape [S, B]."""
+    """Objective, gradients, loads and states of a step on random tokens; `shape` is (S, B)."""
     S, B = shape
     g = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(V, (2, S, B), generator=g)
-    place = torch.arange(S)[:, None]
-    cut = torch.randint(1, S, (B,), generator=g) if packed else torch.full((B,), S)
-    later = (place >= cut).int()
+    position = torch.arange(S)[:, None]
+    start = torch.randint(1, S, (B,), generator=g) if packed else torch.full((B,), S)
+    document = (position >= start).int()  # the second one starts there
     samples = torch.arange(B) + 10 * seed
+    documents = document if packed else None
     context = Context(
-        place - later * cut, later if packed else None, groups=2.0, rng_key=seed, samples=samples
+        position - document * start, documents, groups=2.0, rng_key=seed, samples=samples
     )
     model.begin_step()
     model.zero_grad()
     loss, report = model(tokens, context, labels)
     loss.backward()
     extras = {f"extra {name}": value for name, value in report.extras.items()}
-    found = {"loss": loss.detach(), **extras}
-    found |= {f"loads {place}": load for place, load in report.loads.items()}
+    outputs = {"loss": loss.detach(), **extras}
+    outputs |= {f"loads {index}": load for index, load in report.loads.items()}
     for name, p in model.named_parameters():
         assert p.grad is not None, f"{name} has no gradient"
-        found[name] = p.grad.clone()
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+        outputs[name] = p.grad.clone()
+    return outputs | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def pair(dtype: torch.dtype, pattern: str, **fields: Any) -> tuple[Decoder, Decoder]:
@@ -72,18 +74,17 @@ def pair(dtype: torch.dtype, pattern: str, **fields: Any) -> tuple[Decoder, Deco
 
 
 def graphs() -> int:
-    """How many graphs were compiled since the test began."""
+    """How many graphs have been compiled since the test began."""
     return counters["stats"]["unique_graphs"]
 
 
 def checked(compiled: Decoder, eager: Decoder, seed: int, *args: Any, **kwargs: Any) -> int:
-    """Compare a step; returns how many graphs there are by now."""
-    found = results(compiled, seed, *args, **kwargs)
-    assert_equal(found, results(eager, seed, *args, **kwargs))
+    """Compares a step, and returns how many graphs have been compiled."""
+    assert_equal(results(compiled, seed, *args, **kwargs), results(eager, seed, *args, **kwargs))
     return graphs()
 
 
-# Every symbol, some at two places of the row; then options that are seen inside of halves.
+# Every symbol, some at two positions of the row; then options that act inside of halves.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention, MLP, experts": (
         "*-E*T-", {"window": 5, "full_attention": (1,), "residual": "ladder", "shared_ffn": 5,
@@ -106,23 +107,23 @@ def test_every_symbol_is_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_equals_eager(name: str) -> None:
-    """In fp64, and what is compiled in the first step serves the others."""
+    """Equal in fp64; the graphs of the first step serve all others."""
     pattern, fields = MODELS[name]
     compiled, eager = pair(torch.float64, pattern, **fields)
-    once = checked(compiled, eager, 0)
-    assert once >= 2 * len(set(pattern))
-    assert [checked(compiled, eager, seed) for seed in range(1, 5)] == [once] * 4
+    count = checked(compiled, eager, 0)
+    assert count >= 2 * len(set(pattern))
+    assert [checked(compiled, eager, seed) for seed in range(1, 5)] == [count] * 4
 
 
 @pytest.mark.slow
 def test_shapes_and_kinds_of_rows() -> None:
     """A second shape compiles every graph once more, then for all others; as do unpacked rows."""
     compiled, eager = pair(torch.float64, "M*", window=5)
-    once = checked(compiled, eager, 0)
-    twice = checked(compiled, eager, 1, (17, 3))
-    assert twice <= 2 * once
-    assert checked(compiled, eager, 2, (11, 4)) == checked(compiled, eager, 3) == twice
-    assert checked(compiled, eager, 4, packed=False) <= twice + once
+    first = checked(compiled, eager, 0)
+    second = checked(compiled, eager, 1, (17, 3))
+    assert second <= 2 * first
+    assert checked(compiled, eager, 2, (11, 4)) == checked(compiled, eager, 3) == second
+    assert checked(compiled, eager, 4, packed=False) <= second + first
 
 
 def test_single_precision_within_rounding() -> None:
@@ -139,7 +140,7 @@ def test_single_precision_within_rounding() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["block", "selective"])
 def test_recomputation(policy: str) -> None:
-    """The graph that runs again in backward is the forward pass's, or checkpoints would not fit."""
+    """Backward runs the graph of the forward pass again, or the saved tensors would differ."""
     compiled, eager = pair(torch.float64, "*-*", sigma_reparam=True)
     recompute(compiled, policy)
     for seed in range(2):
@@ -147,19 +148,19 @@ def test_recomputation(policy: str) -> None:
 
 
 def test_in_evaluation_nothing_is_compiled() -> None:
-    """Validation and generation run as they are: same bits, no graph for each cached length."""
+    """Validation and generation run uncompiled: same bits, and no graph for each cached length."""
     compiled, eager = pair(torch.float64, "*-MG")
     tokens = torch.randint(V, (4, 2))
     positions = torch.arange(4)[:, None].expand(4, 2)
     with evaluating(compiled), evaluating(eager):
-        for keeps in (False, True):
-            contexts = [Context(positions, cache=Cache() if keeps else None) for _ in range(2)]
+        for cached in (False, True):
+            contexts = [Context(positions, cache=Cache() if cached else None) for _ in range(2)]
             assert torch.equal(compiled(tokens, contexts[0]), eager(tokens, contexts[1]))
     assert graphs() == 0
 
 
 def compiled_ranks(rank: int, size: int, recipe: Recipe) -> tuple[Trace, int]:
-    """As `trained`, and how many graphs there were."""
+    """As `trained`, and how many graphs were compiled."""
     torch.compiler.reset()
     counters.clear()
     return trained(rank, size, recipe), graphs()
@@ -167,14 +168,14 @@ def compiled_ranks(rank: int, size: int, recipe: Recipe) -> tuple[Trace, int]:
 
 @pytest.mark.slow
 def test_sharded(ranks1: Ranks, ranks2: Ranks) -> None:
-    """FSDP2 gathers weights in hooks around the graphs."""
+    """FSDP2 all-gathers weights in hooks around the graphs."""
     fields: dict[str, Any] = {"residual": "ladder", "sigma_reparam": True}
-    alone = ranks1.run(trained, recipe_for("*-", {}, 8, **fields))[0]
+    expected = ranks1.run(trained, recipe_for("*-", {}, 8, **fields))[0]
     recipe = recipe_for("*-", {}, 4, recompute="block", **fields)
     compiling = recipe.train.model_copy(update={"compile": True})
     recipe = recipe.model_copy(update={"train": compiling})
     for trace, count in ranks2.run(compiled_ranks, recipe):
-        compare(trace, alone)
+        compare(trace, expected)
         assert count >= 4
 
 
@@ -182,15 +183,15 @@ def test_sharded(ranks1: Ranks, ranks2: Ranks) -> None:
     "layout", [{"tp": 2, "sequence": False}, {"tp": 2, "sequence": True}, {"cp": 2}], ids=str
 )
 def test_between_ranks(ranks1: Ranks, ranks2: Ranks, layout: dict[str, Any]) -> None:
-    """Graphs do not wait for what is under way between ranks: it arrives before they begin."""
+    """Graphs do not wait for asynchronous collectives: the wait comes before they begin."""
     fields: dict[str, Any] = {"vocab": 64, "ffn": 48, "activation": "polynorm", "mamba_groups": 1}
     fields["residual"] = "ladder"
-    alone = ranks1.run(trained, recipe_for("M-mE", {}, 16, **fields))[0]
+    expected = ranks1.run(trained, recipe_for("M-mE", {}, 16, **fields))[0]
     recipe = recipe_for("M-mE", layout, 8, **fields)
     compiling = recipe.train.model_copy(update={"compile": True})
     recipe = recipe.model_copy(update={"train": compiling})
     for trace, count in ranks2.run(compiled_ranks, recipe):
-        compare(trace, alone)
+        compare(trace, expected)
         assert count >= 8
 
 

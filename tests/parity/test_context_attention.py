@@ -1,4 +1,4 @@
-"""Attention over a sequence that ranks share, against one device with all of it."""
+"""Attention over a sequence that a context group shards, against one device with all of it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip": (-0.02, 1.1)},
     "all": {"cap": 1.3, "sinks": True, "clip": (-0.01, 1.2)},
 }
-PACKED = (5, 1, 17, 20, 5), (12, 24, 12)  # documents' lengths by row; one ends with a segment
+PACKED = (5, 1, 17, 20, 5), (12, 24, 12)  # documents' lengths by row; one ends where a segment does
 
 
 def documents(*rows: Any) -> Tensor:
@@ -44,7 +44,9 @@ def tensors(heads: int, kv_heads: int, seed: int = 0) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def whole(named: dict[str, Tensor], rows: Tensor | None, **options: Any) -> dict[str, Tensor]:
+def on_one_device(
+    named: dict[str, Tensor], rows: Tensor | None, **options: Any
+) -> dict[str, Tensor]:
     """Output and gradients of the full score matrix."""
     leaves = {n: t.clone().requires_grad_() for n, t in named.items() if n != "grad"}
     if not options.pop("sinks", False):
@@ -54,46 +56,50 @@ def whole(named: dict[str, Tensor], rows: Tensor | None, **options: Any) -> dict
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def shared(
+def on_a_rank(
     rank: int, size: int, named: dict[str, Tensor], rows: Tensor | None, cases: list[dict[str, Any]]
 ) -> list[dict[str, Tensor]]:
-    """The same of this rank's part, for each case."""
+    """Output and gradients of this rank's shard, for each case."""
     tiles.BLOCK = 4
-    found = []
+    results = []
     for case in cases:
         options = dict(case)
         variant, zigzag = options.pop("variant"), options.pop("zigzag", True)
         sinks = options.pop("sinks", False)
-        cut = SequenceSharding(size, rank, zigzag)
-        leaves = {n: cut.mine(named[n]).requires_grad_() for n in "qkv"}
+        sharding = SequenceSharding(size, rank, zigzag)
+        leaves = {n: sharding.shard(named[n]).requires_grad_() for n in "qkv"}
         if sinks:
             leaves["sinks"] = named["sinks"].clone().requires_grad_()
-        rule = ScoreOptions(P**-0.5, options.get("window"), options.get("cap"), options.get("clip"))
+        score_options = ScoreOptions(
+            P**-0.5, options.get("window"), options.get("cap"), options.get("clip")
+        )
         group = dist.group.WORLD
         assert group is not None
         out = context_attention(
-            leaves["q"], leaves["k"], leaves["v"], group, rule=rule, variant=variant,
-            documents=rows, sinks=leaves.get("sinks"), zigzag=zigzag,
+            leaves["q"], leaves["k"], leaves["v"], group, score_options=score_options,
+            variant=variant, documents=rows, sinks=leaves.get("sinks"), zigzag=zigzag,
         )  # fmt: skip
-        grads = torch.autograd.grad(out, list(leaves.values()), cut.mine(named["grad"]))
-        found.append({"out": out.detach(), **dict(zip(leaves, grads, strict=True))})
-    return found
+        grads = torch.autograd.grad(out, list(leaves.values()), sharding.shard(named["grad"]))
+        results.append({"out": out.detach(), **dict(zip(leaves, grads, strict=True))})
+    return results
 
 
-def joined(parts: list[dict[str, Tensor]], zigzag: bool) -> dict[str, Tensor]:
-    """Of all ranks' results those of the whole sequence."""
-    cut = SequenceSharding(len(parts), 0, zigzag)
-    by_name = {n: [part[n] for part in parts] for n in parts[0]}
+def joined(shards: list[dict[str, Tensor]], zigzag: bool) -> dict[str, Tensor]:
+    """Joins all ranks' results to those of the full sequence; gradients of sinks are summed."""
+    sharding = SequenceSharding(len(shards), 0, zigzag)
+    by_name = {n: [shard[n] for shard in shards] for n in shards[0]}
     sinks = {"sinks": torch.stack(by_name.pop("sinks")).sum(0)} if "sinks" in by_name else {}
-    return sinks | {n: cut.natural(torch.cat(of_ranks)) for n, of_ranks in by_name.items()}
+    return sinks | {
+        n: sharding.in_sequence_order(torch.cat(of_ranks)) for n, of_ranks in by_name.items()
+    }
 
 
 def check(ranks: Ranks, named: dict[str, Tensor], rows: Tensor | None, cases: list[Any]) -> None:
-    results = ranks.run(shared, named, rows, cases)
+    results = ranks.run(on_a_rank, named, rows, cases)
     for i, case in enumerate(cases):
         options = {n: o for n, o in case.items() if n not in ("variant", "zigzag")}
         ours = joined([of_rank[i] for of_rank in results], case.get("zigzag", True))
-        assert_equal(ours, whole(named, rows, **options))
+        assert_equal(ours, on_one_device(named, rows, **options))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -114,10 +120,10 @@ def test_equal_to_one_device(
             check(ranks, tensors(heads, kv_heads), rows, cases)
 
 
-@given(cuts=st.lists(st.integers(1, S - 1), max_size=8), seed=st.integers(0, 2**16))
+@given(boundaries=st.lists(st.integers(1, S - 1), max_size=8), seed=st.integers(0, 2**16))
 @settings(max_examples=10, deadline=None, derandomize=True)
-def test_any_packing(ranks4: Ranks, cuts: list[int], seed: int) -> None:
-    ends = [*sorted({*cuts}), S]
+def test_any_packing(ranks4: Ranks, boundaries: list[int], seed: int) -> None:
+    ends = [*sorted({*boundaries}), S]
     lengths = [b - a for a, b in zip([0, *ends], ends, strict=False)]
     rows = documents(lengths, lengths)
     cases = [
@@ -126,42 +132,42 @@ def test_any_packing(ranks4: Ranks, cuts: list[int], seed: int) -> None:
     check(ranks4, tensors(4, 2, seed), rows, cases)
 
 
-def round_ring(t: Tensor, rank: int, size: int) -> list[Tensor]:
-    """Every rank's tensor, by rank, each received from the neighbour."""
-    found = {rank: t.contiguous()}
+def sent_around(t: Tensor, rank: int, size: int) -> list[Tensor]:
+    """Every rank's tensor, by rank, each received from the previous rank by send/recv."""
+    received = {rank: t.contiguous()}
     for step in range(1, size):
-        coming = torch.empty_like(t)
-        outgoing, ahead, behind = found[(rank - step + 1) % size], rank + 1, rank - 1
+        incoming = torch.empty_like(t)
+        outgoing = received[(rank - step + 1) % size]
         for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, outgoing, ahead % size),
-             dist.P2POp(dist.irecv, coming, behind % size)]
+            [dist.P2POp(dist.isend, outgoing, (rank + 1) % size),
+             dist.P2POp(dist.irecv, incoming, (rank - 1) % size)]
         ):  # fmt: skip
             work.wait()
-        found[(rank - step) % size] = coming
-    return [found[r] for r in range(size)]
+        received[(rank - step) % size] = incoming
+    return [received[r] for r in range(size)]
 
 
 def ring_self_attention(rank: int, size: int, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As published (arXiv:2105.13120, section 3): K goes round to make whole rows of scores, whose
-    softmax then meets V on its way round; gradients of K and V are added up over all ranks."""
+    """As published (arXiv:2105.13120, section 3): K goes around the ring to make full rows of
+    scores, whose softmax multiplies V as it goes around; gradients of K and V are all-reduced."""
     n = S // size
-    mine = slice(rank * n, (rank + 1) * n)
-    q, grad = named["q"][mine].clone().requires_grad_(), named["grad"][mine]
+    local = slice(rank * n, (rank + 1) * n)
+    q, grad = named["q"][local].clone().requires_grad_(), named["grad"][local]
     k, v = (
-        [t.clone().requires_grad_() for t in round_ring(named[name][mine], rank, size)]
+        [t.clone().requires_grad_() for t in sent_around(named[name][local], rank, size)]
         for name in "kv"
     )
     repeat = q.shape[2] // k[0].shape[2]
     scores = torch.cat(
         [torch.einsum("sbhp,tbhp->bhst", q, t.repeat_interleave(repeat, 2)) for t in k], -1
     )
-    hidden = torch.arange(S) > torch.arange(S)[mine][:, None]
+    hidden = torch.arange(S) > torch.arange(S)[local][:, None]
     rows = (scores * P**-0.5).masked_fill(hidden, -torch.inf).softmax(-1).chunk(size, -1)
-    parts = [
+    partial = [
         torch.einsum("bhst,tbhp->sbhp", row, t.repeat_interleave(repeat, 2))
         for row, t in zip(rows, v, strict=True)
     ]
-    out = torch.stack(parts).sum(0)
+    out = torch.stack(partial).sum(0)
     dq, *dkv = torch.autograd.grad(out, [q, *k, *v], grad)
     for total in dkv:
         dist.all_reduce(total)
@@ -169,29 +175,31 @@ def ring_self_attention(rank: int, size: int, named: dict[str, Tensor]) -> dict[
 
 
 def test_equal_to_ring_self_attention(ranks2: Ranks, ranks4: Ranks) -> None:
-    """On its cut, a segment for each rank."""
+    """On its sharding, one segment for each rank."""
     named = tensors(4, 2)
     cases = [{"variant": variant, "zigzag": False} for variant in ("ring", "allgather")]
     for ranks in (ranks2, ranks4):
         published = joined(ranks.run(ring_self_attention, named), False)
-        for of_case in zip(*ranks.run(shared, named, None, cases), strict=True):
+        for of_case in zip(*ranks.run(on_a_rank, named, None, cases), strict=True):
             assert_equal(joined([*of_case], False), published)
 
 
-def narrow(rank: int, size: int, named: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
-    cut = SequenceSharding(size, rank)
-    leaves = [cut.mine(named[n]).bfloat16().requires_grad_() for n in "qkv"]
+def on_a_rank_in_bf16(
+    rank: int, size: int, named: dict[str, Tensor], variant: str
+) -> dict[str, Tensor]:
+    sharding = SequenceSharding(size, rank)
+    leaves = [sharding.shard(named[n]).bfloat16().requires_grad_() for n in "qkv"]
     group = dist.group.WORLD
     assert group is not None
-    out = context_attention(*leaves, group, rule=ScoreOptions(P**-0.5), variant=variant)
-    grads = torch.autograd.grad(out, leaves, cut.mine(named["grad"]).bfloat16())
+    out = context_attention(*leaves, group, score_options=ScoreOptions(P**-0.5), variant=variant)
+    grads = torch.autograd.grad(out, leaves, sharding.shard(named["grad"]).bfloat16())
     return {"out": out.detach(), **dict(zip("qkv", grads, strict=True))}
 
 
 @pytest.mark.parametrize("variant", ["ring", "allgather"])
 def test_bf16(ranks4: Ranks, variant: str) -> None:
-    """Outputs of pieces are bf16, merged in fp32, as are gradients: 2^-9 a piece, and passes."""
+    """Outputs of tiles are bf16 and merged in fp32, as are gradients: each rounds by 2^-9."""
     named = {n: t.bfloat16().double() for n, t in tensors(4, 2).items()}
-    ours = joined(ranks4.run(narrow, named, variant), True)
+    ours = joined(ranks4.run(on_a_rank_in_bf16, named, variant), True)
     assert {t.dtype for t in ours.values()} == {torch.bfloat16}
-    assert_equal(ours, whole(named, None), 2.0**-6, of_all=0.0)
+    assert_equal(ours, on_one_device(named, None), 2.0**-6, of_all=0.0)

@@ -1,4 +1,4 @@
-"""Sequences that ranks share, against one process: every sub-block, variant, option and wiring."""
+"""Context parallelism against one process: every sub-block, variant, option and wiring."""
 
 import functools
 from typing import Any
@@ -10,8 +10,8 @@ from equal import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from test_data_parallel import LADDER, MODELS, compare, recipe_for, trained, whole
-from test_tensor_parallel import sent
+from test_data_parallel import LADDER, MODELS, compare, full, recipe_for, trained
+from test_tensor_parallel import collectives
 from torch import Tensor
 
 from colonnade.kernels.loss import IGNORED
@@ -24,7 +24,7 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.engine import forward
 from colonnade.parallel.world import World
 
-# Heads and channels for every exchange on four ranks; a segment holds what convolutions look at.
+# Heads and channels for every exchange on four ranks; a segment is longer than a halo.
 WIDE: dict[str, Any] = {
     "vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "kv_heads": 2, "delta_key_dim": 4,
     "mamba_heads": 8, "mamba_groups": 2,
@@ -38,12 +38,12 @@ def long(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def alone(ranks1: Ranks, pattern: str, **fields: Any) -> Trace:
+def one_process(ranks1: Ranks, pattern: str, **fields: Any) -> Trace:
     return ranks1.run(trained, long(recipe_for(pattern, {}, 16, **fields)))[0]
 
 
-def under(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> Trace:
-    """With two micro-batches a step."""
+def on_layout(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> Trace:
+    """A recipe under a layout, with two micro-batches a step."""
     micro = 8 if ranks.size == layout["cp"] * layout.get("tp", 1) else 4
     return ranks.run(trained, long(recipe_for(pattern, layout, micro, **fields)))[0]
 
@@ -51,7 +51,7 @@ def under(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str) -> None:
     pattern, fields = MODELS[name]
-    compare(under(ranks2, {"cp": 2}, pattern, **fields), alone(ranks1, pattern, **fields))
+    compare(on_layout(ranks2, {"cp": 2}, pattern, **fields), one_process(ranks1, pattern, **fields))
 
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -70,9 +70,9 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, pattern: str) -> None:
     fields = WIDE | PATTERNS[pattern]
-    expected = alone(ranks1, pattern, **fields)
+    expected = one_process(ranks1, pattern, **fields)
     for variant in VARIANTS:
-        compare(under(ranks4, {"cp": 4, **variant}, pattern, **fields), expected)
+        compare(on_layout(ranks4, {"cp": 4, **variant}, pattern, **fields), expected)
 
 
 TENSOR: dict[str, Any] = {"cp": 2, "tp": 2}
@@ -85,73 +85,74 @@ REPLICATED: dict[str, Any] = {"cp": 2, "dp_replicate": 2, "zigzag": False, "cont
     (TENSOR, "none"), (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "selective"),
     (SHARDED, "block"), (SHARDED, "selective"), (REPLICATED, "block"),
 ], ids=str)  # fmt: skip
-def test_beside_the_others(
+def test_with_other_axes(
     ranks1: Ranks, ranks4: Ranks, layout: dict[str, Any], recompute: str
 ) -> None:
-    """Every layout, and both recomputations of the ring, of Ulysses and of gathered keys."""
+    """Every layout, and both recomputations with the ring, Ulysses and all-gathered keys."""
     fields = WIDE | LADDER | {"mamba_groups": 1, "window": 11, "sigma_reparam": True}
-    expected = alone(ranks1, "M*mG-E", **fields)
-    compare(under(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)
+    expected = one_process(ranks1, "M*mG-E", **fields)
+    compare(on_layout(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)
 
 
 def test_contiguous(ranks1: Ranks, ranks4: Ranks) -> None:
-    expected = alone(ranks1, "MmSD-", **WIDE)
-    compare(under(ranks4, {"cp": 4, "zigzag": False}, "MmSD-", **WIDE), expected)
+    expected = one_process(ranks1, "MmSD-", **WIDE)
+    compare(on_layout(ranks4, {"cp": 4, "zigzag": False}, "MmSD-", **WIDE), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_recomputation_sends_nothing_again(ranks2: Ranks, variant: dict[str, Any]) -> None:
-    """Ring+ulysses needs four ranks; its parts are here."""
+def test_recomputation_launches_no_collective(ranks2: Ranks, variant: dict[str, Any]) -> None:
+    """Ring+ulysses needs four ranks; the ring and the all-to-all are tested by themselves."""
     if variant["context"] == "ring+ulysses":
         variant = {"context": "ring", "recurrence": "heads"}
     layout = {"cp": 2, **variant}
-    found = [
-        ranks2.run(sent, recipe_for("M*mG-E", layout, 2, recompute=recompute, **WIDE, **LADDER))[0]
+    fields = WIDE | LADDER
+    launched = [
+        ranks2.run(collectives, recipe_for("M*mG-E", layout, 2, recompute=recompute, **fields))[0]
         for recompute in ("none", "block", "selective")
     ]
-    assert len(found[0][0]) >= 8
-    assert found[1] == found[2] == found[0]
+    assert len(launched[0][0]) >= 8
+    assert launched[1] == launched[2] == launched[0]
 
 
 @functools.cache
-def built(recipe: str, here: World) -> Decoder:
-    return build_model(Recipe.model_validate_json(recipe), here)[1]
+def built(recipe: str, world: World) -> Decoder:
+    return build_model(Recipe.model_validate_json(recipe), world)[1]
 
 
 def summed(rank: int, size: int, recipe: Recipe, batches: list[Batch]) -> dict[str, Tensor]:
-    """Loss and gradients, added up over batches of one row."""
-    here = World(rank, size, torch.device("cpu"))
-    model = built(recipe.model_dump_json(exclude_unset=True), here)
+    """Loss and gradients, summed over batches of one row."""
+    world = World(rank, size, torch.device("cpu"))
+    model = built(recipe.model_dump_json(exclude_unset=True), world)
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        loss, _ = forward(model, batch, [0], here.device)
+        loss, _ = forward(model, batch, [0], world.device)
         loss.backward()
         total += loss.detach()
     dist.all_reduce(total)
-    gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": total, **gradients}
 
 
 @given(lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=LENGTH), seed=st.integers(0))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_documents_are_as_if_alone(
+def test_packed_documents_are_independent(
     ranks1: Ranks, ranks4: Ranks, lengths: list[int], seed: int
 ) -> None:
-    """Whatever is packed into a row that ranks share, no document learns of another."""
+    """A packed row over ranks has the loss and gradients of its documents one by one."""
     g = torch.Generator().manual_seed(seed % 2**63)
     tokens, labels = torch.randint(64, (2, 1, LENGTH), generator=g)
-    apart, start = [], 0
+    batches, start = [], 0
     documents, positions = torch.zeros(2, 1, LENGTH, dtype=torch.long)
     for number, length in enumerate(lengths):
-        part = slice(start, min(start + length, LENGTH))
-        count = part.stop - part.start
-        if not count:
+        document = slice(start, min(start + length, LENGTH))
+        if document.stop == document.start:
             break
-        own = torch.arange(count)[None]
-        documents[:, part], positions[:, part] = number, own
-        apart.append(Batch(tokens[:, part], labels[:, part], own, torch.zeros_like(own)))
-        start = part.stop
+        position = torch.arange(document.stop - document.start)[None]
+        documents[:, document], positions[:, document] = number, position
+        zeros = torch.zeros_like(position)
+        batches.append(Batch(tokens[:, document], labels[:, document], position, zeros))
+        start = document.stop
     documents[:, start:] = len(lengths)
     positions[:, start:] = torch.arange(LENGTH - start)
     labels[:, start:] = IGNORED
@@ -161,4 +162,4 @@ def test_documents_are_as_if_alone(
     variant = VARIANTS[seed % len(VARIANTS)]
     layout = ParallelConfig(cp=4, **variant)
     ours = ranks4.run(summed, recipe.model_copy(update={"parallel": layout}), [packed])[0]
-    assert_equal(ours, ranks1.run(summed, recipe, apart)[0])
+    assert_equal(ours, ranks1.run(summed, recipe, batches)[0])

@@ -29,7 +29,7 @@ def recipe_for(
     recompute: str = "none",
     **fields: Any,
 ) -> Recipe:
-    """A tiny model with every setting that could depend on the layout."""
+    """A tiny model with every setting whose effect could depend on the layout."""
     small = dict(
         pattern=pattern,
         hidden=24,
@@ -69,21 +69,21 @@ def recipe_for(
     return Recipe(model=model, parallel=ParallelConfig(**layout), train=train, optimizer=optimizer)
 
 
-def whole(t: Tensor) -> Tensor:
+def full(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
 def trained(rank: int, size: int, recipe: Recipe) -> Trace:
-    """A few steps of a recipe as one rank; every rank returns the whole trace."""
-    own = record_trace(recipe, World(rank, size, torch.device("cpu")))
-    trace = on_rank_zero(lambda: own)
-    assert own.losses == trace.losses
-    assert own.norms == trace.norms
+    """A few steps of a recipe as one rank; every rank returns rank 0's trace, which is complete."""
+    local = record_trace(recipe, World(rank, size, torch.device("cpu")))
+    trace = on_rank_zero(lambda: local)
+    assert local.losses == trace.losses
+    assert local.norms == trace.norms
     return trace
 
 
 def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -> None:
-    """The traces are equal, and so are the copies that the ranks of `a` hold."""
+    """Asserts that the traces are equal, and the replicas on the ranks of `a`, too."""
     bounds = Bounds(relative, of_all)
     for kind in ("losses", "norms", "gradients", "parameters"):
         worst = differences(getattr(a, kind), getattr(b, kind), bounds, a.replica_differences)[0]
@@ -103,7 +103,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "experts": 6,
          "router_noise": 0.3, "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 8},
     ),
-    "further tokens": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
+    "multi-token": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
     "centred, latent": (
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
@@ -121,12 +121,12 @@ def test_layouts_equal_one_process(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, 
         recipe = recipe_for(pattern, layout, micro, **fields)
         return ranks.run(trained, recipe)[0]
 
-    alone = run(ranks1, {}, 16)
-    compare(run(ranks1, {}, 4), alone)
-    compare(run(ranks2, {}, 8), alone)
-    compare(run(ranks2, {"dp_replicate": 2}, 2), alone)
-    compare(run(ranks4, {}, 2), alone)
-    compare(run(ranks4, {"dp_replicate": 2}, 2), alone)
+    expected = run(ranks1, {}, 16)
+    compare(run(ranks1, {}, 4), expected)
+    compare(run(ranks2, {}, 8), expected)
+    compare(run(ranks2, {"dp_replicate": 2}, 2), expected)
+    compare(run(ranks4, {}, 2), expected)
+    compare(run(ranks4, {"dp_replicate": 2}, 2), expected)
 
 
 @pytest.mark.parametrize("recompute", ["block", "selective"])
@@ -135,10 +135,9 @@ def test_recomputation_changes_nothing(
     ranks1: Ranks, ranks2: Ranks, pattern: str, recompute: str
 ) -> None:
     fields: dict[str, Any] = {**LADDER, "sigma_reparam": True, "router_noise": 0.3}
-    alone = ranks1.run(trained, recipe_for(pattern, {}, 8, **fields))[0]
+    expected = ranks1.run(trained, recipe_for(pattern, {}, 8, **fields))[0]
     recipe = recipe_for(pattern, {}, 4, recompute=recompute, **fields)
-    again = ranks2.run(trained, recipe)[0]
-    compare(again, alone)
+    compare(ranks2.run(trained, recipe)[0], expected)
 
 
 def test_single_precision_within_rounding(ranks1: Ranks, ranks2: Ranks) -> None:
@@ -158,7 +157,7 @@ def test_bf16_reduces_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
 
 
 def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
-    """A sum of two ranks' bf16 gradients is no bf16 number in general; a bf16 reduction's is."""
+    """The sum of two bf16 gradients is mostly not a bf16 number; that of a bf16 reduction is."""
     recipe = recipe_for("*-", {}, 8, precision="bf16")
     unclipped = OptimizerConfig(lr=1e-2, clip=0)
     trace = ranks2.run(trained, recipe.model_copy(update={"optimizer": unclipped}))[0]
@@ -168,14 +167,14 @@ def test_bf16_gradients_are_summed_in_fp32(ranks2: Ranks) -> None:
 
 
 def initial(rank: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
-    here = World(rank, size, torch.device("cpu"))
-    model = build_model(recipe, here)[1]
-    return {name: whole(p) for name, p in model.named_parameters()}
+    world = World(rank, size, torch.device("cpu"))
+    model = build_model(recipe, world)[1]
+    return {name: full(p) for name, p in model.named_parameters()}
 
 
 def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks) -> None:
     recipe = recipe_for("M-*E", {}, 4, precision="fp32", **LADDER)
-    alone = ranks1.run(initial, recipe)[0]
+    expected = ranks1.run(initial, recipe)[0]
     for ranks in (ranks2, ranks4):
         for name, weight in ranks.run(initial, recipe)[0].items():
-            assert torch.equal(weight, alone[name]), name
+            assert torch.equal(weight, expected[name]), name

@@ -18,7 +18,7 @@ from colonnade.parallel.optimizer import Muon, build_optimizer
 MUON = OptimizerConfig(name="muon", momentum=0.9, weight_decay=0.2)
 
 
-def exact(grad: torch.Tensor, *options: Any) -> torch.Tensor:
+def unrounded_newton_schulz(grad: torch.Tensor, *options: Any) -> torch.Tensor:
     """PyTorch's iteration without its rounding to bf16."""
     a, b, c = options[0]
     tall = grad.size(0) > grad.size(1)
@@ -36,38 +36,38 @@ def test_muon_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     for rounded in (False, True):
         model = model_of(config_of("*-M", tied=False), seed=3).double()
         ours = Muon(model, MUON, torch.bfloat16 if rounded else torch.float64)
-        theirs = {one.name: one.parameter.detach().clone() for one in ours.matrices}
+        theirs = {p.name: p.parameter.detach().clone() for p in ours.matrices}
         reference = TorchMuon(
             list(theirs.values()), lr=1.0, weight_decay=0.2, momentum=0.9,
             adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         if not rounded:
-            monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", exact)
+            monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", unrounded_newton_schulz)
         g = torch.Generator().manual_seed(0)
         for step in range(4):
-            for one in declared(model):
-                grad = torch.randn(one.parameter.shape, generator=g, dtype=torch.float64)
-                one.parameter.grad = grad
-                if one.name in theirs:
-                    theirs[one.name].grad = grad.clone()
+            for name, parameter, _ in declared(model):
+                grad = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+                parameter.grad = grad
+                if name in theirs:
+                    theirs[name].grad = grad.clone()
             lr = 0.01 * (step + 1)
             reference.param_groups[0]["lr"] = lr
             ours.step(lr)
             reference.step()
         monkeypatch.undo()
-        found = {one.name: one.parameter.detach() for one in ours.matrices}
-        assert len(found) == 13
-        assert_equal(found, theirs, 2e-2 if rounded else 1e-9)
+        updated = {p.name: p.parameter.detach() for p in ours.matrices}
+        assert len(updated) == 13
+        assert_equal(updated, theirs, 2e-2 if rounded else 1e-9)
 
 
-def test_what_is_no_matrix_is_left_to_adamw() -> None:
+def test_adamw_updates_all_other_parameters() -> None:
     model = model_of(config_of("*EmG", tied=False), seed=3)
     muon = build_optimizer(model, MUON)
     assert isinstance(muon, Muon)
-    by_adamw = {one.name for one in muon.adamw.named}
+    by_adamw = {p.name for p in muon.adamw.named}
     assert {"embedding.weight", "head.weight", "final.weight"} < by_adamw
-    assert not any("conv" in one.name or "norm" in one.name for one in muon.matrices)
-    both = by_adamw | {one.name for one in muon.matrices}
+    assert not any("conv" in p.name or "norm" in p.name for p in muon.matrices)
+    both = by_adamw | {p.name for p in muon.matrices}
     assert both == {name for name, _ in model.named_parameters()}
     state = muon.named_state()
     assert {name.rpartition(".")[0] for name in state} == both
@@ -102,7 +102,7 @@ def test_layouts_equal_one_process(ranks1: Ranks, ranks4: Ranks, pattern: str) -
 
 
 def test_fifty_steps(ranks1: Ranks, ranks4: Ranks) -> None:
-    """Rounding of one step is carried to the next, and after fifty it is still within the bound."""
+    """Rounding of each step carries over to the next, and after fifty is still within the bound."""
 
     def run(ranks: Ranks, layout: dict[str, int], micro: int) -> Trace:
         recipe = with_muon(recipe_for("*-", layout, micro, vocab=64))

@@ -1,4 +1,4 @@
-"""A few of `tests/fuzz.py`'s recipes; that script runs as many as one likes."""
+"""A few recipes of `tests/fuzz.py`, a script that runs any number of them."""
 
 import fuzz
 import pytest
@@ -9,11 +9,11 @@ from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import with_layout
 from colonnade.models.config import CARDS
 
-SEEDS = {28: "-", 70: "m", 46: "S", 31: "D"}  # of recipes that take little time
+SEEDS = {28: "-", 70: "m", 46: "S", 31: "D"}  # recipes that take little time, with their patterns
 
 
 def test_recipes_are_valid_and_follow_from_their_seed() -> None:
-    """And they have all symbols, and all axes of parallelism that are built."""
+    """Together they have all symbols, and all axes of parallelism that are built."""
     symbols, axes = set(), set()
     for seed in range(60):
         recipe, layout = random_recipe(seed, 4)
@@ -28,12 +28,12 @@ def test_recipes_are_valid_and_follow_from_their_seed() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_recipe_is_equal(ranks1: Ranks, ranks2: Ranks, seed: int) -> None:
     assert random_recipe(seed, 2)[0].model.pattern == SEEDS[seed]
-    found, line = fuzz.verdict(seed, 2, "", fault=False)
-    assert found == "equal", line
+    verdict, line = fuzz.verdict(seed, 2, "", fault=False)
+    assert verdict == "equal", line
 
 
 @pytest.mark.parametrize("seed", list(SEEDS)[1:])
-def test_a_broken_sum_is_found(ranks1: Ranks, ranks2: Ranks, seed: int) -> None:
-    found, line = fuzz.verdict(seed, 2, "", fault=True)
-    assert found == "not equal", line
+def test_a_wrong_reduction_is_detected(ranks1: Ranks, ranks2: Ranks, seed: int) -> None:
+    verdict, line = fuzz.verdict(seed, 2, "", fault=True)
+    assert verdict == "not equal", line
     assert line.count("not equal") == 2  # in either precision

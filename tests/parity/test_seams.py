@@ -1,4 +1,4 @@
-"""Seams fail closed: sub-blocks of new classes are plugged as they declare, or refused by name."""
+"""Seams fail closed: those of new classes are filled as they are declared, or refused by name."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,14 +28,14 @@ from colonnade.parallel.world import World
 
 @pytest.fixture
 def fake_group() -> Iterator[None]:
-    """Two ranks, one of which is there."""
+    """One of two ranks, on the fake backend."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
 
 
 class OtherScan(ParameterModule):
-    """Mamba-1's second half under another class; it shares code with it and no class."""
+    """Mamba-1's second half as another class, which uses its functions and does not inherit."""
 
     seams = mamba1.ScanOut.seams
     select, forward = mamba1.ScanOut.select, mamba1.ScanOut.forward
@@ -46,7 +46,7 @@ class OtherScan(ParameterModule):
 
 
 class Undeclared(OtherScan):
-    """The same, whose author forgot the seams."""
+    """The same without a declaration of seams."""
 
     seams = None
 
@@ -56,7 +56,7 @@ class Undeclared(OtherScan):
 
 
 class WithoutSeam(Undeclared):
-    """The same, said to work token by token."""
+    """The same, declared to work token by token."""
 
     seams = ()
 
@@ -68,23 +68,23 @@ class Unknown(OtherScan):
 
 
 class Nested(OtherScan):
-    """The same, whose seam lies deeper than the half."""
+    """The same with a seam in a nested module of the half."""
 
     seams = mamba1.ScanOut.seams
 
     def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
         super().__init__(records, chunk)
-        self.deeper = Unknown([], chunk)
+        self.nested = Unknown([], chunk)
 
 
-class Silent(OtherScan):
-    """The same, which does not say how the scan's arguments lie over channels."""
+class WithoutArguments(OtherScan):
+    """The same, whose seam does not declare how its arguments lie over channels."""
 
     seams = (Seam("scan", mamba1.local_scan),)
 
 
 class Other(SubBlock):
-    """Mamba-1 put together from the halves above."""
+    """Mamba-1 with one of the second halves above."""
 
     half: type[OtherScan] = OtherScan
 
@@ -99,7 +99,7 @@ class Other(SubBlock):
 
 
 class OtherCard(Mamba1Card):
-    """Its card, with one of those halves."""
+    """The card of `Other` with one of those halves."""
 
     def __init__(self, half: type[OtherScan] = OtherScan) -> None:
         self.half = half
@@ -109,8 +109,8 @@ class OtherCard(Mamba1Card):
         return kind(self, config, out_std)
 
 
-class Unsaid(Card):
-    """A card that does not say what it mixes."""
+class WithoutMixing(Card):
+    """A card that does not declare what it mixes."""
 
     symbol, title = "m", "Mamba-1"
     parameters = Mamba1Card.parameters
@@ -137,10 +137,10 @@ CASES: list[tuple[Card, dict[str, Any], str]] = [
      r"blocks\.0\.second: Undeclared does not declare its seams"),
     (OtherCard(WithoutSeam), {"cp": 2}, r"blocks\.0: Other mixes along the sequence"),
     (OtherCard(Unknown), {"cp": 2}, r"declares the seam 'shuffle', which no parallelism fills"),
-    (OtherCard(Nested), {"cp": 2}, r"second\.deeper: Unknown declares the seam 'shuffle'"),
-    (OtherCard(Silent), {"cp": 2, "recurrence": "heads"},
+    (OtherCard(Nested), {"cp": 2}, r"second\.nested: Unknown declares the seam 'shuffle'"),
+    (OtherCard(WithoutArguments), {"cp": 2, "recurrence": "heads"},
      r"the seam 'scan' of .* does not say how its arguments lie over heads"),
-    (Unsaid(), {"cp": 2}, r"blocks\.0: the card of Other does not say what it mixes"),
+    (WithoutMixing(), {"cp": 2}, r"blocks\.0: the card of Other does not say what it mixes"),
     (Down(None), {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
     (Down(Split(1, 1, "model.ffn", replicable=True)), {"tp": 2},
      r"blocks\.0\.second\.down: writes onto the stream"),
@@ -148,17 +148,17 @@ CASES: list[tuple[Card, dict[str, Any], str]] = [
 
 
 def trained_with(rank: int, size: int, recipe: Recipe, card: Card) -> Trace:
-    """`trained`, where a card stands for the symbol."""
+    """`trained`, with this card for its symbol."""
     with patch.dict(CARDS, {card.symbol: card}):
         return trained(rank, size, recipe)
 
 
 @pytest.mark.parametrize("options", [{}, {"recurrence": "heads"}], ids=str)
-def test_another_class_is_plugged(ranks1: Ranks, ranks2: Ranks, options: dict[str, Any]) -> None:
-    """A copy of Mamba-1 once trained another function at cp=2, without a word."""
+def test_another_class_is_filled(ranks1: Ranks, ranks2: Ranks, options: dict[str, Any]) -> None:
+    """A copy of Mamba-1 trains the same function at cp=2; one that was left local would not."""
     expected = ranks1.run(trained_with, recipe_for("m-", {}, 8), OtherCard())[0]
-    laid = recipe_for("m-", {"cp": 2, **options}, 8)
-    compare(ranks2.run(trained_with, laid, OtherCard())[0], expected)
+    recipe = recipe_for("m-", {"cp": 2, **options}, 8)
+    compare(ranks2.run(trained_with, recipe, OtherCard())[0], expected)
 
 
 @pytest.mark.parametrize(("card", "layout", "message"), CASES)
@@ -174,7 +174,7 @@ def test_refused_by_name(
 
 
 def test_halves_declare_their_seams() -> None:
-    """And a mixer the seam that its card names."""
+    """A mixer also declares the seam that its card names."""
     for symbol, card in CARDS.items():
         with torch.device("meta"):
             block = card.build(ModelConfig(pattern=symbol), 1.0)

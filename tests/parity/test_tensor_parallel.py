@@ -29,10 +29,10 @@ LAYOUTS = {
 def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str, layout: str) -> None:
     pattern, fields = MODELS[name]
     fields = {"vocab": 64, "ffn": 48} | fields
-    alone = ranks1.run(trained, recipe_for(pattern, {}, 16, **fields))[0]
+    expected = ranks1.run(trained, recipe_for(pattern, {}, 16, **fields))[0]
     traces = ranks2.run(trained, recipe_for(pattern, LAYOUTS[layout], 8, **fields))
     assert traces[0].losses == traces[1].losses
-    compare(traces[0], alone)
+    compare(traces[0], expected)
 
 
 # With four ranks there are fewer key-value heads, groups or key heads than ranks.
@@ -53,11 +53,11 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
                "thor_alpha": 0.5, "router_bias": True, **LADDER},
     ),
     "σReparam": ("*-M", {"kv_heads": 2, "sigma_reparam": True, "activation": "polynorm"}),
-    "layer norms, side by side": (
+    "layer norms, parallel residual": (
         "*-E", {"norm": "layer", "norm_bias": True, "norm_position": "both",
                 "residual": "parallel"},
     ),
-    "centred, further tokens": (
+    "centred, multi-token prediction": (
         "*-", {"norm": "crms", "kv_heads": 4, "logit_cap": 3.0, "logit_z": 0.1, "mtp": 1,
                "mtp_pattern": "*-", **LADDER},
     ),
@@ -69,25 +69,25 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, name: str, sequence: bool) -> None:
     pattern, fields = FOUR[name]
-    alone = ranks1.run(trained, recipe_for(pattern, {}, 16, **SMALL | fields))[0]
+    expected = ranks1.run(trained, recipe_for(pattern, {}, 16, **SMALL | fields))[0]
     layout = {"tp": 4, "sequence": sequence}
-    compare(ranks4.run(trained, recipe_for(pattern, layout, 8, **SMALL | fields))[0], alone)
+    compare(ranks4.run(trained, recipe_for(pattern, layout, 8, **SMALL | fields))[0], expected)
 
 
 @pytest.mark.parametrize("data", ["dp_shard", "dp_replicate"])
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
-def test_beside_data_parallel_and_recomputation(
+def test_with_data_parallel_and_recomputation(
     ranks1: Ranks, ranks4: Ranks, data: str, recompute: str
 ) -> None:
     fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
-    alone = ranks1.run(trained, recipe_for("M*m-E", {}, 16, **fields))[0]
+    expected = ranks1.run(trained, recipe_for("M*m-E", {}, 16, **fields))[0]
     layout = {"tp": 2, "sequence": data == "dp_shard", data: 2}
     recipe = recipe_for("M*m-E", layout, 2, recompute=recompute, **fields)
-    compare(ranks4.run(trained, recipe)[0], alone)
+    compare(ranks4.run(trained, recipe)[0], expected)
 
 
-class Sent(TorchDispatchMode):
-    """Notes the collectives that are launched, tensor-parallel ones and those of FSDP2."""
+class Collectives(TorchDispatchMode):
+    """Records launched collectives: functional ones in `calls`, those of FSDP2 in `fsdp`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,98 +107,101 @@ def rows() -> Batch:
     """A micro-batch of two rows."""
     g = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(64, (2, 2, 16), generator=g)
-    place = torch.arange(16).expand(2, 16)
-    return Batch(tokens, labels, place, torch.zeros_like(place))
+    positions = torch.arange(16).expand(2, 16)
+    return Batch(tokens, labels, positions, torch.zeros_like(positions))
 
 
 def objectives(rank: int, size: int, layout: dict[str, int]) -> dict[tuple[bool, bool], float]:
-    """By mode, training or not, with gradients or without."""
-    here, found = World(rank, size, torch.device("cpu")), {}
+    """The objective by mode: training or not, with gradients or without."""
+    world, by_mode = World(rank, size, torch.device("cpu")), {}
     routing = {"router_noise": 0.3, "capacity": 1.0}
     recipe = recipe_for("M*m-E", layout, 2, **SMALL, **LADDER, **routing)
-    _, model, _ = build_model(recipe, here)
+    _, model, _ = build_model(recipe, world)
     for training in (True, False):
         model.train(training)
-        for kept in (True, False):
-            with torch.set_grad_enabled(kept):
-                objective, _ = forward(model, rows(), [0, 1], here.device, rng_key=3)
-            found[training, kept] = objective.item()
-    return found
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                objective, _ = forward(model, rows(), [0, 1], world.device, rng_key=3)
+            by_mode[training, gradients] = objective.item()
+    return by_mode
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_mode_says_what_is_computed(ranks1: Ranks, ranks2: Ranks, layout: str) -> None:
+def test_only_the_training_mode_changes_the_objective(
+    ranks1: Ranks, ranks2: Ranks, layout: str
+) -> None:
     """Sequences are sharded in training, with gradients or without; nothing else depends on it."""
-    (alone,) = ranks1.run(objectives, {})
-    for found in ranks2.run(objectives, LAYOUTS[layout]):
-        assert found == pytest.approx(alone, rel=1e-9)
+    (expected,) = ranks1.run(objectives, {})
+    for by_mode in ranks2.run(objectives, LAYOUTS[layout]):
+        assert by_mode == pytest.approx(expected, rel=1e-9)
         for training in (True, False):
-            assert found[training, False] == found[training, True]
-        assert found[True, True] != found[False, True]
+            assert by_mode[training, False] == by_mode[training, True]
+        assert by_mode[True, True] != by_mode[False, True]
 
 
-def sent(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
-    """What the forward and the backward pass of a micro-batch send."""
-    here = World(rank, size, torch.device("cpu"))
-    _, model, _ = build_model(recipe, here)
-    with Sent() as noted:
-        loss, _ = forward(model, rows(), [0, 1], here.device)
-        noted.calls.append("backward")
-        noted.fsdp.append(("backward", 0))
+def collectives(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
+    """The collectives of the forward and the backward pass of a micro-batch."""
+    world = World(rank, size, torch.device("cpu"))
+    _, model, _ = build_model(recipe, world)
+    with Collectives() as launched:
+        loss, _ = forward(model, rows(), [0, 1], world.device)
+        launched.calls.append("backward")
+        launched.fsdp.append(("backward", 0))
         loss.backward()
-    return noted.calls, noted.fsdp
+    return launched.calls, launched.fsdp
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_recomputation_sends_nothing_again(ranks2: Ranks, sequence: bool) -> None:
+def test_recomputation_launches_no_collective(ranks2: Ranks, sequence: bool) -> None:
     fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
     layout = {"tp": 2, "sequence": sequence}
-    found = [
-        ranks2.run(sent, recipe_for("M*m-E", layout, 2, recompute=recompute, **fields))[0][0]
+    launched = [
+        ranks2.run(collectives, recipe_for("M*m-E", layout, 2, recompute=recompute, **fields))[0][0]
         for recompute in ("none", "block", "selective")
     ]
-    assert len(found[0]) > 20
-    assert found[1] == found[2] == found[0]
+    assert len(launched[0]) > 20
+    assert launched[1] == launched[2] == launched[0]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_ladder_leaves_fsdp_its_order(ranks4: Ranks, sequence: bool) -> None:
-    """Weights are gathered ahead, and gradients scattered, just as with the standard residual."""
+def test_ladder_keeps_the_order_of_fsdp(ranks4: Ranks, sequence: bool) -> None:
+    """FSDP2 launches its collectives in the same order as with the standard residual."""
     layout = {"tp": 2, "dp_shard": 2, "sequence": sequence}
+    fields = SMALL | {"repeat": 2}
     standard, ladder = (
-        ranks4.run(sent, recipe_for("*-M", layout, 1, residual=residual, repeat=2, **SMALL))[0][1]
+        ranks4.run(collectives, recipe_for("*-M", layout, 1, residual=residual, **fields))[0][1]
         for residual in ("standard", "ladder")
     )
     assert len(standard) > 20
     assert ladder == standard
 
 
-def written(rank: int, size: int, layout: dict[str, int]) -> list[int]:
-    """Text that a model writes, token by token."""
-    here = World(rank, size, torch.device("cpu"))
+def generated(rank: int, size: int, layout: dict[str, int]) -> list[int]:
+    """Tokens that a model generates."""
+    world = World(rank, size, torch.device("cpu"))
     recipe = recipe_for("M*mS-GE", layout, 2, **SMALL, **LADDER)
-    _, model, _ = build_model(recipe, here)
-    return extend(model, [3, 1, 4], 9, 8, None, here.device, seed=7)
+    _, model, _ = build_model(recipe, world)
+    return extend(model, [3, 1, 4], 9, 8, None, world.device, seed=7)
 
 
-def test_ranks_write_the_same_text(ranks1: Ranks, ranks2: Ranks) -> None:
-    (alone,) = ranks1.run(written, {})
+def test_ranks_generate_the_same_tokens(ranks1: Ranks, ranks2: Ranks) -> None:
+    (expected,) = ranks1.run(generated, {})
     for layout in LAYOUTS.values():
-        assert ranks2.run(written, layout) == [alone, alone]
+        assert ranks2.run(generated, layout) == [expected, expected]
 
 
 def initial(rank: int, size: int, layout: dict[str, int]) -> dict[str, Tensor]:
-    here = World(rank, size, torch.device("cpu"))
+    world = World(rank, size, torch.device("cpu"))
     recipe = recipe_for("M-*EmSG", layout, 2, "fp32", **SMALL | {"mamba_groups": 1})
-    named = build_model(recipe, here)[1].named_parameters()
+    named = build_model(recipe, world)[1].named_parameters()
     return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in named}
 
 
 def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks) -> None:
-    (alone,) = ranks1.run(initial, {})
+    (expected,) = ranks1.run(initial, {})
     for ranks, layout in ((ranks2, {"tp": 2}), (ranks4, {"tp": 4}), (ranks4, {"tp": 2})):
         for name, weight in ranks.run(initial, layout)[0].items():
-            assert torch.equal(weight, alone[name]), name
+            assert torch.equal(weight, expected[name]), name
 
 
 def test_bf16_keeps_parameters_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:

@@ -1,22 +1,22 @@
-"""What `spmd_types`' checker must know of our functions, to type a model's forward on one rank.
+"""States the types of our functions to `spmd_types`' checker, which then types a model's forward.
 
-The checker runs along one axis: the ranks of a one-dimensional mesh, which share a model's widths
-(`tensor`) or its sequences (`context`). Every tensor has a type over them: S(i), a shard of the
-whole along dimension i; V, a part that is none; P, a partial sum; R and I, the same on all ranks,
-with a gradient that is a partial sum (R) or the same (I). A missing or doubled reduction is a type
-error. A model that is cut along several axes is checked along each of them in turn; what is sent
-along another axis leaves a type as it is.
+The checker runs along one axis, the ranks of a one-dimensional mesh, over which a model's widths
+(`tensor`) or its sequences (`context`) are sharded. Every tensor has a type over this axis: S(i), a
+shard along dimension i; V, a local value that is no such shard; P, a partial sum; R and I, the same
+on all ranks, with a gradient that is a partial sum (R) or the same (I). A missing or doubled
+reduction is a type error. A model that is sharded along several axes is checked along each of them
+in turn; a collective over another axis leaves a type as it is.
 
-The types follow every operator of PyTorch; where they cannot, it is stated here. The checker does
-not know FSDP2: it runs on a model that is cut over ranks and not sharded any further.
+The checker follows every operator of PyTorch; where it cannot, the type is stated here. It does not
+know FSDP2: it runs on a model before `fully_shard`.
 
-types      the type of a tensor, along the axis that is checked
-rules      of each `autograd.Function`, from the types of its arguments to that of its result
-contracts  of kernels that work on heads, channels or experts apart, whatever their number
-operators  what PyTorch's operators do whose arguments are sizes; collectives of other axes
-model      the checker around a model: parameters, and what is the same along every axis
-tensor     along the tensor-parallel axis
-context    along the context axis, and what its exchanges are along others
+types      the type of a tensor along the axis that is checked
+rules      for each `autograd.Function`, the type of its result from those of its arguments
+contracts  types of kernels that compute heads, channels or experts independently
+operators  types for PyTorch operators whose arguments are sizes; collectives over other axes
+model      runs the checker on a model, along whichever axis
+tensor     types along the tensor-parallel axis
+context    types along the context axis, and of its collectives along other axes
 """
 
 from typed.context import CONTEXT_CONTRACTS, typechecked_context

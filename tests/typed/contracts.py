@@ -1,4 +1,4 @@
-"""Contracts of kernels: types of their arguments and results, which no operator's rule gives."""
+"""Contracts of kernels: the types of their arguments and results, stated for the entire kernel."""
 
 import functools
 import importlib
@@ -22,10 +22,13 @@ Function = Callable[..., Any]
 
 
 class Contract(NamedTuple):
-    """Types of a function's arguments by name, R where none is given, and of its results.
+    """The types that a function takes and returns.
 
-    None is whatever type, and a result that is no tensor. `sharding` says that without the ranks'
-    `Sharding` the result would be another.
+    Attributes:
+        arguments: types by name, R where none is given; None: any type.
+        results: types in order; None: any type, or not a tensor.
+        sharding: whether the function needs the ranks' `Sharding`, without which its result would
+            be another.
     """
 
     arguments: dict[str, Type]
@@ -34,33 +37,34 @@ class Contract(NamedTuple):
 
 
 def sharded(dim: int, *names: str) -> dict[str, Type]:
-    """Arguments that are shards along `dim`."""
+    """The types of arguments that are shards along `dim`."""
     return dict.fromkeys(names, S(dim))
 
 
 def arguments(symbol: str) -> Mapping[str, Argument]:
-    """Of the operator along the sequence of a sub-block, as its card declares them."""
+    """The arguments of the operator that mixes along the sequence, as a sub-block's card declares
+    them."""
     mixing = CARDS[symbol].mixing
     assert mixing is not None
     return mixing.arguments
 
 
 def over_heads(symbol: str) -> dict[str, Type]:
-    """Their types where ranks have heads of their own."""
+    """The types of these arguments where heads are sharded."""
     kinds: dict[Kind, Type] = {"head": S(2), "group": S(2), "shared": R, "constant": S(0)}
     return {name: kinds[argument.kind] for name, argument in arguments(symbol).items()}
 
 
 def over_tokens(symbol: str) -> dict[str, Type]:
-    """Their types where ranks have parts of a sequence."""
+    """The types of these arguments where the sequence is sharded."""
     return {
         name: R if argument.kind == "constant" else S(0)
         for name, argument in arguments(symbol).items()
     }
 
 
-# Each rank has heads, channels or experts of its own, whichever and how many they are. This holds
-# for all axes: of the context, too, ranks may exchange their parts of a sequence for heads.
+# Heads, channels or the widths of experts are sharded; kernels compute each independently. This
+# holds along every axis: over the context group an all-to-all may exchange sequences for heads.
 CONTRACTS: dict[Function, Contract] = {
     attention.attention: Contract(over_heads("*") | sharded(0, "sinks"), (S(2),)),
     conv.causal_conv: Contract(sharded(2, "x") | sharded(0, "weight", "bias"), (S(2),)),
@@ -75,8 +79,9 @@ CONTRACTS: dict[Function, Contract] = {
 }  # fmt: skip
 
 
-def held(function: Function, contract: Contract) -> Function:
-    """The function under its contract; inside, the checker follows nothing."""
+def under_contract(function: Function, contract: Contract) -> Function:
+    """Wraps a function to check its arguments and stamp its results; the checker does not follow
+    the operators inside."""
     signature, name = inspect.signature(function), getattr(function, "__name__", "a seam")
 
     @functools.wraps(function)
@@ -88,7 +93,7 @@ def held(function: Function, contract: Contract) -> Function:
             if isinstance(value, Tensor) and wanted is not None:
                 expect(value, wanted, f"{name}: {argument}")
             elif argument == "sharding" and contract.sharding and value.size == 1:
-                raise SpmdTypeError(f"{name} is not told of the sharding")
+                raise SpmdTypeError(f"{name} is called without the sharding")
         with spmd.no_typecheck():
             results = function(*args, **kwargs)
         several = results if isinstance(results, tuple) else (results,)
@@ -101,9 +106,9 @@ def held(function: Function, contract: Contract) -> Function:
 
 
 def in_models(replaced: Mapping[Function, Function]) -> Iterator[Any]:
-    """Patches that put functions in others' place, wherever a model names them."""
-    found = pkgutil.iter_modules(blocks.__path__, f"{blocks.__name__}.")
-    for module in [decoder, *(importlib.import_module(one.name) for one in found)]:
+    """Patches that replace functions in every module of the models that imports them."""
+    modules = pkgutil.iter_modules(blocks.__path__, f"{blocks.__name__}.")
+    for module in [decoder, *(importlib.import_module(module.name) for module in modules)]:
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value in replaced:
                 yield patch.object(module, name, replaced[value])

@@ -1,4 +1,4 @@
-"""The checker around a model: the types of its parameters, and what holds along every axis."""
+"""Runs the checker on a model along one axis, with the types of its parameters and buffers."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ def checked(
 
     Args:
         parameter: the type of each parameter at its use.
-        patches: context managers, what else the checker is to know.
+        patches: context managers that state further types to the checker.
     """
     register()
 
@@ -44,18 +44,18 @@ def checked(
     with ExitStack() as stack:
         untyped = spmd.no_typecheck(reparam.power_iteration)
         stack.enter_context(patch.object(reparam, "power_iteration", untyped))
-        for change in patches:
-            stack.enter_context(change)
-        parts = [part for part in model.modules() if isinstance(part, ParameterModule)]
-        for part in parts:
-            local = functools.partial(typed_shard, part.local)
-            stack.enter_context(patch.object(part, "local", local))
+        for further_types in patches:
+            stack.enter_context(further_types)
+        modules = [module for module in model.modules() if isinstance(module, ParameterModule)]
+        for module in modules:
+            local = functools.partial(typed_shard, module.local)
+            stack.enter_context(patch.object(module, "local", local))
         stack.enter_context(spmd.set_current_mesh(mesh))
         stack.enter_context(typecheck("strict", local=False))
         operators = stack.enter_context(Operators())
-        for part in parts:
-            for name, buffer in part.named_buffers(recurse=False):
+        for module in modules:
+            for name, buffer in module.named_buffers(recurse=False):
                 with spmd.no_typecheck():
                     typed = buffer.view_as(buffer)
-                stack.enter_context(patch.dict(part._buffers, {name: stamp(typed, R)}))
+                stack.enter_context(patch.dict(module._buffers, {name: stamp(typed, R)}))
         yield operators

@@ -1,4 +1,5 @@
-"""What PyTorch's operators do that the checker does not know, and collectives along other axes."""
+"""Types of results of PyTorch operators that the checker does not know, and of collectives over
+other axes."""
 
 import inspect
 from collections.abc import Callable
@@ -10,78 +11,80 @@ from spmd_types import P, R, S, V
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from typed.types import along, as_shard, expect, stamp, type_of
+from typed.types import as_shard, expect, includes_axis, stamp, type_of
 
 REDUCTIONS = spmd.all_reduce, spmd.reduce_scatter
 COLLECTIVES = *REDUCTIONS, spmd.all_gather, spmd.convert
 
 
 class Operators(TorchFunctionMode):
-    """Operators with sizes, which are local ones; sums, which take partial sums alone.
+    """Types operators whose arguments are local sizes; checks that reductions take partial sums.
 
-    `pieces` says that ranks share a group of channels, so that it is its width that is cut.
+    `shared_groups` says that several ranks hold one group of channels, so that the width of the
+    group is sharded.
     """
 
-    pieces = False
+    shared_groups = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, cls = kwargs or {}, getattr(func, "__self__", None)
         if inspect.isclass(cls) and issubclass(cls, torch.autograd.Function):
-            return cls.apply(*args)  # func would pass the checker by
+            return cls.apply(*args)  # func itself would bypass the checker
         if not spmd.is_type_checking():
             return func(*args, **kwargs)
         if func in COLLECTIVES:
             return collective(func, args, kwargs)
         if func is torch.Tensor.unflatten:
             return self.unflattened(*args)
-        if func is torch.Tensor.view and (sizes := of_first(*args)):
+        if func is torch.Tensor.view and (sizes := first_dim_split(*args)):
             return self.unflattened(args[0], 0, sizes)
         if func is torch.Tensor.to and isinstance(args[1], torch.device):
             return of_same_type(func, args, kwargs)
         if func is torch.cat:
-            return func(beside(args[0]), *args[1:], **kwargs)
+            return func(concatenable(args[0]), *args[1:], **kwargs)
         if func is torch.Tensor.new_zeros and args[1] == () and varies(args[0]):
-            return nothing_yet(args[0])
+            return partial_zero(args[0])
         return func(*args, **kwargs)
 
-    def in_pieces(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The half of a sub-block in which ranks share groups."""
+    def with_shared_groups(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The forward of a half whose groups of channels are each held by several ranks."""
 
         def call(*args: Any) -> Tensor:
-            self.pieces = True
+            self.shared_groups = True
             try:
                 return forward(*args)
             finally:
-                self.pieces = False
+                self.shared_groups = False
 
         return call
 
     def unflattened(self, x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
-        """A shard's whole pieces, of so many channels each, are a shard of all pieces."""
-        found, dim = type_of(x), dim % x.dim()
+        """Unflattens a dimension: where it is sharded, the first of the new dimensions is, or the
+        second where ranks share a group."""
+        kind, dim = type_of(x), dim % x.dim()
         with spmd.no_typecheck():
             y = x.unflatten(dim, sizes)
-        if isinstance(found, S) and found.dim >= dim:
-            further = len(sizes) - 1
-            if found.dim == dim:
-                further = 1 if self.pieces and y.shape[dim] == 1 and sizes[0] == 1 else 0
-            found = S(found.dim + further)
-        return stamp(y, found)
+        if isinstance(kind, S) and kind.dim >= dim:
+            shift = len(sizes) - 1
+            if kind.dim == dim:
+                shift = 1 if self.shared_groups and y.shape[dim] == 1 and sizes[0] == 1 else 0
+            kind = S(kind.dim + shift)
+        return stamp(y, kind)
 
 
-def of_first(x: Tensor, *sizes: Any) -> tuple[int, ...]:
-    """Into which sizes a view splits the first dimension, if it splits that one alone."""
+def first_dim_split(x: Tensor, *sizes: Any) -> tuple[int, ...]:
+    """The sizes into which a view splits the first dimension, if it changes no other; else ()."""
     wanted = tuple(sizes[0]) if isinstance(sizes[0], tuple) else sizes
     count = len(wanted) - x.dim() + 1
     return wanted[:count] if count > 1 and wanted[count:] == tuple(x.shape[1:]) else ()
 
 
 def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Along the axis a collective changes the type; along another it leaves it as it is."""
+    """A collective over the axis that is checked changes the type; over another it does not."""
     x, group = args
-    if not along(group):
+    if not includes_axis(group):
         return of_same_type(func, args, kwargs)
     if func in REDUCTIONS:
         expect(x, kwargs["src"], func.__name__)
@@ -89,7 +92,7 @@ def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def of_same_type(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """A result of the type of the first argument."""
+    """Runs a function whose result has the type of its first argument."""
     with spmd.no_typecheck():
         y = func(*args, **kwargs)
     return stamp(y, type_of(args[0]))
@@ -100,22 +103,23 @@ def varies(t: Tensor) -> bool:
     return type_of(t) in (P, V) or isinstance(type_of(t), S)
 
 
-def nothing_yet(t: Tensor) -> Tensor:
-    """A scalar zero, to which partial sums are to be added: it is one, too."""
+def partial_zero(t: Tensor) -> Tensor:
+    """A scalar zero to which partial sums are added, so it is a partial sum, P, too."""
     with spmd.no_typecheck():
         zero = t.new_zeros(())
     return stamp(zero, P)
 
 
-def beside(tensors: Any) -> list[Tensor]:
-    """Tensors to concatenate: with shards along another dimension, what is the same along it."""
-    found = {t for t in map(type_of, tensors) if isinstance(t, S)}
-    if len(found) != 1:
+def concatenable(tensors: Any) -> list[Tensor]:
+    """Tensors to concatenate: beside shards, tensors that are constant along the sharded dimension
+    become shards, too."""
+    kinds = {t for t in map(type_of, tensors) if isinstance(t, S)}
+    if len(kinds) != 1:
         return list(tensors)
-    (shard,) = found
+    (shard,) = kinds
 
-    def cut(t: Tensor) -> Tensor:
-        same = type_of(t) == R and (t.shape[shard.dim] == 1 or t.stride(shard.dim) == 0)
-        return as_shard(t, shard.dim) if same else t
+    def typed(t: Tensor) -> Tensor:
+        constant = type_of(t) == R and (t.shape[shard.dim] == 1 or t.stride(shard.dim) == 0)
+        return as_shard(t, shard.dim) if constant else t
 
-    return [cut(t) for t in tensors]
+    return [typed(t) for t in tensors]

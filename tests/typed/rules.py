@@ -1,7 +1,7 @@
-"""Types of each `autograd.Function`'s results, from those of its arguments.
+"""The rule of each `autograd.Function`: the types of its results from those of its arguments.
 
-Rules are equations of `rules.einsum`, in which `_` is a dimension that no rank may hold a part of.
-Arguments have the names of `forward`.
+Rules are equations of `rules.einsum`, in which `_` is a dimension that may not be sharded. Their
+arguments have the names of those of `forward`.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def _linear(*, x: Any, weight: Any) -> Any:
 
 
 def _rms_norm(*, x: Any, weight: Any, bias: Any, mean: Any) -> Any:
-    """A row is whole, or `mean` completes its means."""
+    """A row is not sharded, or `mean` all-reduces its means."""
     given = [t for t in (weight, bias) if t is not None]
     row = "_" if mean is None else "d"
     if given and given[0].ndim == 2:
@@ -40,7 +40,7 @@ def _layer_norm(*, x: Any, weight: Any, bias: Any) -> Any:
 
 
 def _activate(*, up: Any, gate: Any, name: str, poly: Any, sharding: Sharding) -> Any:
-    """PolyNorm's rows are whole, or the ranks all-reduce their sums of powers."""
+    """PolyNorm's rows are not sharded, or the ranks all-reduce their sums of powers."""
     row = "_" if name == "polynorm" and sharding.size == 1 else "f"
     if gate is not None:
         return rules.einsum(f"...{row},...{row}->...{row}", up, gate)
@@ -62,7 +62,7 @@ def _combine(*, rows: Any, weight: Any) -> Any:
 
 
 def _objective(outputs: Any, *, x: Any, weight: Any, labels: Any, sharding: Sharding) -> None:
-    """All sums over the vocabulary are completed inside, so the gradient of x is a partial sum."""
+    """Sums over the vocabulary are all-reduced inside, so the gradient of x is a partial sum."""
     _scalars(outputs, (x,), weight, labels, sharding)
 
 
@@ -82,7 +82,7 @@ def _scalars(outputs: Any, inputs: Any, weight: Any, labels: Any, sharding: Shar
 
 
 def _attach(*, x: Any, term: Any) -> Any:
-    """The term's gradient is 1 on every rank: right for one that is I, or whose parts add up."""
+    """The term's gradient is 1 on every rank, which is right where the term is I or P."""
     if type_of(term) not in (I, P):
         raise SpmdTypeError(f"a term that is attached on all ranks is {type_of(term)}, not P or I")
     rules.ignore(term)
@@ -103,11 +103,11 @@ RULES: dict[type, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Tell the checker of our autograd functions; those without a rule work on each rank alone."""
+    """Registers the rules of our autograd functions; those without one are local to a rank."""
     for cls, rule in RULES.items():
         cls.spmd_typecheck = staticmethod(rule)  # type: ignore[attr-defined]
-    for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
-        for cls in vars(importlib.import_module(found.name)).values():
-            known = not inspect.isclass(cls) or cls in RULES
-            if not known and issubclass(cls, torch.autograd.Function):
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            has_rule = not inspect.isclass(cls) or cls in RULES
+            if not has_rule and issubclass(cls, torch.autograd.Function):
                 spmd.register_local_autograd_function(cls)

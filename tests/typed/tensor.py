@@ -1,4 +1,4 @@
-"""Types along the tensor-parallel axis: widths are shards, and products over them partial sums."""
+"""Types along the tensor-parallel axis: widths are sharded, and products over them partial sums."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,44 +15,46 @@ from colonnade.kernels.sharding import Sharding
 from colonnade.models.blocks import mamba2
 from colonnade.models.decoder import Decoder, Embedding
 from colonnade.models.parameter_module import declared
-from colonnade.parallel.tensor import on_stream
-from typed.context import exchanges
-from typed.contracts import CONTRACTS, held, in_models
+from colonnade.parallel.tensor import stream_modules
+from typed.context import exchange_patches
+from typed.contracts import CONTRACTS, in_models, under_contract
 from typed.model import checked
 from typed.types import Type, as_shard, stamp
 
 
 def local(self: Sharding, full: Tensor, dim: int, shards: int | None = None) -> Tensor:
-    """`Sharding.local`, whose result differs between ranks: a shard, maybe held by several."""
-    own = _local(self, full, dim, shards)
+    """`Sharding.local`, whose result differs between ranks: a shard, which several may hold."""
+    shard = _local(self, full, dim, shards)
     if self.size == 1 or not spmd.is_type_checking():
-        return own
-    return as_shard(own, dim)
+        return shard
+    return as_shard(shard, dim)
 
 
-def looked_up(self: Embedding, tokens: Tensor) -> Tensor:
-    """`Embedding.forward`: where other ranks have the row, zeros, so that what is found adds up."""
+def typed_embedding(self: Embedding, tokens: Tensor) -> Tensor:
+    """`Embedding.forward`: a rank has zeros for tokens whose row another rank holds, so that its
+    output is a partial sum."""
     leave = self.leave
 
-    def summed(found: Tensor) -> Tensor:
+    def typed_leave(rows: Tensor) -> Tensor:
         with typecheck(local=False):
-            return leave(stamp(found, P))
+            return leave(stamp(rows, P))
 
-    self.leave = summed
+    self.leave = typed_leave
     try:
         with spmd.local():
-            return _looked_up(self, tokens)
+            return _embedding(self, tokens)
     finally:
         self.leave = leave
 
 
-_local, _looked_up = Sharding.local, Embedding.forward
+_local, _embedding = Sharding.local, Embedding.forward
 
 
 def parameter_types(model: Decoder) -> dict[str, Type]:
-    """By path in the module tree; of whole parameters, those in `partial` are R, and others I.
+    """The types of parameters by path in the module tree.
 
-    A gradient has the type's `backward_type`: P for R, else the same.
+    Shards are S. Replicated parameters are R where their spec is `partial`, and else I. A gradient
+    has the type's `backward_type`: P for R, else the same.
 
     Raises:
         SpmdTypeError: a shard whose gradient is said to be partial.
@@ -60,11 +62,11 @@ def parameter_types(model: Decoder) -> dict[str, Type]:
     types: dict[str, Type] = {}
     for name, p, spec in declared(model):
         assert isinstance(p, DTensor)
-        (where,) = p.placements
-        if isinstance(where, Shard) and spec.partial:
-            raise SpmdTypeError(f"{name} is a shard: so is its gradient, and no sum")
-        whole = R if spec.partial else I
-        types[name] = S(where.dim) if isinstance(where, Shard) else whole
+        (placement,) = p.placements
+        if isinstance(placement, Shard) and spec.partial:
+            raise SpmdTypeError(f"{name} is a shard: so is its gradient, and not a partial sum")
+        replicated = R if spec.partial else I
+        types[name] = S(placement.dim) if isinstance(placement, Shard) else replicated
     return types
 
 
@@ -72,35 +74,37 @@ def parameter_types(model: Decoder) -> dict[str, Type]:
 def typechecked(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
     """Within, the model's forward is checked: raises SpmdTypeError where a type does not fit.
 
-    A parameter is at fault, too, whose gradient `complete_gradients` sums without need, or does not
-    sum though it must.
+    This includes a parameter whose gradient `complete_gradients` all-reduces without need, or does
+    not all-reduce though it must.
 
     Args:
-        model: cut by `tensor_parallel`, and by `context_parallel` or not; filled, in fp64 or fp32;
-            not sharded any further.
+        model: sharded by `tensor_parallel`, and by `context_parallel` or not; filled, in fp64 or
+            fp32; not wrapped in FSDP2.
         mesh: of one dimension, more than one rank. Its backend may be `fake`.
 
-    Tokens, positions and what else goes in are to be stamped R; the objective comes out I, which
+    Tokens, positions and all other inputs must be stamped R; the objective comes out I, which
     its `backward` demands.
     """
     types = parameter_types(model)
-    known = {id(p): types[path] for path, p in model.named_parameters()}
-    stream = {id(p) for part in on_stream(model) for p in part.parameters(recurse=False)}
+    type_of_id = {id(p): types[path] for path, p in model.named_parameters()}
+    on_stream = {id(p) for m in stream_modules(model) for p in m.parameters(recurse=False)}
 
     def parameter(p: Tensor) -> Type:
-        whole = id(p) in stream and not model.training  # so is the stream then
-        return I if whole else known[id(p)]
+        # In evaluation the stream is not sharded along the sequence, so it and its norms are I.
+        return I if id(p) in on_stream and not model.training else type_of_id[id(p)]
 
     patches = [
         patch.object(Sharding, "local", local),
-        patch.object(Embedding, "forward", looked_up),
-        *in_models({kernel: held(kernel, contract) for kernel, contract in CONTRACTS.items()}),
-        *exchanges(model, shared=False),
+        patch.object(Embedding, "forward", typed_embedding),
+        *in_models(
+            {kernel: under_contract(kernel, contract) for kernel, contract in CONTRACTS.items()}
+        ),
+        *exchange_patches(model, context_axis=False),
     ]
     with checked(model, mesh, parameter, patches) as operators, ExitStack() as stack:
-        for part in model.modules():
-            if isinstance(part, mamba2.ScanOut) and part.groups % part.sharding.size:
+        for module in model.modules():
+            if isinstance(module, mamba2.ScanOut) and module.groups % module.sharding.size:
                 stack.enter_context(
-                    patch.object(part, "forward", operators.in_pieces(part.forward))
+                    patch.object(module, "forward", operators.with_shared_groups(module.forward))
                 )
         yield

@@ -1,4 +1,4 @@
-"""The type of a tensor over the ranks of the axis that is checked: the only one of the mesh set."""
+"""The type of a tensor over the axis that is checked: the only axis of the current mesh."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ def axis() -> spmd.MeshAxis:
     return checked
 
 
-def along(group: dist.ProcessGroup) -> bool:
-    """Whether the ranks of the axis are among those of a group, which exchange something."""
+def includes_axis(group: dist.ProcessGroup) -> bool:
+    """Whether a collective over this group runs along the axis that is checked."""
     return axis() <= spmd.MeshAxis.of(group)
 
 
@@ -34,18 +34,19 @@ def type_of(t: Tensor) -> Type:
 
 
 def expect(t: Tensor, wanted: Type, name: str) -> None:
-    """Raises SpmdTypeError where a tensor has another type. A tuple: any of them."""
-    found, right = type_of(t), wanted if isinstance(wanted, tuple) else (wanted,)
-    if found not in right:
-        raise SpmdTypeError(f"{name} is {found!r}, not {' or '.join(map(repr, right))}")
+    """Raises SpmdTypeError unless the tensor has the wanted type, or one of a tuple of types."""
+    actual, allowed = type_of(t), wanted if isinstance(wanted, tuple) else (wanted,)
+    if actual not in allowed:
+        raise SpmdTypeError(f"{name} is {actual!r}, not {' or '.join(map(repr, allowed))}")
 
 
 def stamp(t: Tensor, wanted: Type) -> Tensor:
-    """Give a tensor that varies over the ranks the type that it is known to have."""
+    """Gives a tensor the type that it is known to have, and returns it."""
     spmd.assert_type(t, {axis(): wanted})
     return t
 
 
 def as_shard(t: Tensor, dim: int) -> Tensor:
-    """What differs between ranks, though the checker takes it to be the same; its gradient too."""
+    """Turns a tensor that the checker takes to be replicated, R, into a shard along `dim`; its
+    gradient too."""
     return stamp(spmd.reinterpret(t, axis(), src=R, dst=V, expert_mode=True), S(dim % t.dim()))
