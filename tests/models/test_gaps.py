@@ -205,7 +205,7 @@ EVERY = dict(
 
 @pytest.mark.parametrize("fields", [EVERY, {"attention": "mla", "q_rank": 5, "rope_dim": 4}])
 def test_sigma_reparam_is_of_every_linear_weight(fields: dict[str, Any]) -> None:
-    """Every matrix that multiplies activations in a sub-block has spectral norm γ; no other does."""
+    """Every matrix of a sub-block that multiplies activations has spectral norm γ, no other one."""
     model = model_of(config_of("*MmDGE-T", sigma_reparam=True, **fields), 8)
     errors = {}
     for wiring in model.wirings():
