@@ -189,7 +189,7 @@ def check_writers(model: Decoder) -> None:
                     raise RefusedError(
                         f"{name}.{weight}: writes onto the stream and is not split over "
                         "tensor-parallel ranks, so its output would count on several of them; "
-                        "declare it with a split of its inputs that is not shared"
+                        "declare it with a split of its inputs that is not replicable"
                     )
 
 
