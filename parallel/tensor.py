@@ -67,11 +67,11 @@ class StreamCollectives:
             return run_backward_first(
                 spmd.all_gather(x, self.group, src=S(0), dst=R, **async_both_ways(x))
             )
-        # Numbers in this order: first that of the node that waits for the reduced gradient, ...
+        # The backward node of x waits for the reduced gradient: it runs after the sub-block before.
         set_backward_order(x, self.previous_enter)
         x = spmd.convert(x, self.group, src=I, dst=R, backward_options=async_options(x))
         if x.grad_fn is not None:
-            # ... then the number to wait for next time, before it becomes the highest.
+            # The number of the node that launches the all-reduce, before it becomes the highest.
             self.previous_enter = x.grad_fn._sequence_nr()
         return run_backward_first(x)
 

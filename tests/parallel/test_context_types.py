@@ -10,17 +10,12 @@ import torch
 import torch.distributed as dist
 from equal import assert_equal
 from spmd_types import I, P, R, S, SpmdTypeError
-from test_types import EVERYWHERE, ROWS, SMALL, drawn, joined, shard_of, unsharded_vocabulary
+from test_types import EVERYWHERE, ROWS, SMALL, drawn, unsharded_vocabulary
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from typed import (
-    CONTEXT_CONTRACTS,
-    stamp,
-    type_of,
-    typechecked,
-    typechecked_context,
-)
+from typed import CONTEXT_CONTRACTS, typechecked, typechecked_context
+from typed.types import joined, shard_of, stamp, type_of
 
 from colonnade.kernels.experts import combine, dispatch, expert_mlp
 from colonnade.kernels.loss import linear_consistency, linear_objective
@@ -186,7 +181,7 @@ LOCAL: dict[type[ParameterModule], tuple[str, Callable[..., Any]]] = {
 }
 
 
-def leave_local(kind: type[ParameterModule]) -> Fault:
+def local(kind: type[ParameterModule]) -> Fault:
     """The seam of modules of this kind has the local function again."""
 
     def inject(model: Decoder) -> None:
@@ -224,7 +219,7 @@ def full_keep_mask(model: Decoder) -> None:
         block.local_segments = lambda t: t
 
 
-def all_reduced_to(kind: Any) -> Fault:
+def reduced_to(kind: Any) -> Fault:
     def inject(model: Decoder) -> None:
         forward = model.forward
 
@@ -255,22 +250,18 @@ def with_local_documents(scan: mamba2.Scan) -> mamba2.Scan:
 # The fault, the model, the variant, and what the checker reports.
 FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
     "local attention": (
-        leave_local(AttendOut), dict(pattern="*"), RING, r"attention: q is S\(0\), not S\(2\)"),
-    "local attention for heads": (
-        leave_local(AttendOut), dict(pattern="*"), HEADS, "attention: q is S"),
+        local(AttendOut), dict(pattern="*"), RING, r"attention: q is S\(0\), not S\(2\)"),
+    "local attention for heads": (local(AttendOut), dict(pattern="*"), HEADS, "attention: q is S"),
     "local Mamba-2": (
-        leave_local(mamba2.ScanOut), dict(pattern="M"), RING, r"ssd: x is S\(0\), not S\(2\)"),
-    "local Mamba-1": (
-        leave_local(mamba1.ScanOut), dict(pattern="m"), RING, "selective_scan: x is S"),
-    "local S4D": (leave_local(s4d.ScanOut), dict(pattern="S"), RING, "s4d: x is S"),
-    "local DeltaNet": (
-        leave_local(delta.DeltaOut), dict(pattern="D"), RING, "delta_rule: q is S"),
-    "local gated DeltaNet": (
-        leave_local(delta.DeltaOut), dict(pattern="G"), HEADS, "delta_rule: q is S"),
+        local(mamba2.ScanOut), dict(pattern="M"), RING, r"ssd: x is S\(0\), not S\(2\)"),
+    "local Mamba-1": (local(mamba1.ScanOut), dict(pattern="m"), RING, "selective_scan: x is S"),
+    "local S4D": (local(s4d.ScanOut), dict(pattern="S"), RING, "s4d: x is S"),
+    "local DeltaNet": (local(delta.DeltaOut), dict(pattern="D"), RING, "delta_rule: q is S"),
+    "local gated DeltaNet": (local(delta.DeltaOut), dict(pattern="G"), HEADS, "delta_rule: q is S"),
     "local convolution": (
-        leave_local(Convolving), dict(pattern="M"), RING, r"causal_conv: x is S\(0\), not S\(2\)"),
+        local(Convolving), dict(pattern="M"), RING, r"causal_conv: x is S\(0\), not S\(2\)"),
     "local convolution of keys": (
-        leave_local(Convolving), dict(pattern="*", attention_conv=3), RING, "causal_conv: x is S"),
+        local(Convolving), dict(pattern="*", attention_conv=3), RING, "causal_conv: x is S"),
     "full tokens": (full_tokens, dict(pattern="-"), RING, "objective: x is R"),
     "full labels": (full_labels, dict(pattern="-"), RING, "objective: labels is R"),
     "the same shard": (same_shard, dict(pattern="-"), RING, "objective: x is R"),
@@ -280,9 +271,8 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], dict[str, Any], str]] = {
         local_choices, dict(pattern="E", capacity=1.0), RING, "within_capacity: chosen is S"),
     "keep mask of all tokens": (
         full_keep_mask, dict(pattern="E", capacity=1.0), RING, "dispatch: keep_mask is R"),
-    "loss all-reduced": (all_reduced_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
-    "loss all-reduced, R": (
-        all_reduced_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
+    "loss all-reduced": (reduced_to(I), dict(pattern="-"), RING, "the objective is I, not P"),
+    "loss all-reduced, R": (reduced_to(R), dict(pattern="-"), RING, "the objective is R, not P"),
     "documents of a shard": (
         local_documents, dict(pattern="M"), HEADS, r"ssd: documents is S\(0\), not R"),
 }  # fmt: skip
@@ -351,9 +341,8 @@ def test_fault_in_exchange(meshes: Meshes, monkeypatch: pytest.MonkeyPatch, faul
 def test_fault_with_tensor_parallel(meshes: Meshes) -> None:
     """The check along each axis finds the faults of this axis only."""
     for inject, wrong, right in (
-        (leave_local(AttendOut), "cp", "tp"),
-        (unsharded_vocabulary, "tp", "cp"),
-    ):
+        (local(AttendOut), "cp", "tp"), (unsharded_vocabulary, "tp", "cp")
+    ):  # fmt: skip
         model = model_of(meshes["cp"], {"tp": 2}, {"pattern": "*-"}, meshes["tp"])
         inject(model)
         check(model, meshes[right])
@@ -381,17 +370,14 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
 @pytest.mark.parametrize("kernel", ARGUMENTS, ids=lambda kernel: kernel.__name__)
 def test_contract(kernel: Callable[..., Any]) -> None:
     given, contract = ARGUMENTS[kernel], CONTEXT_CONTRACTS[kernel]
-    means = kernel in (
-        balance_loss,
-        router_z_loss,
-    )  # times `share` in a model
+    means = kernel in (balance_loss, router_z_loss)  # times `share` in a model
 
     def results(rank: int | None) -> tuple[Tensor, ...]:
-        local = {
+        arguments = {
             name: t if rank is None else shard_of(t, contract.arguments.get(name, R), rank)
             for name, t in given.items()
         }
-        outputs = kernel(**local)
+        outputs = kernel(**arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(t / 2 if means and rank is not None else t.double() for t in outputs)
 

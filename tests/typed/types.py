@@ -3,8 +3,9 @@
 from typing import Any
 
 import spmd_types as spmd
+import torch
 import torch.distributed as dist
-from spmd_types import R, S, SpmdTypeError, V
+from spmd_types import P, R, S, SpmdTypeError, V
 from torch import Tensor
 
 Type = Any  # R, I, P, V or S(i)
@@ -50,3 +51,19 @@ def as_shard(t: Tensor, dim: int) -> Tensor:
     """Turns a tensor that the checker takes to be replicated, R, into a shard along `dim`; its
     gradient too."""
     return stamp(spmd.reinterpret(t, axis(), src=R, dst=V, expert_mode=True), S(dim % t.dim()))
+
+
+def shard_of(t: Any, wanted: Any, rank: int) -> Any:
+    """An argument as one of two ranks has it, by its type."""
+    if not isinstance(t, Tensor) or wanted in (R, None):
+        return t
+    if wanted is P:
+        return t * (0.25, 0.75)[rank]
+    return t.chunk(2, wanted.dim)[rank].contiguous()
+
+
+def joined(results: tuple[Tensor, Tensor], wanted: Any) -> Tensor:
+    """The result on one device, from those of two ranks, by its type."""
+    if wanted is P:
+        return results[0] + results[1]
+    return torch.cat(results, wanted.dim) if isinstance(wanted, S) else results[0]
