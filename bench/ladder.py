@@ -9,7 +9,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,8 @@ from colonnade.bench import row
 from colonnade.bench.hosts import LINK, NETWORK, Host, Hosts
 from colonnade.bench.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
 from colonnade.launcher.cluster.environment import cores
-from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
-from colonnade.parallel.world import world
 
 PORT = 29500
 FASTEST = 1e10  # bytes/s: no limit
@@ -83,22 +80,13 @@ class Rank(Host):
     def open(self) -> None:
         """Bring up the link and join the other rank over it."""
         super().open()
-        torch.set_num_threads(1)
-        device = torch.device("cpu")
-        settle_memory(device)
         os.environ["GLOO_SOCKET_IFNAME"] = LINK
-        store = dist.TCPStore(f"{NETWORK}1", PORT, RANKS, is_master=self.number == 0)
-        self.group = ExitStack()
-        self.here = self.group.enter_context(world(self.number, RANKS, device, store))
-        self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.here)
-
-    def close(self) -> None:
-        """Leave the group together with the other rank."""
-        self.group.close()
+        self.join(RANKS, dist.TCPStore(f"{NETWORK}1", PORT, RANKS, is_master=self.number == 0))
+        self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.world)
 
     def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
         """Make a row, its input and the gradient of its output."""
-        self.row = Row(shape, pattern, sequence, self.mesh, self.here.device)
+        self.row = Row(shape, pattern, sequence, self.mesh, self.world.device)
         alone: Seams = (_Gather.apply, _Scatter.apply) if sequence else (same, same)
         self.variants = {"none": ("standard", alone), "standard": ("standard", None)}
         self.variants["ladder"] = "ladder", None
