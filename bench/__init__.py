@@ -1,4 +1,4 @@
-"""Benchmarks: each beside its reference in one run, alternating, with the floor printed."""
+"""Benchmarks: each alternates with its reference in one run, and reports the floor of its time."""
 
 import importlib
 import sys
@@ -7,18 +7,20 @@ from typing import Any
 
 from colonnade.launcher.errors import UserError
 
-# Where these are installed transformers takes them, and they need a GPU.
+# transformers prefers these where they are installed, and they need a GPU.
 GPU_ONLY = ("mamba_ssm", "causal_conv1d", "fla")
 
 
-def need(name: str, *modules: str) -> None:
-    """Import what `bench name` compares with, or draws with; transformers in plain PyTorch.
+def require_packages(name: str, *modules: str) -> None:
+    """Imports the packages with which `bench name` compares or plots.
+
+    From then on transformers runs in plain PyTorch: the packages of `GPU_ONLY` cannot be imported.
 
     Raises:
-        UserError: one is not installed.
+        UserError: a package is not installed.
     """
     for module in GPU_ONLY:
-        sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # None: not importable
+        sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # None makes imports fail
     for module in modules:
         try:
             importlib.import_module(module)
@@ -38,14 +40,14 @@ def bench_step() -> dict[str, Any]:
 
 
 def bench_loader() -> dict[str, Any]:
-    """Reading batches from a memory-mapped token file, beside copying as many bytes."""
+    """Reading batches from a memory-mapped token file, beside a copy of as many bytes."""
     from colonnade.bench.loader import run
 
     return run()
 
 
 def bench_linear() -> dict[str, Any]:
-    """Products of a linear layer beside PyTorch's."""
+    """Matrix products of a linear layer beside PyTorch's."""
     from colonnade.bench.linear import run
 
     return run()
@@ -59,7 +61,7 @@ def bench_norm() -> dict[str, Any]:
 
 
 def bench_mixers() -> dict[str, Any]:
-    """Chunked sequence mixers beside their token recurrences and transformers' code."""
+    """Chunked sequence mixers beside their token recurrences and transformers' functions."""
     from colonnade.bench.mixers import run
 
     return run()
@@ -73,28 +75,28 @@ def bench_moe() -> dict[str, Any]:
 
 
 def bench_mup() -> dict[str, Any]:
-    """A coordinate check of muP beside the standard parametrisation; draws `mup.png`."""
+    """A coordinate check of muP beside the standard parametrisation; plots `mup.png`."""
     from colonnade.bench.mup import run
 
     return run()
 
 
 def bench_ladder() -> dict[str, Any]:
-    """Communication hidden by ladder residual between two hosts; 25 minutes, as root."""
+    """Communication that ladder hides between two simulated hosts; takes 25 minutes, as root."""
     from colonnade.bench.ladder import run
 
     return run()
 
 
 def bench_overlap() -> dict[str, Any]:
-    """Ladder residual beside collectives that are mere delays; one process, two minutes."""
+    """Communication that ladder hides where collectives are delays; one process, two minutes."""
     from colonnade.bench.overlap import run
 
     return run()
 
 
 def bench_context() -> dict[str, Any]:
-    """A sequence over several ranks: work, time, memory and bytes sent; a few minutes."""
+    """A sequence over several ranks: work, time, memory and bytes sent; takes a few minutes."""
     from colonnade.bench.context import run
 
     return run()
@@ -115,5 +117,5 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def bench(name: str) -> dict[str, Any]:
-    """Run the benchmark `name`, one of `BENCHMARKS`, and return its figures."""
+    """Runs the benchmark `name`, one of `BENCHMARKS`; returns its figures."""
     return BENCHMARKS[name]()

@@ -1,6 +1,6 @@
-"""`bench context`: a sequence over several ranks: each one's work, time, memory and bytes sent.
+"""`bench context`: a sequence over several ranks: each rank's work, time, memory and bytes sent.
 
-Ranks are processes of this host with one thread each; all is fp32.
+Ranks are processes of this host with one thread each; everything is fp32.
 """
 
 import itertools
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colonnade.bench import traffic
-from colonnade.bench.crew import Ranks
-from colonnade.bench.mixers import kept_bytes
+from colonnade.bench.mixers import saved_bytes
 from colonnade.bench.timing import median_ratio
+from colonnade.bench.worker_pool import RankPool
 from colonnade.kernels.attention import attention
 from colonnade.kernels.tiles import ScoreOptions
 from colonnade.launcher.cluster.environment import cores
@@ -42,32 +42,36 @@ from colonnade.parallel.world import World
 
 Report = dict[str, Any]
 RANKS = 4
-LIMIT = 2048  # MiB of a rank
+PEAK_LIMIT = 2048  # MiB of a rank
 
 
 # Work, counted.
 
 
-def work(ranks: int) -> Report:
-    """Scores that each rank computes in a ring, and the longest way through its steps."""
-    case, longest, report = f"work, cp {ranks}", {}, Report()
-    for zigzag, cut in ((True, "zigzag"), (False, "contiguous")):
-        length = 2 if zigzag else 4
+def work_balance(ranks: int) -> Report:
+    """Counts the scores that each rank computes in a ring, and those on the critical path.
+
+    The critical path sums, over the ring's steps, the scores of the rank that has most of them.
+    """
+    case, critical_path, report = f"work, cp {ranks}", {}, Report()
+    for zigzag, layout in ((True, "zigzag"), (False, "contiguous")):
+        length = 2 if zigzag else 4  # of a segment, so that a rank has 4 tokens either way
         rings = [
             Ring(SequenceSharding(ranks, rank, zigzag), length, ScoreOptions(1.0), False)
             for rank in range(ranks)
         ]
         steps = [[ring.score_count(step) for ring in rings] for step in range(ranks)]
-        of_rank = [sum(scores) for scores in zip(*steps, strict=True)]
-        report[f"{case}: {cut}, largest of a rank / smallest"] = max(of_rank) / min(of_rank)
-        longest[cut] = sum(map(max, steps))
+        by_rank = [sum(scores) for scores in zip(*steps, strict=True)]
+        report[f"{case}: {layout}, largest of a rank / smallest"] = max(by_rank) / min(by_rank)
+        critical_path[layout] = sum(map(max, steps))
+    ratio = critical_path["contiguous"] / critical_path["zigzag"]
     return report | {
-        f"{case}: longest way, contiguous / zigzag": longest["contiguous"] / longest["zigzag"],
+        f"{case}: longest way, contiguous / zigzag": ratio,
         f"{case}: limit of that": 2 - 1 / ranks,
     }
 
 
-# Attention, timed and weighed.
+# Attention: time and memory.
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,11 @@ class Shape:
     kv_heads: int = 2
     width: int = 64
 
-    def leaves(self, ranks: int) -> list[Tensor]:
-        """Queries, keys and values of one of so many ranks, which want gradients."""
+    def local_qkv(self, ranks: int) -> list[Tensor]:
+        """Random queries, keys and values of one of `ranks` ranks, `[S / ranks, 1, H, P]`.
+
+        They require gradients.
+        """
         return [
             torch.randn(self.tokens // ranks, 1, heads, self.width).requires_grad_()
             for heads in (self.heads, self.kv_heads, self.kv_heads)
@@ -93,50 +100,54 @@ class Shape:
         )
 
 
-TIMED, WEIGHED = Shape(), Shape(tokens=4096, heads=8, kv_heads=4)
+TIMED_SHAPE, MEMORY_SHAPE = Shape(), Shape(tokens=4096, heads=8, kv_heads=4)
 
 
-def both(attend: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """Forward and backward."""
-    grad = torch.randn_like(leaves[0])
-    return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
+def forward_backward(attend: Callable[..., Tensor], qkv: list[Tensor]) -> Callable[[], object]:
+    """An action that runs attention forward and backward."""
+    grad = torch.randn_like(qkv[0])
+    return lambda: torch.autograd.grad(attend(*qkv), qkv, grad)
 
 
 def attention_seconds(world: World, shape: Shape, rounds: int) -> dict[str, list[float]]:
-    """Of ranks 0 and 1 each with half of a sequence, and of rank 0 with all of it: by round."""
+    """Times attention forward and backward on this rank; returns the seconds by round.
+
+    Ranks 0 and 1 attend over one sequence, each with half of it. Then rank 0 attends over all of
+    it in one process. The other ranks wait.
+    """
     torch.manual_seed(world.rank)
     group = build_mesh(ParallelConfig(cp=2), world)["cp"].get_group()
     score_options = ScoreOptions(shape.width**-0.5)
-    halves, whole = shape.leaves(2), shape.leaves(1)
+    local_qkv, full_qkv = shape.local_qkv(2), shape.local_qkv(1)
 
-    def shared(zigzag: bool) -> Callable[..., Tensor]:
+    def sharded(zigzag: bool) -> Callable[..., Tensor]:
         return lambda q, k, v: context_attention(
             q, k, v, group, score_options=score_options, zigzag=zigzag
         )
 
-    contestants = {
-        "zigzag": (2, both(shared(True), halves)),
-        "contiguous": (2, both(shared(False), halves)),
-        "one process": (1, both(attention, whole)),
+    candidates = {  # name: number of ranks that compute, action
+        "zigzag": (2, forward_backward(sharded(True), local_qkv)),
+        "contiguous": (2, forward_backward(sharded(False), local_qkv)),
+        "one process": (1, forward_backward(attention, full_qkv)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(1 + rounds):
-        for name, (ranks, action) in contestants.items():
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_index in range(1 + rounds):
+        for name, (ranks, action) in candidates.items():
             dist.barrier()
             start = time.perf_counter()
             if world.rank < ranks:
                 action()
-            if number:  # the first round warms up
+            if round_index > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def timed(crew: Ranks, shape: Shape, rounds: int) -> Report:
+def attention_times(pool: RankPool, shape: Shape, rounds: int) -> Report:
     """The slower rank's times, medians of rounds in which all take turns."""
-    of_rank = crew.run(attention_seconds, shape, rounds)
+    by_rank = pool.run(attention_seconds, shape, rounds)
     seconds = {
-        name: [max(at_once) for at_once in zip(*(of[name] for of in of_rank), strict=True)]
-        for name in of_rank[0]
+        name: [max(times) for times in zip(*(of_rank[name] for of_rank in by_rank), strict=True)]
+        for name in by_rank[0]
     }
     return {
         "time, cp 2": f"attention, forward and backward, {shape}; 1 thread a rank, {cores()} cores",
@@ -148,46 +159,51 @@ def timed(crew: Ranks, shape: Shape, rounds: int) -> Report:
 
 
 def attention_bytes(world: World, variant: Any, cp: int, shape: Shape) -> int:
-    """What attention keeps from forward to backward on a rank, its inputs included."""
+    """Bytes that attention saves for backward on a rank, its inputs included."""
     parallel = ParallelConfig(cp=cp, context=variant)
     mesh = build_mesh(parallel, world)["cp"]
     attend = local_attend if cp == 1 else context_attend(mesh, parallel, shape.heads)
-    (q, k, v), softmax = shape.leaves(cp), Softmax(shape.width**-0.5)
+    (q, k, v), softmax = shape.local_qkv(cp), Softmax(shape.width**-0.5)
     context = Context(torch.arange(len(q))[:, None])
-    return kept_bytes(lambda: attend(q, k, v, softmax, context).sum(), [])
+    return saved_bytes(lambda: attend(q, k, v, softmax, context).sum(), [])
 
 
-def kept(crew: Ranks, shape: Shape) -> Report:
-    """The same by variant and degree, the largest rank's, and how far from a fair share it is."""
+def attention_memory(pool: RankPool, shape: Shape) -> Report:
+    """MiB that attention saves for backward, of the rank that saves most, by variant and degree.
+
+    The ratio `times cp / cp 1` is 1 where each rank saves 1 / cp of what one process does.
+    """
     report: Report = {"kept": f"by attention, its inputs included, {shape}"}
     for variant in ("ring", "allgather", "ulysses"):
-        alone = None
-        for cp in (cp for cp in (1, 2, 4) if cp <= crew.size):
-            size = max(crew.run(attention_bytes, variant, cp, shape))
-            alone = alone or size
+        one_rank = None  # bytes at cp 1
+        for cp in (cp for cp in (1, 2, 4) if cp <= pool.size):
+            size = max(pool.run(attention_bytes, variant, cp, shape))
+            one_rank = one_rank or size
             report[f"kept, {variant}, cp {cp}: MiB a rank"] = size / 2**20
             if cp > 1:
-                report[f"kept, {variant}, cp {cp}: times cp / cp 1"] = size * cp / alone
+                report[f"kept, {variant}, cp {cp}: times cp / cp 1"] = size * cp / one_rank
     return report
 
 
-# A step of a hybrid, at its peak.
+# Peak memory of a hybrid's training step.
 
 HYBRID = ModelConfig(
     pattern="M-*-", hidden=128, heads=2, head_dim=32, ffn=352, mamba_state=64, vocab=256
 )
 
 
-class Memory(NamedTuple):
-    """Of a rank, in MiB."""
+class StepMemory(NamedTuple):
+    """Resident memory of a rank in MiB before a step and at its peak, and the step's seconds."""
 
     before: float
     peak: float
     seconds: float
 
 
-def train(model: ModelConfig, parallel: ParallelConfig, tokens: int, rows: int = 1) -> Recipe:
-    """One step of one micro-batch."""
+def one_step_recipe(
+    model: ModelConfig, parallel: ParallelConfig, tokens: int, rows: int = 1
+) -> Recipe:
+    """A recipe of one step with one micro-batch of `rows` rows of `tokens` tokens."""
     return Recipe(
         model=model,
         parallel=parallel,
@@ -195,46 +211,46 @@ def train(model: ModelConfig, parallel: ParallelConfig, tokens: int, rows: int =
     )
 
 
-def forget_peak() -> None:
-    """Have the largest resident memory so far be the present one, where the system can: Linux."""
+def reset_peak() -> None:
+    """Resets the peak of resident memory to the present value, where the system can: on Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def step_memory(world: World, recipe: Recipe) -> Memory:
-    """A first training step, as it is made of one row that all ranks share."""
+def step_memory(world: World, recipe: Recipe) -> StepMemory:
+    """Measures a first training step on one row, which is sharded over all ranks."""
     mesh, model, optimizer = build_model(recipe, world)
     batch = traffic.random_batch(1, recipe.train.seq_len, recipe.model.vocab)
-    forget_peak()
+    reset_peak()
     before = resident_mib()
     dist.barrier()
     start = time.perf_counter()
     train_step(Engine(model, optimizer, mesh, world.device), [batch], [[0]], recipe, 0)
-    return Memory(before, resident_mib(), time.perf_counter() - start)
+    return StepMemory(before, resident_mib(), time.perf_counter() - start)
 
 
-def peaks(model: ModelConfig, lengths: Sequence[int], ranks: int) -> Report:
-    """The largest rank's memory, with new processes for each length."""
+def step_peaks(model: ModelConfig, lengths: Sequence[int], ranks: int) -> Report:
+    """The memory of the rank that takes most, with new processes for each length."""
     layout = f"cp {ranks}, zigzag, ring and states, nothing recomputed, fp32, AdamW"
     report: Report = {"step": f"{model.pattern}, hidden {model.hidden}, {layout}"}
-    found = []
+    rises, peaks = [], []  # MiB, by length
     for tokens in lengths:
-        with Ranks(ranks) as crew:
-            of_rank = crew.run(step_memory, train(model, ParallelConfig(cp=ranks), tokens))
-        rise, peak = max(m.peak - m.before for m in of_rank), max(m.peak for m in of_rank)
-        found.append((rise, peak))
+        recipe = one_step_recipe(model, ParallelConfig(cp=ranks), tokens)
+        with RankPool(ranks) as pool:
+            by_rank = pool.run(step_memory, recipe)
+        rises.append(max(m.peak - m.before for m in by_rank))
+        peaks.append(max(m.peak for m in by_rank))
         report |= {
-            f"step, {tokens} tokens: peak MiB of a rank": peak,
-            f"step, {tokens} tokens: MiB above those before the step": rise,
-            f"step, {tokens} tokens: seconds": max(m.seconds for m in of_rank),
+            f"step, {tokens} tokens: peak MiB of a rank": peaks[-1],
+            f"step, {tokens} tokens: MiB above those before the step": rises[-1],
+            f"step, {tokens} tokens: seconds": max(m.seconds for m in by_rank),
         }
-    longer = lengths[-1] / lengths[0]
-    rise, peak = (last / first for first, last in zip(found[0], found[-1], strict=True))
+    growth = lengths[-1] / lengths[0]
     return report | {
-        "step: limit of the peak": LIMIT,
-        "step: growth of tokens": longer,
-        "step: growth of the peak / of tokens": peak / longer,
-        "step: growth of what is above those before / of tokens": rise / longer,
+        "step: limit of the peak": PEAK_LIMIT,
+        "step: growth of tokens": growth,
+        "step: growth of the peak / of tokens": peaks[-1] / peaks[0] / growth,
+        "step: growth of what is above those before / of tokens": rises[-1] / rises[0] / growth,
     }
 
 
@@ -243,9 +259,9 @@ def peaks(model: ModelConfig, lengths: Sequence[int], ranks: int) -> Report:
 SMALL = ModelConfig(hidden=128, heads=8, kv_heads=4, delta_key_dim=16, vocab=64)
 
 
-def sent(crew: Ranks, tokens: int) -> Report:
-    """What the busiest rank sends, counted and by formula, and whether both are equal on all."""
-    cases: dict[str, tuple[str, dict[str, Any]]] = {
+def bytes_sent(pool: RankPool, tokens: int) -> Report:
+    """Bytes that the busiest rank sends, counted and by formula, and whether all ranks' agree."""
+    cases: dict[str, tuple[str, dict[str, Any]]] = {  # name: pattern, fields of `[parallel]`
         variant: ("*", {"context": variant})
         for variant in ("ring", "ulysses", "ring+ulysses", "allgather")
     }
@@ -255,9 +271,9 @@ def sent(crew: Ranks, tokens: int) -> Report:
     report: Report = {}
     for name, (pattern, options) in cases.items():
         model = SMALL.changed(pattern=pattern)
-        recipe = train(model, ParallelConfig(cp=crew.size, **options), tokens)
-        counted = crew.run(traffic.counted, recipe)
-        formula = [traffic.formula(recipe, rank) for rank in range(crew.size)]
+        recipe = one_step_recipe(model, ParallelConfig(cp=pool.size, **options), tokens)
+        counted = pool.run(traffic.counted, recipe)
+        formula = [traffic.formula(recipe, rank) for rank in range(pool.size)]
         report[f"sent, {name}: bytes a rank, counted"] = max(counted)
         report[f"sent, {name}: by formula"] = max(formula)
         report[f"sent, {name}: equal on all ranks"] = counted == formula
@@ -265,9 +281,9 @@ def sent(crew: Ranks, tokens: int) -> Report:
 
 
 def run(
-    shape: Shape = TIMED,
+    timed_shape: Shape = TIMED_SHAPE,
     rounds: int = 7,
-    weighed: Shape = WEIGHED,
+    memory_shape: Shape = MEMORY_SHAPE,
     model: ModelConfig = HYBRID,
     lengths: Sequence[int] = (2**14, 2**15, 2**16, 2**17),
     ranks: int = RANKS,
@@ -275,18 +291,18 @@ def run(
     """Every figure beside its limit or reference.
 
     Args:
-        shape: of attention that is timed.
+        timed_shape: of the attention that is timed.
         rounds: of timing.
-        weighed: of attention whose memory is measured.
-        model: whose step's memory is measured.
-        lengths: in tokens, at which it is.
-        ranks: that share a sequence, but for timing: there it is two.
+        memory_shape: of the attention whose memory is measured.
+        model: whose training step's memory is measured.
+        lengths: in tokens, at which the step's memory is measured.
+        ranks: over which a sequence is sharded, except for timing, which takes two.
     """
     report: Report = {}
     for degree in (2, 4, 8):
-        report |= work(degree)
-    with Ranks(ranks) as crew:
-        report |= timed(crew, shape, rounds)
-        report |= kept(crew, weighed)
-        report |= sent(crew, tokens=512)
-    return report | peaks(model, lengths, ranks)
+        report |= work_balance(degree)
+    with RankPool(ranks) as pool:
+        report |= attention_times(pool, timed_shape, rounds)
+        report |= attention_memory(pool, memory_shape)
+        report |= bytes_sent(pool, tokens=512)
+    return report | step_peaks(model, lengths, ranks)

@@ -1,15 +1,15 @@
-"""`bench ladder`: how much of tensor parallelism's communication hides, between two hosts.
+"""`bench ladder`: how much of tensor parallelism's communication ladder hides between two hosts.
 
-Two ranks, one on each of two hosts (`hosts`), over a link so slow that communication takes about a
-third of the standard step. What runs is the wiring alone (`row`). Standard residual, ladder
-residual and the same work without communication take turns, forward and backward timed apart.
+Two ranks, one on each of two simulated hosts (`hosts`), over a link so slow that communication
+takes about a third of the standard step. Only a row of sub-blocks runs (`row`). The standard
+residual, the ladder residual and the same computation without communication take turns; forward and
+backward are timed separately.
 """
 
 import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -17,32 +17,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colonnade.bench import row
-from colonnade.bench.hosts import LINK, NETWORK, Host, Hosts
-from colonnade.bench.row import PATTERNS, RANKS, SHARE, VARIANTS, Row, Seams, Shape
+from colonnade.bench.hosts import ADDRESS_PREFIX, INTERFACE, Host, Hosts
+from colonnade.bench.row import COMMUNICATION_SHARE, PATTERNS, RANKS, VARIANTS, Row, Seams, Shape
 from colonnade.launcher.cluster.environment import cores
-from colonnade.launcher.cluster.ranks import settle_memory
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
-from colonnade.parallel.world import open_world
 
 PORT = 29500
-FASTEST = 1e10  # bytes/s: no limit
+UNLIMITED = 1e10  # bytes/s, more than the link can carry
 SHAPE = Shape()
 
 
 class Sample(NamedTuple):
-    """What one rank saw of one step."""
+    """What one rank measured in one step; `..._cpu` are seconds of processor time."""
 
     forward: float  # seconds
-    backward: float
-    forward_work: float  # seconds of this process's processor time
-    backward_work: float
-    machine_work: float  # seconds of all processors' time, for whatever purpose
-    sent: int  # bytes
+    backward: float  # seconds
+    forward_cpu: float  # of this process
+    backward_cpu: float  # of this process
+    machine_cpu: float  # of all programs on all processors
+    bytes_sent: int
 
 
-class _Gather(torch.autograd.Function):
-    """The shapes of gathering along the sequence, from this rank's part alone; backward as well."""
+class _LocalAllGather(torch.autograd.Function):
+    """Has the shapes of an all-gather along the sequence, but repeats the local shard.
+
+    Backward has the shapes of the reduce-scatter, and returns the first shard. Nothing is sent.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -53,8 +54,11 @@ class _Gather(torch.autograd.Function):
         return grad[: len(grad) // RANKS]
 
 
-class _Scatter(torch.autograd.Function):
-    """The shapes of reducing and scattering along the sequence; backward as well."""
+class _LocalReduceScatter(torch.autograd.Function):
+    """Has the shapes of a reduce-scatter along the sequence, but returns the first shard.
+
+    Backward has the shapes of the all-gather, and repeats the gradient. Nothing is sent.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -65,174 +69,206 @@ class _Scatter(torch.autograd.Function):
         return torch.cat([grad] * RANKS)
 
 
-def same(x: Tensor) -> Tensor:
-    """A seam that does nothing."""
+def identity(x: Tensor) -> Tensor:
+    """A seam that returns its argument."""
     return x
 
 
-def machine_work() -> float:
-    """Seconds that this machine's processors have worked since it started, all together."""
+def machine_cpu_seconds() -> float:
+    """Processor time that all programs on this machine have taken since it started, in seconds."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _, _, interrupt, soft = map(int, file.readline().split()[1:8])
     return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
 class Rank(Host):
-    """One rank: builds the wiring and times its steps."""
+    """One rank, which builds the row and times its steps."""
 
     def open(self) -> None:
-        """Bring up the link and join the other rank over it."""
+        """Brings up the link, and joins the other rank over it."""
         super().open()
-        torch.set_num_threads(1)
-        device = torch.device("cpu")
-        settle_memory(device)
-        os.environ["GLOO_SOCKET_IFNAME"] = LINK
-        store = dist.TCPStore(f"{NETWORK}1", PORT, RANKS, is_master=self.number == 0)
-        self.group = ExitStack()
-        self.world = self.group.enter_context(open_world(self.number, RANKS, device, store))
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+        store = dist.TCPStore(f"{ADDRESS_PREFIX}1", PORT, RANKS, is_master=self.index == 0)
+        self.join(RANKS, store)
         self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.world)
 
-    def close(self) -> None:
-        """Leave the group together with the other rank."""
-        self.group.close()
-
     def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
-        """Make a row, its input and the gradient of its output."""
+        """Builds a row, and lists the variants' `model.residual` and seams.
+
+        `sequence`: with sequence parallelism.
+        """
         self.row = Row(shape, pattern, sequence, self.mesh, self.world.device)
-        alone: Seams = (_Gather.apply, _Scatter.apply) if sequence else (same, same)
-        self.variants = {"none": ("standard", alone), "standard": ("standard", None)}
-        self.variants["ladder"] = "ladder", None
+        local_seams: Seams = (identity, identity)
+        if sequence:
+            local_seams = _LocalAllGather.apply, _LocalReduceScatter.apply
+        self.variants: dict[str, tuple[str, Seams | None]] = {
+            "none": ("standard", local_seams),
+            "standard": ("standard", None),
+            "ladder": ("ladder", None),
+        }
 
     def step(self, variant: str) -> Sample:
-        """One forward and one backward pass, each from a barrier to the last of its results."""
-        self.row.become(*self.variants[variant])
-        sent, machine = self.sent(), machine_work()
-        end, forward, forward_work = timed(self.row.forward)
-        _, backward, backward_work = timed(lambda: self.row.backward(end))
+        """Runs and measures a forward and a backward pass, each after a barrier."""
+        self.row.rewire(*self.variants[variant])
+        sent_before, machine_before = self.bytes_sent(), machine_cpu_seconds()
+        output, forward, forward_cpu = timed(self.row.forward)
+        _, backward, backward_cpu = timed(lambda: self.row.backward(output))
         return Sample(
             forward=forward,
             backward=backward,
-            forward_work=forward_work,
-            backward_work=backward_work,
-            machine_work=machine_work() - machine,
-            sent=self.sent() - sent,
+            forward_cpu=forward_cpu,
+            backward_cpu=backward_cpu,
+            machine_cpu=machine_cpu_seconds() - machine_before,
+            bytes_sent=self.bytes_sent() - sent_before,
         )
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result, seconds, and seconds of this process's processor time, from a barrier on."""
-    dist.barrier()
-    start, before = time.perf_counter(), time.process_time()
-    result = action()
-    return result, time.perf_counter() - start, time.process_time() - before
+    """Runs the action after a barrier.
 
-
-def rate_for(share: float, without: float, sent: float) -> float:
-    """The rate in bytes/s at which sending so many takes `share` of all time, the rest `without`.
-
-    `without` is the seconds of a step without communication.
+    Returns:
+        The action's result, its seconds, and the seconds of this process's processor time.
     """
-    return sent * (1 - share) / (share * without)
+    dist.barrier()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = action()
+    return result, time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def corrected(rate: float, share: float, without: float, standard: float) -> float:
-    """The rate that would have made communication `share` of a standard step of `standard` s."""
-    wanted = without * share / (1 - share)
-    return rate * (standard - without) / wanted
+def link_rate(share: float, compute_seconds: float, bytes_sent: float) -> float:
+    """The rate in bytes/s at which communication takes `share` of a step, if only bytes cost time.
+
+    Args:
+        share: communication's share of the step's time.
+        compute_seconds: of a step without communication.
+        bytes_sent: by a rank in a step.
+    """
+    return bytes_sent * (1 - share) / (share * compute_seconds)
+
+
+def corrected_rate(
+    rate: float, share: float, compute_seconds: float, standard_seconds: float
+) -> float:
+    """The rate in bytes/s at which communication would have taken `share` of the standard step.
+
+    Args:
+        rate: at which the steps were measured, in bytes/s.
+        share: communication's share of the step's time.
+        compute_seconds: of a step without communication.
+        standard_seconds: of a standard step at `rate`.
+    """
+    wanted = compute_seconds * share / (1 - share)  # seconds of communication
+    return rate * (standard_seconds - compute_seconds) / wanted
 
 
 def calibrate(hosts: Hosts, share: float, tries: int) -> float:
-    """Limit the link so that communication takes `share` of the standard step; bytes/s."""
+    """Limits the link so that communication takes `share` of the standard step.
 
-    def typical(variant: str) -> float:
-        return statistics.median(seconds(hosts.call("step", variant)) for _ in range(tries))
+    Returns:
+        The rate of the link in bytes/s.
+    """
 
-    hosts.call("limit", FASTEST)
-    for variant in VARIANTS:
-        sent = max(s.sent for s in hosts.call("step", variant))
-    rate = rate_for(share, typical("none"), sent)
-    for _ in range(2):  # what a collective takes besides the link's time per byte is seen only now
+    def median_seconds(variant: str) -> float:
+        return statistics.median(step_seconds(hosts.call("step", variant)) for _ in range(tries))
+
+    hosts.call("limit", UNLIMITED)
+    for variant in VARIANTS:  # warms up; the last variant communicates
+        bytes_sent = max(s.bytes_sent for s in hosts.call("step", variant))
+    rate = link_rate(share, median_seconds("none"), bytes_sent)
+    # A collective's costs besides the link's time per byte show only in steps at such a rate.
+    for _ in range(2):
         hosts.call("limit", rate)
-        better = corrected(rate, share, typical("none"), typical("standard"))
+        better = corrected_rate(rate, share, median_seconds("none"), median_seconds("standard"))
         rate = min(max(better, rate / 3), 3 * rate)
     hosts.call("limit", rate)
     return rate
 
 
-def seconds(samples: list[Sample]) -> float:
-    """Forward and backward of the slower rank."""
+def step_seconds(samples: list[Sample]) -> float:
+    """Seconds of forward and backward, each of its slower rank."""
     return max(s.forward for s in samples) + max(s.backward for s in samples)
 
 
-Rounds = dict[str, list[list[Sample]]]  # by variant: of each round, of each rank
+Rounds = dict[str, list[list[Sample]]]  # by variant, round and rank
 
 
-def hidden(steps: Rounds, of: str, blocks: int) -> dict[str, float]:
-    """How much communication hides in `forward` or `backward`, and how much at most could.
+def overlap_figures(rounds: Rounds, direction: str, blocks: int) -> dict[str, float]:
+    """The share of communication that ladder hides in `forward` or `backward`, with two bounds.
 
-    No order can hide the processor time that communication itself takes, where the cores that
-    compute do that work too.
+    Where the cores that compute also do the work of communication, no order of work can hide the
+    processor time of that.
     """
-    took = {
-        name: [max(getattr(s, of) for s in ranks) for ranks in rounds]
-        for name, rounds in steps.items()
+    seconds = {  # of the slower rank
+        name: [max(getattr(s, direction) for s in samples) for samples in by_round]
+        for name, by_round in rounds.items()
     }
-    work = {
-        name: [statistics.mean(getattr(s, f"{of}_work") for s in ranks) for ranks in rounds]
-        for name, rounds in steps.items()
+    cpu = {  # of the ranks' mean
+        name: [
+            statistics.mean(getattr(s, f"{direction}_cpu") for s in samples) for samples in by_round
+        ]
+        for name, by_round in rounds.items()
     }
-    figures = row.hidden(took, blocks)
-    busy = 1000 * (statistics.median(work["standard"]) - statistics.median(work["none"]))
+    figures = row.overlap_figures(seconds, blocks)
+    communication_cpu = 1000 * (
+        statistics.median(cpu["standard"]) - statistics.median(cpu["none"])
+    )  # ms
     exposed = figures["standard ms"] - figures["none ms"]
-    figures["processor ms of communication"] = busy
-    figures["bound by the ends and the processor"] = figures["bound by the ends"] - busy / exposed
+    figures["processor ms of communication"] = communication_cpu
+    figures["bound by the ends and the processor"] = (
+        figures["bound by the ends"] - communication_cpu / exposed
+    )
     return figures
 
 
-def assemble(steps: Rounds, blocks: int) -> dict[str, float]:
-    """The figures of one case: pattern and kind of parallelism."""
-    figures = row.steps({name: [seconds(r) for r in rounds] for name, rounds in steps.items()})
-    for of in ("forward", "backward"):
-        figures |= {f"{of}, {k}": value for k, value in hidden(steps, of, blocks).items()}
+def case_figures(rounds: Rounds, blocks: int) -> dict[str, float]:
+    """The figures of one case: a pattern, with or without sequence parallelism."""
+    figures = row.step_figures(
+        {name: [step_seconds(samples) for samples in by_round] for name, by_round in rounds.items()}
+    )
+    for direction in ("forward", "backward"):
+        overlap = overlap_figures(rounds, direction, blocks)
+        figures |= {f"{direction}, {name}": value for name, value in overlap.items()}
     return figures
 
 
-def others(steps: Rounds) -> float:
-    """The share of the processors that other programs took, seen in steps without communication."""
-    taken = [
-        max(s.machine_work for s in ranks) - sum(s.forward_work + s.backward_work for s in ranks)
-        for ranks in steps["none"]
+def other_programs_share(rounds: Rounds) -> float:
+    """The share of the processors that other programs took during steps without communication."""
+    cpu = [
+        max(s.machine_cpu for s in samples) - sum(s.forward_cpu + s.backward_cpu for s in samples)
+        for samples in rounds["none"]
     ]
-    time = [seconds(ranks) for ranks in steps["none"]]
-    return max(0.0, sum(taken) / (sum(time) * (os.cpu_count() or 1)))
+    seconds = [step_seconds(samples) for samples in rounds["none"]]
+    return max(0.0, sum(cpu) / (sum(seconds) * (os.cpu_count() or 1)))
 
 
 def measure(
-    hosts: Hosts, shape: Shape, pattern: str, sequence: bool, rounds: int, share: float
+    hosts: Hosts, shape: Shape, pattern: str, sequence: bool, round_count: int, share: float
 ) -> dict[str, float]:
-    """The figures of one case."""
+    """Measures one case, and returns its figures."""
     hosts.call("build", shape, pattern, sequence)
-    rate = calibrate(hosts, share, tries=min(3, rounds))
-    steps: Rounds = {variant: [] for variant in VARIANTS}
-    for _ in range(rounds):
+    rate = calibrate(hosts, share, tries=min(3, round_count))
+    rounds: Rounds = {variant: [] for variant in VARIANTS}
+    for _ in range(round_count):
         for variant in VARIANTS:
-            steps[variant].append(hosts.call("step", variant))
+            rounds[variant].append(hosts.call("step", variant))
     return {
         "link Mbit/s": 8e-6 * rate,
-        "MB that a rank sends": 1e-6 * max(s.sent for s in steps["standard"][-1]),
-        "other programs' share of the processors": others(steps),
-        **assemble(steps, shape.blocks),
+        "MB that a rank sends": 1e-6 * max(s.bytes_sent for s in rounds["standard"][-1]),
+        "other programs' share of the processors": other_programs_share(rounds),
+        **case_figures(rounds, shape.blocks),
     }
 
 
-def run(shape: Shape = SHAPE, rounds: int = 5, share: float = SHARE) -> dict[str, Any]:
+def run(
+    shape: Shape = SHAPE, rounds: int = 5, share: float = COMMUNICATION_SHARE
+) -> dict[str, Any]:
     """Medians over rounds in which the three variants take turns; times are the slower rank's.
 
     Raises:
-        UserError: this machine cannot play two hosts.
+        UserError: this machine cannot simulate two hosts.
     """
-    way = f"over gloo, 1 thread a rank, {cores()} cores"
-    report: dict[str, Any] = {"shape": f"{shape}; {way}"}
+    transport = f"over gloo, 1 thread a rank, {cores()} cores"
+    report: dict[str, Any] = {"shape": f"{shape}; {transport}"}
     with Hosts(Rank) as hosts:
         for pattern, name in PATTERNS.items():
             for sequence in (True, False):

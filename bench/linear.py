@@ -15,7 +15,7 @@ SHAPES = ((2048, 512, 512), (2048, 1408, 512), (2048, 512, 1408), (512, 8192, 51
 
 
 def run(rounds: int = 9) -> dict[str, Any]:
-    """GFLOP/s of each for several `M x N x K` in fp32, the ratio, and which one a run would use.
+    """GFLOP/s of either library for several `M x N x K` in fp32, the ratio, and a run's choice.
 
     Raises:
         UserError: this build of PyTorch has no oneDNN.
@@ -30,7 +30,7 @@ def run(rounds: int = 9) -> dict[str, Any]:
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    won = []
+    speedups = []  # of the chosen library over MKL
     for m, n, k in SHAPES:
         x, weight, grad = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
         pairs = {"forward": (x, weight), "input": (grad, weight.T), "weight": (grad.T, x.T)}
@@ -45,8 +45,8 @@ def run(rounds: int = 9) -> dict[str, Any]:
             rates = [2e-9 * m * n * k / statistics.median(s) for s in seconds.values()]
             ratio = median_ratio(seconds["MKL"], seconds["oneDNN"])
             chosen = "oneDNN" if choice[class_of(a, b)] else "MKL"
-            won.append(ratio if chosen == "oneDNN" else 1.0)
+            speedups.append(ratio if chosen == "oneDNN" else 1.0)
             report[f"{m}x{n}x{k} {name}"] = (
                 f"oneDNN {rates[0]:.0f}, MKL {rates[1]:.0f} GFLOP/s, ratio {ratio:.2f}: {chosen}"
             )
-    return report | {"chosen / MKL, median": statistics.median(won), "least": min(won)}
+    return report | {"chosen / MKL, median": statistics.median(speedups), "least": min(speedups)}

@@ -1,6 +1,6 @@
-"""`bench loader`: batches from a token file, beside writing as many bytes.
+"""`bench loader`: reading batches from a token file, beside a copy of as many bytes.
 
-The floor is a plain copy of the four tensors that a batch consists of: no loader can be faster.
+The floor is a plain copy of the four tensors of a batch: no loader can be faster.
 """
 
 import itertools
@@ -16,14 +16,15 @@ from colonnade.launcher.data import IndexedWriter, open_data
 from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 
-MEAN, BATCH, SEQ = 1000, 8, 4096
+MEAN_LENGTH, BATCH, SEQ = 1000, 8, 4096
 
 
 def write_tokens(prefix: Path, vocab: int, count: int) -> None:
-    """A file of random documents, about MEAN tokens each."""
+    """Writes a file of random documents of about MEAN_LENGTH tokens each."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab, (count,), generator=generator, dtype=torch.int32).numpy()
-    lengths = torch.randint(1, 2 * MEAN, (count // MEAN,), generator=generator).tolist()
+    documents = count // MEAN_LENGTH
+    lengths = torch.randint(1, 2 * MEAN_LENGTH, (documents,), generator=generator).tolist()
     with IndexedWriter(prefix, token_dtype(vocab)) as writer:
         start = 0
         for length in lengths:
@@ -32,7 +33,7 @@ def write_tokens(prefix: Path, vocab: int, count: int) -> None:
 
 
 def run(count: int = 64_000_000, batches: int = 40, rounds: int = 9) -> dict[str, Any]:
-    """Tokens/s of `Rows.batch` in one process, the copy's, and the share reached."""
+    """Tokens/s of `Rows.batch` in one process and of the copy, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "tokens"
         vocab = 50_000
@@ -59,7 +60,7 @@ def run(count: int = 64_000_000, batches: int = 40, rounds: int = 9) -> dict[str
         seconds = alternate({"loader": read, "copy": copy}, rounds=rounds)
     tokens = batches * BATCH * SEQ
     return {
-        "shape": f"sequence {SEQ}, batch {BATCH}, documents of {MEAN} tokens, u16 on disk",
+        "shape": f"sequence {SEQ}, batch {BATCH}, documents of {MEAN_LENGTH} tokens, u16 on disk",
         "threads": torch.get_num_threads(),
         "loader tokens/s": tokens / statistics.median(seconds["loader"]),
         "copy tokens/s (floor)": tokens / statistics.median(seconds["copy"]),

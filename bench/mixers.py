@@ -1,8 +1,8 @@
 """`bench mixers`: chunked sequence mixers beside their token recurrences and transformers' code.
 
-Forward and backward, all from the same tensors, in alternation. transformers' functions run in the
-plain PyTorch that it has for CPUs, in the layout its own mixers hand them. Memory is PyTorch's:
-what autograd keeps for backward, and the most that is allocated at a time, inputs left out.
+Forward and backward, all on the same tensors, in alternation. transformers' functions run in plain
+PyTorch, its path for CPUs, in the memory layout that its mixers pass them. Memory is PyTorch's: the
+bytes that autograd saves for backward, and the peak of allocated bytes, both without the inputs.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from colonnade.bench import need
+from colonnade.bench import require_packages
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.kernels.delta import delta_rule, delta_rule_recurrence
 from colonnade.kernels.s4d import s4d, s4d_recurrence
@@ -28,47 +28,59 @@ from colonnade.kernels.ssd import ssd, ssd_recurrence
 
 # Heads H of width P (keys and values alike), state width N; Mamba-1: CHANNELS with STATE each.
 H, P, N, CHANNELS, STATE = 8, 64, 128, 512, 16
-PAIRS = 32  # S4D's complex states of a channel
+PAIRS = 32  # complex states of an S4D channel
 CHUNK = {"ssd": 64, "s4d": 64, "selective_scan": 64, "delta_rule": 64, "delta_rule gated": 64}
 
-Run = Callable[..., Tensor]  # of the leaves, to outputs `[S, B, ...]`
+Kernel = Callable[..., Tensor]  # from the inputs to outputs `[S, B, ...]`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel, and what computes the same from the same tensors."""
+    """One chunked kernel, and the functions that compute the same from the same tensors.
+
+    Attributes:
+        shape: the sizes, for the report.
+        inputs: of `chunked` and `recurrence`; they require gradients.
+        chunked: the kernel.
+        recurrence: the token recurrence.
+        floor: measures a lower bound of the kernel's seconds.
+        peer: transformers' function; None: it has none.
+        peer_inputs: the same tensors in the layout of `peer`.
+    """
 
     shape: str
-    leaves: list[Tensor]
-    chunked: Run
-    recurrence: Run
-    floor: Callable[[], float]  # seconds
-    theirs: Run | None = None
-    their_leaves: Sequence[Tensor] = ()
+    inputs: list[Tensor]
+    chunked: Kernel
+    recurrence: Kernel
+    floor: Callable[[], float]
+    peer: Kernel | None = None
+    peer_inputs: Sequence[Tensor] = ()
 
 
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous copies that want gradients."""
-    kind = torch.contiguous_format
-    return [t.detach().clone(memory_format=kind).requires_grad_() for t in tensors]
+def grad_copies(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous copies that require gradients."""
+    contiguous = torch.contiguous_format
+    return [t.detach().clone(memory_format=contiguous).requires_grad_() for t in tensors]
 
 
 def batch_first(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`[S, B, ...]` to contiguous `[B, S, ...]`; vectors as they are."""
-    return leaves(*(t.transpose(0, 1) if t.dim() > 1 else t for t in tensors))
+    """Copies `[S, B, ...]` to contiguous `[B, S, ...]`, and vectors as they are."""
+    return grad_copies(*(t.transpose(0, 1) if t.dim() > 1 else t for t in tensors))
 
 
 def ssd_case(S: int) -> Case:
-    """Mamba-2."""
+    """Mamba-2; transformers takes `[B, S, ...]`."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     chunk = CHUNK["ssd"]
-    inputs = leaves(
+    inputs = grad_copies(
         torch.randn(S, 1, H, P), torch.rand(S, 1, H) * 0.1, -1 - 15 * torch.rand(H),
         torch.randn(S, 1, 1, N), torch.randn(S, 1, 1, N), torch.ones(H),
     )  # fmt: skip
 
-    def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    def transformers_scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+    ) -> Tensor:
         return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, D=D).transpose(0, 1)
 
     return Case(
@@ -77,21 +89,22 @@ def ssd_case(S: int) -> Case:
         lambda *t: ssd(*t, chunk=chunk)[0],
         lambda *t: ssd_recurrence(*t)[0],
         lambda: product_seconds(S * (chunk * (N + H * P) + 2 * H * P * N)),
-        theirs,
+        transformers_scan,
         batch_first(inputs),
     )
 
 
 def selective_scan_case(S: int) -> Case:
-    """Mamba-1. transformers wants `[B, C, S]`."""
+    """Mamba-1; transformers takes `[B, C, S]`."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     C = CHANNELS
-    inputs = leaves(
+    inputs = grad_copies(
         torch.randn(S, 1, C), torch.rand(S, 1, C) * 0.1, -1 - 15 * torch.rand(C, STATE),
         torch.randn(S, 1, STATE), torch.randn(S, 1, STATE), torch.ones(C),
     )  # fmt: skip
-    # x, dt, y and their gradients once, x and dt again backward; so B and C, which give no y
+    # Forward reads x and dt and writes y; backward reads x, dt and y's gradient and writes those of
+    # x and dt: 8 C numbers a token. B and C are read twice, their gradients written: 6 STATE.
     moved = 4 * S * (8 * C + 6 * STATE)
     return Case(
         f"S={S} B=1 C={C} N={STATE} chunk={CHUNK['selective_scan']}",
@@ -100,14 +113,14 @@ def selective_scan_case(S: int) -> Case:
         lambda *t: selective_scan_recurrence(*t)[0],
         lambda: moved / bandwidth(),
         lambda *t: mamba_selective_scan(*t).movedim(2, 0),
-        leaves(*(t.movedim(0, 2) if t.dim() == 3 else t for t in inputs)),
+        grad_copies(*(t.movedim(0, 2) if t.dim() == 3 else t for t in inputs)),
     )
 
 
 def s4d_case(S: int) -> Case:
-    """S4D, which transformers does not have."""
+    """S4D; transformers does not have it."""
     C, chunk = CHANNELS, CHUNK["s4d"]
-    inputs = leaves(
+    inputs = grad_copies(
         torch.randn(S, 1, C), torch.rand(C) * 0.1, torch.full((C, PAIRS), -0.5),
         math.pi * torch.arange(float(PAIRS)).expand(C, PAIRS), torch.randn(C, PAIRS),
         torch.randn(C, PAIRS), torch.ones(C),
@@ -122,22 +135,25 @@ def s4d_case(S: int) -> Case:
 
 
 def delta_case(S: int, gated: bool) -> Case:
-    """DeltaNet, and gated DeltaNet with two value heads to a key head as in Qwen3-Next."""
+    """DeltaNet, or gated DeltaNet with two value heads per key head as in Qwen3-Next.
+
+    transformers takes `[B, S, ...]`, and has the gated rule only.
+    """
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     chunk, K = CHUNK["delta_rule"], H // 2 if gated else H
-    inputs = leaves(
+    inputs = grad_copies(
         torch.randn(S, 1, K, P), F.normalize(torch.randn(S, 1, K, P), dim=-1),
         torch.randn(S, 1, H, P), torch.rand(S, 1, H), -0.1 * torch.rand(S, 1, H),
     )[: 5 if gated else 4]  # fmt: skip
 
-    def ours(q: Tensor, *rest: Tensor) -> Tensor:
+    def chunked(q: Tensor, *rest: Tensor) -> Tensor:
         return delta_rule(q * P**-0.5, *rest, chunk=chunk)[0]
 
     def recurrence(q: Tensor, *rest: Tensor) -> Tensor:
         return delta_rule_recurrence(q * P**-0.5, *rest)[0]
 
-    def theirs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+    def transformers_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
         y, _ = torch_chunk_gated_delta_rule(q, k, v, decay, beta, chunk_size=chunk)
         return y.transpose(0, 1)
 
@@ -145,10 +161,10 @@ def delta_case(S: int, gated: bool) -> Case:
     return Case(
         f"S={S} B=1 K={K} H={H} P=V={P} chunk={chunk}",
         inputs,
-        ours,
+        chunked,
         recurrence,
         lambda: product_seconds(multiply_adds),
-        theirs if gated else None,
+        transformers_rule if gated else None,
         batch_first(inputs),
     )
 
@@ -163,32 +179,35 @@ CASES: dict[str, Callable[[int], Case]] = {
 
 
 def product_seconds(multiply_adds: float) -> float:
-    """Forward and twice that backward, at the speed of a product of 1024 x 1024 matrices."""
+    """Seconds of forward, and of backward with twice as many multiply-adds.
+
+    They run at the measured speed of a product of 1024 x 1024 matrices.
+    """
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     (seconds,) = alternate({"product": lambda: a @ b}, rounds=9).values()
     return 3 * multiply_adds / 1024**3 * statistics.median(seconds)
 
 
 def bandwidth() -> float:
-    """Bytes per second that a copy reads and writes."""
+    """Memory bandwidth in bytes/s: what a copy reads and writes."""
     source = torch.ones(2**25)
     target = torch.empty_like(source)
     (seconds,) = alternate({"copy": lambda: target.copy_(source)}, rounds=5).values()
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def both(run: Run, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    """Forward and backward."""
+def forward_backward(kernel: Kernel, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """An action that runs a kernel forward and backward."""
 
     def action() -> object:
-        y = run(*inputs)
+        y = kernel(*inputs)
         return torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return action
 
 
-def kept_bytes(run: Run, inputs: Sequence[Tensor]) -> int:
-    """What autograd keeps for backward beside the inputs, each storage once."""
+def saved_bytes(kernel: Kernel, inputs: Sequence[Tensor]) -> int:
+    """Bytes that autograd saves for backward besides the inputs; each storage counts once."""
     storages: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -197,42 +216,52 @@ def kept_bytes(run: Run, inputs: Sequence[Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = run(*inputs)  # alive, so that no storage's address is used again
-    given = {t.untyped_storage().data_ptr() for t in inputs}
+        y = kernel(*inputs)  # kept alive, so that no storage's address is reused
+    input_addresses = {t.untyped_storage().data_ptr() for t in inputs}
     del y
-    return sum(size for address, size in storages.items() if address not in given)
+    return sum(size for address, size in storages.items() if address not in input_addresses)
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
-    """The most that PyTorch's allocator holds at a time, beyond what it held before."""
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    """The peak of the bytes that the action allocates through PyTorch, beyond those before it."""
+    activities = [ProfilerActivity.CPU]
+    with _stderr_discarded(), profile(activities=activities, profile_memory=True) as profiler:
         action()
-    now = most = 0
-    for event in profiled.profiler.kineto_results.events():
+    allocated = peak = 0
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without standard error, on which the profiler announces itself."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def _stderr_discarded() -> Iterator[None]:
+    """Discards standard error, to which the profiler prints a notice."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
-def speed(name: str, S: int, theirs_at: int, rounds: int) -> dict[str, Any]:
-    """One kernel's times and ratios, at S tokens and beside transformers at `theirs_at`."""
+def speed(name: str, S: int, peer_tokens: int, rounds: int) -> dict[str, Any]:
+    """One kernel's times and ratios: beside its recurrence, and beside transformers if it has one.
+
+    Args:
+        name: of a case in `CASES`.
+        S: tokens beside the recurrence.
+        peer_tokens: tokens beside transformers.
+        rounds: of either alternation.
+    """
     case = CASES[name](S)
-    contestants = {"chunked": case.chunked, "recurrence": case.recurrence}
-    seconds = alternate({n: both(run, case.leaves) for n, run in contestants.items()}, rounds)
+    kernels = {"chunked": case.chunked, "recurrence": case.recurrence}
+    seconds = alternate(
+        {n: forward_backward(kernel, case.inputs) for n, kernel in kernels.items()}, rounds
+    )
     floor = case.floor()
     report: dict[str, Any] = {
         f"{name}: shape": case.shape,
@@ -242,51 +271,51 @@ def speed(name: str, S: int, theirs_at: int, rounds: int) -> dict[str, Any]:
         ),
         f"{name}: floor ms": 1e3 * floor,
         f"{name}: largest difference from recurrence": difference(
-            case.chunked(*case.leaves), case.recurrence(*case.leaves)
+            case.chunked(*case.inputs), case.recurrence(*case.inputs)
         ),
     }
-    if case.theirs is None:
+    if case.peer is None:
         return report
-    case = CASES[name](theirs_at)
-    assert case.theirs is not None
+    case = CASES[name](peer_tokens)
+    assert case.peer is not None
     seconds = alternate(
         {
-            "chunked": both(case.chunked, case.leaves),
-            "transformers": both(case.theirs, case.their_leaves),
+            "chunked": forward_backward(case.chunked, case.inputs),
+            "transformers": forward_backward(case.peer, case.peer_inputs),
         },
         rounds,
     )
     return report | {
-        f"{name}: transformers at S": theirs_at,
+        f"{name}: transformers at S": peer_tokens,
         f"{name}: transformers ms": 1e3 * statistics.median(seconds["transformers"]),
         f"{name}: speed, chunked / transformers": median_ratio(
             seconds["transformers"], seconds["chunked"]
         ),
         f"{name}: largest difference from transformers": difference(
-            case.chunked(*case.leaves), case.theirs(*case.their_leaves)
+            case.chunked(*case.inputs), case.peer(*case.peer_inputs)
         ),
     }
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest, relative to the largest element of b."""
+    """The largest difference of an element, relative to the largest element of b."""
     return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 def memory(name: str, lengths: Sequence[int]) -> dict[str, Any]:
-    """MiB kept and at the peak, by length, and the largest growth from one to the next."""
+    """MiB saved for backward and at the peak by length, and the largest growth between lengths."""
     report: dict[str, Any] = {}
-    kept, peak = [], []
+    saved, peak = [], []
     for S in lengths:
         case = CASES[name](S)
-        kept.append(kept_bytes(case.chunked, case.leaves) / 2**20)
-        peak.append(peak_bytes(both(case.chunked, case.leaves)) / 2**20)
-    for what, sizes in (("kept beside the inputs", kept), ("at the peak", peak)):
-        report[f"{name}: MiB {what}"] = ", ".join(
+        saved.append(saved_bytes(case.chunked, case.inputs) / 2**20)
+        peak.append(peak_bytes(forward_backward(case.chunked, case.inputs)) / 2**20)
+    for quantity, sizes in (("kept beside the inputs", saved), ("at the peak", peak)):
+        report[f"{name}: MiB {quantity}"] = ", ".join(
             f"{size:.1f} at {S}" for S, size in zip(lengths, sizes, strict=True)
         )
         growth = [b / a for a, b in itertools.pairwise(sizes)]
-        report[f"{name}: growth of MiB {what} on doubling S"] = max(growth)
+        report[f"{name}: growth of MiB {quantity} on doubling S"] = max(growth)
     return report
 
 
@@ -294,7 +323,7 @@ def run(
     S: int = 2048,
     rounds: int = 5,
     lengths: Sequence[int] = (2048, 4096, 8192),
-    slow: int = 512,
+    selective_scan_peer_tokens: int = 512,
 ) -> dict[str, Any]:
     """Times, ratios, floors and memory of every chunked kernel.
 
@@ -302,12 +331,13 @@ def run(
         S: tokens.
         rounds: of every alternation.
         lengths: tokens at which memory is measured, each twice the one before.
-        slow: tokens beside transformers' selective scan, whose backward is quadratic in them.
+        selective_scan_peer_tokens: tokens beside transformers' selective scan, whose backward is
+            quadratic in them.
 
     Raises:
         UserError: transformers is not installed.
     """
-    need("mixers", "transformers")
+    require_packages("mixers", "transformers")
     torch.manual_seed(0)
     report: dict[str, Any] = {
         "threads": torch.get_num_threads(),
@@ -315,6 +345,7 @@ def run(
         "floor": "products at the speed of a 1024³ one; selective_scan: bytes moved once",
     }
     for name in CASES:
-        report |= speed(name, S, min(S, slow) if name == "selective_scan" else S, rounds)
+        peer_tokens = min(S, selective_scan_peer_tokens) if name == "selective_scan" else S
+        report |= speed(name, S, peer_tokens, rounds)
         report |= memory(name, lengths)
     return report

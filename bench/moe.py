@@ -1,8 +1,8 @@
 """`bench moe`: our mixture of experts beside transformers' Mixtral block, a loop over experts.
 
-Forward and backward of the whole sub-block, router included and losses left out, same weights, same
-tokens, in alternation. The floor is the experts' products alone, as PyTorch has them, every expert
-with its fair share of the rows.
+Forward and backward of the sub-block with its router and without balancing losses, on the same
+weights and tokens, in alternation. The floor is PyTorch's matrix products of the experts only, with
+an equal share of the rows for each expert.
 """
 
 import statistics
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.bench import need
+from colonnade.bench import require_packages
 from colonnade.bench.timing import alternate, median_ratio
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import CARDS, ModelConfig
@@ -23,8 +23,8 @@ SIZES = ((2048, 256, 512), (512, 256, 512), (2048, 512, 1408), (8192, 128, 256))
 STD = 0.05
 
 
-def our_block(D: int, F: int, capacity: float | None) -> SubBlock:
-    """The `E` sub-block with random weights."""
+def colonnade_block(D: int, F: int, capacity: float | None) -> SubBlock:
+    """Our `E` sub-block with random weights."""
     config = ModelConfig(
         pattern="E", hidden=D, ffn=F, experts=EXPERTS, top_k=TOP_K, capacity=capacity, balance=0.0
     )
@@ -35,8 +35,8 @@ def our_block(D: int, F: int, capacity: float | None) -> SubBlock:
     return block
 
 
-def their_block(weights: dict[str, Tensor], D: int, F: int) -> torch.nn.Module:
-    """MixtralSparseMoeBlock with these weights of ours."""
+def mixtral_block(weights: dict[str, Tensor], D: int, F: int) -> torch.nn.Module:
+    """transformers' MixtralSparseMoeBlock with the weights of our sub-block, by parameter name."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -45,7 +45,7 @@ def their_block(weights: dict[str, Tensor], D: int, F: int) -> torch.nn.Module:
         intermediate_size=F,
         num_local_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
-        experts_implementation="eager",  # type: ignore[call-arg]  # taken by its base class
+        experts_implementation="eager",  # type: ignore[call-arg]  # an argument of its base class
     )
     block = MixtralSparseMoeBlock(config)
     gate, up = weights["gate"], weights["up"]
@@ -60,7 +60,7 @@ def their_block(weights: dict[str, Tensor], D: int, F: int) -> torch.nn.Module:
 
 
 def floor_step(T: int, D: int, F: int) -> Callable[[], None]:
-    """Gate, up and down of every expert with T k / E rows, and both gradients of each."""
+    """The products with gate, up and down of every expert on T k / E rows, and both gradients."""
     rows = T * TOP_K // EXPERTS
     shapes = [(D, F), (D, F), (F, D)] * EXPERTS
     products = [(torch.randn(rows, i), torch.randn(o, i), torch.randn(rows, o)) for i, o in shapes]
@@ -75,35 +75,37 @@ def floor_step(T: int, D: int, F: int) -> Callable[[], None]:
 
 
 def compare(T: int, D: int, F: int, rounds: int) -> dict[str, Any]:
-    """One size: milliseconds of each, ratios, and how far the two blocks' outputs are apart."""
+    """One size: milliseconds of each, ratios, and the difference of the two blocks' outputs."""
     x = torch.randn(T, 1, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
     positions = torch.arange(T)[:, None]
-    ours = {"ours": our_block(D, F, None), "capacity 1.0": our_block(D, F, 1.0)}
-    theirs = their_block(dict(ours["ours"].named_parameters()), D, F)
-    theirs.train()
+    ours = {"ours": colonnade_block(D, F, None), "capacity 1.0": colonnade_block(D, F, 1.0)}
+    mixtral = mixtral_block(dict(ours["ours"].named_parameters()), D, F)
+    mixtral.train()
 
-    def mix(block: SubBlock) -> Tensor:
+    def forward(block: SubBlock) -> Tensor:
         context = Context(positions)
         return block.finish(block.begin(x, context), context)
 
     outputs: dict[str, Callable[[], Tensor]] = {
-        **{name: lambda block=block: mix(block) for name, block in ours.items()},  # type: ignore[misc]
-        "transformers": lambda: theirs(x.transpose(0, 1)).transpose(0, 1),
+        **{name: lambda block=block: forward(block) for name, block in ours.items()},  # type: ignore[misc]
+        "transformers": lambda: mixtral(x.transpose(0, 1)).transpose(0, 1),
     }
-    modules: dict[str, torch.nn.Module] = {**ours, "transformers": theirs}
+    modules: dict[str, torch.nn.Module] = {**ours, "transformers": mixtral}
     grad = torch.randn(T, 1, D)
 
-    def both(name: str) -> Callable[[], object]:
-        wanted = [x, *modules[name].parameters()]
-        return lambda: torch.autograd.grad(outputs[name](), wanted, grad)
+    def forward_backward(name: str) -> Callable[[], object]:
+        inputs = [x, *modules[name].parameters()]
+        return lambda: torch.autograd.grad(outputs[name](), inputs, grad)
 
     seconds = alternate(
-        {**{name: both(name) for name in outputs}, "floor": floor_step(T, D, F)}, rounds, warmup=2
+        {**{name: forward_backward(name) for name in outputs}, "floor": floor_step(T, D, F)},
+        rounds,
+        warmup=2,
     )
     with torch.no_grad():
         expected = outputs["transformers"]()
-        apart = (outputs["ours"]() - expected).abs().max() / expected.abs().max()
-    kept = ours["capacity 1.0"].begin(x, Context(positions)).order.keep_mask
+        difference = (outputs["ours"]() - expected).abs().max() / expected.abs().max()
+    keep_mask = ours["capacity 1.0"].begin(x, Context(positions)).order.keep_mask
     size = f"T={T} D={D} F={F}"
     return {
         **{f"{size}: {n} ms": 1e3 * statistics.median(s) for n, s in seconds.items()},
@@ -111,8 +113,8 @@ def compare(T: int, D: int, F: int, rounds: int) -> dict[str, Any]:
             f"{size}: speed, {n} / transformers": median_ratio(seconds["transformers"], seconds[n])
             for n in ("ours", "capacity 1.0", "floor")
         },
-        f"{size}: choices dropped at capacity 1.0": 1 - kept.float().mean().item(),
-        f"{size}: largest difference of ours from transformers": float(apart),
+        f"{size}: choices dropped at capacity 1.0": 1 - keep_mask.float().mean().item(),
+        f"{size}: largest difference of ours from transformers": float(difference),
     }
 
 
@@ -122,7 +124,7 @@ def run(sizes: Sequence[tuple[int, int, int]] = SIZES, rounds: int = 15) -> dict
     Raises:
         UserError: transformers is not installed.
     """
-    need("moe", "transformers")
+    require_packages("moe", "transformers")
     report: dict[str, Any] = {
         "shape": f"{EXPERTS} experts, top {TOP_K}, fp32, forward and backward",
         "threads": torch.get_num_threads(),

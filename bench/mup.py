@@ -1,10 +1,11 @@
 """`bench mup`: a coordinate check of muP beside the standard parametrisation, with a plot.
 
 Models of several widths take a few steps of Adam on the same text. Under muP (arXiv:2203.03466)
-what these change in the outputs of sub-blocks neither grows nor vanishes with width; under the
-standard parametrisation it grows. (The logits' change falls at first: the share that passes through
-the head's first weights does, until the learned share outweighs it.) A sweep of learning rates at
-two widths shows what that is for: the best one stays.
+the change that these steps make in the outputs of sub-blocks neither grows nor vanishes with width;
+under the standard parametrisation it grows. (The change of the logits falls with width at first:
+the share of it that passes through the head's initial weights falls, until the learned share
+outweighs it.) A sweep of learning rates at two widths shows the use of that: the best learning rate
+stays the same.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.bench import need
+from colonnade.bench import require_packages
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.config import CARDS, ModelConfig
@@ -26,17 +27,23 @@ from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
 
 PATTERN = "*-MmGE"
-SWEPT = "*-*-"
-KINDS = ("standard", "muP")
+SWEEP_PATTERN = "*-*-"
+PARAMETRISATIONS = ("standard", "muP")
 LR = 2**-9  # of the coordinate check
 RATES = tuple(2.0**-n for n in range(11, 4, -1))  # of the sweep
-S, B, VOCAB = 64, 8, 256  # tokens a row, rows, bytes
+S, B, VOCAB = 64, 8, 256  # tokens per row, rows, vocabulary: bytes
 
-Changes = dict[int, dict[str, list[float]]]  # by width and output, after each step
+Changes = dict[int, dict[str, list[float]]]  # by width, output and step
 
 
-def config_of(pattern: str, width: int, base: int | None) -> ModelConfig:
-    """A model whose every width grows with `width`, heads and experts in number or inner width."""
+def model_config(pattern: str, width: int, base: int | None) -> ModelConfig:
+    """The config of a model all of whose widths grow with `width`.
+
+    Attention, Mamba and DeltaNet get more heads, experts a larger inner width.
+
+    Args:
+        base: the width of muP's base model; None: the standard parametrisation.
+    """
 
     def widths(n: int) -> dict[str, int]:
         heads = {f"{mixer}_heads": n // 16 for mixer in ("mamba", "delta")}
@@ -51,24 +58,24 @@ def config_of(pattern: str, width: int, base: int | None) -> ModelConfig:
     )  # fmt: skip
 
 
-def started(config: ModelConfig, seed: int = 0) -> Decoder:
-    """The model with its first weights."""
+def initialised_model(config: ModelConfig, seed: int = 0) -> Decoder:
+    """A model with its initial weights."""
     with torch.device("meta"):
         model = Decoder(config)
     materialise(model, torch.device("cpu"), seed)
     return model
 
 
-def text(batches: int) -> Tensor:
-    """Bytes of one file of the standard library, `[batches, S + 1, B]`, at random places."""
+def random_batches(count: int) -> Tensor:
+    """Bytes of one file of the standard library from random offsets, `[count, S + 1, B]`."""
     data = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(data) - S, (batches, 1, B), generator=generator)
+    starts = torch.randint(len(data) - S, (count, 1, B), generator=generator)
     return data[starts + torch.arange(S + 1)[:, None]].long()
 
 
 def step(model: Decoder, optimizer: Optimizer, lr: float, rows: Tensor) -> float:
-    """One step; the loss before it, in nats per byte."""
+    """Trains one step on rows `[S + 1, B]`; returns the loss before it, in nats per byte."""
     loss = model(rows[:-1], context(), rows[1:])[0] / rows[1:].numel()
     optimizer.zero_grad()
     loss.backward()
@@ -77,42 +84,42 @@ def step(model: Decoder, optimizer: Optimizer, lr: float, rows: Tensor) -> float
 
 
 def context() -> Context:
-    """Whole rows."""
+    """The context of rows that hold one document each."""
     return Context(torch.arange(S)[:, None].expand(S, B))
 
 
 def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
-    """What every sub-block adds to the stream, and the logits."""
-    found: dict[str, Tensor] = {}
+    """The output that every sub-block adds to the stream, and the logits, by name."""
+    captured: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, given, output: found.__setitem__(name, output)
+    def capture(name: str) -> Any:
+        return lambda module, inputs, output: captured.__setitem__(name, output)
 
     handles = []
     for t, symbol in enumerate(model.config.symbols):
         block = model.wiring.block(t)
-        handles.append(block.second.register_forward_hook(keep(f"{t} {CARDS[symbol].title}")))
+        handles.append(block.second.register_forward_hook(capture(f"{t} {CARDS[symbol].title}")))
     with evaluating(model):
-        found["logits"] = model(tokens, context())
+        captured["logits"] = model(tokens, context())
     for handle in handles:
         handle.remove()
-    return found
+    return captured
 
 
 def coordinates(pattern: str, widths: Sequence[int], base: int | None, steps: int) -> Changes:
     """Mean absolute change of every output since the start, by width, after each step."""
-    rows = text(1)[0]
+    rows = random_batches(1)[0]
     changes: Changes = {}
     for width in widths:
-        model = started(config_of(pattern, width, base))
+        model = initialised_model(model_config(pattern, width, base))
         optimizer = build_optimizer(model, OptimizerConfig())
         before = outputs(model, rows[:-1])
-        found: dict[str, list[float]] = {name: [] for name in before}
+        by_output: dict[str, list[float]] = {name: [] for name in before}
         for _ in range(steps):
             step(model, optimizer, LR, rows)
             for name, after in outputs(model, rows[:-1]).items():
-                found[name].append((after - before[name]).abs().mean().item())
-        changes[width] = found
+                by_output[name].append((after - before[name]).abs().mean().item())
+        changes[width] = by_output
     return changes
 
 
@@ -120,19 +127,19 @@ def slopes(changes: Changes) -> dict[str, float]:
     """Exponent of width in every output's change after the last step, by least squares."""
     x = torch.tensor(list(changes), dtype=torch.float64).log()
     x = x - x.mean()
-    found = {}
+    exponents = {}
     for name in next(iter(changes.values())):
         last = [changes[width][name][-1] for width in changes]
         y = torch.tensor(last, dtype=torch.float64).log()
-        found[name] = float((x * y).sum() / x.square().sum())
-    return found
+        exponents[name] = float((x * y).sum() / x.square().sum())
+    return exponents
 
 
 def sweep(width: int, base: int | None, rates: Sequence[float], steps: int) -> dict[float, float]:
     """Mean loss of the last quarter of the steps, by learning rate."""
-    batches, losses = text(steps), {}
+    batches, losses = random_batches(steps), {}
     for rate in rates:
-        model = started(config_of(SWEPT, width, base))
+        model = initialised_model(model_config(SWEEP_PATTERN, width, base))
         optimizer = build_optimizer(model, OptimizerConfig())
         seen = [step(model, optimizer, rate, rows) for rows in batches]
         last = seen[-max(1, steps // 4) :]
@@ -140,23 +147,26 @@ def sweep(width: int, base: int | None, rates: Sequence[float], steps: int) -> d
     return losses
 
 
-def draw(found: dict[str, Changes], path: Path) -> None:
-    """One panel per parametrisation: change over width, a line per output; early steps faint."""
+def plot_changes(changes_by_kind: dict[str, Changes], path: Path) -> None:
+    """Plots change over width: a panel per parametrisation, a line per output and step.
+
+    Steps before the last are faint.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for panel, (kind, changes) in zip(panels, found.items(), strict=True):
+    for panel, (kind, changes) in zip(panels, changes_by_kind.items(), strict=True):
         widths = list(changes)
-        for number, name in enumerate(changes[widths[0]]):
-            for at, _ in enumerate(steps := changes[widths[0]][name]):
-                last = at == len(steps) - 1
+        for color_index, (name, by_step) in enumerate(changes[widths[0]].items()):
+            for step_index in range(len(by_step)):
+                last = step_index == len(by_step) - 1
                 panel.plot(
                     widths,
-                    [changes[width][name][at] for width in widths],
-                    color=f"C{number}",
+                    [changes[width][name][step_index] for width in widths],
+                    color=f"C{color_index}",
                     alpha=1.0 if last else 0.2,
                     marker="o" if last else None,
                     label=name if last else None,
@@ -174,7 +184,7 @@ def draw(found: dict[str, Changes], path: Path) -> None:
 def run(
     widths: Sequence[int] = (64, 128, 256, 512),
     steps: int = 10,
-    swept: Sequence[int] = (64, 256),
+    sweep_widths: Sequence[int] = (64, 256),
     rates: Sequence[float] = RATES,
     sweep_steps: int = 60,
     plot: Path = Path("mup.png"),
@@ -184,21 +194,21 @@ def run(
     Args:
         widths: multiples of 16, growing; the first is muP's base.
         steps: of Adam in the coordinate check.
-        swept: widths of the sweep; none: no sweep.
+        sweep_widths: widths of the sweep, the first muP's base; if empty, there is no sweep.
         rates: learning rates of the sweep.
-        sweep_steps: steps at each.
+        sweep_steps: steps at each learning rate.
         plot: where the plot is written.
 
     Raises:
         UserError: matplotlib is not installed, or the plot cannot be written.
     """
-    need("mup", "matplotlib")
-    found = {
+    require_packages("mup", "matplotlib")
+    changes_by_kind = {
         kind: coordinates(PATTERN, widths, None if kind == "standard" else widths[0], steps)
-        for kind in KINDS
+        for kind in PARAMETRISATIONS
     }
     try:
-        draw(found, plot)
+        plot_changes(changes_by_kind, plot)
     except OSError as error:
         raise UserError(f"bench mup: cannot write {plot}: {error.strerror}") from error
     report: dict[str, Any] = {
@@ -206,16 +216,16 @@ def run(
         "steps": f"{steps} of AdamW at {LR:.4g}",
         "plot": str(plot),
     }
-    for kind, changes in found.items():
+    for kind, changes in changes_by_kind.items():
         for name, slope in slopes(changes).items():
             report[f"{kind}, {name}: slope of change over width"] = slope
-            for at in sorted({0, steps - 1}):
-                report[f"{kind}, {name}: change after step {at + 1}"] = ", ".join(
-                    f"{changes[width][name][at]:.3g}" for width in widths
+            for step_index in sorted({0, steps - 1}):
+                report[f"{kind}, {name}: change after step {step_index + 1}"] = ", ".join(
+                    f"{changes[width][name][step_index]:.3g}" for width in widths
                 )
-    for kind in KINDS:
-        for width in swept:
-            base = None if kind == "standard" else swept[0]
+    for kind in PARAMETRISATIONS:
+        for width in sweep_widths:
+            base = None if kind == "standard" else sweep_widths[0]
             losses = sweep(width, base, rates, sweep_steps)
             report[f"{kind}, width {width}: loss by learning rate"] = ", ".join(
                 f"{rate:.2g}: {loss:.3f}" for rate, loss in losses.items()

@@ -1,7 +1,7 @@
-"""The wiring of a model alone under tensor parallelism, as ladder's benchmarks time it.
+"""A row of sub-blocks with its wiring under tensor parallelism, which ladder's benchmarks time.
 
-Random activations go in and a random gradient comes back to its output: embedding, head, loss and
-optimizer stand outside.
+Forward takes random activations, backward a random gradient of the output. Embedding, head, loss
+and optimizer are left out.
 """
 
 import statistics
@@ -22,18 +22,19 @@ from colonnade.parallel.materialise import materialise
 from colonnade.parallel.parallelize import parallelize
 
 PATTERNS = {"*-": "attention-MLP", "M-": "Mamba-MLP"}
-VARIANTS = ("none", "standard", "ladder")  # without communication; and how the stream is wired
+VARIANTS = ("none", "standard", "ladder")  # no communication; `model.residual` with communication
 RANKS = 2
-SHARE = 0.32  # of the standard step is to be communication: the middle of 25 to 40%
+# The share of a standard step that communication is to take: the middle of 25 to 40%.
+COMMUNICATION_SHARE = 0.32
 
 Seams = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # enter, leave
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of what is timed."""
+    """Sizes of the row that is timed."""
 
-    repeat: int = 8  # of a pattern of two sub-blocks
+    repeat: int = 8  # how often the row repeats a pattern of two sub-blocks
     hidden: int = 2048
     seq: int = 512
     batch: int = 1
@@ -41,15 +42,15 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """Sub-blocks in the row."""
+        """The number of sub-blocks in the row."""
         return 2 * self.repeat
 
     def model(self, pattern: str) -> ModelConfig:
-        """A row whose heads, groups and widths divide by the ranks.
+        """The config of a row whose heads, groups and widths the number of ranks divides.
 
-        Attention has half of its MLP's work, as is usual. All are twice as wide inside as is usual:
-        where the cores that compute do the link's work too, that work, which goes by `hidden`
-        alone, should weigh as little as on a real network.
+        Attention has half as many FLOPs as its MLP, as is usual. The inner width of every sub-block
+        is twice the usual one: where the cores that compute also do the link's work, that work,
+        which depends on `hidden` alone, should weigh as little as on a real network.
         """
         D = self.hidden
         return ModelConfig(
@@ -74,7 +75,7 @@ class Shape:
 
 
 class Row:
-    """One rank's share of a row of sub-blocks."""
+    """One rank's shard of a row of sub-blocks, with random weights, input and output gradient."""
 
     def __init__(
         self, shape: Shape, pattern: str, sequence: bool, mesh: DeviceMesh, device: torch.device
@@ -99,47 +100,57 @@ class Row:
         positions = torch.arange(shape.seq, device=device)[:, None]
         self.context = Context(positions.expand(shape.seq, shape.batch))
         generator = torch.Generator().manual_seed(0)
-        both = torch.randn(2, shape.seq, shape.batch, shape.hidden, generator=generator)
+        # Drawn as one tensor, [2, S, B, D]: the input, and the gradient of the output.
+        tensors = torch.randn(2, shape.seq, shape.batch, shape.hidden, generator=generator)
         if sequence:
-            both = both.chunk(RANKS, dim=1)[mesh.get_local_rank("tp")]
-        self.stream, self.cotangent = both.to(device, shape.dtype).unbind()
+            tensors = tensors.chunk(RANKS, dim=1)[mesh.get_local_rank("tp")]
+        self.stream, self.output_grad = tensors.to(device, shape.dtype).unbind()
 
-    def become(self, residual: str, seams: Seams | None = None) -> None:
-        """Wire the stream as `residual` says, with these seams or else its own; no gradients."""
+    def rewire(self, residual: str, seams: Seams | None = None) -> None:
+        """Wires the row as `model.residual = residual`, and clears all gradients.
+
+        `seams` replace `enter` and `leave`; None: those of tensor parallelism.
+        """
         wiring = self.wiring
         wiring.skips_newest = self.skips_newest[residual]
         wiring.enter, wiring.leave = seams or self.seams
         wiring.zero_grad()
 
     def forward(self) -> Tensor:
-        """The end of the stream."""
+        """Returns the residual stream after the last sub-block."""
         return self.wiring(self.stream.clone().requires_grad_(), self.context)[0]
 
-    def backward(self, end: Tensor) -> None:
-        """Gradients of all parameters and of the stream."""
-        end.backward(self.cotangent)
+    def backward(self, output: Tensor) -> None:
+        """Computes the gradients of all parameters and of the input."""
+        output.backward(self.output_grad)
 
 
-def hidden(took: dict[str, list[float]], blocks: int) -> dict[str, float]:
-    """How much communication hides in one direction, of each variant's seconds, round by round.
+def overlap_figures(seconds: dict[str, list[float]], blocks: int) -> dict[str, float]:
+    """The share of communication that ladder hides in one direction, forward or backward.
 
-    The ends stay exposed: in each direction one sub-block of the row has no other beside which its
-    communication could run.
+    Communication at the ends of the row stays exposed: in each direction one of its `blocks`
+    sub-blocks has no neighbour whose computation could hide its communication.
+
+    Args:
+        seconds: of each variant in this direction, by round.
     """
-    middle = {name: statistics.median(values) for name, values in took.items()}
-    exposed = middle["standard"] - middle["none"]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    exposed = medians["standard"] - medians["none"]
     return {
-        **{f"{name} ms": 1000 * middle[name] for name in VARIANTS},
-        "hidden": (middle["standard"] - middle["ladder"]) / exposed,
+        **{f"{name} ms": 1000 * medians[name] for name in VARIANTS},
+        "hidden": (medians["standard"] - medians["ladder"]) / exposed,
         "bound by the ends": 1 - 1 / blocks,
     }
 
 
-def steps(total: dict[str, list[float]]) -> dict[str, float]:
-    """Of each variant's seconds a step, round by round, how they compare."""
-    rounds = list(zip(*(total[name] for name in VARIANTS), strict=True))
+def step_figures(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians of the ratios between the variants' step times, given in seconds by round."""
+    rounds = list(zip(*(seconds[name] for name in VARIANTS), strict=True))
+    communication = [(standard - none) / standard for none, standard, _ in rounds]
+    speedup = [standard / ladder for _, standard, ladder in rounds]
+    without_communication = [none / ladder for none, _, ladder in rounds]
     return {
-        "communication / standard step": statistics.median((s - n) / s for n, s, _ in rounds),
-        "step, standard / ladder": statistics.median(s / fast for _, s, fast in rounds),
-        "step, without communication / ladder": statistics.median(n / f for n, _, f in rounds),
+        "communication / standard step": statistics.median(communication),
+        "step, standard / ladder": statistics.median(speedup),
+        "step, without communication / ladder": statistics.median(without_communication),
     }

@@ -1,8 +1,8 @@
 """`bench step`: a training step of a small Llama, ours beside Hugging Face's LlamaForCausalLM.
 
-Each runs in a process of its own, so that each has its own peak memory, and the two take turns
-step by step. Ours is set up as `train` does, where glibc keeps freed memory. The floor is what the
-reference's own matrix products, attention and AdamW take alone.
+Each runs in a separate process, so that each has its own peak memory, and they take turns step by
+step. Ours is set up as `train` does it, with glibc keeping freed memory. The floor is the time of
+the reference's matrix products, attention and AdamW only.
 """
 
 import importlib
@@ -29,8 +29,8 @@ BATCH, SEQ = 4, 512
 Step = Callable[[], object]
 
 
-def our_step(tokens: Tensor) -> Step:
-    """One step of our decoder with fused AdamW, in a process set up as `train` does."""
+def colonnade_step(tokens: Tensor) -> Step:
+    """Builds our decoder with fused AdamW, set up as `train` does it; returns its training step."""
     from colonnade.launcher.cluster.products import settle_products
     from colonnade.launcher.cluster.ranks import settle_memory
     from colonnade.launcher.recipe.tables import OptimizerConfig
@@ -59,7 +59,7 @@ def our_step(tokens: Tensor) -> Step:
 
 
 def reference_step(tokens: Tensor) -> Step:
-    """One step of Hugging Face's Llama of the same shape with fused AdamW."""
+    """Builds Hugging Face's Llama of the same shape with fused AdamW; returns its step."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -85,16 +85,18 @@ def reference_step(tokens: Tensor) -> Step:
 
 
 def floor_step(tokens: Tensor) -> Step:
-    """Matrix products, attention and AdamW of that step and nothing else, as PyTorch has them."""
+    """Builds the matrix products, attention and AdamW of that step, and nothing else of it.
+
+    All are PyTorch's own.
+    """
     T, D, kv = BATCH * SEQ, SHAPE.hidden, SHAPE.hidden * (SHAPE.kv_heads or 1) // SHAPE.heads
     widths = [(D, D), (D, kv), (D, kv), (D, D), (D, SHAPE.ffn), (D, SHAPE.ffn), (SHAPE.ffn, D)]
     products = [(torch.randn(T, i), torch.randn(o, i)) for i, o in widths] * SHAPE.repeat
     products.append((torch.randn(T, D), torch.randn(SHAPE.vocab, D)))
     q = torch.randn(BATCH, SHAPE.heads, SEQ, D // SHAPE.heads, requires_grad=True)
-    k, v = (
-        torch.randn(BATCH, SHAPE.kv_heads or 1, SEQ, D // SHAPE.heads, requires_grad=True)
-        for _ in "kv"
-    )
+    kv_shape = BATCH, SHAPE.kv_heads or 1, SEQ, D // SHAPE.heads
+    k = torch.randn(kv_shape, requires_grad=True)
+    v = torch.randn(kv_shape, requires_grad=True)
     weights = [torch.randn_like(w).requires_grad_() for _, w in products]
     weights.append(torch.randn(SHAPE.vocab, D, requires_grad=True))
     for w in weights:
@@ -114,7 +116,7 @@ def floor_step(tokens: Tensor) -> Step:
     return step
 
 
-# Imported before memory is first read; optimizers import torch._dynamo when they are made.
+# Imported before memory is first measured; optimizers import torch._dynamo when constructed.
 IMPORTS = {
     "ours": (
         "torch._dynamo",
@@ -125,17 +127,20 @@ IMPORTS = {
     "reference": ("torch._dynamo", "transformers.models.llama.modeling_llama"),
     "floor": ("torch._dynamo",),
 }
-CONTESTANTS = {"ours": our_step, "reference": reference_step, "floor": floor_step}
+CANDIDATES = {"ours": colonnade_step, "reference": reference_step, "floor": floor_step}
 
 
-def serve(name: str, threads: int, pipe: Connection) -> None:
-    """A process that makes one step per request and answers with its peak memory."""
+def worker_main(name: str, threads: int, pipe: Connection) -> None:
+    """Runs in a candidate's process: makes one step per request.
+
+    It answers with its peak memory, and with the memory after the imports, in MiB.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     for module in IMPORTS[name]:
         importlib.import_module(module)
     before = resident_mib()
-    step = CONTESTANTS[name](torch.randint(0, SHAPE.vocab, (BATCH, SEQ)))
+    step = CANDIDATES[name](torch.randint(0, SHAPE.vocab, (BATCH, SEQ)))
     while pipe.recv():
         step()
         pipe.send((resident_mib(), before))
@@ -154,24 +159,25 @@ def run(rounds: int = 15) -> dict[str, Any]:
             "bench step compares with transformers: pip install 'colonnade[bench]'"
         ) from missing
     threads = cores()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a resting process must not spin
-    processes = multiprocessing.get_context("spawn")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a waiting process must not spin
+    context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
-    for name in CONTESTANTS:
-        pipes[name], theirs = processes.Pipe()
-        workers.append(processes.Process(target=serve, args=(name, threads, theirs), daemon=True))
+    for name in CANDIDATES:
+        pipes[name], worker_pipe = context.Pipe()
+        arguments = name, threads, worker_pipe
+        workers.append(context.Process(target=worker_main, args=arguments, daemon=True))
         workers[-1].start()
-    memory: dict[str, tuple[float, float]] = {}
+    memory: dict[str, tuple[float, float]] = {}  # peak, and after the imports; MiB
 
-    def ask(name: str) -> Callable[[], None]:
+    def request_step(name: str) -> Callable[[], None]:
         def action() -> None:
             pipes[name].send(True)
             memory[name] = pipes[name].recv()
 
         return action
 
-    seconds = alternate({name: ask(name) for name in CONTESTANTS}, rounds, warmup=2)
-    for name, worker in zip(CONTESTANTS, workers, strict=True):
+    seconds = alternate({name: request_step(name) for name in CANDIDATES}, rounds, warmup=2)
+    for name, worker in zip(CANDIDATES, workers, strict=True):
         pipes[name].send(False)
         worker.join()
     tokens = BATCH * SEQ
