@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time; what earlier tokens left behind is kept."""
+"""Generates text with a model, one token at a time, with a cache of keys, values and states."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from colonnade.parallel.engine import evaluating
 from colonnade.parallel.parallelize import storage_dtype
 
 
-def choose(
+def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
 ) -> int:
-    """Draw a token from `[V]` logits; temperature 0 takes the most likely."""
+    """Draws a token from `[V]` logits; temperature 0 takes the most likely."""
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())
@@ -45,33 +45,38 @@ def extend(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Up to `count` tokens that follow `tokens`, ending before `stop`.
+    """Generates up to `count` tokens that follow `tokens`, ending before `stop`.
 
-    At most the last `seq_len` tokens are seen: when there are more, the model starts again with
-    their later half. `seed` is that of the tokens, and of random experts (THOR), which are drawn
-    once for a text. Every rank of a sharded model must call this alike.
+    The model sees at most `seq_len` tokens: when there are more, it starts anew, with an empty
+    cache, from the last half of them. `seed` is that of the drawn tokens, and of random experts
+    (THOR), which are drawn once for a text. Where the model is sharded, the forward pass is
+    collective: every rank must call this with the same arguments.
     """
     generator, rng_key = torch.Generator().manual_seed(seed), int(hashed(seed))
-    made: list[int] = []
-    coming, cache, seen = tokens[-seq_len:], Cache(), 0
+    generated: list[int] = []
+    pending, cache, cached = tokens[-seq_len:], Cache(), 0  # the next input; tokens in the cache
     with evaluating(model):
-        while len(made) < count:
-            if seen + len(coming) > seq_len:
-                coming, cache, seen = (tokens + made)[-max(1, seq_len // 2) :], Cache(), 0
-            positions = torch.arange(seen, seen + len(coming), device=device)[:, None]
-            inputs = torch.tensor(coming, device=device)[:, None]
+        while len(generated) < count:
+            if cached + len(pending) > seq_len:
+                pending, cache, cached = (tokens + generated)[-max(1, seq_len // 2) :], Cache(), 0
+            positions = torch.arange(cached, cached + len(pending), device=device)[:, None]
+            inputs = torch.tensor(pending, device=device)[:, None]
             logits = model(inputs, Context(positions, rng_key=rng_key, cache=cache))[-1, 0]
-            seen += len(coming)
-            token = choose(logits, temperature, top_k, generator)
+            cached += len(pending)
+            token = sample_token(logits, temperature, top_k, generator)
             if token == stop:
                 break
-            made.append(token)
-            coming = [token]
-    return made
+            generated.append(token)
+            pending = [token]
+    return generated
 
 
 def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
-    """The trained model of a run folder, or of one of its checkpoints, on one device."""
+    """Loads the trained model of a run folder, or of one of its checkpoints, onto one device.
+
+    Raises:
+        UserError: there is no complete checkpoint, or the recipe names no tokenizer.
+    """
     folder = run if (run / "state.json").exists() else newest(run / "checkpoints")
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
@@ -79,7 +84,7 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     tokenizer = tokenizer_of(recipe.data)
     if tokenizer is None:
         raise UserError(
-            f"{run}: trained on tokens, and data.tokenizer does not say by what they were made; "
+            f"{run}: trained on token files, and data.tokenizer does not name their tokenizer; "
             "resume the run with data.tokenizer=... (a tokenizer.json, or bytes) to write text"
         )
     settle_threads(SINGLE_PROCESS)
@@ -100,20 +105,21 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """The text that a trained model writes after `prompt` (prompt not included).
+    """Generates text that follows `prompt` with a trained model; returns it without the prompt.
 
     Args:
         checkpoint: a run folder, or one of its checkpoints.
-        tokens: how many at most; the end of the document ends it earlier.
+        tokens: the largest number of tokens; the end of the document ends the text earlier.
         temperature: 0 always takes the most likely token.
-        top_k: draw among the k most likely only; None: among all.
+        top_k: draws only among the k most likely tokens; None: among all.
 
     Raises:
-        UserError: no checkpoint there, or the prompt needs tokens the model lacks.
+        UserError: there is no checkpoint, or the prompt needs tokens that the model lacks.
     """
     model, recipe, tokenizer, device = open_model(Path(checkpoint))
-    start = tokenizer.encode([prompt])[0] or [tokenizer.eod]
-    made = extend(
-        model, start, tokens, recipe.train.seq_len, tokenizer.eod, device, temperature, top_k, seed
-    )
-    return tokenizer.decode(made)
+    prompt_tokens = tokenizer.encode([prompt])[0] or [tokenizer.eod]
+    generated = extend(
+        model, prompt_tokens, tokens, recipe.train.seq_len, tokenizer.eod, device, temperature,
+        top_k, seed,
+    )  # fmt: skip
+    return tokenizer.decode(generated)

@@ -1,4 +1,4 @@
-"""Assertions by the rule that says what "equal" is."""
+"""Asserts that tensors are equal by the rule of `launcher/verify/equal.py`."""
 
 from collections.abc import Mapping
 
@@ -13,6 +13,6 @@ def assert_equal(
     relative: float = EXACT.relative,
     of_all: float = EXACT.of_all,
 ) -> None:
-    """Every tensor of `a` equals that of `b`; the worst one is named."""
+    """Asserts that every tensor of `a` equals that of `b`; an error names the worst tensor."""
     worst = compare(a, b, Bounds(relative, of_all))[0]
     assert worst.excess <= 1, str(worst)

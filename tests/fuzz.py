@@ -1,10 +1,10 @@
-"""Random valid recipes on random valid layouts through `verify`'s comparison; a line for each.
+"""Compares random valid recipes on random valid layouts as `verify` does; prints a line for each.
 
-python tests/fuzz.py --count 100              every one has to be equal, or equal up to rounding
-python tests/fuzz.py --count 100 --fault      one collective of each is broken, and has to be found
+python tests/fuzz.py --count 100           every recipe must be equal, or equal up to rounding
+python tests/fuzz.py --count 100 --fault   one collective of each is broken, which must be detected
 
-A recipe follows from its seed alone; `--seed` is that of the first one. Exits 1 where a layout is
-not equal, or a fault is not found.
+A recipe is a function of its seed alone; `--seed` is that of the first one. Exits 1 where a layout
+is not equal, or a fault is not detected.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
-from random_recipes import described, random_recipe
+from random_recipes import random_recipe, verify_arguments
 from ranks import RankError, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,77 +30,77 @@ from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.world import World
 
 PRECISIONS = ("fp64", "fp32")
-# Collectives that add, as operators, with the place of what they send. Of all_reduce some take the
-# largest; of the operators that work in place none does within a step.
+# Operators of collectives that sum, with the index of the argument that they send. Some calls of
+# all_reduce take the maximum instead; within a step no in-place operator does.
 SUMS = {"allreduce_": 0, "_reduce_scatter_base_": 1, "all_reduce": 0, "reduce_scatter_tensor": 0}
 
 
-class Broken(TorchDispatchMode):
-    """Halves what this rank sends to one sum between ranks, the one of this `number`.
+class BrokenCollective(TorchDispatchMode):
+    """Halves what this rank sends to one collective sum, that of index `broken`; None breaks none.
 
-    Only sums of several floating numbers count: not those of figures for people.
+    Counts only sums of floating-point tensors of more than one element: single numbers are reports.
     """
 
-    def __init__(self, number: int | None) -> None:
+    def __init__(self, broken: int | None) -> None:
         super().__init__()
-        self.number, self.sums = number, 0
+        self.broken, self.sums = broken, 0
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        place = SUMS.get(func._schema.name.partition("::")[2])
-        if place is not None and not (isinstance(args[1], str) and args[1] == "max"):
-            sent = args[place]
+        position = SUMS.get(func._schema.name.partition("::")[2])
+        if position is not None and not (isinstance(args[1], str) and args[1] == "max"):
+            sent = args[position]
             (tensor,) = sent if isinstance(sent, list) else (sent,)
             if tensor.is_floating_point() and tensor.numel() > 1:
                 self.sums += 1
-                if self.sums - 1 == self.number:
+                if self.sums - 1 == self.broken:
                     half = tensor.mul_(0.5) if "c10d::" in func._schema.name else tensor * 0.5
                     sent = [half] if isinstance(sent, list) else half
-                    args = (*args[:place], sent, *args[place + 1 :])
+                    args = (*args[:position], sent, *args[position + 1 :])
         return func(*args, **(kwargs or {}))
 
 
 def world_of(rank: int, size: int) -> World:
-    """A rank of a pool."""
+    """The world of a rank of a pool, on the CPU."""
     return World(rank, size, torch.device("cpu"))
 
 
 def reference(rank: int, size: int, small: Recipe) -> Trace:
-    """One process."""
+    """Records the reference trace, in one process."""
     return record_trace(in_one_process(small), world_of(rank, size))
 
 
-def rounded(rank: int, size: int, small: Recipe, precision: str) -> Noise:
-    """What rounding does to it."""
+def noise_of(rank: int, size: int, small: Recipe, precision: str) -> Noise:
+    """Measures how far rounding alone moves the reference."""
     return measure_noise(small, precision, world_of(rank, size))
 
 
-def laid(
+def trace_layout(
     rank: int, size: int, small: Recipe, layout: Layout, precision: str, exact: Trace,
     fault: int | None,
 ) -> tuple[Trace, int]:  # fmt: skip
-    """A layout, of which the last rank breaks the sum of this number; and how many there are."""
+    """Records a layout's trace, and counts its sums; the last rank breaks that of index `fault`."""
     recipe = on_layout(small, size, layout, precision)
-    with Broken(fault if rank == size - 1 else None) as broken:
-        return record_trace(recipe, world_of(rank, size), exact.parameters), broken.sums
+    with BrokenCollective(fault if rank == size - 1 else None) as mode:
+        return record_trace(recipe, world_of(rank, size), exact.parameters), mode.sums
 
 
 def passes(
     small: Recipe, ranks: int, layout: Layout, exact: Trace, fault: Random | None
 ) -> Iterator[Pass]:
-    """Both precisions; where there is a `fault`, with a random sum broken, the same in both."""
-    number = None
+    """Compares both precisions; with `fault`, one random sum is broken, the same in both."""
+    broken = None
     if fault is not None:
-        whole = pool(ranks).run(laid, small, layout, "fp64", exact, None)[0]
-        number = fault.randrange(whole[1]) if whole[1] else None
+        _, sums = pool(ranks).run(trace_layout, small, layout, "fp64", exact, None)[0]
+        broken = fault.randrange(sums) if sums else None
     for precision in PRECISIONS:
-        trace, _ = pool(ranks).run(laid, small, layout, precision, exact, number)[0]
+        trace, _ = pool(ranks).run(trace_layout, small, layout, precision, exact, broken)[0]
         yield compare_traces(write_layout(layout), precision, trace, exact)
 
 
 def verdict(seed: int, ranks: int, symbols: str, fault: bool) -> tuple[str, str]:
-    """What verify says of a seed's recipe and layout, and a line about it."""
+    """Returns verify's verdict on a seed's recipe and layout, and a line that describes it."""
     recipe, layout = random_recipe(seed, ranks, symbols)
     small = shrink(recipe, ranks, [layout])
     (exact,) = pool(1).run(reference, small)
@@ -108,42 +108,42 @@ def verdict(seed: int, ranks: int, symbols: str, fault: bool) -> tuple[str, str]
     if not all(bool(loss.isfinite()) for loss in exact.losses.values()):
         return "not finite", f"{name} the reference is not finite"
     both = list(passes(small, ranks, layout, exact, Random(seed) if fault else None))
-    moved = {p.precision: pool(1).run(rounded, small, p.precision)[0] for p in both if p.exceeds}
-    results = judge(both, moved)
-    words = "; ".join(f"{r['precision']} {r['verdict']}{detail(r)}" for r in results)
+    noise = {p.precision: pool(1).run(noise_of, small, p.precision)[0] for p in both if p.exceeds}
+    results = judge(both, noise)
+    text = "; ".join(f"{r['precision']} {r['verdict']}{detail(r)}" for r in results)
     rank_of = ("equal", "equal up to rounding", "not equal").index
     worst = max((r["verdict"] for r in results), key=rank_of)
     if worst == "not equal":
-        words += f"\n      {described(recipe, layout)}"
-    return worst, f"{name} {words}{share(both, moved)}"
+        text += f"\n      {verify_arguments(recipe, layout)}"
+    return worst, f"{name} {text}{noise_multiple(both, noise)}"
 
 
 def detail(result: dict[str, Any]) -> str:
-    """The worst tensor of a result that is not plainly equal."""
+    """Describes the worst tensor of a result that is not equal within its bounds."""
     kinds = result["compared"].values()
     worst = next((p for p in kinds if p["unequal"]), None)
     worst = worst or next((p for p in kinds if p["rounding"]), None)
     return f" ({worst['verdict']})" if worst else ""
 
 
-def share(both: list[Pass], moved: dict[str, Noise]) -> str:
-    """The largest difference beyond a bound as a multiple of its noise."""
-    found = [
-        d.difference / (moved[p.precision][kind].get(d.name) or 1e-300)
+def noise_multiple(both: list[Pass], noise: dict[str, Noise]) -> str:
+    """Formats the largest difference beyond a bound as a multiple of its noise."""
+    multiples = [
+        d.difference / (noise[p.precision][kind].get(d.name) or 1e-300)
         for p in both
         for kind, differences in p.differences.items()
         for d in differences
         if d.excess > 1
     ]
-    return f" [{max(found):.2g} times the noise]" if found else ""
+    return f" [{max(multiples):.2g} times the noise]" if multiples else ""
 
 
 def main() -> int:
-    """Every seed; the counts at the end."""
+    """Runs every seed, and prints the number of seeds with each verdict."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--symbols", default="", help="one of these stands in every pattern")
+    parser.add_argument("--symbols", default="", help="every pattern has at least one of these")
     parser.add_argument("--fault", action="store_true", help="break a collective of each")
     a = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -152,19 +152,19 @@ def main() -> int:
     for seed in range(a.seed, a.seed + a.count):
         ranks = 4 if seed % 4 == 3 else 2
         try:
-            found, line = verdict(seed, ranks, a.symbols, a.fault)
-        except RankError as error:  # which a broken sum may lead to; without one it is a fault
-            found, line = "failed", f"{seed:5} failed: {str(error).strip().splitlines()[-1]}"
-        counts[found] += 1
+            outcome, line = verdict(seed, ranks, a.symbols, a.fault)
+        except RankError as error:  # a broken sum may cause it; without one it is a bug
+            outcome, line = "failed", f"{seed:5} failed: {str(error).strip().splitlines()[-1]}"
+        counts[outcome] += 1
         print(line, flush=True)
     for size in (1, 2, 4):
         pool(size).close()
     print(f"{dict(counts)} in {time.monotonic() - start:.0f} s")
     wrong = ("equal", "equal up to rounding") if a.fault else ("not equal", "failed")
-    return 1 if any(counts[found] for found in wrong) else 0
+    return 1 if any(counts[outcome] for outcome in wrong) else 0
 
 
 if __name__ == "__main__":
-    import fuzz  # what ranks import by name
+    import fuzz  # ranks import functions by name, which `__main__` would not give them
 
     sys.exit(fuzz.main())

@@ -1,4 +1,4 @@
-"""Random valid recipes, each on a random valid layout, for `tests/fuzz.py`."""
+"""Generates random valid recipes, each with a random valid layout, for `tests/fuzz.py`."""
 
 from collections.abc import Iterator
 from random import Random
@@ -9,7 +9,7 @@ from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.verify.layouts import Layout, covering_layouts, write_layout
 from colonnade.models.config import CARDS
 
-# Values of every field that changes the function trained or how a layout computes it.
+# Values to draw for every field that changes the model's function or how a layout computes it.
 MODEL: dict[str, tuple[Any, ...]] = {
     "repeat": (2, 3), "share": (True,), "residual": ("ladder", "ladder", "parallel"),
     "ladder_last": (0, 1, 2), "hidden": (16, 32, 48), "vocab": (40, 48, 64), "tied": (True,),
@@ -42,7 +42,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "balance_sequence": (0.1,), "balance_samples": (2,), "router_z": (1e-2,),
     "thor_alpha": (0.0, 5.0),
 }  # fmt: skip
-# What a random model has unless it is given above: narrow, so that a step takes milliseconds.
+# Values where none of the above is drawn: narrow, so that a step takes milliseconds.
 NARROW: dict[str, Any] = {"hidden": 32, "ffn": 32, "mamba_head_dim": 8, "delta_key_dim": 8}
 OPTIMIZER: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.0,), "clip": (0.0,), "beta1": (0.8,), "beta2": (0.99,),
@@ -52,47 +52,50 @@ PARALLEL: dict[str, tuple[Any, ...]] = {
     "zigzag": (False,), "context": ("ulysses", "ring+ulysses", "allgather"),
     "recurrence": ("heads",),
 }  # fmt: skip
-TOKENS = {"sources": ({"format": "tokens", "path": "none"},)}  # which verify replaces by its own
+TOKENS = {"sources": ({"format": "tokens", "path": "none"},)}  # verify replaces the data
 
 
 def random_recipe(seed: int, ranks: int, symbols: str = "") -> tuple[Recipe, Layout]:
-    """The recipe and the layout that a seed stands for, valid on so many ranks.
+    """Draws a recipe and a layout from the seed until they are valid on this number of ranks.
 
-    `symbols`: of which one at least stands in the pattern; any by default.
+    The pattern has at least one of `symbols`, where there are any.
     """
     rng = Random(seed)
-    return next(found for found in iter(lambda: drawn(rng, ranks, symbols), 0) if found)
+    while True:
+        drawn = draw_recipe(rng, ranks, symbols)
+        if drawn is not None:
+            return drawn
 
 
-def drawn(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None:
-    """A draw, or None where it is not valid whatever is taken back of it."""
+def draw_recipe(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] | None:
+    """Draws a recipe and a layout; None where dropping drawn fields cannot make them valid."""
     pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 5)))
     if symbols and not set(symbols) & set(pattern):
         return None
     layout: Layout = dict(rng.choice(list(covering_layouts(ranks))))
     given = {f"parallel.{name}": value for name, value in layout.items()}
     given |= {f"model.{name}": value for name, value in NARROW.items()}
-    given |= {f"model.{name}": value for name, value in chosen(rng, MODEL, 0.4)}
-    given |= {f"optimizer.{name}": value for name, value in chosen(rng, OPTIMIZER, 0.3)}
-    given |= {f"train.{name}": value for name, value in chosen(rng, TRAIN, 0.3)}
-    given |= {f"parallel.{name}": value for name, value in chosen(rng, PARALLEL, 0.5)}
+    given |= {f"model.{name}": value for name, value in draw_fields(rng, MODEL, 0.4)}
+    given |= {f"optimizer.{name}": value for name, value in draw_fields(rng, OPTIMIZER, 0.3)}
+    given |= {f"train.{name}": value for name, value in draw_fields(rng, TRAIN, 0.3)}
+    given |= {f"parallel.{name}": value for name, value in draw_fields(rng, PARALLEL, 0.5)}
     mtp_pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 2)))
     given |= {"model.pattern": pattern, "model.mtp_pattern": mtp_pattern}
     given |= {"train.seed": rng.randrange(10_000), "train.seq_len": 64, "train.micro_batch": 4}
-    return mended(given, layout, ranks)
+    return drop_faults(given, layout, ranks)
 
 
-def chosen(
-    rng: Random, fields: dict[str, tuple[Any, ...]], share: float
+def draw_fields(
+    rng: Random, fields: dict[str, tuple[Any, ...]], probability: float
 ) -> Iterator[tuple[str, Any]]:
-    """About this share of the fields, with one of their values each."""
+    """Draws each field with this probability, and one of its values."""
     for name, values in fields.items():
-        if rng.random() < share:
+        if rng.random() < probability:
             yield name, rng.choice(values)
 
 
-def mended(given: dict[str, Any], layout: Layout, ranks: int) -> tuple[Recipe, Layout] | None:
-    """The recipe without the fields that faults name; None where one cannot be left out."""
+def drop_faults(given: dict[str, Any], layout: Layout, ranks: int) -> tuple[Recipe, Layout] | None:
+    """Drops fields that faults name until none remain; None where one must not be dropped."""
     while True:
         tables: dict[str, Any] = {"data": TOKENS}
         for field, value in given.items():
@@ -101,17 +104,17 @@ def mended(given: dict[str, Any], layout: Layout, ranks: int) -> tuple[Recipe, L
         recipe = Recipe.model_validate(tables)
         faults = validate(recipe, ranks)
         if not faults:
-            of_layout = tables["parallel"]
-            return recipe.model_copy(update={"parallel": type(recipe.parallel)()}), of_layout
-        wrong = {field for field in given for f in faults if f"{f.field}.".startswith(f"{field}.")}
-        if not wrong or wrong & {f"parallel.{name}" for name in layout}:
+            valid_layout = tables["parallel"]
+            return recipe.model_copy(update={"parallel": type(recipe.parallel)()}), valid_layout
+        faulty = {field for field in given for f in faults if f"{f.field}.".startswith(f"{field}.")}
+        if not faulty or faulty & {f"parallel.{name}" for name in layout}:
             return None
-        for field in wrong:
+        for field in faulty:
             del given[field]
 
 
-def described(recipe: Recipe, layout: Layout) -> str:
-    """A recipe and a layout as overrides that `colonnade verify` takes."""
+def verify_arguments(recipe: Recipe, layout: Layout) -> str:
+    """Formats a recipe and a layout as arguments of `colonnade verify`."""
     tables = recipe.model_dump(exclude_unset=True, exclude={"data", "parallel"})
     fields = [f"{t}.{name}={value}" for t, table in tables.items() for name, value in table.items()]
     return f"--layout {write_layout(layout)} {' '.join(fields)}"

@@ -1,4 +1,4 @@
-"""A pool of ranks: processes in one gloo group that live across tests and run what tests send.
+"""A pool of ranks: processes in one gloo group that serve all tests and run functions they send.
 
 results = pool(4).run(function, *args)  # function(rank, world_size, *args) on every rank
 """
@@ -34,7 +34,7 @@ PRELOAD = [
     "colonnade.launcher.cluster.ranks",
     "colonnade.parallel.world",
 ]
-GRACE = 2.0  # seconds that the other ranks have to report, once one has failed
+GRACE = 2.0  # seconds that the other ranks have to report after one has failed
 
 
 class RankError(AssertionError):
@@ -42,33 +42,35 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """`size` ranks, started at the first `run` and again after a failure."""
+    """A pool of `size` ranks, started at the first `run` and again after a failure."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._store: dist.TCPStore | None = None
-        self._asked = 0  # calls so far; an answer carries the number of its call
+        self._call_count = 0  # calls until now; a reply carries the number of its call
 
     def run(self, function: Callable[..., T], *args: object, limit: float = 120.0) -> list[T]:
-        """Call `function(rank, size, *args)` on every rank and return the results by rank.
+        """Calls `function(rank, size, *args)` on every rank and returns the results by rank.
 
-        `function` is one that can be imported by name; arguments and results are pickled. RankError
-        if a rank raises, dies, or does not end in `limit` seconds: all ranks are then replaced, as
-        they are when the call is interrupted.
+        `function` must be importable by name; arguments and results are pickled. When a call fails
+        or is interrupted, all ranks are replaced.
+
+        Raises:
+            RankError: a rank raised, died, or did not return within `limit` seconds.
         """
         call = pickle.dumps((function, args))
-        self._asked += 1
+        self._call_count += 1
         try:
             if not self._processes:
                 self._start()
             for connection in self._connections:
                 # test folders may have been added to the path since the start
-                connection.send((self._asked, sys.path))
+                connection.send((self._call_count, sys.path))
                 connection.send_bytes(call)
             results, failures = self._collect(limit)
-        except BaseException:  # Ctrl-C, a test's time-out: the ranks are in the middle of the call
+        except BaseException:  # Ctrl-C or a test's time-out, while the ranks still run the call
             self._kill()
             raise
         if failures:
@@ -77,7 +79,7 @@ class Ranks:
         return [cast(T, results[rank]) for rank in range(self.size)]
 
     def close(self) -> None:
-        """End the ranks in good order."""
+        """Asks the ranks to exit, waits for them, and kills those that do not."""
         for connection in self._connections:
             connection.send(None)
         for process in self._processes:
@@ -90,17 +92,20 @@ class Ranks:
         context.set_forkserver_preload(PRELOAD)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
+            connection, rank_connection = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.size, self._store.port, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.size, self._store.port, rank_connection),
+                daemon=True,
             )
             process.start()
-            theirs.close()
+            # the rank has its own copy; with this one open, its death would not close the pipe
+            rank_connection.close()
             self._processes.append(process)
-            self._connections.append(ours)
+            self._connections.append(connection)
 
     def _collect(self, limit: float) -> tuple[dict[int, object], dict[int, str]]:
-        """Results and failures by rank, in the order they came in."""
+        """Receives results and failures, by rank, in the order of their arrival."""
         results: dict[int, object] = {}
         failures: dict[int, str] = {}
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}
@@ -112,8 +117,8 @@ class Ranks:
                 try:
                     number = connection.recv()
                     succeeded, value = pickle.loads(connection.recv_bytes())
-                    if number != self._asked:
-                        succeeded, value = False, f"answered call {number}, not {self._asked}"
+                    if number != self._call_count:
+                        succeeded, value = False, f"answered call {number}, not {self._call_count}"
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(GRACE)
                     succeeded, value = False, f"died, exit code {self._processes[rank].exitcode}"
@@ -139,35 +144,36 @@ _pools: dict[int, Ranks] = {}
 
 
 def pool(size: int) -> Ranks:
-    """The pool of `size` ranks, one per size and session."""
+    """The pool of `size` ranks; one pool per size serves the session."""
     return _pools.setdefault(size, Ranks(size))
 
 
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
-    """One rank: take calls until told to end."""
+    """Runs one rank: answers calls until the pool asks it to exit."""
     device = prepare_rank(RankEnvironment.on_one_host(rank, size), threads=1)
-    # Every group keeps threads, and DTensor's caches keep meshes: one of a shape serves all tests.
+    # Groups hold threads, and DTensor's caches hold meshes, so all tests share one mesh per shape.
     mesh.init_device_mesh = functools.cache(init_device_mesh)
     mesh.split_group = functools.cache(mesh.split_group)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with open_world(rank, size, device, store):
         gc.freeze()
-        while (question := _next(connection)) is not None:
-            number, sys.path[:] = question
-            answer = _answer(rank, size, connection.recv_bytes())
+        while (header := _receive_header(connection)) is not None:
+            number, sys.path[:] = header
+            reply = _run_call(rank, size, connection.recv_bytes())
             connection.send(number)
-            connection.send_bytes(answer)
-            gc.collect()  # what a test leaves in cycles, FSDP's too, is gone before the next
+            connection.send_bytes(reply)
+            gc.collect()  # frees a test's reference cycles, FSDP's among them, before the next test
 
 
-def _next(connection: Connection) -> tuple[int, list[str]] | None:
-    """The number of the next call and the import path for it; None ends the rank."""
+def _receive_header(connection: Connection) -> tuple[int, list[str]] | None:
+    """Receives the number of the next call and its import path, or None to exit the rank."""
     with contextlib.suppress(EOFError):
         return cast("tuple[int, list[str]] | None", connection.recv())
-    os._exit(1)  # the tests were killed: there is nobody to end in good order for
+    os._exit(1)  # the test process was killed, and nothing waits for a regular exit
 
 
-def _answer(rank: int, size: int, call: bytes) -> bytes:
+def _run_call(rank: int, size: int, call: bytes) -> bytes:
+    """Runs a pickled call; returns, pickled, whether it succeeded, and its result or traceback."""
     try:
         function, args = pickle.loads(call)
         return pickle.dumps((True, function(rank, size, *args)))

@@ -1,4 +1,4 @@
-"""What one rank does from start to end: build, restore, train, save, report."""
+"""Runs a training job on one rank: builds, restores, trains, saves and reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from colonnade.launcher.train.plot import plot_loss
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
-    agreed,
     raise_if,
+    sync_errors,
     train_step,
     validate_loss,
 )
@@ -44,7 +44,7 @@ from colonnade.parallel.world import World
 
 @dataclass
 class Job:
-    """Everything one rank holds while it trains."""
+    """The state of a training job on one rank."""
 
     recipe: Recipe
     run: Path
@@ -54,29 +54,33 @@ class Job:
     optimizer: Optimizer
     data: Data
     reader: Prefetcher | None = None
-    step: int = 0  # steps done
-    bad: int = 0  # non-finite steps in a row
+    step: int = 0  # completed steps
+    bad_steps: int = 0  # consecutive non-finite steps up to now
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of this run's checkpoints."""
+        """The folder of this run's checkpoints."""
         return self.run / "checkpoints"
 
     def save(self) -> None:
-        """Write a checkpoint of this step and drop the oldest. Collective."""
+        """Writes a checkpoint of this step and deletes the oldest ones. Collective."""
         state = {
             "step": self.step,
-            "bad_steps": self.bad,
+            "bad_steps": self.bad_steps,
             "updates": self.optimizer.updates,
             "data": (self.reader or self.data.train).state(),
         }
         tensors = named_tensors(self.model, self.optimizer)
         save(step_folder(self.checkpoints, self.step), tensors, state)
         keep = self.recipe.checkpoint.keep
-        on_rank_zero(lambda: writing(self.checkpoints, lambda: prune(self.checkpoints, keep)))
+        on_rank_zero(lambda: write_below(self.checkpoints, lambda: prune(self.checkpoints, keep)))
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint. Collective."""
+        """Loads the newest checkpoint. Collective.
+
+        Raises:
+            UserError: there is no complete checkpoint, or it is past `train.steps`.
+        """
         folder = on_rank_zero(lambda: newest(self.checkpoints))
         if folder is None:
             raise UserError(f"{self.run}: no complete checkpoint to resume from; train it anew")
@@ -87,16 +91,17 @@ class Job:
                 "already; set train.steps above it"
             )
         self.optimizer.updates = state["updates"]
-        self.step, self.bad = state["step"], state["bad_steps"]
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.data.train.load_state(state["data"])
 
 
 def build_model(
     recipe: Recipe, world: World, prepare: Callable[[Decoder], object] | None = None
 ) -> tuple[DeviceMesh, Decoder, Optimizer]:
-    """Mesh, sharded model from the seed, optimizer with its first state.
+    """Builds the mesh, the sharded model with weights from the seed, and the optimizer.
 
-    `prepare` gets the model before it is sharded and filled.
+    Args:
+        prepare: a function that changes the model before it is sharded and materialised.
     """
     mesh = build_mesh(recipe.parallel, world)
     with torch.device("meta"):
@@ -110,7 +115,7 @@ def build_model(
 
 
 def build(recipe: Recipe, run: Path, world: World) -> Job:
-    """Everything a rank needs to train a recipe."""
+    """Builds the job of a recipe on this rank, at step 0."""
     settle_determinism(recipe.train.deterministic)
     return Job(recipe, run, world, *build_model(recipe, world), open_data(recipe))
 
@@ -121,11 +126,11 @@ def run_job(
     world: World,
     resume: bool = False,
     until: int | None = None,
-    answers: bool = False,
+    announce: bool = False,
 ) -> int:
-    """Train to the end, to step `until`, or to a signal. Collective over all ranks.
+    """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
 
-    `answers` as in `stop_signal`.
+    `announce` as in `stop_signal`.
 
     Returns:
         the number of the signal that stopped it, or 0.
@@ -133,162 +138,177 @@ def run_job(
     job = build(recipe, run, world)
     if resume:
         job.restore()
+        # only after the checkpoint was loaded under the new recipe may that replace the old one
         on_rank_zero(lambda: adopt(run))
     monitor = open_monitor(job)
-    with stop_signal(world.size, answers) as stop:
+    with stop_signal(world.size, announce) as stop:
         end = min(until or recipe.train.steps, recipe.train.steps)
-        number = train_loop(job, monitor, stop, end)
-        if job.step == recipe.train.steps and not number:
+        signal_number = train_loop(job, monitor, stop, end)
+        if job.step == recipe.train.steps and not signal_number:
             finish(job, monitor)
     if monitor:
         monitor.close()
-        close_run(job)
-    return number
+        print_summary(job)
+    return signal_number
 
 
 def open_monitor(job: Job) -> Monitor | None:
-    """Rank 0's monitor; all ranks stop if it cannot be made."""
-    box: list[Monitor] = []
+    """Opens the monitor on rank 0, and returns None on others; if it fails, all ranks raise."""
+    opened: list[Monitor] = []  # not the result of `on_rank_zero`, which would broadcast it
 
-    def make() -> None:
-        box.append(Monitor(job.run, job.recipe, job.step))
-        box[0].say(introduction(job))
+    def open_on_this_rank() -> None:
+        opened.append(Monitor(job.run, job.recipe, job.step))
+        opened[0].say(describe_job(job))
 
-    on_rank_zero(lambda: writing(job.run, make))
-    return box[0] if box else None
+    on_rank_zero(lambda: write_below(job.run, open_on_this_rank))
+    return opened[0] if opened else None
 
 
-def introduction(job: Job) -> str:
-    """What is about to run, where, and on what data."""
+def describe_job(job: Job) -> str:
+    """Describes the model, the ranks, the device and the data, for the start of the output."""
     recipe, world = job.recipe, job.world
     size = measure(recipe.model, recipe.train.seq_len)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
     if world.device.type == "cpu" and torch.cuda.is_available():
-        text += f" (GPUs here: {torch.cuda.device_count()}; with at most a rank each they serve)"
+        count = torch.cuda.device_count()
+        text += f" (this host has {count} GPUs, for jobs with at most one rank per GPU)"
     text += f"\n{job.data.train.describe()}"
     if job.step:
         text += f"\nresumed after step {job.step} of {recipe.train.steps}"
     if recipe.data.validation and recipe.train.validate_rows and job.data.validation is None:
-        text += "\nno validation: the data are too few documents, or streamed, to hold rows out"
+        text += "\nno validation: the data have too few documents to hold rows out, or are streamed"
     return text
 
 
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
-    """Steps until `end` or a signal on any rank; a checkpoint at the last one always."""
-    recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)
+    """Trains until step `end` or a signal on any rank, and saves after the last step.
+
+    Collective. Returns the number of the signal, or 0.
+    """
+    recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)  # among the ranks along data axes
     engine = Engine(job.model, job.optimizer, job.mesh, job.world.device)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
-    number = 0
+    signal_number = 0
     with Prefetcher(job.data.train, plan) as job.reader:
         if job.step < end:
-            first = len(micro_batches(recipe.train, job.step, rank, ranks))
-            agreed(partial(raise_if, job.reader.upcoming_error(first)), job.world.device)
-        while job.step < end and not number:
+            count = len(micro_batches(recipe.train, job.step, rank, ranks))
+            sync_errors(partial(raise_if, job.reader.upcoming_error(count)), job.world.device)
+        while job.step < end and not signal_number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
             result = train_step(engine, batches, samples, recipe, job.step)
             job.step += 1
-            job.bad = job.bad + 1 if result.skipped else 0
-            number, unreadable = agree(job, stop, reported(job, monitor, result), end)
-            if job.bad >= recipe.train.bad_steps:
-                give_up(job, result)
+            job.bad_steps = job.bad_steps + 1 if result.skipped else 0
+            write_error = report_step(job, monitor, result)
+            # every rank gets the same signal and error here, so all take the same branches below
+            signal_number, read_error = sync_status(job, stop, write_error, end)
+            if job.bad_steps >= recipe.train.bad_steps:
+                stop_for_bad_steps(job, result)
             every = recipe.checkpoint.every
-            if job.step == end or number or unreadable or (every and job.step % every == 0):
+            scheduled = every and job.step % every == 0
+            if job.step == end or signal_number or read_error or scheduled:
                 job.save()
-            if unreadable:
-                raise unreadable
+            if read_error:
+                raise read_error
             every = recipe.train.validate_every
-            if every and job.step % every == 0 and job.step < recipe.train.steps and not number:
-                check(job, monitor)
+            scheduled = every and job.step % every == 0
+            # `finish` validates after the last step
+            if scheduled and job.step < recipe.train.steps and not signal_number:
+                run_validation(job, monitor)
             if monitor:
                 monitor.restart_clock()
-    return number
+    return signal_number
 
 
-def agree(
-    job: Job, stop: StopSignal, trouble: UserError | None, end: int
+def sync_status(
+    job: Job, stop: StopSignal, write_error: UserError | None, end: int
 ) -> tuple[int, UserError | None]:
-    """The signal that any rank noted, or 0; and why the next step's data cannot be read, if so.
+    """All-reduces (MAX) signals and errors after a step, so that all ranks act alike.
 
-    All ranks raise what rank 0 could not write.
+    Returns:
+        the number of the signal that any rank received, or 0; and the error of any rank in reading
+        the data of the next step, or None.
+
+    Raises:
+        UserError: on every rank, rank 0's `write_error`.
     """
-    unreadable = None
+    read_error = None
     if job.reader is not None and job.step < end:
-        coming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
-        unreadable = job.reader.upcoming_error(len(coming))
-    noted = [float(stop.number), float(trouble is not None), float(unreadable is not None)]
-    number, failed, stuck = all_reduced(noted, job.world.device, dist.ReduceOp.MAX)
-    if failed:
-        raise UserError(on_rank_zero(lambda: str(trouble)))
+        upcoming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
+        read_error = job.reader.upcoming_error(len(upcoming))
+    status = [float(stop.number), float(write_error is not None), float(read_error is not None)]
+    number, write_failed, read_failed = all_reduced(status, job.world.device, dist.ReduceOp.MAX)
+    if write_failed:
+        raise UserError(on_rank_zero(lambda: str(write_error)))
     stop.agreed = number > 0
-    if stuck:
-        why = next(why for why in on_all_ranks(lambda: unreadable) if why)
-        unreadable = UserError(f"{why} (the run is saved after step {job.step})")
-    return int(number), unreadable
+    if read_failed:
+        first = next(error for error in on_all_ranks(lambda: read_error) if error)
+        read_error = UserError(f"{first} (the run is saved after step {job.step})")
+    return int(number), read_error
 
 
-def reported(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
-    """Report a step on rank 0; returns what went wrong, for all ranks to raise."""
+def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
+    """Records a step on rank 0; returns a write error, which `sync_status` raises on all ranks."""
     if monitor is None:
         return None
     try:
-        writing(job.run, lambda: report(job, monitor, result))
-    except UserError as trouble:
-        return trouble
+        write_below(job.run, lambda: record_step(job, monitor, result))
+    except UserError as error:
+        return error
     return None
 
 
-def writing(path: Path, action: Callable[[], object]) -> None:
-    """Run `action`, which writes below `path`; what the disk refuses is a UserError."""
+def write_below(path: Path, action: Callable[[], object]) -> None:
+    """Runs `action`, which writes below `path`; raises UserError where that raises OSError."""
     try:
         action()
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename or path}: {error.strerror}; free space or mend the "
-            f"disk of {path.absolute()}, then resume the run"
+            f"cannot write {error.filename or path}: {error.strerror}; free space or repair "
+            f"the disk of {path.absolute()}, then resume the run"
         ) from error
 
 
-def give_up(job: Job, result: Result) -> None:
-    """End a run of bad steps: say why on all ranks, and what to try."""
+def stop_for_bad_steps(job: Job, result: Result) -> None:
+    """Raises UserError on all ranks, after too many bad steps, with remedies. Collective."""
     last, recipe = on_rank_zero(lambda: newest(job.checkpoints)), job.recipe
-    found = result.report
-    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+    report, limit = result.report, recipe.train.bad_steps
+    saved = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
     raise UserError(
-        f"step {job.step}: loss {found.loss}, gradient norm {found.grad_norm}: not finite for "
-        f"{job.bad} steps in a row, so the run stops (train.bad_steps = {recipe.train.bad_steps}); "
-        f"{kept}. Lower optimizer.lr = {recipe.optimizer.lr}, lengthen optimizer.warmup = "
+        f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite for "
+        f"{job.bad_steps} steps in a row, so the run stops (train.bad_steps = {limit}); "
+        f"{saved}. Lower optimizer.lr = {recipe.optimizer.lr}, lengthen optimizer.warmup = "
         f"{recipe.optimizer.warmup}, or set train.precision = 'fp32'"
     )
 
 
-def report(job: Job, monitor: Monitor, result: Result) -> None:
-    """One line of metrics. `tokens` counts this step's, `trained_tokens` those with a loss."""
-    recipe, found = job.recipe.train, result.report
+def record_step(job: Job, monitor: Monitor, result: Result) -> None:
+    """Records a step's metrics: `tokens` are all, `trained_tokens` those with a loss."""
+    recipe, report = job.recipe.train, result.report
     tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
     metrics: dict[str, Any] = {
         "step": job.step,
-        "loss": found.loss,
-        "grad_norm": found.grad_norm,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
         "lr": result.lr,
         "tokens": tokens,
-        "trained_tokens": found.tokens,
+        "trained_tokens": report.tokens,
     }
-    if found.balance:
-        metrics["balance"] = found.balance
-    metrics |= found.extras
+    if report.balance:
+        metrics["balance"] = report.balance
+    metrics |= report.extras
     if result.skipped:
         metrics["skipped"] = True
         monitor.say(
-            f"step {job.step}: loss {found.loss}, gradient norm {found.grad_norm}: not finite, "
-            f"step skipped ({job.bad} in a row, {recipe.bad_steps} end the run)"
+            f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite, "
+            f"step skipped ({job.bad_steps} in a row, {recipe.bad_steps} end the run)"
         )
     monitor.step(metrics, tokens, job.world)
 
 
-def check(job: Job, monitor: Monitor | None) -> None:
-    """Validate and record it."""
+def run_validation(job: Job, monitor: Monitor | None) -> None:
+    """Computes the validation loss, and records it on rank 0. Collective."""
     rows, count = job.data.validation, job.recipe.train.validate_rows
     if rows is None or count == 0:
         return
@@ -296,8 +316,8 @@ def check(job: Job, monitor: Monitor | None) -> None:
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths)
 
-    def tell() -> None:
-        assert monitor is not None
+    def record() -> None:
+        assert monitor is not None  # on rank 0
         metrics = {"step": job.step, "validation_loss": loss}
         text = f"validation  loss {loss:.4f}"
         if bits is not None:
@@ -306,26 +326,26 @@ def check(job: Job, monitor: Monitor | None) -> None:
         monitor.record(metrics)
         monitor.say(f"{text} at step {job.step}")
 
-    on_rank_zero(lambda: writing(job.run, tell))
+    on_rank_zero(lambda: write_below(job.run, record))
 
 
 def finish(job: Job, monitor: Monitor | None) -> None:
-    """The end of a complete run: last validation and a sample of the model's text."""
-    check(job, monitor)
+    """Ends a complete run: validates, and writes a sample of the model's text. Collective."""
+    run_validation(job, monitor)
     count, tokenizer = job.recipe.train.sample, job.data.tokenizer
     if not count or tokenizer is None:
         return
-    start = tokenizer.encode(["def "])[0]
-    made = extend(job.model, start, count, job.recipe.train.seq_len, None, job.world.device)
-    text = "def " + tokenizer.decode(made)
+    prompt = tokenizer.encode(["def "])[0]
+    generated = extend(job.model, prompt, count, job.recipe.train.seq_len, None, job.world.device)
+    text = "def " + tokenizer.decode(generated)
     path = job.run / "sample.txt"
-    on_rank_zero(lambda: writing(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
+    on_rank_zero(lambda: write_below(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
     if monitor:
         monitor.say(f"sample\n{text}\n")
 
 
-def close_run(job: Job) -> None:
-    """Rank 0's last words: the plot, the folder, and how to go on."""
+def print_summary(job: Job) -> None:
+    """Prints, on rank 0, the plot's path, the run's folder, and how to continue the run."""
     try:
         if plot := plot_loss(job.run):
             print(f"plot        {plot}")

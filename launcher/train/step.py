@@ -1,4 +1,4 @@
-"""One optimizer step over the global batch, and one pass over the validation rows."""
+"""Runs one optimizer step over the global batch, or one pass over the validation rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,27 +24,28 @@ from colonnade.parallel.parallelize import reshard
 
 T = TypeVar("T")
 
-VALIDATION = -1  # in place of a step's number, where random draws are keyed by it
+VALIDATION = -1  # replaces the step's number in the key of validation's random draws
 
 
 class Result(NamedTuple):
-    """One step: what was found, and at which learning rate the model was updated, if it was."""
+    """A step's report, and the learning rate of its update, if there was one."""
 
     report: Report
     lr: float
 
     @property
     def skipped(self) -> bool:
-        """Whether nothing was updated: loss or gradient was not finite."""
+        """Whether the update was skipped because the loss or a gradient was not finite."""
         return not self.report.finite
 
 
-def agreed(action: Callable[[], T], device: torch.device) -> T:
-    """Run `action` on every rank; where it raises UserError on any, every rank raises that one.
+def sync_errors(action: Callable[[], T], device: torch.device) -> T:
+    """Runs `action` on every rank; if it raises UserError on any rank, every rank raises it.
 
-    Collective: all-reduces one number, so that it may be called in every step.
+    Collective: all-reduces one number, which is cheap enough for every step. Only after an error
+    are objects all-gathered. Where several ranks fail, all raise the error of the lowest rank.
     """
-    outcome: tuple[T] | None = None
+    outcome: tuple[T] | None = None  # a tuple, because the result may be None
     fault: UserError | None = None
     try:
         outcome = (action(),)
@@ -52,12 +53,12 @@ def agreed(action: Callable[[], T], device: torch.device) -> T:
         fault = error
     if all_reduced([float(fault is not None)], device, dist.ReduceOp.MAX)[0]:
         on_all_ranks(lambda: raise_if(fault))
-    assert outcome is not None  # else all ranks have raised
+    assert outcome is not None  # otherwise every rank has raised
     return outcome[0]
 
 
 def raise_if(fault: UserError | None) -> None:
-    """Raise a fault that there may be."""
+    """Raises `fault` unless it is None."""
     if fault is not None:
         raise fault
 
@@ -69,9 +70,9 @@ def train_step(
     recipe: Recipe,
     step: int,
 ) -> Result:
-    """Run this rank's micro-batches forward and backward, and update the model. Collective.
+    """Runs this rank's micro-batches forward and backward, and updates the model. Collective.
 
-    A step without tokens, or whose objective or gradients are not finite, updates nothing.
+    A step without valid tokens, or with a non-finite objective or gradient, updates nothing.
     """
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
@@ -92,34 +93,40 @@ def validate_loss(
     device: torch.device,
     byte_lengths: Tensor | None,
 ) -> tuple[float, float | None]:
-    """Mean loss per token, and bits per byte where known, over `validate_rows` rows.
+    """Computes the mean loss per token, in nats, and bits per byte, over `validate_rows` rows.
 
-    The rows are spread evenly over all there are, and the same at every call and on every layout.
-    Every rank makes the same number of forward passes; one that has run out of rows repeats one
-    without labels. Random experts (THOR) are drawn for each row, the same at every call.
+    The rows are spaced evenly over the validation set, and are the same at every call and on every
+    layout. Every rank runs the same number of forward passes, because they are collective: a rank
+    without remaining rows runs row 0 without labels. Random experts (THOR) are drawn for each row,
+    the same at every call. Collective: all-reduces the sums over all ranks.
+
+    Args:
+        byte_lengths: bytes of every token of the vocabulary; None: unknown, and so are bits per
+            byte, which are then None.
     """
     rank, ranks = data_rank(mesh)
-    size, there = recipe.train.micro_batch, rows.rows or 0
-    count = min(recipe.train.validate_rows, there)
-    chosen = [number * there // count for number in range(count)]
+    size, available = recipe.train.micro_batch, rows.rows or 0
+    count = min(recipe.train.validate_rows, available)
+    samples = [i * available // count for i in range(count)]
     rng_key = int(hashed(recipe.train.seed, VALIDATION))
-    nats = tokens = units = 0.0
+    nats = tokens = text_bytes = 0.0
     for start in range(0, count, size * ranks):
         first = start + rank * size
-        mine = chosen[first : first + size]
-        batch = agreed(partial(rows.batch, mine or [0]), device)
-        labels = batch.labels if mine else torch.full_like(batch.labels, IGNORED)
+        local_samples = samples[first : first + size]
+        batch = sync_errors(partial(rows.batch, local_samples or [0]), device)
+        labels = batch.labels if local_samples else torch.full_like(batch.labels, IGNORED)
         batch = batch._replace(labels=labels)
         with evaluating(model):
-            loss, _ = forward(model, batch, mine or [0], device, rng_key=rng_key)
+            loss, _ = forward(model, batch, local_samples or [0], device, rng_key=rng_key)
         nats += loss.item()
         label = labels[labels != IGNORED].long()
         tokens += label.numel()
         if byte_lengths is not None:
-            units += float(byte_lengths[label].sum())
+            text_bytes += float(byte_lengths[label].sum())
     reshard(model)
-    sums = all_reduced([nats, tokens, units], device)
-    nats = sums[0] / ranks_per_token(mesh)  # a rank's are those of its part of the rows
-    tokens, units = (total / ranks_per_sample(mesh) for total in sums[1:])
-    bits = nats / math.log(2) / units if byte_lengths is not None and units else None
+    sums = all_reduced([nats, tokens, text_bytes], device)
+    # a rank's loss covers its segments of the rows, but its labels are those of the full rows
+    nats = sums[0] / ranks_per_token(mesh)
+    tokens, text_bytes = (total / ranks_per_sample(mesh) for total in sums[1:])
+    bits = nats / math.log(2) / text_bytes if byte_lengths is not None and text_bytes else None
     return nats / max(tokens, 1), bits

@@ -25,7 +25,7 @@ Scan = Callable[
 
 
 class Projected(NamedTuple):
-    """What the first half hands to the second. C channels."""
+    """The result of the first half, and argument of the second. C channels."""
 
     z: Tensor  # [S, B, C] gate
     x: Tensor  # [S, B, C]
@@ -35,7 +35,7 @@ def local_scan(
     x: Tensor, dt: Tensor, A_real: Tensor, A_imag: Tensor, C_real: Tensor, C_imag: Tensor,
     D: Tensor, chunk: int, context: Context, state_passing: StatePassing | None = None,
 ) -> Tensor:  # fmt: skip
-    """The `scan` seam's default, for whole sequences, or for segments with `state_passing`."""
+    """Scans full sequences, or with `state_passing` segments: the `scan` seam's default."""
     state = context.cached("state")
     y, state = s4d(
         x, dt, A_real, A_imag, C_real, C_imag, D, chunk=chunk, documents=context.documents,
@@ -46,7 +46,7 @@ def local_scan(
 
 
 class Projections(ParameterModule):
-    """Projections to z and x."""
+    """Projects to z and x."""
 
     seams = ()
 
@@ -58,14 +58,14 @@ class StateSpace(ParameterModule):
     """Steps, A, C and the skip D, in fp32 whatever the precision."""
 
     def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dt `[C]`, real and imaginary part of A and of C, `[C, N]` each, and D `[C]`."""
+        """Computes dt `[C]`, real and imaginary part of A and of C, `[C, N]` each, and D `[C]`."""
         dt, A_real = self.weight_of("log_dt").exp(), -self.weight_of("A_real_log").exp()
         A_imag, C_real, C_imag, D = map(self.weight_of, ("A_imag", "C_real", "C_imag", "D"))
         return dt, A_real, A_imag, C_real, C_imag, D
 
 
 class ScanOut(ParameterModule):
-    """Scan, GELU, gate, output projection: back to `[S, B, D]`."""
+    """Scans, applies GELU and the gate, and projects back to `[S, B, D]`."""
 
     seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan

@@ -23,13 +23,13 @@ SCAN = Mixing(
         **dict.fromkeys(("dt", "A_real", "A_imag", "C_real", "C_imag", "D"), Argument("constant")),
     },
     result=OF_CHANNELS,
-    # a pair's state is 2 real numbers, and its transition, a complex factor, a real 2x2 matrix
+    # a pair's state is 2 real numbers; its transition, a complex factor, is a real 2x2 matrix
     state=lambda c: (2 + 4) * c.s4d_inner * c.s4d_state,
 )
 
 
 def linear_frequencies(t: "Tensor", g: "Generator") -> None:
-    """0, π, 2π, ... along the last dimension: S4D-Lin's imaginary parts."""
+    """Fills the last dimension with 0, π, 2π, ...: S4D-Lin's imaginary parts."""
     t.fill_(math.pi).cumsum_(-1).sub_(math.pi)
 
 
@@ -39,22 +39,22 @@ class S4DCard(Card):
     symbol, title, mixing = "S", "S4D", SCAN
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Projections to z and x, the state space and the output.
+        """Returns projections to z and x, the state space and the output projection.
 
-        The step is log-uniform in [0.001, 0.1], A_n = −1/2 + iπn (S4D-Lin), C complex normal of
+        The step dt is log-uniform in [0.001, 0.1], A_n = −1/2 + iπn (S4D-Lin), C complex normal of
         variance 1, D standard normal. C alone has weight decay.
         """
         c, C, N = config, config.s4d_inner, config.s4d_state
-        own, outputs = Split(0, C, CHANNELS), normal(0.5**0.5)
-        steps = uniform(math.log(1e-3), math.log(1e-1))
+        channels, outputs = Split(0, C, CHANNELS), normal(0.5**0.5)
+        log_steps = uniform(math.log(1e-3), math.log(1e-1))
 
         def small(name: str, shape: tuple[int, ...], fill: Fill, decay: bool) -> ParameterSpec:
-            return ParameterSpec(name, shape, fill, decay=decay, tp=own, half="small")
+            return ParameterSpec(name, shape, fill, decay=decay, tp=channels, half="small")
 
         return [
-            ParameterSpec("z", (C, c.hidden), normal(c.init_std), "reads", tp=own),
-            ParameterSpec("x", (C, c.hidden), normal(c.init_std), "reads", tp=own),
-            small("log_dt", (C,), steps, decay=False),
+            ParameterSpec("z", (C, c.hidden), normal(c.init_std), "reads", tp=channels),
+            ParameterSpec("x", (C, c.hidden), normal(c.init_std), "reads", tp=channels),
+            small("log_dt", (C,), log_steps, decay=False),
             small("A_real_log", (C, N), constant(math.log(0.5)), decay=False),
             small("A_imag", (C, N), linear_frequencies, decay=False),
             small("C_real", (C, N), outputs, decay=True),
@@ -67,12 +67,12 @@ class S4DCard(Card):
         ]  # fmt: skip
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
-        """Convolution over half a chunk, state in and state out."""
+        """Counts the convolution over half a chunk, and writing and reading the state."""
         half = min(config.s4d_chunk, seq_len) // 2
         return config.s4d_inner * (2 * half + 8 * config.s4d_state)
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
-        """The module."""
+        """Builds the module."""
         from colonnade.models.blocks.s4d import S4D
 
         return S4D(self, config, out_std)
@@ -83,7 +83,7 @@ class S4DOptions(Options):
 
     cards: ClassVar[tuple[Card, ...]] = (S4DCard(),)
 
-    # as many weights as Mamba-1's projections, so that one may stand in the other's place
+    # as many weights as Mamba-1's projections, so that one can replace the other
     s4d_inner: Annotated[Count, width(16, divided=True)] = formula(
         Formula("hidden", times=2), "channels", ge=1
     )

@@ -58,7 +58,7 @@ def test_blocks_of_channels(width: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_token_a_document() -> None:
-    """Every chunk has as many pieces as tokens; and where a document is a chunk, one."""
+    """Every chunk has as many spans as tokens; where every document is a chunk, one span."""
     t = inputs(16)
     for length in (1, 4):
         ids = (torch.arange(16) // length)[:, None].expand(16, 2)
@@ -66,23 +66,23 @@ def test_every_token_a_document() -> None:
         assert_equal(results(s4d, t, chunk=4, documents=ids), expected, of_all=0)
 
 
-def test_documents_equal_alone() -> None:
-    """A packed row gives what its documents give alone, the first with the initial state."""
+def test_packed_documents_equal_separate_ones() -> None:
+    """A packed row equals its documents one by one, of which the first has the initial state."""
     t, bounds = inputs(40, B=1), [0, 3, 16, 17, 40]
     ids = torch.zeros(40, 1, dtype=torch.int32)
     for start in bounds[1:-1]:
         ids[start:] += 2
     y, state = s4d(**t, chunk=8, documents=ids)
     for start, stop in pairwise(bounds):
-        alone = t | {"x": t["x"][start:stop]}
+        document = t | {"x": t["x"][start:stop]}
         if start:
-            del alone["initial_state"]
-        y_alone, state_alone = s4d_recurrence(**alone)
-        assert_equal({"y": y[start:stop]}, {"y": y_alone}, of_all=0)
-    assert_equal({"state": state}, {"state": state_alone}, of_all=0)
+            del document["initial_state"]
+        expected, last_state = s4d_recurrence(**document)
+        assert_equal({"y": y[start:stop]}, {"y": expected}, of_all=0)
+    assert_equal({"state": state}, {"state": last_state}, of_all=0)
 
 
-def test_chained_halves_equal_the_whole() -> None:
+def test_chained_halves_equal_one_call() -> None:
     t, ids = inputs(33), packed(33, 2, 3)
 
     def halves(x: Tensor, initial_state: Tensor, **system: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def test_chained_halves_equal_the_whole() -> None:
 
 
 def test_equals_convolution() -> None:
-    """The kernel of the paper, 2 Re(Σ_n C_n B̄_n Ā_n^l), over whole rows by PyTorch's FFT."""
+    """The kernel of the paper, 2 Re(Σ_n C_n B̄_n Ā_n^l), over full rows by PyTorch's FFT."""
     S = 50
     t = inputs(S)
     del t["initial_state"]
@@ -131,16 +131,16 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
-    """Inputs rounded to the dtype, then fp64 as the truth: what is lost is the kernel's own."""
+    """The fp64 reference gets the rounded inputs, so the bound is that of the kernel's rounding."""
     t, ids = inputs(100, C=16, N=16), packed(100, 2, 3)
     narrow = {k: v.to(dtype if k == "x" else torch.float32) for k, v in t.items()}
-    got = results(s4d, narrow, chunk=16, documents=ids)
-    assert got["y"].dtype == dtype
-    assert got["state"].dtype == torch.float32
-    assert all(got[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
+    actual = results(s4d, narrow, chunk=16, documents=ids)
+    assert actual["y"].dtype == dtype
+    assert actual["state"].dtype == torch.float32
+    assert all(actual[f"d{k}"].dtype == v.dtype for k, v in narrow.items())
     exact = {k: v.double() for k, v in narrow.items()}
     expected = results(s4d_recurrence, exact, documents=ids)
-    assert_equal(got, expected, relative=bound, of_all=0)
+    assert_equal(actual, expected, relative=bound, of_all=0)
 
 
 @pytest.mark.parametrize("dt", [0.0, 1e-30, 100.0, 1e10])
@@ -150,16 +150,16 @@ def test_extreme_steps_are_finite_and_right(dt: float) -> None:
     assert_equal(results(s4d, t, chunk=8), results(s4d_recurrence, t), of_all=0)
 
 
-def test_small_steps_lose_nothing() -> None:
-    """B̄ = (exp(dt A) − 1) / A is no difference of numbers near 1: fp32 keeps its digits."""
+def test_small_steps_keep_precision() -> None:
+    """B̄ = (exp(dt A) − 1) / A avoids the difference of numbers near 1, inexact in fp32."""
     t = inputs(20)
     t["dt"] *= 1e-5
-    got = results(s4d, {k: v.float() for k, v in t.items()}, chunk=8)
-    assert_equal(got, results(s4d, t, chunk=8), relative=1e-5, of_all=0)
+    actual = results(s4d, {k: v.float() for k, v in t.items()}, chunk=8)
+    assert_equal(actual, results(s4d, t, chunk=8), relative=1e-5, of_all=0)
 
 
 def test_memory() -> None:
-    """Backward keeps the inputs and one state per chunk."""
+    """The inputs and one state per chunk are saved for backward."""
     chunk, B, C, N = 16, 2, 32, 8
     for S in (256, 512):
         t = {k: v.requires_grad_() for k, v in inputs(S, B=B, C=C, N=N).items()}

@@ -1,4 +1,4 @@
-"""A job from start to end on the pool of ranks: equal losses, resuming, signals, bad steps."""
+"""Runs jobs on the pool of ranks: equal losses, resuming, signals, bad steps, validation."""
 
 import errno
 import itertools
@@ -80,7 +80,7 @@ validate_rows = 7
 def job(
     rank: int, size: int, recipe: Recipe, run: Path, resume: bool = False, until: int | None = None
 ) -> int:
-    """One rank of a job."""
+    """Runs a job on one rank."""
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "recipe.toml").write_text(dump_recipe(recipe))
@@ -141,13 +141,13 @@ def test_resuming_on_another_layout(
     tmp_path: Path,
     overrides: tuple[str, ...],
 ) -> None:
-    """On one rank, then tp=2, cp=2, cp=2 on four ranks, cp=2 with tp=2, then on one rank.
+    """Trains on one rank, then with tp=2, cp=2, cp=2 on four ranks, cp=2 with tp=2, then on one.
 
     The run also validates between its checkpoints.
     """
     overrides = (*overrides, "train.validate_every=2")
     ranks1.run(job, recipe(*overrides), tmp_path / "uninterrupted")
-    run, tp, cp = tmp_path / "moved", "parallel.tp=2", "parallel.cp=2"
+    run, tp, cp = tmp_path / "resumed", "parallel.tp=2", "parallel.cp=2"
     ranks1.run(job, recipe(*overrides), run, False, 2)
     ranks2.run(job, recipe(*overrides, tp), run, True, 3)
     ranks2.run(job, recipe(*overrides, cp), run, True, 4)
@@ -157,16 +157,15 @@ def test_resuming_on_another_layout(
     assert losses(run) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-10)
 
 
-def stopped(rank: int, size: int, recipe: Recipe, run: Path) -> int:
-    """A job whose last rank gets SIGTERM while it trains."""
-    done = []
+def job_with_signal(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """Runs a job whose last rank gets SIGTERM in its third step."""
+    steps = itertools.count(1)
 
-    def count(self: torch.optim.AdamW, *_: object) -> None:
-        done.append(1)
-        if len(done) == 3 and rank == size - 1:
+    def send_signal(self: torch.optim.AdamW, *_: object) -> None:
+        if next(steps) == 3 and rank == size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    hook = register_optimizer_step_post_hook(count)
+    hook = register_optimizer_step_post_hook(send_signal)
     try:
         return job(rank, size, recipe, run)
     finally:
@@ -177,7 +176,7 @@ def test_a_signal_on_one_rank_saves_and_stops_all(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert ranks2.run(stopped, recipe(), run) == [signal.SIGTERM] * 2
+    assert ranks2.run(job_with_signal, recipe(), run) == [signal.SIGTERM] * 2
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     ranks2.run(job, recipe(), run, True)
     ranks2.run(job, recipe(), tmp_path / "uninterrupted")
@@ -192,7 +191,7 @@ def fail_after_signal(ranks: int, agreed: bool, failure: type[Exception]) -> Non
     with stop_signal(ranks) as stop:
         signal.raise_signal(signal.SIGTERM)
         stop.agreed = agreed
-        raise failure("gone")
+        raise failure("raised by the test")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def fail_after_signal(ranks: int, agreed: bool, failure: type[Exception]) -> Non
 def test_a_rank_that_lost_its_peer_ends_by_the_signal(
     ranks: int, agreed: bool, failure: type[Exception], status: int
 ) -> None:
-    """Any other failure after a signal is reported."""
+    """After any other failure the rank ends by the exception, which is reported."""
     arguments = (ranks, agreed, failure)
     process = get_context("fork").Process(target=fail_after_signal, args=arguments)
     process.start()
@@ -215,8 +214,8 @@ def test_a_rank_that_lost_its_peer_ends_by_the_signal(
     assert process.exitcode == status
 
 
-def poisoned(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int]) -> list[bool]:
-    """A job in which a gradient on rank 0 is NaN at some steps."""
+def job_with_nan(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int]) -> list[bool]:
+    """Runs a job with a NaN gradient on rank 0 at the steps `bad`; returns which were skipped."""
     norm, steps = engine.gradient_norm, itertools.count()
 
     def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -236,24 +235,24 @@ def test_a_bad_step_is_skipped_on_all_ranks(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    skipped = ranks2.run(poisoned, recipe(), run, {2, 4})[0]
-    assert skipped == [number in (2, 4) for number in range(8)]
+    skipped = ranks2.run(job_with_nan, recipe(), run, {2, 4})[0]
+    assert skipped == [step in (2, 4) for step in range(8)]
     assert all(map(torch.isfinite, map(torch.tensor, losses(run))))
 
 
 def test_too_many_bad_steps_end_the_run(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """The last good checkpoint stays, and the metrics record the bad steps."""
+    """The message names the last good checkpoint, and the metrics record the bad steps."""
     run, limits = tmp_path / "run", ("train.bad_steps=3", "checkpoint.every=2")
     with pytest.raises(RankError, match=r"step 5: .* not finite for 3 .*step-00000004"):
-        ranks2.run(poisoned, recipe(*limits), run, {2, 3, 4})
+        ranks2.run(job_with_nan, recipe(*limits), run, {2, 3, 4})
     skipped = [row.get("skipped", False) for row in read_metrics(run / "metrics.jsonl")]
     assert skipped == [False, False, True, True, True]
 
 
-def with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:
-    """A job in which the disk is full when the third line of metrics is written."""
+def job_with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """Runs a job in which the disk is full when the third line of metrics is written."""
     record, lines = Monitor.record, itertools.count()
 
     def refuse(self: Monitor, metrics: dict[str, object]) -> None:
@@ -272,7 +271,7 @@ def test_a_full_disk_is_one_message_on_all_ranks(
     ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with pytest.raises(RankError) as failed:
-        ranks2.run(with_full_disk, recipe(), tmp_path / "run")
+        ranks2.run(job_with_full_disk, recipe(), tmp_path / "run")
     assert str(failed.value).count("UserError: cannot write") == 2
 
 
@@ -285,13 +284,13 @@ def test_a_finished_run_is_not_validated_twice(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def validated(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, float]:
-    """The validation loss, and the number of validation rows."""
-    made = build(recipe, run, World(rank, size, torch.device("cpu")))
-    rows = made.data.validation
+def validation_of(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, int]:
+    """Returns the validation loss of the initial model, and the number of validation rows."""
+    built = build(recipe, run, World(rank, size, torch.device("cpu")))
+    rows = built.data.validation
     assert rows is not None
     assert rows.rows is not None
-    loss, bits = validate_loss(made.model, rows, recipe, made.mesh, made.world.device, None)
+    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None)
     assert bits is None
     return loss, rows.rows
 
@@ -300,10 +299,10 @@ def test_validation_does_not_depend_on_ranks(
     ranks1: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
-    expected = ranks1.run(validated, recipe(), tmp_path)[0]
+    expected = ranks1.run(validation_of, recipe(), tmp_path)[0]
     assert expected[1] >= 7
     for settings in (recipe(), recipe("parallel.tp=2"), recipe("parallel.cp=2")):
-        for result in ranks4.run(validated, settings, tmp_path):
+        for result in ranks4.run(validation_of, settings, tmp_path):
             assert result == pytest.approx(expected, rel=1e-12)
 
 
