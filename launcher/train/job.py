@@ -170,7 +170,8 @@ def describe_job(job: Job) -> str:
     size = measure(recipe.model, recipe.train.seq_len)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
-    if world.device.type == "cpu" and torch.cuda.is_available():
+    unused = world.device.type == "cpu" and torch.cuda.is_available()
+    if unused and recipe.train.device == "auto":
         count = torch.cuda.device_count()
         text += f" (this host has {count} GPUs, for jobs with at most one rank per GPU)"
     text += f"\n{job.data.train.describe()}"
