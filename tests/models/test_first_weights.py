@@ -62,7 +62,7 @@ def test_first_weights_have_their_distribution() -> None:
 
 def test_first_weights_of_s4d() -> None:
     """S4D-Lin: A_n = −1/2 + iπn, steps within [0.001, 0.1], |C|² 1 on average."""
-    block = new_decoder(ModelConfig(pattern="S", hidden=64, vocab=16)).wiring.blocks[0]
+    block = new_decoder(ModelConfig(pattern="S", hidden=64, vocab=16)).wiring.block(0)
     t = {name: p.detach().double() for name, p in block.named_parameters()}
     assert bool(((t["A_real_log"].exp() - 0.5).abs() < 1e-7).all())
     angles = math.pi * torch.arange(32, dtype=torch.float64)
