@@ -4,6 +4,7 @@ The fields of a sub-block are in the file of its card (`models/cards/NAME.py`). 
 table becomes a base class of `ModelConfig`, which makes its symbol known everywhere.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -166,9 +167,16 @@ class ModelConfig(  # pydantic takes the fields of the last one first
         fields = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self).model_validate(fields | update)
 
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> "ModelConfig":
+        """As in pydantic, but an update is validated, and formulas follow it (`changed`)."""
+        return self.changed(**update) if update else super().model_copy(deep=deep)
+
     def explicit(self) -> "ModelConfig":
-        """Returns the config with every field set explicitly whose default is a formula."""
-        return self.changed(**{name: getattr(self, name) for name in FORMULAS})
+        """Returns the config with every used field set explicitly whose default is a formula."""
+        used = (name for name in FORMULAS if self.unused(name) is None)
+        return self.changed(**{name: getattr(self, name) for name in used})
 
     def unused(self, field: str) -> Need | None:
         """Returns the first unmet condition for an effect of a field; None: it has an effect.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 # Modules that only structure the code; canonical names omit them.
 STRUCTURE = frozenset({"wiring", "first", "second", "small"})
@@ -32,21 +33,32 @@ class CanonicalNames(nn.Module):
         return renamed(super().named_buffers(*args, **kwargs))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `nn.Module`, with canonical names; only for the root module, without a prefix."""
-        return dict(renamed(super().state_dict(*args, **kwargs).items()))
+        """As in `nn.Module`, with canonical names where it is asked for this module alone."""
+        tensors = super().state_dict(*args, **kwargs)
+        part_of_another = kwargs.get("destination") is not None or kwargs.get("prefix")
+        return tensors if args or part_of_another else dict(renamed(tensors.items()))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in `nn.Module`, from canonical names."""
-        paths = {canonical(path): path for path in super().state_dict()}
-        tensors = {paths.get(name, name): tensor for name, tensor in state_dict.items()}
-        result = super().load_state_dict(tensors, strict=False, assign=assign)
-        if strict and (result.missing_keys or result.unexpected_keys):
-            missing = ", ".join(canonical(path) for path in result.missing_keys) or "none"
-            unexpected = ", ".join(result.unexpected_keys) or "none"
-            raise RuntimeError(f"missing tensors: {missing}; not of this model: {unexpected}")
-        return result
+        """As in `nn.Module`, from canonical names, which errors and the result name as well."""
+        paths = {canonical(path): (path, t.shape) for path, t in super().state_dict().items()}
+        unexpected = [name for name in state_dict if name not in paths]
+        missing = [name for name in paths if name not in state_dict]
+        reshaped = [
+            f"{name} is {tuple(state_dict[name].shape)}, not {tuple(shape)}"
+            for name, (_, shape) in paths.items()
+            if name in state_dict and state_dict[name].shape != shape
+        ]
+        if reshaped or (strict and (missing or unexpected)):
+            raise RuntimeError(
+                f"missing tensors: {', '.join(missing) or 'none'}; "
+                f"not of this model: {', '.join(unexpected) or 'none'}; "
+                f"of another shape: {', '.join(reshaped) or 'none'}"
+            )
+        tensors = {paths[name][0]: t for name, t in state_dict.items() if name in paths}
+        super().load_state_dict(tensors, strict=False, assign=assign)
+        return _IncompatibleKeys(missing, unexpected)
 
 
 def renamed(named: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, AnyTensor]]:

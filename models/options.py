@@ -70,7 +70,8 @@ class Formula:
 
     def __str__(self) -> str:
         product = self.of if self.times == 1 else f"{self.times} * {self.of}"
-        return product if self.by == 1 else f"{product} / {self.by}"
+        quotient = product if self.by == 1 else f"{product} / {self.by}"
+        return f"{quotient}, rounded up" if self.up else quotient
 
 
 Kind = Literal["choice", "width", "heads", "count", "length", "taps"]

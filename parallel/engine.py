@@ -146,13 +146,14 @@ def forward(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A context manager: the model is in evaluation mode without gradients, and then as before."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def to_device(

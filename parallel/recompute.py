@@ -131,7 +131,8 @@ class Frame:
 
     A slot holds a reference to the frame, and the frame only weak ones to its slots, so that memory
     is freed as soon as the graph drops it. A second backward pass over a retained graph runs the
-    halves once more; a mode that saves results of operators returns them once, and refuses that.
+    halves once more; a mode that saves results of operators (`selective`, and `block` too where
+    ranks share a sub-block) returns them once, and refuses that.
     PyTorch's generators and autocast are not restored: sub-blocks use neither.
     """
 

@@ -67,6 +67,11 @@ class StreamCollectives:
             return run_backward_first(
                 spmd.all_gather(x, self.group, src=S(0), dst=R, **async_both_ways(x))
             )
+        if self.sequence and x.requires_grad:  # gradients of norms are summed over the ranks
+            raise RuntimeError(
+                "sequence parallelism has no gradients in evaluation mode: call model.train(), or "
+                "compute under torch.no_grad()"
+            )
         # The backward node of x waits for the reduced gradient: it runs after the sub-block before.
         set_backward_order(x, self.previous_enter)
         x = spmd.convert(x, self.group, src=I, dst=R, backward_options=async_options(x))

@@ -125,11 +125,13 @@ def run_as_rank(function: str, arguments: str) -> None:
     """Calls the function that `start_ranks` named, in a process that torchrun started for it.
 
     Args:
-        function: its name, as `module:function`.
+        function: its name, as `module:function`, of this package.
         arguments: its keyword arguments, as JSON.
     """
     end_with_launcher()
     module, _, name = function.partition(":")
+    if not module.startswith("colonnade."):
+        raise ValueError(f"{function}: a rank runs functions of colonnade alone")
     getattr(importlib.import_module(module), name)(**json.loads(arguments))
 
 

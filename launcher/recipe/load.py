@@ -304,7 +304,9 @@ def _value(text: str, location: Location) -> Any:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Writes the complete recipe, defaults included, as TOML without unused settings.
+    """Writes the recipe, defaults included, as TOML without unused settings.
+
+    Fields that follow from others by default are left out, and follow from them again.
 
     `load_recipe` reads an equal recipe from it if `recipe` is valid.
     """

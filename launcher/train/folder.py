@@ -95,7 +95,7 @@ def adopt(folder: Path) -> None:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe with all fields resolved."""
+    """Writes a recipe, defaults included."""
     try:
         path.write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
@@ -121,6 +121,10 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         may_change = {"path", "column"}
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
         fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
+        # Fields that follow from others do so in muP's base as well: a field that is given at the
+        # value it had by default changes the base alone.
+        if base := recipe.model.base():
+            fields |= {f"model.mup_base.{f}": value for f, value in base.model_dump().items()}
         fields["optimizer.name"] = recipe.optimizer.name
         fields["data.validation"] = recipe.data.validation
         fields["data.packing"] = recipe.data.packing
@@ -136,7 +140,7 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
             "the order of its data; leave it, or start a new run",
         )
         for field, value in fixed_fields(wanted).items()
-        if value != required[field]
+        if field in required and value != required[field]
     ]
     if faults:
         raise RecipeError(faults)

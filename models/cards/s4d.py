@@ -79,7 +79,7 @@ class S4DCard(Card):
 
 
 class S4DOptions(Options):
-    """`S` S4D."""
+    """`S`: S4D."""
 
     cards: ClassVar[tuple[Card, ...]] = (S4DCard(),)
 

@@ -9,6 +9,7 @@ import pytest
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
 from colonnade.launcher.train.folder import COMING, RECIPE, check_resumable, open_existing, open_new
+from colonnade.models.config import ModelConfig
 
 RESUMES = """
 import sys
@@ -51,6 +52,17 @@ def test_paths_of_data_may_change_and_packing_may_not() -> None:
     check_resumable(recipe(tokenizer="a/tokenizer.json"), recipe(tokenizer="b/tokenizer.json"))
     with pytest.raises(RecipeError, match=r"data\.packing = 'whole'"):
         check_resumable(recipe(), recipe(packing="whole"))
+
+
+def test_a_size_that_only_the_base_model_takes_over_may_not_change() -> None:
+    """Under muP a derived size that is set to its own value becomes the base's as well."""
+
+    def recipe(**fields: int) -> Recipe:
+        return Recipe(model=ModelConfig(hidden=256, heads=4, mup_base={"hidden": 128}, **fields))
+
+    check_resumable(recipe(), recipe())
+    with pytest.raises(RecipeError, match=r"mup_base\.head_dim = 64: the run began with 32"):
+        check_resumable(recipe(), recipe(head_dim=64))
 
 
 def test_the_kind_of_optimizer_stays() -> None:

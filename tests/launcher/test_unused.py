@@ -14,7 +14,7 @@ from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import conditions
-from colonnade.models.config import ModelConfig
+from colonnade.models.config import FORMULAS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
@@ -309,5 +309,10 @@ def test_random_recipes_survive_writing(write: Write) -> None:
         except RecipeError:
             continue
         valid += 1
-        assert load_recipe(write(dump_recipe(recipe))) == recipe
+        read = load_recipe(write(dump_recipe(recipe)))
+        assert read == recipe
+        for name in FORMULAS:  # fields that follow from others do so again
+            if recipe.model.unused(name) is None:
+                assert read.model.is_explicit(name) == recipe.model.is_explicit(name), name
+        assert read.model.base() == recipe.model.base()
     assert valid > 50

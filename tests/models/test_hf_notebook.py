@@ -91,5 +91,12 @@ def test_the_error_for_a_missing_weight_names_it() -> None:
     tensors.pop("final.weight")
     with pytest.raises(RuntimeError, match=r"final\.weight"):
         load_decoder(config, tensors)
+    short = dict(new_decoder(config).state_dict()) | {"blocks.0.q": torch.zeros(3, 8)}
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.q is \(3, 8\), not \(8, 8\)"):
+        load_decoder(config, short)
+    model = new_decoder(config)
+    result = model.load_state_dict(tensors, strict=False)
+    assert result.missing_keys == ["final.weight"]
+    assert next(iter(model.wiring.state_dict(prefix="a."))).startswith("a.")
     half = load_decoder(config, new_decoder(config).state_dict(), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

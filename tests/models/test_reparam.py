@@ -21,7 +21,7 @@ from colonnade.models.parameter_module import ParameterModule, declared
 from colonnade.models.parameters import ParameterSpec, normal
 from colonnade.models.reparam import spectral
 from colonnade.models.wiring import State
-from colonnade.parallel.materialise import materialise
+from colonnade.parallel.materialise import load_decoder, materialise, new_decoder
 from colonnade.parallel.optimizer import AdamW
 from colonnade.parallel.recompute import recompute as recompute_model
 
@@ -159,6 +159,15 @@ def test_layer_norm_becomes_crms(pattern: str, fields: dict[str, Any]) -> None:
     with torch.no_grad():
         tokens, _ = data(4)
         assert_equal({"logits": after(tokens, context())}, {"logits": before(tokens, context())})
+
+
+def test_crms_sets_the_sizes_that_are_used() -> None:
+    """Those of absent sub-blocks would be unused settings, and too small in a narrow model."""
+    config = ModelConfig(pattern="*-", hidden=32, vocab=16, norm="layer")
+    made, weights = to_crms(config, new_decoder(config).state_dict())
+    assert (made.hidden, made.head_dim) == (31, 8)
+    assert all(made.unused(field) is None for field in made.model_fields_set)
+    load_decoder(made, weights)
 
 
 def test_a_centred_stream_stays_centred_in_training() -> None:
