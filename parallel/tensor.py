@@ -67,11 +67,8 @@ class StreamCollectives:
             return run_backward_first(
                 spmd.all_gather(x, self.group, src=S(0), dst=R, **async_both_ways(x))
             )
-        if self.sequence and x.requires_grad:  # gradients of norms are summed over the ranks
-            raise RuntimeError(
-                "sequence parallelism has no gradients in evaluation mode: call model.train(), or "
-                "compute under torch.no_grad()"
-            )
+        if self.sequence and x.requires_grad:
+            x.register_hook(refuse_gradients)
         # The backward node of x waits for the reduced gradient: it runs after the sub-block before.
         set_backward_order(x, self.previous_enter)
         x = spmd.convert(x, self.group, src=I, dst=R, backward_options=async_options(x))
@@ -92,6 +89,13 @@ class StreamCollectives:
                 spmd.reduce_scatter(h, self.group, src=P, dst=S(0), **async_both_ways(h))
             )
         return run_backward_first(spmd.all_reduce(h, self.group, src=P, dst=I, **async_options(h)))
+
+
+def refuse_gradients(grad: Tensor) -> Tensor:
+    """Raises RuntimeError: `complete_gradients` would sum those of norms, which are whole here."""
+    raise RuntimeError(
+        "under sequence parallelism a pass in evaluation mode has no gradients: call model.train()"
+    )
 
 
 def set_backward_order(x: Tensor, number: int) -> Tensor:

@@ -139,6 +139,22 @@ def test_only_the_training_mode_changes_the_objective(
         assert by_mode[True, True] != by_mode[False, True]
 
 
+def gradients_in_evaluation(rank: int, size: int) -> str:
+    """The error of a backward pass in evaluation mode."""
+    world = World(rank, size, torch.device("cpu"))
+    _, model, _ = build_model(recipe_for("*-", {"tp": size, "sequence": True}, 2, **SMALL), world)
+    loss, _ = forward(model.eval(), rows(), [0, 1], world.device)
+    with pytest.raises(RuntimeError) as caught:
+        loss.backward()
+    return str(caught.value)
+
+
+def test_gradients_in_evaluation_are_refused_under_sequence_parallelism(ranks2: Ranks) -> None:
+    """The norms then work on whole sequences, and their gradients would be summed twice."""
+    for message in ranks2.run(gradients_in_evaluation):
+        assert "has no gradients: call model.train()" in message
+
+
 def collectives(rank: int, size: int, recipe: Recipe) -> tuple[list[str], list[tuple[str, int]]]:
     """The collectives of the forward and the backward pass of a micro-batch."""
     world = World(rank, size, torch.device("cpu"))
