@@ -74,7 +74,7 @@ class Formula:
         return f"{quotient}, rounded up" if self.up else quotient
 
 
-Kind = Literal["choice", "width", "heads", "count", "length", "taps"]
+Kind = Literal["choice", "width", "heads", "length", "taps"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Fact:
     """Metadata of a field beside its type and bounds.
 
     Attributes:
-        kind: a width (channels), a number of heads or of groups of heads, a count of anything else,
-            a length in tokens, the taps of a causal convolution; or a choice.
+        kind: a width (channels), a number of heads or of groups of heads, a
+            length in tokens, the taps of a causal convolution; or a choice.
         symbols: the field needs one of these symbols in the model; empty: any symbol of its table.
         needs: further conditions for an effect.
         least: the smallest width or length in `verify`'s small models.
@@ -136,11 +136,9 @@ def taps(*needs: Need) -> Fact:
     return Fact("taps", needs=needs)
 
 
-def choice(
-    *needs: Need, symbols: str = "", training: bool = False, divides: str | None = None
-) -> Fact:
+def choice(*needs: Need, symbols: str = "", training: bool = False) -> Fact:
     """Describes any other field."""
-    return Fact("choice", symbols, needs, training=training, divides=divides)
+    return Fact("choice", symbols, needs, training=training)
 
 
 def option(default: Any, description: str, **bounds: Any) -> Any:

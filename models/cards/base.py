@@ -6,6 +6,7 @@ that ranks may exchange for it. The seams of the sub-block's halves, the all-to-
 count of bytes sent and the tests' type checker are derived from that.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -69,7 +70,7 @@ class Mixing:
         return {name: argument.kind for name, argument in self.arguments.items()}
 
 
-class Card:
+class Card(ABC):
     """Describes the kind of sub-block that `symbol` denotes in a pattern.
 
     `title` is its name within a sentence. `mixing` is None where it works token by token;
@@ -80,20 +81,20 @@ class Card:
     title: str
     mixing: Mixing | None
 
+    @abstractmethod
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
         """Returns a new record of each parameter.
 
         `out_std` is the initial standard deviation of weights that write onto the stream.
         """
-        raise NotImplementedError
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
         """Returns forward FLOPs per token at row index `index`, without the 2 per weight used."""
         return 0
 
+    @abstractmethod
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
         """Builds the module. Imports torch."""
-        raise NotImplementedError
 
     def records(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
         """Returns `parameters`, and for σReparam each weight's gain and singular vectors."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from colonnade.kernels.activation_names import Activation, gated, polynomial
 from colonnade.models.cards.base import Card
 from colonnade.models.options import ROW, Count, Need, Options, choice, option, width
-from colonnade.models.parameters import Half, ParameterSpec, Split, coefficients, normal
+from colonnade.models.parameters import ParameterSpec, Split, coefficients, normal
 
 if TYPE_CHECKING:
     from colonnade.models.blocks.base import SubBlock
@@ -61,11 +61,11 @@ def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterS
     return [*inner, down]
 
 
-def activation(c: "ModelConfig", half: Half = "small") -> list[ParameterSpec]:
+def activation(c: "ModelConfig") -> list[ParameterSpec]:
     """Returns a_0 to a_3 of a polynomial activation, in fp32 whatever the precision; else none."""
     if not polynomial(c.activation):
         return []
-    return [ParameterSpec("poly", (4,), coefficients, half=half)]
+    return [ParameterSpec("poly", (4,), coefficients, half="small")]
 
 
 def takes_width(m: "ModelConfig") -> bool:
