@@ -84,7 +84,7 @@ def compare(T: int, D: int, F: int, rounds: int) -> dict[str, Any]:
 
     def forward(block: SubBlock) -> Tensor:
         context = Context(positions)
-        return block.finish(block.begin(x, context), context)
+        return block(x, context)
 
     outputs: dict[str, Callable[[], Tensor]] = {
         **{name: lambda block=block: forward(block) for name, block in ours.items()},  # type: ignore[misc]
@@ -105,7 +105,7 @@ def compare(T: int, D: int, F: int, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         expected = outputs["transformers"]()
         difference = (outputs["ours"]() - expected).abs().max() / expected.abs().max()
-    keep_mask = ours["capacity 1.0"].begin(x, Context(positions)).order.keep_mask
+    keep_mask = ours["capacity 1.0"].begin(x, Context(positions)).sent.order.keep_mask
     size = f"T={T} D={D} F={F}"
     return {
         **{f"{size}: {n} ms": 1e3 * statistics.median(s) for n, s in seconds.items()},

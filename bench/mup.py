@@ -19,6 +19,7 @@ from torch import Tensor
 from colonnade.bench import require_packages
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import OptimizerConfig
+from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -92,13 +93,14 @@ def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """The output that every sub-block adds to the stream, and the logits, by name."""
     captured: dict[str, Tensor] = {}
 
-    def capture(name: str) -> Any:
-        return lambda module, inputs, output: captured.__setitem__(name, output)
+    def capture(name: str, block: SubBlock) -> Any:
+        return lambda module, args, output: captured.__setitem__(name, block.receive(output))
 
     handles = []
     for t, symbol in enumerate(model.config.symbols):
         block = model.wiring.block(t)
-        handles.append(block.second.register_forward_hook(capture(f"{t} {CARDS[symbol].title}")))
+        name = f"{t} {CARDS[symbol].title}"
+        handles.append(block.second.register_forward_hook(capture(name, block)))
     with evaluating(model):
         captured["logits"] = model(tokens, context())
     for handle in handles:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 # Modules that only structure the code; canonical names omit them.
-STRUCTURE = frozenset({"wiring", "first", "second", "small"})
+STRUCTURE = frozenset({"wiring", "first", "second", "small", "experts"})
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 

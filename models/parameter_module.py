@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from colonnade.kernels.sharding import UNSHARDED
 from colonnade.models.names import canonical
 from colonnade.models.parameters import ParameterSpec
-from colonnade.models.seams import Seam
+from colonnade.models.seams import Seam, identity
 
 
 class ParameterModule(nn.Module):
     """One half of a sub-block, or another module with parameters.
 
     `local` is a seam that maps a parameter at rest to the tensor that is used: the identity on one
-    device, the rank's shard of a DTensor under `parallel/`.
+    device, the rank's shard of a DTensor under `parallel/`. `local_state` does so for a buffer.
 
     `specs` has the record of each parameter and buffer, by name. `sharding` is the rank's shard of
     every sharded width. `started` are the transformed weights whose state (the singular vectors of
@@ -32,7 +32,8 @@ class ParameterModule(nn.Module):
         super().__init__()
         for seam in self.seams or ():
             setattr(self, seam.name, seam.local)
-        self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
+        self.local: Callable[[Tensor], Tensor] = identity
+        self.local_state: Callable[[Tensor], Tensor] = identity
         self.specs: dict[str, ParameterSpec] = {}
         self.sharding = UNSHARDED
         self.due: set[str] = set()
@@ -68,6 +69,10 @@ class ParameterModule(nn.Module):
         for transform in self.specs[name].transforms:
             weight = transform(weight)
         return weight
+
+    def state_of(self, name: str) -> Tensor:
+        """Returns the rank's shard of the buffer `name`, which shares its memory."""
+        return self.local_state(getattr(self, name))
 
 
 class Declared(NamedTuple):

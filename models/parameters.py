@@ -16,9 +16,9 @@ Fill = Callable[["Tensor", "Generator"], object]
 Transform = Callable[["Tensor"], "Tensor"]
 # A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block.
 Role = Literal["reads", "inner", "writes", "table", "other"]
-# The half of a sub-block that holds it. `small`: neither half, but the module of parameters that
-# stay in fp32 whatever the precision.
-Half = Literal["first", "second", "small"]
+# The half of a sub-block that holds it, or one of two modules beside them: `small` of parameters that
+# stay in fp32 whatever the precision, `experts` of the weights of experts.
+Half = Literal["first", "second", "small", "experts"]
 
 
 class Split(NamedTuple):
@@ -52,11 +52,11 @@ class ParameterSpec:
         tp: how tensor-parallel ranks may shard it; None: every rank needs all of it.
         ep: how expert-parallel ranks may shard it; None: it is no weight of experts.
         etp: how the tensor-parallel ranks of an expert may shard it.
-        half: the half of the sub-block that holds it.
+        half: the half of the sub-block that holds it, or the module beside the halves.
         used: the fraction of its elements that one token uses (top_k / experts for experts).
-        state: whether it is a buffer instead of a parameter: fp32, replicated on every rank, saved.
+        state: whether it is a buffer instead of a parameter: fp32, saved, sharded over `ep` alone.
         rate: factor of the learning rate (`models.mup`).
-        partial: whether its gradient is a partial sum over tensor-parallel ranks.
+        partial: the axis over whose ranks its gradient is a partial sum; None: none.
         transforms: applied in order wherever it is used (`models.reparam`).
     """
 
@@ -72,7 +72,7 @@ class ParameterSpec:
     used: Fraction = Fraction(1)
     state: bool = False
     rate: float = 1.0
-    partial: bool = False
+    partial: Literal["tp", "etp"] | None = None
     transforms: list[Transform] = field(default_factory=list)
 
     @property

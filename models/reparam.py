@@ -70,7 +70,7 @@ def normalised(module: ParameterModule, name: str, weight: Tensor) -> Tensor:
 
     Where ranks shard W, the product in the denominator is all-reduced over them.
     """
-    left, right = getattr(module, f"{name}_left"), getattr(module, f"{name}_right")
+    left, right = (module.state_of(f"{name}_{side}") for side in ("left", "right"))
     w, (rows, columns) = wide(weight), shardings(module, name)
     if name not in module.started:
         module.started.add(name)

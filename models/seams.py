@@ -22,5 +22,5 @@ class Seam(NamedTuple):
 
 
 def identity(t: Tensor) -> Tensor:
-    """The function on one device of seams that slice a sequence into segments or gather them."""
+    """The function on one device of seams that slice a tensor into shards or gather them."""
     return t

@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 class Halves:
-    """One sub-block in one pass: `first`, then `second`; other sub-blocks may run in between."""
+    """One sub-block in one pass: `first`, `second`, `receive`; others may run in between."""
 
     def __init__(self, block: SubBlock, context: Context) -> None:
         self.block, self.context = block, context
@@ -46,9 +46,23 @@ class Halves:
         """Runs the first half on the input `[S, B, D]`; returns the argument of `second`."""
         return self.block.begin(x, self.context)
 
-    def second(self, carried: Any) -> Tensor:
-        """Runs the second half; returns `[S, B, D]`, which the wiring passes to `leave`."""
+    def second(self, carried: Any) -> Any:
+        """Runs the second half; returns the argument of `receive`."""
         return self.block.finish(carried, self.context)
+
+    def receive(self, output: Any) -> Tensor:
+        """Waits for what the second half sent; returns `[S, B, D]`, which `leave` takes."""
+        return self.block.receive(output)
+
+
+class Started(NamedTuple):
+    """A sub-block whose first half has run, with its result."""
+
+    halves: Halves
+    carried: Any
+
+
+Pending = Callable[[], Tensor]  # returns the newest output after `leave`, which it may launch
 
 
 def skips_newest(config: ModelConfig, row: str) -> list[bool]:
@@ -128,10 +142,11 @@ class Wiring(nn.Module):
             return None
         return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
 
-    def add_output(self, t: int, stream: Tensor, output: Tensor | None) -> Tensor:
+    def add_output(self, t: int, stream: Tensor, pending: Pending | None) -> Tensor:
         """Returns the stream plus sub-block t's output, normed if configured; None adds nothing."""
-        if output is None:
+        if pending is None:
             return stream
+        output = pending()
         return stream + (self.after[str(t)](output) if len(self.after) else output)
 
     def forward(self, stream: Tensor, context: Context) -> tuple[Tensor, PassReport]:
@@ -154,35 +169,71 @@ class Wiring(nn.Module):
             h_t = leave >          h_t = leave >              h_t = leave >
             H_{t+1} = H_t + h_t                               H_t = H_{t-1} + h_{t-1}
                                                               x_{t+1} = enter(H_t)
+
+        Where both halves of a sub-block send tokens to the ranks of their experts (`exchanges`),
+        its first half runs before the second half of the sub-block before it, which hides the
+        dispatch; and its output is received after the first half of the sub-block behind it, which
+        hides the way back. With E such a sub-block, in a ladder:
+
+            first(*0)  first(E1) >  second(*0)  second(E1) >  first(*2)  receive(E1)  second(*2)
         """
-        stream, pending = state
-        x = self.prepare_input(self.indices.start, stream)
+        stream, x = state.stream, self.prepare_input(self.indices.start, state.stream)
+        pending: Pending | None = None if state.pending is None else lambda: state.pending
         reports: dict[int, BlockReport] = {}
+        started: Started | None = None
         for t in self.indices:
-            block, index, defers_add = self.block(t), self.start + t, self.defers_add(t)
+            defers_add = self.defers_add(t)
             # If `enter` all-gathers, the next input is prepared before the second half, which hides
-            # the gather. If not, it is prepared after `leave`: adding `pending` waits for its
-            # reduction, which can then overlap with the whole sub-block.
-            advance_after_leave = defers_add and not self.gathers
-            halves = self.halves(block, context.at(index))
-            assert x is not None
-            carried = halves.first(x)
-            if (report := block.report(carried)) is not None:
-                reports[index] = report
-            if not advance_after_leave:
+            # the gather. If not, it is prepared after the second half: adding `pending` waits for
+            # its reduction, which can then overlap with the whole sub-block.
+            gathers = self.gathers or self.exchanges(t - 1) or self.exchanges(t + 1)
+            advance_after_second = defers_add and not gathers
+            halves, carried = started or self.begin(t, x, context, reports)
+            started = None
+            if not advance_after_second:
                 stream, x = self.advance(t, stream, pending)
-            newest = self.leave(halves.second(carried))
-            del carried  # frees it before the first half of the next sub-block allocates its own
-            if advance_after_leave:
+                if x is not None and self.exchanges(t + 1):
+                    started = self.begin(t + 1, x, context, reports)
+            output = halves.second(carried)
+            newest = self.leave_output(halves, output, defer=defers_add and self.exchanges(t))
+            del carried, output  # frees them before the first half of the next sub-block allocates its own
+            if advance_after_second:
                 stream, x = self.advance(t, stream, pending)
             pending = newest
             if not defers_add:
                 stream, pending = self.add_output(t, stream, pending), None
                 x = self.prepare_input(t + 1, stream)
-        return State(stream, pending), PassReport.of(reports)
+        return State(stream, None if pending is None else pending()), PassReport.of(reports)
+
+    def exchanges(self, t: int) -> bool:
+        """Whether sub-block t is in this stage, and sends tokens to the ranks of their experts."""
+        return t in self.indices and self.block(t).exchanges
+
+    def begin(
+        self, t: int, x: Tensor | None, context: Context, reports: dict[int, BlockReport]
+    ) -> Started:
+        """Runs the first half of sub-block t on its input, and puts its report into `reports`."""
+        block, index = self.block(t), self.start + t
+        halves = self.halves(block, context.at(index))
+        assert x is not None
+        carried = halves.first(x)
+        if (report := block.report(carried)) is not None:
+            reports[index] = report
+        return Started(halves, carried)
+
+    def leave_output(self, halves: Halves, output: Any, defer: bool) -> Pending:
+        """Returns a function that returns a sub-block's output after `leave`.
+
+        `leave` is called now, or, with `defer`, in that function, which then waits for what the
+        second half has sent to other ranks.
+        """
+        if defer:
+            return lambda: self.leave(halves.receive(output))
+        left = self.leave(halves.receive(output))
+        return lambda: left
 
     def advance(
-        self, t: int, stream: Tensor, pending: Tensor | None
+        self, t: int, stream: Tensor, pending: Pending | None
     ) -> tuple[Tensor, Tensor | None]:
         """Adds the output of sub-block t - 1 to the stream; if t + 1 skips t's output, also
         prepares the input of t + 1."""

@@ -49,7 +49,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     pp: int = Field(1, ge=1, le=2**20, description="stages of a pipeline (not built yet)")
     ep: int = Field(
-        1, ge=1, le=2**20, description="ranks that the experts are divided over (not built yet)"
+        1, ge=1, le=2**20, description="ranks that the experts are divided among"
     )
     etp: int | None = Field(
         None, ge=1, le=2**20, description="ranks that shard each expert; default: tp"
@@ -86,6 +86,11 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             return self.cp
         proper = [d for d in range(self.cp - 1, 1, -1) if self.cp % d == 0] or [self.cp]
         return self.ulysses or next((d for d in proper if heads % d == 0), 0)
+
+    @property
+    def folds_experts(self) -> bool:
+        """Whether experts are sharded over other ranks than the rest of a sub-block."""
+        return self.ep > 1 or (self.etp or self.tp) != self.tp
 
     def expert_degrees(self, world_size: int) -> dict[str, int]:
         """Every axis of the expert view with its degree: edp · ep · etp = dp_shard · cp · tp."""

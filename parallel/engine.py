@@ -97,7 +97,7 @@ class Engine:
             losses.add({"loss": loss, "balance": balance, **extras})
             loads.add(report.loads)
         totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
-        complete_gradients(self.model, self.mesh)  # before the norm, which needs complete sums
+        complete_gradients(self.model)  # before the norm, which needs complete sums
         norm = gradient_norm(list(self.model.parameters())).item()
         return Report(
             totals.pop("loss"),

@@ -13,15 +13,24 @@ def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     """The mesh `(pp, dp_replicate, dp_shard, cp, tp)` over all ranks; consecutive ranks lie along
     tp.
 
-    `validate` has checked the degrees. Each mesh is made once, and stays in `world.meshes`.
+    `validate` has checked the degrees.
     """
-    degrees = config.degrees(world.size)
-    shape = tuple(degrees.values())
-    if shape not in world.meshes:
-        world.meshes[shape] = init_device_mesh(
-            world.device.type, shape, mesh_dim_names=tuple(degrees)
-        )
-    return world.meshes[shape]
+    return mesh_of(config.degrees(world.size), world)
+
+
+def build_expert_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
+    """The mesh `(pp, dp_replicate, edp, ep, etp)` over all ranks, folded over the axes dp_shard, cp
+    and tp of the other one; None where experts need none, for tp shards them like other weights."""
+    return mesh_of(config.expert_degrees(world.size), world) if config.folds_experts else None
+
+
+def mesh_of(degrees: dict[str, int], world: World) -> DeviceMesh:
+    """The mesh of these axes. Each is made once, and stays in `world.meshes`."""
+    shape, axes = tuple(degrees.values()), tuple(degrees)
+    key = *axes, *shape
+    if key not in world.meshes:
+        world.meshes[key] = init_device_mesh(world.device.type, shape, mesh_dim_names=axes)
+    return world.meshes[key]
 
 
 def ranks_per_sample(mesh: DeviceMesh) -> int:
@@ -44,6 +53,12 @@ def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
         return shard
     (name,) = shard.mesh_dim_names or ()
     return mesh["dp_replicate", name]
+
+
+def experts_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh over which FSDP shards the weights of experts: the axis `edp`, and before it
+    `dp_replicate` under HSDP."""
+    return mesh["edp"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "edp"]
 
 
 def split_group(mesh: DeviceMesh, inner: int) -> tuple[ProcessGroup, ProcessGroup]:

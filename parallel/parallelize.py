@@ -6,21 +6,24 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
 
-from colonnade.models.blocks.base import SubBlock, local_conv
+from colonnade.models.blocks.base import local_conv
+from colonnade.models.blocks.experts import ExpertBlock, Experts
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.plug import context_parallel
-from colonnade.parallel.mesh import weights_mesh
+from colonnade.parallel.experts import expert_parallel
+from colonnade.parallel.mesh import experts_mesh, weights_mesh
 from colonnade.parallel.recompute import recompute
-from colonnade.parallel.tensor import tensor_parallel
+from colonnade.parallel.seams import expert_blocks, sub_blocks
+from colonnade.parallel.tensor import tensor_parallel, wait
 
 Forward = Callable[..., Any]
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -51,37 +54,53 @@ class Settings(Protocol):
     def parallel(self) -> ParallelConfig: ...
 
 
-def parallelize(model: Decoder, mesh: DeviceMesh, recipe: Settings) -> Decoder:
+def parallelize(
+    model: Decoder, mesh: DeviceMesh, recipe: Settings, expert_mesh: DeviceMesh | None = None
+) -> Decoder:
     """Applies all parallelism of a recipe to a model built on meta; `materialise` it afterwards.
 
     The order is fixed: recomputation wraps the halves, then tensor parallelism shards widths over
-    the `tp` axis, context parallelism sequences over `cp`, and FSDP2 weights over the data axes and
-    `cp`. Both halves of a sub-block are one FSDP2 group in the compute dtype; norms, routers and
-    decay rates stay in the root group in the storage dtype. One rank in fp32 or fp64 needs no
-    FSDP2.
+    the `tp` axis, expert parallelism experts over `ep` and `etp`, context parallelism sequences
+    over `cp`, and FSDP2 weights over the data axes and `cp`, those of experts over `edp`. Both
+    halves of a sub-block are one FSDP2 group in the compute dtype; norms, routers and decay rates
+    stay in the root group in the storage dtype. One rank in fp32 or fp64 needs no FSDP2.
+
+    Args:
+        mesh: the dense view.
+        expert_mesh: the expert view; None where tp shards experts like other weights.
+
+    Raises:
+        ValueError: the recipe needs an expert view, and there is none.
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
-    recompute(model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size())
+    if recipe.parallel.folds_experts != (expert_mesh is not None):
+        raise ValueError("parallel.ep and parallel.etp need the mesh of `build_expert_mesh`")
+    experts_ranks = 1 if expert_mesh is None else expert_mesh["ep", "etp"].size()
+    recompute(
+        model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size() * experts_ranks
+    )
     if mesh["tp"].size() > 1:
-        tensor_parallel(model, mesh["tp"], recipe.parallel.sequence)
+        tensor_parallel(model, mesh["tp"], recipe.parallel.sequence, expert_mesh is None)
+    if expert_mesh is not None:
+        expert_parallel(model, expert_mesh, mesh["tp"])
     if mesh["cp"].size() > 1:
         context_parallel(model, mesh["cp"], recipe.parallel)
     if recipe.train.compile:
         compile_halves(model)
     weights = weights_mesh(mesh)
-    if weights.size() > 1 or precision == "bf16":
-        apply_fsdp(model, weights, precision)
+    of_experts = weights if expert_mesh is None else experts_mesh(expert_mesh)
+    if weights.size() > 1 or of_experts.size() > 1 or precision == "bf16":
+        apply_fsdp(model, weights, of_experts, precision)
     return model
 
 
 def fsdp_groups(model: Decoder) -> Iterator[list[nn.Module]]:
-    """Yields the modules whose weights FSDP2 all-gathers together: both halves of each sub-block,
-    and the projection of each multi-token predictor."""
-    for wiring in model.wirings():
-        for block in wiring.blocks.values():
-            assert isinstance(block, SubBlock)
-            yield [block.first, block.second]
+    """Yields the modules whose weights FSDP2 all-gathers together: both halves of each sub-block
+    with its experts, and the projection of each multi-token predictor."""
+    for _, block in sub_blocks(model):
+        experts = [block.experts] if isinstance(block, ExpertBlock) else []
+        yield [block.first, *experts, block.second]
     for predictor in model.mtp:
         assert isinstance(predictor, Predictor)
         yield [predictor.join]
@@ -94,13 +113,14 @@ def compile_halves(model: Decoder) -> None:
     FSDP2's hooks, which all-gather weights, stay outside as well. So do the seams: they hold
     collectives, or by default kernels that a compiler could only unroll.
     """
-    for group in fsdp_groups(model):
-        for half in group:
-            assert isinstance(half, ParameterModule)
-            for name in (seam.name for seam in half.seams or ()):
-                if getattr(half, name) is not local_conv:  # a single operator
-                    setattr(half, name, torch.compiler.disable(getattr(half, name)))
-            half.forward = compiled_forward(half)
+    for half in (half for group in fsdp_groups(model) for half in group):
+        if isinstance(half, Experts):  # products of sizes that are not known when it is compiled
+            continue
+        assert isinstance(half, ParameterModule)
+        for name in (seam.name for seam in half.seams or ()):
+            if getattr(half, name) is not local_conv:  # a single operator
+                setattr(half, name, torch.compiler.disable(getattr(half, name)))
+        half.forward = compiled_forward(half)
 
 
 def compiled_forward(half: ParameterModule) -> Forward:
@@ -115,24 +135,11 @@ def compiled_forward(half: ParameterModule) -> Forward:
         if not half.training:
             return eager(*inputs)
         advance_states(half)
-        outputs = compiled(*tree_map_only(AsyncCollectiveTensor, _Wait.apply, inputs))
-        return _Wait.apply(outputs) if isinstance(outputs, Tensor) else outputs
+        # Compiled graphs wait for neither their input nor the gradient of their output.
+        outputs = compiled(*tree_map_only(AsyncCollectiveTensor, wait, inputs))
+        return wait(outputs) if isinstance(outputs, Tensor) else outputs
 
     return forward
-
-
-class _Wait(torch.autograd.Function):
-    """Waits for an asynchronous collective, in forward for its result and in backward for that of a
-    gradient: compiled graphs wait for neither their input nor the gradient of their output."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
 
 
 def advance_states(half: ParameterModule) -> None:
@@ -147,10 +154,13 @@ def advance_states(half: ParameterModule) -> None:
             half.started.add(name)
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
-    """Applies FSDP2 over a mesh of one dimension, or HSDP over one of two.
+def apply_fsdp(
+    model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str
+) -> None:
+    """Applies FSDP2 over meshes of one dimension, or HSDP over those of two.
 
-    Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
+    The weights of experts are in the group of their sub-block, or, where their mesh is another one,
+    in a group of their own. Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
     least fp32; under HSDP they are also all-reduced over `dp_replicate`.
     """
     # The warning concerns writes into the output of a module. Nothing writes into that of a half.
@@ -168,13 +178,37 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: str) -> None:
         # Backward begins with the head: its weight, which may be the embedding's, is not resharded.
         has_head = model.is_last and model.head in group
         fully_shard(group, mesh=mesh, mp_policy=compute, reshard_after_forward=not has_head)
+    place = expert_placement(model, expert_mesh.shape[-1])
+    if expert_mesh is not mesh:
+        for block in expert_blocks(model):
+            fully_shard(
+                block.experts, mesh=expert_mesh, mp_policy=compute, shard_placement_fn=place
+            )
     for group in fsdp_groups(model):
-        fully_shard(group, mesh=mesh, mp_policy=compute)
+        unsharded = [module for module in group if not isinstance(module, FSDPModule)]
+        fully_shard(unsharded, mesh=mesh, mp_policy=compute, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy(storage))
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def expert_placement(model: Decoder, ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Returns the function that tells FSDP2 along which dimension to shard a parameter: None, which
+    is dimension 0, for all but the weights of experts.
+
+    FSDP2 pads dimension 0 to a multiple of the ranks, and a rank may have far fewer experts than
+    there are ranks. So theirs is the first dimension that the ranks divide, if there is one.
+    """
+    of_experts = {id(p) for block in expert_blocks(model) for p in block.experts.parameters()}
+
+    def place(p: nn.Parameter) -> Shard | None:
+        shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
+        dims = range(p.dim()) if id(p) in of_experts else ()
+        return next((Shard(dim) for dim in dims if shape[dim] % ranks == 0), None)
+
+    return place
 
 
 def reshard(model: Decoder) -> None:

@@ -1,21 +1,22 @@
 """Activation recomputation: backward runs a sub-block's halves again instead of saving tensors.
 
-`torch.utils.checkpoint` wraps one call. A sub-block is two calls, between which halves of other
-sub-blocks may run. Both calls have one frame, and backward runs both again when it unpacks the
-first of their saved tensors. What ranks of the `tp` and `cp` axes sent each other within the
-sub-block is saved, so that recomputation launches no collective.
+`torch.utils.checkpoint` wraps one call. A sub-block is three calls (its halves, and `receive`),
+between which those of other sub-blocks may run. All have one frame, and backward runs them again
+when it unpacks the first of their saved tensors. What ranks of the `tp`, `cp`, `ep` and `etp` axes
+sent each other within the sub-block is saved, so that recomputation launches no collective.
 """
 
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from colonnade.kernels.linear import ONEDNN_LINEAR
 from colonnade.models.blocks.base import SubBlock
@@ -53,6 +54,74 @@ COMMUNICATION_OPERATORS = {
 Modes = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
+class SavedResults:
+    """The results of some operators in a forward pass, by operator, in order.
+
+    PyTorch's selective checkpointing counts every other operator as well, and refuses those that
+    only the forward pass or only its recomputation runs, such as FSDP2's.
+    """
+
+    def __init__(self, operators: Set[Any]) -> None:
+        self.results: dict[Any, deque[Any]] = {operator: deque() for operator in operators}
+
+    def modes(self) -> Modes:
+        """Saves within the first of them, and takes what was saved within the second."""
+        return SavingMode(self.results), TakingMode(self.results)
+
+
+class SavingMode(TorchDispatchMode):
+    """Saves the results of operators."""
+
+    def __init__(self, results: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.results = results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled graphs run as they are."""
+        return True
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operator(*args, **kwargs or {})
+        if operator in self.results:
+            # Autograd will put its graph on the results themselves, and saves no more than these.
+            self.results[operator].append(tree_map_only(Tensor, Tensor.detach, result))
+        return result
+
+
+class TakingMode(SavingMode):
+    """Takes the saved results of operators instead of running them, and drops them at the end."""
+
+    taken = False
+
+    def __enter__(self) -> "TakingMode":
+        if self.taken:
+            raise RuntimeError(
+                "recomputation: the graph of a sub-block was differentiated twice, and the results "
+                "of operators that it saved are gone"
+            )
+        self.taken = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.results.clear()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator not in self.results:
+            return operator(*args, **kwargs or {})
+        if not self.results[operator]:
+            raise RuntimeError(
+                f"recomputation: no result of {operator} is left; a sub-block must compute the "
+                "same in backward"
+            )
+        return self.results[operator].popleft()
+
+
 def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
     """Makes backward recompute the activations of a model's sub-blocks.
 
@@ -60,7 +129,7 @@ def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
         model: whose sub-blocks save less for backward.
         name: `none` saves everything, `block` only the inputs of sub-blocks, `selective` their
             inputs and the results of matrix products and attention.
-        ranks: how many compute a sub-block together, over the `tp` and `cp` axes; results of
+        ranks: how many compute a sub-block together, over all axes but the data axes; results of
             communication within it are saved.
     """
     if name == "none":
@@ -68,17 +137,13 @@ def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
     saved_operators = COMPUTE_OPERATORS if name == "selective" else set()
     saved_operators = saved_operators | (COMMUNICATION_OPERATORS if ranks > 1 else set())
 
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        save = operator in saved_operators
-        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
-
-    selective: Callable[[], Modes] = partial(create_selective_checkpoint_contexts, policy)
-    modes = selective if saved_operators else lambda: (nullcontext(), nullcontext())
-
     def halves(block: SubBlock, context: Context) -> Halves:
         if not torch.is_grad_enabled():
             return Halves(block, context)
-        return RecomputedHalves(block, context, modes())
+        modes = nullcontext(), nullcontext()
+        if saved_operators:
+            modes = SavedResults(saved_operators).modes()
+        return RecomputedHalves(block, context, modes)
 
     for wiring in model.wirings():
         wiring.halves = halves
@@ -91,19 +156,20 @@ class RecomputedHalves(Halves):
         super().__init__(block, context)
         self.forward_mode, recompute_mode = modes
         # Not `self`, which has the frame: a reference cycle would keep x alive.
-        plain = Halves(block, context)
-        self.frame = Frame(
-            lambda x: plain.second(plain.first(x)), str(context.index), recompute_mode
-        )
+        self.frame = Frame(lambda x: block(x, context), str(context.index), recompute_mode)
 
     def first(self, x: Tensor) -> Any:
         self.frame.begin(x)
         with self.frame.hooks(), self.forward_mode:
             return super().first(x)
 
-    def second(self, carried: Any) -> Tensor:
+    def second(self, carried: Any) -> Any:
         with self.frame.hooks(), self.forward_mode:
             return super().second(carried)
+
+    def receive(self, output: Any) -> Tensor:
+        with self.frame.hooks(), self.forward_mode:
+            return super().receive(output)
 
 
 class Slot:

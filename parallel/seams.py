@@ -1,16 +1,18 @@
-"""Fills the seams of sub-blocks with functions that communicate over the `tp` or the `cp` axis, and
-refuses a seam that is not declared or not filled."""
+"""Fills the seams of sub-blocks with functions that communicate over the `tp`, the `cp` or the `ep`
+axis, and refuses a seam that is not declared or not filled."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.seams import Seam
 
 AXIS_OF_SEAM = {
     "attach": "tp",
+    "dispatch": "ep", "combine": "ep",
     "attend": "cp", "scan": "cp", "conv": "cp", "full_sequence": "cp", "local_segments": "cp",
 }  # fmt: skip
 
@@ -26,6 +28,11 @@ def sub_blocks(model: Decoder) -> Iterator[tuple[str, SubBlock]]:
     for name, module in model.named_modules():
         if isinstance(module, SubBlock):
             yield name, module
+
+
+def expert_blocks(model: Decoder) -> Iterator[ExpertBlock]:
+    """Yields every sub-block with experts once."""
+    return (block for _, block in sub_blocks(model) if isinstance(block, ExpertBlock))
 
 
 def fill_seams(model: Decoder, axis: str, fills: Mapping[str, Fill]) -> None:

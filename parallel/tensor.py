@@ -6,6 +6,7 @@ under sequence parallelism sharded (S) along the sequence. Within a sub-block th
 replicated (R), weights vary (V), and the output is a partial sum (P).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,16 +16,23 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from spmd_types import I, P, R, S
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from colonnade.kernels.sharding import Sharding, outside_graphs
 from colonnade.models.context import attach
 from colonnade.models.decoder import Decoder
-from colonnade.models.parameter_module import ParameterModule
+from colonnade.models.parameter_module import ParameterModule, declared
 from colonnade.models.parameters import ParameterSpec, Split
-from colonnade.parallel.gradients import local_gradients
-from colonnade.parallel.seams import RefusedError, fill_seams, ignore_collective_names, sub_blocks
+from colonnade.parallel.seams import (
+    RefusedError,
+    expert_blocks,
+    fill_seams,
+    ignore_collective_names,
+    sub_blocks,
+)
 
 HIGHEST = 2**62  # above every sequence number that autograd gives a node
 
@@ -111,8 +119,25 @@ def run_backward_first(x: Tensor) -> Tensor:
     return set_backward_order(x, HIGHEST)
 
 
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
+
+
+def wait(x: Tensor) -> Tensor:
+    """Waits for an asynchronous collective, in forward for its result `x` and in backward for that
+    of its gradient."""
+    return _Wait.apply(x)
+
+
 def sharding_over(group: dist.ProcessGroup) -> Sharding:
-    """The `Sharding` of widths over the tensor-parallel group, with the all-reduces over it."""
+    """The `Sharding` of widths over the group of an axis, with the all-reduces over it."""
 
     def all_reduce(t: Tensor) -> Tensor:
         options = {"op_dtype": t.dtype}
@@ -144,8 +169,12 @@ def sharded_modules(model: Decoder) -> Iterator[ParameterModule]:
         yield from (m for m in root.modules() if isinstance(m, ParameterModule))
 
 
-def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
+def tensor_parallel(
+    model: Decoder, mesh: DeviceMesh, sequence: bool, with_experts: bool = True
+) -> None:
     """Shards a model, built on meta, over the ranks of a one-dimensional mesh, the `tp` axis.
+
+    Without `with_experts` it leaves the weights of experts to `expert_parallel`.
 
     Parameters become DTensors. Those that are replicated within sub-blocks, and under `sequence`
     those on the stream, have gradients that are partial sums: `complete_gradients` all-reduces them
@@ -159,19 +188,22 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
     check_writers(model)
     group = mesh.get_group()
     sharding, stream = sharding_over(group), StreamCollectives(model, group, sequence)
+    experts = set() if with_experts else {block.experts for block in expert_blocks(model)}
     for module in sharded_modules(model):
+        if module in experts:
+            continue
         module.sharding = sharding
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, mesh, placement_of(module, name, sharding))
             spec = module.specs[name]
             if spec.split is None:
-                spec.partial = True
+                spec.partial = "tp"
             elif spec.split.units % sharding.size:
                 slice_at_use(module, spec, spec.split)
     for module in stream_modules(model):
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, mesh, Replicate())
-            module.specs[name].partial = sequence
+            module.specs[name].partial = "tp" if sequence else None
     for wiring in model.wirings():
         wiring.enter, wiring.leave, wiring.gathers = stream.enter, stream.leave, sequence
     fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
@@ -237,7 +269,7 @@ def slice_at_use(module: ParameterModule, spec: ParameterSpec, split: Split) -> 
     ranks and several ranks use the same one; so its gradient is a partial sum."""
     sharding = module.sharding
     spec.transforms.append(lambda full: sharding.local(full, split.dim, split.units))
-    spec.partial = True
+    spec.partial = "tp"
 
 
 def attach_once(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], Tensor]:
@@ -246,24 +278,19 @@ def attach_once(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, term: attach(x, spmd.convert(term, group, src=R, dst=P))
 
 
-def complete_gradients(model: Decoder, mesh: DeviceMesh) -> None:
-    """All-reduces the gradients that are partial sums over the `tp` axis, all in one collective.
+def complete_gradients(model: Decoder) -> None:
+    """All-reduces the gradients that are partial sums over the `tp` axis, or over the `etp` axis,
+    all of an axis in one collective.
 
     Call it once, after a step's last backward pass; the sums commute with FSDP's reduce-scatters.
     """
-    if mesh["tp"].size() == 1:
-        return
-    modules = (m for m in model.modules() if isinstance(m, ParameterModule))
-    partial = (
-        getattr(module, name)
-        for module in modules
-        for name in sorted(module.specs)  # the same order on every rank
-        if module.specs[name].partial
-    )
-    shards = local_gradients(partial)
-    if shards:
+    partial: dict[dist.ProcessGroup, list[Tensor]] = defaultdict(list)
+    for _, p, spec in declared(model):  # in the same order on every rank
+        if spec.partial is not None and isinstance(p.grad, DTensor):
+            partial[p.grad.device_mesh.get_group(spec.partial)].append(p.grad.to_local())
+    for group, shards in partial.items():
         flat = torch.cat([shard.flatten() for shard in shards])
-        dist.all_reduce(flat, group=mesh.get_group("tp"))
+        dist.all_reduce(flat, group=group)
         sums = flat.split([shard.numel() for shard in shards])
         for shard, total in zip(shards, sums, strict=True):
             shard.copy_(total.view_as(shard))

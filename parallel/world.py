@@ -24,7 +24,7 @@ class World:
         device: of this rank.
         store: through which `wait_for_all` works; None: it returns at once.
         waits: numbers of the calls of `wait_for_all`, for keys of the store.
-        meshes: those made so far, by degrees, to be used again: the groups of each hold threads.
+        meshes: those made so far, by axes and degrees, to be used again: their groups hold threads.
     """
 
     rank: int
@@ -32,7 +32,7 @@ class World:
     device: torch.device
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
-    meshes: dict[tuple[int, ...], DeviceMesh] = field(
+    meshes: dict[tuple[str | int, ...], DeviceMesh] = field(
         default_factory=dict, compare=False, repr=False
     )
 

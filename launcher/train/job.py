@@ -36,7 +36,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.engine import Engine, all_reduced
 from colonnade.parallel.materialise import materialise
-from colonnade.parallel.mesh import build_mesh, data_rank
+from colonnade.parallel.mesh import build_expert_mesh, build_mesh, data_rank
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.world import World
@@ -108,7 +108,7 @@ def build_model(
         model = Decoder(recipe.model, recipe.train.loss_chunk)
     if prepare is not None:
         prepare(model)
-    parallelize(model, mesh, recipe)
+    parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
     materialise(model, world.device, recipe.train.seed)
     compute = COMPUTE[recipe.train.precision]
     return mesh, model, build_optimizer(model, recipe.optimizer, compute)

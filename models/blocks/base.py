@@ -33,6 +33,7 @@ class SubBlock(CanonicalNames):
     second: ParameterModule
     small: ParameterModule
     sequence_share = 1.0  # the fraction of a sequence's tokens on this rank
+    exchanges = False  # whether both halves send tokens to other ranks (expert parallelism)
 
     def __init__(self, card: Card) -> None:
         super().__init__()
@@ -44,13 +45,24 @@ class SubBlock(CanonicalNames):
         """Runs the first half on x `[S, B, D]`; returns the argument of `finish`."""
         return self.first(x, context)
 
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Runs all of it, `[S, B, D]` to `[S, B, D]`."""
+        return self.receive(self.finish(self.begin(x, context), context))
+
     def report(self, carried: Any) -> BlockReport | None:
         """Returns loads and balancing losses from the first half's result; None if it has none."""
         return None
 
-    def finish(self, carried: Any, context: Context) -> Tensor:
-        """Runs the second half; returns `[S, B, D]`, which the wiring adds to the stream."""
+    def finish(self, carried: Any, context: Context) -> Any:
+        """Runs the second half; returns the argument of `receive`."""
         return self.second(carried, context)
+
+    def receive(self, output: Any) -> Tensor:
+        """Waits for what the second half has sent to other ranks, which most do not.
+
+        Returns `[S, B, D]`, which the wiring adds to the stream.
+        """
+        return output
 
 
 # Arguments: x, weight, bias, whether SiLU follows, the role of the cached last inputs, context.

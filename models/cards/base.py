@@ -112,9 +112,11 @@ def gains(spec: ParameterSpec) -> list[ParameterSpec]:
     if not spec.is_matrix:
         return []
     *experts, rows, columns = spec.shape
-    zero = constant(0.0)
+    zero, half, ep = constant(0.0), spec.half, spec.ep
     return [
-        ParameterSpec(f"{spec.name}_gain", tuple(experts) or (1,), zero, half=spec.half),
-        ParameterSpec(f"{spec.name}_left", (*experts, rows), zero, half=spec.half, state=True),
-        ParameterSpec(f"{spec.name}_right", (*experts, columns), zero, half=spec.half, state=True),
+        ParameterSpec(f"{spec.name}_gain", tuple(experts) or (1,), zero, half=half, ep=ep),
+        *(
+            ParameterSpec(f"{spec.name}_{side}", (*experts, n), zero, half=half, ep=ep, state=True)
+            for side, n in (("left", rows), ("right", columns))
+        ),
     ]

@@ -50,13 +50,13 @@ def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterS
     inner = [
         ParameterSpec(
             name, (E, F, D), normal(c.init_std), "reads",
-            ep=over_experts, etp=Split(1, F, field), half="second", used=used,
+            ep=over_experts, etp=Split(1, F, field), half="experts", used=used,
         )
         for name in (("gate", "up") if gated(c.activation) else ("up",))
     ]  # fmt: skip
     down = ParameterSpec(
         "down", (E, D, F), normal(out_std), "writes",
-        ep=over_experts, etp=Split(2, F, field), half="second", used=used,
+        ep=over_experts, etp=Split(2, F, field), half="experts", used=used,
     )  # fmt: skip
     return [*inner, down]
 

@@ -43,7 +43,7 @@ def output(model: Decoder, x: Tensor) -> Tensor:
     """Computes the first sub-block's output from its normed input `[S', B, D]`."""
     block, positions = model.wiring.block(0), torch.arange(len(x))[:, None].expand(-1, B)
     context = Context(positions).at(0)
-    return block.finish(block.begin(x, context), context)
+    return block(x, context)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -96,7 +96,7 @@ def test_capacity_is_of_a_balance_group(samples: int) -> None:
     with torch.no_grad():
         x, p, chosen = routed(model, tokens)
         expected = torch.zeros_like(x)
-        w = dict(model.wiring.block(0).second.named_parameters())
+        w = dict(model.wiring.block(0).experts.named_parameters())
         limit = -(-S * samples * 2 // (2 * 5))  # half of an even share, rounded up
         for b, s, k in itertools.product(range(B), range(S), range(2)):
             if (s, k) == (0, 0) and b % samples == 0:

@@ -1,6 +1,6 @@
 """Transforms of weights at use: σReparam, centred streams, conversion from LayerNorm, muP."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
 from colonnade.launcher.recipe.tables import OptimizerConfig
 from colonnade.models.cards.base import gains
+from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule, declared
@@ -281,11 +282,11 @@ def outputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """Returns the output of every sub-block, and the logits."""
     outputs_by_name: dict[str, Tensor] = {}
 
-    def record(name: str) -> Any:
-        return lambda module, args, output: outputs_by_name.update({name: output.detach()})
+    def record(name: str, block: SubBlock) -> Any:
+        return lambda module, args, output: outputs_by_name.update({name: block.receive(output)})
 
-    halves = [block.second for block in model.wiring.blocks.values()]
-    handles = [half.register_forward_hook(record(str(t))) for t, half in enumerate(halves)]
+    blocks = cast("dict[str, SubBlock]", model.wiring.blocks).items()
+    handles = [b.second.register_forward_hook(record(name, b)) for name, b in blocks]
     with torch.no_grad():
         outputs_by_name["logits"] = model(tokens, context())
     for handle in handles:

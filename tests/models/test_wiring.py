@@ -131,7 +131,7 @@ def written_out(
         carried = block.begin(x, at_t)
         if (report := block.report(carried)) is not None:
             terms[t] = report.term
-        return norm(f"after.{t}", wiring.leave(block.finish(carried, at_t)))
+        return norm(f"after.{t}", wiring.leave(block.receive(block.finish(carried, at_t))))
 
     x = final_stream(config, weights["embedding.weight"][tokens], h)
     logits = norm("final", x) @ weights["head.weight"].T
