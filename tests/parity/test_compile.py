@@ -111,7 +111,7 @@ def test_compiled_equals_eager(name: str) -> None:
     pattern, fields = MODELS[name]
     compiled, eager = pair(torch.float64, pattern, **fields)
     count = checked(compiled, eager, 0)
-    assert count >= 2 * len(set(pattern))
+    assert count >= 2 * len(set(pattern) - {"T"})  # whose halves compute nothing but seams
     assert [checked(compiled, eager, seed) for seed in range(1, 5)] == [count] * 4
 
 
