@@ -146,11 +146,18 @@ def involved_fields(condition: UsedIf, field: str) -> Iterator[str]:
 
 
 def without_unused(model: ModelConfig) -> ModelConfig:
-    """Returns the same model without the explicitly given fields that are unused in it."""
+    """Returns the same model without the explicitly given fields, of it and of muP's base model,
+    that are unused in it."""
     # Leaving out one field may make another one unused, so repeat until nothing changes.
-    while unused := {field for field in model.model_fields_set if model.unused(field)}:
-        used = model.model_fields_set - unused
-        model = ModelConfig(**{name: getattr(model, name) for name in used})
+    while unused := {
+        name
+        for name in (*model.model_fields_set, *(model.mup_base or ()))
+        if unused_model_setting(model, name)
+    }:
+        used = {name: getattr(model, name) for name in model.model_fields_set - unused}
+        if model.mup_base:
+            used["mup_base"] = {n: v for n, v in model.mup_base.items() if n not in unused}
+        model = type(model).model_validate(used)
     return model
 
 
