@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from colonnade.launcher.recipe.tables import DataConfig, Recipe
 from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
+from colonnade.models.options import ROW
 
 
 class UsedIf(NamedTuple):
@@ -48,7 +49,7 @@ def _indexes_text(data: DataConfig) -> bool:
     return any(s.format != "tokens" and not s.stream for s in data.sources)
 
 
-_ROW_FIELDS = "model.pattern model.mtp model.mtp_pattern"
+_ROW_FIELDS = " ".join(f"model.{name}" for name in ROW)
 
 # fmt: off
 CONDITIONS = (
