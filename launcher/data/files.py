@@ -25,31 +25,11 @@ _FORMAT_OF_ENDING = {
     **dict.fromkeys((".txt", ".text", ".md"), "text"),
 }
 _COMPRESSION_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-_UNSUPPORTED_ENDINGS = frozenset(
-    [
-        ".csv",
-        ".tsv",
-        ".arrow",
-        ".feather",
-        ".avro",
-        ".orc",
-        ".zip",
-        ".tar",
-        ".tgz",
-        ".7z",
-        ".rar",
-        ".lz4",
-        ".pdf",
-        ".docx",
-        ".xlsx",
-        ".bin",
-        ".idx",
-        ".npy",
-        ".npz",
-        ".pt",
-        ".safetensors",
-    ]
-)
+_UNSUPPORTED_ENDINGS = frozenset({
+    ".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".zip", ".tar", ".tgz", ".7z",
+    ".rar", ".lz4", ".pdf", ".docx", ".xlsx", ".bin", ".idx", ".npy", ".npz", ".pt",
+    ".safetensors",
+})  # fmt: skip
 _SNIFF_BYTES = 1 << 20  # at the start of a file, from which its format is detected
 _SKIPPED_STDLIB_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
