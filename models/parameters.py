@@ -111,6 +111,11 @@ def uniform(low: float, high: float) -> Fill:
     return lambda t, g: t.uniform_(low, high, generator=g)
 
 
+def fan_in_uniform(fan_in: int) -> Fill:
+    """Draws from U(± fan_in^-½), as PyTorch does for convolutions; a filter's is its width."""
+    return uniform(-(fan_in**-0.5), fan_in**-0.5)
+
+
 def constant(value: float) -> Fill:
     """Sets every element to `value`."""
     return lambda t, g: t.fill_(value)

@@ -10,8 +10,8 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from colonnade.launcher.errors import UserError
@@ -25,31 +25,11 @@ _FORMAT_OF_ENDING = {
     **dict.fromkeys((".txt", ".text", ".md"), "text"),
 }
 _COMPRESSION_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-_UNSUPPORTED_ENDINGS = frozenset(
-    [
-        ".csv",
-        ".tsv",
-        ".arrow",
-        ".feather",
-        ".avro",
-        ".orc",
-        ".zip",
-        ".tar",
-        ".tgz",
-        ".7z",
-        ".rar",
-        ".lz4",
-        ".pdf",
-        ".docx",
-        ".xlsx",
-        ".bin",
-        ".idx",
-        ".npy",
-        ".npz",
-        ".pt",
-        ".safetensors",
-    ]
-)
+_UNSUPPORTED_ENDINGS = frozenset({
+    ".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".zip", ".tar", ".tgz", ".7z",
+    ".rar", ".lz4", ".pdf", ".docx", ".xlsx", ".bin", ".idx", ".npy", ".npz", ".pt",
+    ".safetensors",
+})  # fmt: skip
 _SNIFF_BYTES = 1 << 20  # at the start of a file, from which its format is detected
 _SKIPPED_STDLIB_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -133,7 +113,7 @@ def _format_of(path: Path) -> str:
 def _sniff_format(path: Path) -> str:
     """Detects the format from the start of the file's content."""
     try:
-        with DecompressedFile(path) as file:
+        with closing(DecompressedFile(path)) as file:
             head = file.stream.read(_SNIFF_BYTES).removeprefix(BOM)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise read_error(str(path), error) from error
@@ -247,7 +227,7 @@ _COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]], ...] =
 class DecompressedFile:
     """A file's bytes as `stream`, decompressed if the file begins with a compression's magic bytes.
 
-    A context manager that closes the file. Reads gzip, bzip2, xz and Zstandard.
+    Reads gzip, bzip2, xz and Zstandard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -266,13 +246,6 @@ class DecompressedFile:
         """Returns the bytes of the file on disk, before decompression, that have been read."""
         return self._raw.tell()
 
-    def __enter__(self) -> "DecompressedFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the file."""
         self._raw.close()

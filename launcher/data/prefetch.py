@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from types import TracebackType
 from typing import Any
 
 from colonnade.launcher.data.rows import Batch, Rows
@@ -15,8 +14,7 @@ class Prefetcher:
     """Iterates over the batches of `plan`, lists of sample indices, reading at least one ahead.
 
     `__next__` raises an exception of the thread when it reaches that batch; `upcoming_error`
-    returns it earlier. `close`, which the end of a `with` block calls, waits for the batch that is
-    being read.
+    returns it earlier. `close` waits for the batch that is being read.
     """
 
     def __init__(self, rows: Rows, plan: Iterator[list[int]]) -> None:
@@ -78,14 +76,3 @@ class Prefetcher:
         """Ends the thread and the iteration."""
         self._stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,7 @@ class FileReader:
 def _read_text(path: Path, fields: Fields, begin: FilePosition) -> Iterator[SourceRecord]:
     """Yields the file as one record, byte for byte."""
     if begin.records == 0:
-        with DecompressedFile(path) as file:
+        with closing(DecompressedFile(path)) as file:
             data = file.stream.read()
             try:
                 text = data.decode()
@@ -150,7 +151,7 @@ def _read_code(path: Path, fields: Fields, begin: FilePosition) -> Iterator[Sour
 
 def _read_lines(path: Path, fields: Fields, begin: FilePosition) -> Iterator[SourceRecord]:
     """Yields the JSON objects of a file: one a line, or an array of them if it begins with `[`."""
-    with DecompressedFile(path) as file:
+    with closing(DecompressedFile(path)) as file:
         stream, offset = file.stream, 0
         if stream.peek(len(BOM)).startswith(BOM):
             offset = len(stream.read(len(BOM)))

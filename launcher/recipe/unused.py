@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from colonnade.launcher.recipe.tables import DataConfig, Recipe
 from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
+from colonnade.models.options import ROW
 
 
 class UsedIf(NamedTuple):
@@ -48,7 +49,7 @@ def _indexes_text(data: DataConfig) -> bool:
     return any(s.format != "tokens" and not s.stream for s in data.sources)
 
 
-_ROW_FIELDS = "model.pattern model.mtp model.mtp_pattern"
+_ROW_FIELDS = " ".join(f"model.{name}" for name in ROW)
 
 # fmt: off
 CONDITIONS = (
@@ -146,11 +147,18 @@ def involved_fields(condition: UsedIf, field: str) -> Iterator[str]:
 
 
 def without_unused(model: ModelConfig) -> ModelConfig:
-    """Returns the same model without the explicitly given fields that are unused in it."""
+    """Returns the same model without the explicitly given fields, of it and of muP's base model,
+    that are unused in it."""
     # Leaving out one field may make another one unused, so repeat until nothing changes.
-    while unused := {field for field in model.model_fields_set if model.unused(field)}:
-        used = model.model_fields_set - unused
-        model = ModelConfig(**{name: getattr(model, name) for name in used})
+    while unused := {
+        name
+        for name in (*model.model_fields_set, *(model.mup_base or ()))
+        if unused_model_setting(model, name)
+    }:
+        used = {name: getattr(model, name) for name in model.model_fields_set - unused}
+        if model.mup_base:
+            used["mup_base"] = {n: v for n, v in model.mup_base.items() if n not in unused}
+        model = type(model).model_validate(used)
     return model
 
 

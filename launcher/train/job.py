@@ -1,6 +1,7 @@
 """Runs a training job on one rank: builds, restores, trains, saves and reports."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -191,7 +192,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     engine = Engine(job.model, job.optimizer, job.mesh, job.world.device)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     signal_number = 0
-    with Prefetcher(job.data.train, plan) as job.reader:
+    with closing(Prefetcher(job.data.train, plan)) as job.reader:
         if job.step < end:
             count = len(micro_batches(recipe.train, job.step, rank, ranks))
             sync_errors(partial(raise_if, job.reader.upcoming_error(count)), job.world.device)

@@ -2,6 +2,7 @@
 
 import math
 
+from colonnade.models.cards.attention import rotated_width, rotates_pairs, stretches
 from colonnade.models.config import FACTS, ModelConfig
 
 REPEATS = 2  # of the pattern, at most
@@ -60,16 +61,16 @@ def fits(m: ModelConfig, name: str, width: int, size: int, ranks: int, halved: b
     if FACTS[name].divided:
         slices = m.heads if name == "hidden" and m.attention_gate == "head" else 1
         return math.gcd(width, ranks) == math.gcd(size, ranks) and width % slices == 0
-    if name == "head_dim" and m.attention == "gqa" and m.positions == "rope":
-        return all(rope_fits(m, w) for w in ([width, width // 2] if halved else [width]))
-    return name not in ("head_dim", "rope_dim") or width % 2 == 0
+    if name in ("head_dim", "rope_dim") and m.positions == "rope":
+        widths = [width, width // 2] if halved else [width]
+        return all(rope_fits(m.changed(**{name: w})) for w in widths)
+    return True
 
 
-def rope_fits(m: ModelConfig, width: int) -> bool:
-    """Whether rotary positions can rotate `rope_fraction` of a head's `width` channels."""
-    rotated = round(width * m.rope_fraction)
-    least = 4 if m.rope_scaling == "ntk" else 2
-    return rotated >= least and rotated % 2 == 0 and (rotated < width or m.rope_fraction == 1)
+def rope_fits(m: ModelConfig) -> bool:
+    """Whether rotary positions can rotate `rope_fraction` of the channels, all only at 1."""
+    in_part = m.rope_fraction == 1 or rotated_width(m) < m.head_dim
+    return rotates_pairs(m) and stretches(m) and in_part
 
 
 def fields_by_position(m: ModelConfig) -> dict[str, object]:

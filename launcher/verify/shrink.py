@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from colonnade.launcher.recipe.rules.context import convolution_reach
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
-from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
+from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.verify.layouts import Layout, data_ranks, with_layout
 from colonnade.launcher.verify.narrow import narrow_model
 
@@ -55,12 +55,12 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
         "clip": min(CLIP, optimizer.clip),
     }
     tables = {
-        "model": narrow_model(recipe.model, ranks),
+        "model": without_unused(narrow_model(recipe.model, ranks)),
         "optimizer": changed(optimizer, constant_rate, remove=("warmup", "decay", "min_lr")),
         "data": DataConfig(sources=(SourceConfig(format="tokens", path="none"),)),
         "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps")),
     }
-    return without_unused(recipe.model_copy(update=tables))
+    return recipe.model_copy(update=tables)
 
 
 def on_layout(small: Recipe, ranks: int, layout: Layout, precision: str) -> Recipe:
@@ -90,18 +90,3 @@ def changed(table: AnyTable, update: dict[str, object], remove: Iterable[str] = 
     return type(table).model_validate(
         {name: value for name, value in (values | update).items() if name not in remove}
     )
-
-
-def without_unused(recipe: Recipe) -> Recipe:
-    """The recipe without the given fields of the model that have no effect in it."""
-    while unused := [
-        f for f, _ in explicit_fields(recipe.model, "model.") if unused_setting(recipe, f)
-    ]:
-        model = recipe.model
-        # `mup_base` is one field of the model: entries without effect are removed from its value
-        if base := {f.rpartition(".")[2] for f in unused if f.startswith("model.mup_base.")}:
-            remaining = {k: v for k, v in (model.mup_base or {}).items() if k not in base}
-            model = changed(model, {"mup_base": remaining})
-        names = [f.removeprefix("model.") for f in unused]
-        recipe = recipe.model_copy(update={"model": changed(model, {}, remove=names)})
-    return recipe

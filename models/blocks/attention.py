@@ -12,7 +12,7 @@ from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
 from colonnade.models.blocks.base import Convolving, SubBlock
-from colonnade.models.cards.attention import ATTEND
+from colonnade.models.cards.attention import ATTEND, rotated_width
 from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
@@ -81,7 +81,7 @@ class QKV(Convolving):
         super().__init__(records)
         c = config
         self.width = c.head_dim
-        self.rotated = round(self.width * c.rope_fraction) if c.positions == "rope" else 0
+        self.rotated = rotated_width(c)
         self.theta, self.scaling = c.rope_theta, rope_scaling(c)
         self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0

@@ -38,6 +38,23 @@ def key_heads(c: "ModelConfig") -> int:
     return c.heads if latent(c) else c.kv_heads
 
 
+def rotated_width(c: "ModelConfig") -> int:
+    """Returns how many channels of a head rotary positions rotate; 0 without them."""
+    if c.positions == "none":
+        return 0
+    return c.rope_dim if latent(c) else round(c.head_dim * c.rope_fraction)
+
+
+def rotates_pairs(c: "ModelConfig") -> bool:
+    """Whether the channels that rotary positions rotate are pairs, at least one."""
+    return rotated_width(c) > 0 and rotated_width(c) % 2 == 0
+
+
+def stretches(c: "ModelConfig") -> bool:
+    """Whether the scaling changes a frequency; `ntk` does not change that of the first pair."""
+    return c.rope_scaling != "ntk" or rotated_width(c) != 2
+
+
 ATTEND = Mixing(
     "attend",
     {

@@ -20,10 +20,10 @@ from colonnade.models.parameters import (
     ParameterSpec,
     Split,
     constant,
+    fan_in_uniform,
     inverse_softplus_dt,
     log_uniform_a,
     normal,
-    uniform,
 )
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class DeltaCard(Card):
         widths = {"q": keys, "k": keys, "v": values, "beta": H}
         if self.gated:
             widths |= {"dt": H, "z": values}
-        filters = uniform(
-            -(c.delta_conv**-0.5), c.delta_conv**-0.5
-        )  # the fan-in is the filter width
+        filters = fan_in_uniform(c.delta_conv)
         records = []
         for name, size in widths.items():
             split = key_heads if name in ("q", "k") else heads

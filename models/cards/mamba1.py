@@ -19,10 +19,10 @@ from colonnade.models.parameters import (
     ParameterSpec,
     Split,
     constant,
+    fan_in_uniform,
     inverse_softplus_dt,
     log_counting,
     normal,
-    uniform,
 )
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class Mamba1Card(Card):
         """Returns projections to z and x, x's filter, projections to dt, B and C, decay, output."""
         c, C, rank = config, config.mamba1_inner, config.mamba1_rank
         channels, inputs = Split(0, C, CHANNELS), Split(1, C, CHANNELS)
-        filters = uniform(
-            -(c.mamba1_conv**-0.5), c.mamba1_conv**-0.5
-        )  # the fan-in is the filter width
+        filters = fan_in_uniform(c.mamba1_conv)
         dt_bias = inverse_softplus_dt(1e-3, 0.1, 1e-4)
         init = normal(c.init_std)
         selected = {"dt_a": rank, "B": c.mamba1_state, "C": c.mamba1_state}

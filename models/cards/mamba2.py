@@ -19,10 +19,10 @@ from colonnade.models.parameters import (
     ParameterSpec,
     Split,
     constant,
+    fan_in_uniform,
     inverse_softplus_dt,
     log_uniform_a,
     normal,
-    uniform,
 )
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class Mamba2Card(Card):
         inner, state = H * c.mamba_head_dim, c.mamba_groups * c.mamba_state
         heads = Split(0, H, HEADS)
         groups = Split(0, c.mamba_groups, GROUPS, replicable=True)
-        filters = uniform(
-            -(c.mamba_conv**-0.5), c.mamba_conv**-0.5
-        )  # the fan-in is the filter width
+        filters = fan_in_uniform(c.mamba_conv)
         records = []
         for name, size in {"z": inner, "x": inner, "B": state, "C": state, "dt": H}.items():
             split = groups if name in ("B", "C") else heads

@@ -1,4 +1,4 @@
-"""Fixtures of the launcher's tests: recipes written to a file, and their faults."""
+"""Fixtures of the launcher's tests: recipes in a file, their faults, and caches in a folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,3 +36,13 @@ def faults(write: Write) -> Faults:
         return []
 
     return faults
+
+
+@pytest.fixture
+def temporary_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the caches of colonnade and datasets into the test's folder, and turns the hub off."""
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

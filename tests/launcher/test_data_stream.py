@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class GatedRows:
 def test_the_prefetcher_reads_ahead_and_its_state_is_that_of_the_last_returned_batch() -> None:
     rows = GatedRows()
     plan = iter([[0, 1], [2], [3, 4, 5]])
-    with Prefetcher(rows, plan) as batches:
+    with closing(Prefetcher(rows, plan)) as batches:
         assert batches.state() == {"read": 0}
         assert rows.started.acquire(timeout=30)  # reading starts before `next`
         rows.gate.release(2)
@@ -198,7 +199,7 @@ def test_the_prefetcher_reads_ahead_and_its_state_is_that_of_the_last_returned_b
 def test_an_error_of_the_thread_is_raised_at_its_batch() -> None:
     rows = GatedRows(fail_at=1)
     rows.gate.release(10)
-    with Prefetcher(rows, iter([[0], [1], [2]])) as batches:
+    with closing(Prefetcher(rows, iter([[0], [1], [2]]))) as batches:
         next(batches)
         with pytest.raises(UserError, match="no more"):
             next(batches)
@@ -210,7 +211,7 @@ def test_an_error_of_the_thread_is_raised_at_its_batch() -> None:
 def test_upcoming_error_returns_an_error_before_its_batch_is_reached() -> None:
     rows = GatedRows(fail_at=2)
     rows.gate.release(10)
-    with Prefetcher(rows, iter([[0], [1], [2], [3]])) as batches:
+    with closing(Prefetcher(rows, iter([[0], [1], [2], [3]]))) as batches:
         assert batches.upcoming_error(1) is None
         assert batches.upcoming_error(2) is None
         assert next(batches).tokens.tolist() == [[0]]
@@ -239,6 +240,6 @@ def test_prefetched_batches_are_those_of_the_plan(source: SourceConfig, tmp_path
     tokens = repeated_passes(source, tmp_path / "out", 1)
     rows = IndexedRows(tokens, S, 257, shuffle=(0, 0))
     plan = [[k, k + 3] for k in range(0, 50, 5)]
-    with Prefetcher(rows, iter(plan)) as batches:
+    with closing(Prefetcher(rows, iter(plan))) as batches:
         for samples, batch in zip(plan, batches, strict=True):
             assert equal(batch, rows.batch(samples))

@@ -13,7 +13,7 @@ from torch import Tensor
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import conditions
+from colonnade.launcher.recipe.unused import conditions, without_unused
 from colonnade.models.config import FORMULAS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -298,6 +298,13 @@ def test_a_size_of_the_base_that_the_model_does_not_use(faults: Faults) -> None:
     assert "without attention" in fault.remedy
     assert faults(*base, "model.mup_base.heads=") == []
     assert faults(*base, "model.pattern=*") == []
+
+
+def test_unused_fields_are_left_out_of_a_model_and_of_its_base() -> None:
+    given = ModelConfig(pattern="-", hidden=512, heads=8, mup_base={"hidden": 128, "head_dim": 8})
+    model = without_unused(given)
+    assert model.model_fields_set == {"pattern", "hidden", "mup_base"}
+    assert model == ModelConfig(pattern="-", hidden=512, mup_base={"hidden": 128})
 
 
 def test_random_recipes_survive_writing(write: Write) -> None:

@@ -192,6 +192,16 @@ def test_ladder_keeps_the_order_of_fsdp(ranks4: Ranks, sequence: bool) -> None:
     assert ladder == standard
 
 
+@pytest.mark.parametrize(("tied", "expected"), [(True, 1), (False, 3)])
+def test_the_head_is_gathered_once_in_a_step(ranks2: Ranks, tied: bool, expected: int) -> None:
+    """An embedding of its own is gathered twice, for the forward and for the backward pass."""
+    recipe = recipe_for("*-", {"dp_shard": 2}, 2, **SMALL, tied=tied)
+    launched = ranks2.run(collectives, recipe)[0][1]
+    weight = SMALL["vocab"] * SMALL["hidden"]
+    gathered_and_shard = weight + weight // 2
+    assert launched.count(("_allgather_base_", gathered_and_shard)) == expected
+
+
 def generated(rank: int, size: int, layout: dict[str, int]) -> list[int]:
     """Tokens that a model generates."""
     world = World(rank, size, torch.device("cpu"))

@@ -80,15 +80,6 @@ def write_heads(config: ModelConfig) -> dict[str, Any]:
     return {"num_key_value_heads": config.kv_heads, "head_dim": config.head_dim}
 
 
-def embedding_and_head(config: ModelConfig) -> list[Entry]:
-    """Returns the entries of the embedding, the last norm and an untied head."""
-    entries = [
-        entry("model.embed_tokens.weight", "embedding.weight"),
-        entry("model.norm.weight", "final.weight"),
-    ]
-    return entries if config.tied else [*entries, entry("lm_head.weight", "head.weight")]
-
-
 def attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     """Returns the entries of grouped-query attention."""
     entries = [entry(f"{hf}.self_attn.{n}_proj.weight", f"{native}.{n}") for n in "qkv"]
@@ -97,13 +88,14 @@ def attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     return [*entries, entry(f"{hf}.self_attn.o_proj.weight", f"{native}.out")]
 
 
+def gated(hf: str, native: str) -> list[Entry]:
+    """Returns the entries of gate, up and down projection; both prefixes end before these names."""
+    return [entry(f"{hf}{n}_proj.weight", f"{native}{n}") for n in ("gate", "up", "down")]
+
+
 def mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     """Returns the entries of a gated MLP."""
-    return [
-        entry(f"{hf}.mlp.gate_proj.weight", f"{native}.gate"),
-        entry(f"{hf}.mlp.up_proj.weight", f"{native}.up"),
-        entry(f"{hf}.mlp.down_proj.weight", f"{native}.down"),
-    ]
+    return gated(f"{hf}.mlp.", f"{native}.")
 
 
 NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
@@ -138,9 +130,16 @@ def layer(
     return entries
 
 
-def layers(blocks: dict[str, Block], norms: tuple[str, str], config: ModelConfig) -> list[Entry]:
+def layers(
+    blocks: dict[str, Block], norms: tuple[str, str], config: ModelConfig, last_norm: str = "norm"
+) -> list[Entry]:
     """Returns the entries of a model whose layers are a sequence mixer and a channel mixer."""
-    entries = embedding_and_head(config)
+    entries = [
+        entry("model.embed_tokens.weight", "embedding.weight"),
+        entry(f"model.{last_norm}.weight", "final.weight"),
+    ]
+    if not config.tied:
+        entries.append(entry("lm_head.weight", "head.weight"))
     for t in range(0, len(config.symbols), 2):
         pair = config.symbols[t : t + 2]
         hf = f"model.layers.{t // 2}"
@@ -233,31 +232,28 @@ def write_olmo2(config: ModelConfig) -> dict[str, Any]:
     return write_common(config) | write_heads(config) | {"intermediate_size": config.ffn}
 
 
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family(
-            "LlamaForCausalLM",
-            "llama",
-            read_llama,
-            write_llama,
-            partial(layers, DENSE, NORMS_BEFORE),
-            inert={"is_llama_config": (True,)},
-        ),
-        Family(
-            "Qwen3ForCausalLM",
-            "qwen3",
-            read_qwen3,
-            write_qwen3,
-            partial(layers, DENSE, NORMS_BEFORE),
-            inert={"use_qk_norm": (True,)},
-        ),
-        Family(
-            "Olmo2ForCausalLM",
-            "olmo2",
-            read_olmo2,
-            write_olmo2,
-            partial(layers, DENSE, NORMS_AFTER),
-        ),
-    )
-}
+FAMILIES = (
+    Family(
+        "LlamaForCausalLM",
+        "llama",
+        read_llama,
+        write_llama,
+        partial(layers, DENSE, NORMS_BEFORE),
+        inert={"is_llama_config": (True,)},
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        read_qwen3,
+        write_qwen3,
+        partial(layers, DENSE, NORMS_BEFORE),
+        inert={"use_qk_norm": (True,)},
+    ),
+    Family(
+        "Olmo2ForCausalLM",
+        "olmo2",
+        read_olmo2,
+        write_olmo2,
+        partial(layers, DENSE, NORMS_AFTER),
+    ),
+)

@@ -6,11 +6,9 @@ from colonnade.launcher.convert.huggingface import dense, mamba, moe, nemotron, 
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
 FAMILIES: dict[str, Family] = {
-    **dense.FAMILIES,
-    **moe.FAMILIES,
-    **mamba.FAMILIES,
-    **nemotron.FAMILIES,
-    **qwen3_next.FAMILIES,
+    family.architecture: family
+    for module in (dense, moe, mamba, nemotron, qwen3_next)
+    for family in module.FAMILIES
 }
 
 

@@ -136,6 +136,11 @@ def interleaved(unrotated: int, rotated: int) -> tuple[int, ...]:
     return (*range(unrotated), *pairs[0::2], *pairs[1::2])
 
 
+def tied_head(config: ModelConfig) -> dict[str, str]:
+    """Returns `Family.copies` for Llama's names: a tied head has the embedding's weights."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face architecture.
@@ -162,7 +167,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     entries: Callable[[ModelConfig], list[Entry]]
     packed: Callable[[ModelConfig], list[Entry]] | None = None
-    copies: Callable[[ModelConfig], dict[str, str]] = lambda config: tied_head(config)
+    copies: Callable[[ModelConfig], dict[str, str]] = tied_head
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     unread: tuple[tuple[str, str], ...] = ()
     harmless: frozenset[str] = frozenset()
@@ -206,11 +211,6 @@ class Family:
                 remedy = f"{self.architecture} can only have {actual.get(name)!r}"
                 raise Unsupported(name, value, remedy)
         return hf_config
-
-
-def tied_head(config: ModelConfig) -> dict[str, str]:
-    """Returns `Family.copies` for Llama's names: a tied head has the embedding's weights."""
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
 
 
 def unread_tensors(family: Family, names: Iterable[str]) -> list[str]:

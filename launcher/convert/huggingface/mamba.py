@@ -10,7 +10,8 @@ from colonnade.launcher.convert.huggingface.config import pattern_fields, read_r
 from colonnade.launcher.convert.huggingface.dense import (
     Block,
     attention,
-    layer,
+    gated,
+    layers,
     write_common,
     write_heads,
 )
@@ -19,7 +20,6 @@ from colonnade.launcher.convert.huggingface.family import (
     Family,
     Unsupported,
     entry,
-    tied_head,
 )
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
@@ -327,64 +327,43 @@ def write_bamba(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def bamba_mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
-    """Returns the entries of a gated MLP."""
-    hf = f"{hf}.feed_forward"
-    return [
-        entry(f"{hf}.gate_proj.weight", f"{native}.gate"),
-        entry(f"{hf}.up_proj.weight", f"{native}.up"),
-        entry(f"{hf}.down_proj.weight", f"{native}.down"),
-    ]
-
-
 def bamba_entries(config: ModelConfig) -> list[Entry]:
     """Returns the entries of Bamba."""
     blocks: dict[str, Block] = {
         "M": lambda hf, native, _: mamba2_mixer(f"{hf}.mamba.", f"{native}."),
         "*": attention,
-        "-": bamba_mlp,
+        "-": lambda hf, native, _: gated(f"{hf}.feed_forward.", f"{native}."),
     }
     norms = ("input_layernorm", "pre_ff_layernorm")
-    entries = [
-        entry("model.embed_tokens.weight", "embedding.weight"),
-        entry("model.final_layernorm.weight", "final.weight"),
-    ]
-    for t in range(0, len(config.symbols), 2):
-        hf, pair = f"model.layers.{t // 2}", config.symbols[t : t + 2]
-        entries += layer(hf, "", t, pair, config, blocks, norms)
-    return entries if config.tied else [*entries, entry("lm_head.weight", "head.weight")]
+    return layers(blocks, norms, config, last_norm="final_layernorm")
 
 
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family(
-            "MambaForCausalLM",
-            "mamba",
-            read_mamba1,
-            write_mamba1,
-            mamba1_entries,
-            copies=tied_backbone,
-            harmless=HARMLESS | {"fused_add_norm", "pad_vocab_size_multiple"},
-        ),
-        Family(
-            "Mamba2ForCausalLM",
-            "mamba2",
-            read_mamba2,
-            write_mamba2,
-            mamba2_entries,
-            copies=tied_backbone,
-            harmless=HARMLESS | {"time_step_rank"},  # no tensor has this size
-            inert={"norm_before_gate": ()},  # the gate is always applied before the norm
-        ),
-        Family(
-            "BambaForCausalLM",
-            "bamba",
-            read_bamba,
-            write_bamba,
-            bamba_entries,
-            copies=tied_head,
-            harmless=HARMLESS | {"num_logits_to_keep", "z_loss_coefficient"},
-        ),
-    )
-}
+FAMILIES = (
+    Family(
+        "MambaForCausalLM",
+        "mamba",
+        read_mamba1,
+        write_mamba1,
+        mamba1_entries,
+        copies=tied_backbone,
+        harmless=HARMLESS | {"fused_add_norm", "pad_vocab_size_multiple"},
+    ),
+    Family(
+        "Mamba2ForCausalLM",
+        "mamba2",
+        read_mamba2,
+        write_mamba2,
+        mamba2_entries,
+        copies=tied_backbone,
+        harmless=HARMLESS | {"time_step_rank"},  # no tensor has this size
+        inert={"norm_before_gate": ()},  # the gate is always applied before the norm
+    ),
+    Family(
+        "BambaForCausalLM",
+        "bamba",
+        read_bamba,
+        write_bamba,
+        bamba_entries,
+        harmless=HARMLESS | {"num_logits_to_keep", "z_loss_coefficient"},
+    ),
+)

@@ -8,6 +8,7 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_BEFORE,
     Block,
     attention,
+    gated,
     layer,
     layers,
     mlp,
@@ -71,30 +72,66 @@ def mixtral_mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> 
     return [router, *separate_experts(hf, native, config.experts, ("w1", "w3", "w2"))]
 
 
-def read_normalised(f: Fields, name: str, default: bool, top_k: int) -> bool:
-    """Reads whether the weights of a token's experts are normalised to sum to 1.
+def read_top_k(f: Fields, normalised: bool, default: Any = REQUIRED) -> dict[str, Any]:
+    """Reads how many experts a token has, and whether their weights are normalised to sum to 1.
 
-    Refuses it for one expert per token, whose weight would be the constant 1.
+    Refuses normalisation for one expert per token, whose weight would be the constant 1. `default`
+    is that of the number, `normalised` that of the normalisation.
     """
-    given = f.get(name, default=default)
+    top_k, name = f.get("num_experts_per_tok", default=default), "norm_topk_prob"
+    given = f.get(name, default=normalised)
     if not isinstance(given, bool):
         raise Unsupported(name, given, "must be true or false")
     if given and top_k == 1:
         raise Unsupported(name, given, "with one expert per token its router could not learn")
-    return given
+    return {"top_k": top_k, "router_normalise": given}
+
+
+def write_experts(config: ModelConfig) -> dict[str, Any]:
+    """Writes the fields of `read_top_k`, and the width of an expert."""
+    c = config
+    return {
+        "num_experts_per_tok": c.top_k,
+        "norm_topk_prob": c.router_normalise and c.top_k > 1,
+        "moe_intermediate_size": c.expert_ffn,
+    }
+
+
+def read_biased_router(f: Fields, default: Any = REQUIRED) -> dict[str, Any]:
+    """Reads the native fields of DeepSeek-V3's router: sigmoids, groups, a bias for balancing.
+
+    `default` is that of the number of groups, and of the number that a token chooses.
+    """
+    groups, top_groups = f.get("n_group", default=default), f.get("topk_group", default=default)
+    return {
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_groups": groups,
+        "router_top_groups": None if groups == 1 else top_groups,
+    }
+
+
+def write_biased_router(config: ModelConfig) -> dict[str, Any]:
+    """Writes the fields of mixtures with DeepSeek-V3's router."""
+    c = config
+    return {
+        **write_experts(c),
+        "n_routed_experts": c.experts,
+        "routed_scaling_factor": c.router_scale,
+        "n_group": c.router_groups if c.router_top_groups else 1,
+        "topk_group": c.router_top_groups or 1,
+    }
 
 
 def read_mixtral(f: Fields) -> ModelConfig:
     """Reads a Mixtral config: mixtures in all layers, sliding windows in all layers or in none."""
     f.only("router_jitter_noise", 0.0)
     f.only("norm_topk_prob", True)  # transformers does not read it, and always normalises
-    top_k = f.get("num_experts_per_tok", default=2)
     return ModelConfig(
         **pattern_fields("*E" * f.integer("num_hidden_layers")),
         expert_ffn=f.get("intermediate_size"),
         experts=f.get("num_local_experts", "num_experts", default=8),
-        top_k=top_k,
-        router_normalise=read_normalised(f, "norm_topk_prob", True, top_k),
+        **read_top_k(f, True, default=2),
         window=f.get("sliding_window", default=None),
         **read_common(f, eps=1e-5, theta=1e6),
         **read_heads(f, kv_heads=8),
@@ -128,14 +165,12 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
     sparse = sparse_layers(f, count)
     windowed = f.get("use_sliding_window", default=False)
     window = f.get("sliding_window", default=REQUIRED if windowed else None)
-    top_k = f.get("num_experts_per_tok", default=8)
     return ModelConfig(
         **pattern_fields("".join("*E" if is_sparse else "*-" for is_sparse in sparse)),
         ffn=f.get("intermediate_size"),
         expert_ffn=f.integer("moe_intermediate_size", default=768),
         experts=f.get("num_experts", "num_local_experts", default=128),
-        top_k=top_k,
-        router_normalise=read_normalised(f, "norm_topk_prob", False, top_k),
+        **read_top_k(f, False, default=8),
         qk_norm="head",
         window=window if windowed else None,
         **read_common(f),
@@ -150,10 +185,8 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         **write_common(c),
         **write_heads(c),
         "intermediate_size": c.ffn,
-        "moe_intermediate_size": c.expert_ffn,
+        **write_experts(c),
         "num_experts": c.experts,
-        "num_experts_per_tok": c.top_k,
-        "norm_topk_prob": c.router_normalise and c.top_k > 1,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
         "use_sliding_window": c.window is not None,
@@ -188,21 +221,12 @@ def latent_attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     ]
 
 
-def shared_expert(hf: str, native: str) -> list[Entry]:
-    """Returns the entries of a shared expert, which every token goes through."""
-    return [
-        entry(f"{hf}.gate_proj.weight", f"{native}.shared_gate"),
-        entry(f"{hf}.up_proj.weight", f"{native}.shared_up"),
-        entry(f"{hf}.down_proj.weight", f"{native}.shared_down"),
-    ]
-
-
 def deepseek_mixture(packed: bool, hf: str, native: str, config: ModelConfig) -> list[Entry]:
     """Returns the entries of a mixture with a shared expert and a router bias for balancing."""
     return [
         *mixture(packed, hf, native, config),
         entry(f"{hf}.mlp.gate.e_score_correction_bias", f"{native}.router_bias"),
-        *shared_expert(f"{hf}.mlp.shared_experts", native),
+        *gated(f"{hf}.mlp.shared_experts.", f"{native}.shared_"),
     ]
 
 
@@ -250,8 +274,7 @@ def read_deepseek(f: Fields) -> ModelConfig:
     if f.get("num_key_value_heads", default=128, null=heads) != heads:
         raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
     dense, count = f.integer("first_k_dense_replace"), f.integer("num_hidden_layers")
-    groups, top_groups = f.get("n_group"), f.get("topk_group")
-    width, top_k = f.integer("moe_intermediate_size"), f.get("num_experts_per_tok")
+    width = f.integer("moe_intermediate_size")
     return ModelConfig(
         **pattern_fields("*-" * min(dense, count) + "*E" * (count - dense)),
         mtp=f.get("num_nextn_predict_layers", "num_mtp_layers", default=0),
@@ -267,13 +290,9 @@ def read_deepseek(f: Fields) -> ModelConfig:
         expert_ffn=width,
         shared_ffn=f.integer("n_shared_experts") * width,
         experts=f.get("n_routed_experts", "num_local_experts"),
-        top_k=top_k,
-        router_score="sigmoid",
-        router_bias=True,
-        router_normalise=read_normalised(f, "norm_topk_prob", True, top_k),
         router_scale=f.get("routed_scaling_factor", default=2.5),
-        router_groups=groups,
-        router_top_groups=None if groups == 1 else top_groups,
+        **read_top_k(f, True),
+        **read_biased_router(f),
         **read_common(f),
     )
 
@@ -297,14 +316,8 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
         "first_k_dense_replace": c.symbols.count("-"),
         "num_nextn_predict_layers": c.mtp,
         "intermediate_size": c.ffn,
-        "moe_intermediate_size": width,
         "n_shared_experts": shared,
-        "n_routed_experts": c.experts,
-        "num_experts_per_tok": c.top_k,
-        "n_group": c.router_groups if c.router_top_groups else 1,
-        "topk_group": c.router_top_groups or 1,
-        "norm_topk_prob": c.router_normalise and c.top_k > 1,
-        "routed_scaling_factor": c.router_scale,
+        **write_biased_router(c),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
@@ -321,36 +334,33 @@ def mixtral(packed: bool, config: ModelConfig) -> list[Entry]:
     return layers({"*": attention, "E": partial(mixtral_mixture, packed)}, NORMS_BEFORE, config)
 
 
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family(
-            "MixtralForCausalLM",
-            "mixtral",
-            read_mixtral,
-            write_mixtral,
-            partial(mixtral, False),
-            partial(mixtral, True),
-        ),
-        Family(
-            "Qwen3MoeForCausalLM",
-            "qwen3_moe",
-            read_qwen3_moe,
-            write_qwen3_moe,
-            partial(qwen3_moe, False),
-            partial(qwen3_moe, True),
-            harmless=frozenset({"max_window_layers"}),
-            inert={"use_qk_norm": (True,)},
-        ),
-        Family(
-            "DeepseekV3ForCausalLM",
-            "deepseek_v3",
-            read_deepseek,
-            write_deepseek,
-            partial(deepseek, False),
-            partial(deepseek, True),
-            copies=deepseek_copies,
-            harmless=frozenset({"head_dim", "qk_head_dim", "ep_size"}),
-        ),
-    )
-}
+FAMILIES = (
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        read_mixtral,
+        write_mixtral,
+        partial(mixtral, False),
+        partial(mixtral, True),
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        read_qwen3_moe,
+        write_qwen3_moe,
+        partial(qwen3_moe, False),
+        partial(qwen3_moe, True),
+        harmless=frozenset({"max_window_layers"}),
+        inert={"use_qk_norm": (True,)},
+    ),
+    Family(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        read_deepseek,
+        write_deepseek,
+        partial(deepseek, False),
+        partial(deepseek, True),
+        copies=deepseek_copies,
+        harmless=frozenset({"head_dim", "qk_head_dim", "ep_size"}),
+    ),
+)

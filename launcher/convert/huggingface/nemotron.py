@@ -19,7 +19,11 @@ from colonnade.launcher.convert.huggingface.mamba import (
     check_symbols,
     mamba2_mixer,
 )
-from colonnade.launcher.convert.huggingface.moe import read_normalised
+from colonnade.launcher.convert.huggingface.moe import (
+    read_biased_router,
+    read_top_k,
+    write_biased_router,
+)
 from colonnade.models.config import ModelConfig
 
 # Hugging Face names of the kinds of layers, new and old.
@@ -117,19 +121,13 @@ def nemotron_experts(f: Fields) -> dict[str, Any]:
     """
     f.only("n_shared_experts", 1)
     f.only("moe_latent_size", None)
-    groups, top_groups = f.get("n_group", default=1), f.get("topk_group", default=1)
-    top_k = f.get("num_experts_per_tok", default=2)
     return {
         "expert_ffn": f.get("moe_intermediate_size", default=7688),
         "shared_ffn": f.get("moe_shared_expert_intermediate_size", default=7688),
         "experts": f.get("n_routed_experts", "num_local_experts", default=8),
-        "top_k": top_k,
-        "router_score": "sigmoid",
-        "router_bias": True,
-        "router_normalise": read_normalised(f, "norm_topk_prob", True, top_k),
         "router_scale": float(f.number("routed_scaling_factor", default=1.0)),
-        "router_groups": groups,
-        "router_top_groups": None if groups == 1 else top_groups,
+        **read_top_k(f, True, default=2),
+        **read_biased_router(f, default=1),
         "balance": 0.0,
     }
 
@@ -143,15 +141,9 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
         remedy = f"only {', '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)
     experts = {
-        "n_routed_experts": c.experts,
-        "num_experts_per_tok": c.top_k,
-        "moe_intermediate_size": c.expert_ffn,
         "moe_shared_expert_intermediate_size": c.shared_ffn,
         "n_shared_experts": 1,
-        "norm_topk_prob": c.router_normalise and c.top_k > 1,
-        "routed_scaling_factor": c.router_scale,
-        "n_group": c.router_groups if c.router_top_groups else 1,
-        "topk_group": c.router_top_groups or 1,
+        **write_biased_router(c),
     }
     return {
         "vocab_size": c.vocab,
@@ -223,25 +215,22 @@ NEMOTRON_EXPERTS = frozenset({
     "num_local_experts", "routed_scaling_factor", "topk_group",
 })  # fmt: skip
 
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family(
-            "NemotronHForCausalLM",
-            "nemotron_h",
-            read_nemotron,
-            write_nemotron,
-            partial(nemotron, False),
-            partial(nemotron, True),
-            copies=lambda config: {},
-            unread=(UNREAD_MTP,),
-            harmless=HARMLESS | NEMOTRON_HARMLESS | NEMOTRON_EXPERTS,
-            inert={
-                "rope_theta": (),  # the model has no rotary positions
-                "rope_scaling": (),
-                "rope_parameters": (),
-                "partial_rotary_factor": (),
-            },
-        ),
-    )
-}
+FAMILIES = (
+    Family(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        read_nemotron,
+        write_nemotron,
+        partial(nemotron, False),
+        partial(nemotron, True),
+        copies=lambda config: {},
+        unread=(UNREAD_MTP,),
+        harmless=HARMLESS | NEMOTRON_HARMLESS | NEMOTRON_EXPERTS,
+        inert={
+            "rope_theta": (),  # the model has no rotary positions
+            "rope_scaling": (),
+            "rope_parameters": (),
+            "partial_rotary_factor": (),
+        },
+    ),
+)

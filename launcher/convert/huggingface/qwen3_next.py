@@ -14,6 +14,7 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_BEFORE,
     Block,
     attention,
+    gated,
     layers,
     mlp,
     read_heads,
@@ -25,9 +26,9 @@ from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
 from colonnade.launcher.convert.huggingface.mamba import check_rotated, check_symbols
 from colonnade.launcher.convert.huggingface.moe import (
     mixture,
-    read_normalised,
-    shared_expert,
+    read_top_k,
     sparse_layers,
+    write_experts,
 )
 from colonnade.models.config import ModelConfig
 
@@ -81,14 +82,12 @@ def read_qwen3_next(f: Fields) -> ModelConfig:
 def qwen3_next_experts(f: Fields, experts: int) -> dict[str, Any]:
     """Reads the native fields of its mixtures, which have a gated shared expert."""
     shared = f.integer("shared_expert_intermediate_size", default=512, least=1)
-    top_k = f.get("num_experts_per_tok", default=10)
     return {
         "experts": experts,
-        "top_k": top_k,
+        **read_top_k(f, True, default=10),
         "expert_ffn": f.get("moe_intermediate_size", default=512),
         "shared_ffn": shared,
         "shared_gate": True,
-        "router_normalise": read_normalised(f, "norm_topk_prob", True, top_k),
         "balance": 0.0,
     }
 
@@ -100,12 +99,7 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     if c.has("*"):
         check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
     kinds = {symbol: kind for kind, symbol in QWEN3_NEXT.items()}
-    experts = {
-        "num_experts_per_tok": c.top_k,
-        "moe_intermediate_size": c.expert_ffn,
-        "shared_expert_intermediate_size": c.shared_ffn,
-        "norm_topk_prob": c.router_normalise and c.top_k > 1,
-    }
+    experts = {**write_experts(c), "shared_expert_intermediate_size": c.shared_ffn}
     return {
         **write_common(c),
         **write_heads(c),
@@ -157,7 +151,7 @@ def qwen3_next_mixture(packed: bool, hf: str, native: str, config: ModelConfig) 
     """Returns the entries of a mixture with a gated shared expert."""
     return [
         *mixture(packed, hf, native, config),
-        *shared_expert(f"{hf}.mlp.shared_expert", native),
+        *gated(f"{hf}.mlp.shared_expert.", f"{native}.shared_"),
         entry(f"{hf}.mlp.shared_expert_gate.weight", f"{native}.shared_open"),
     ]
 
@@ -178,19 +172,16 @@ QWEN3_NEXT_EXPERTS = frozenset({
     "shared_expert_intermediate_size",
 })  # fmt: skip
 
-FAMILIES = {
-    family.architecture: family
-    for family in (
-        Family(
-            "Qwen3NextForCausalLM",
-            "qwen3_next",
-            read_qwen3_next,
-            write_qwen3_next,
-            partial(qwen3_next, False),
-            partial(qwen3_next, True),
-            unread=(UNREAD_MTP,),
-            harmless=QWEN3_NEXT_EXPERTS,
-            inert={"use_qk_norm": (True,)},
-        ),
-    )
-}
+FAMILIES = (
+    Family(
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        read_qwen3_next,
+        write_qwen3_next,
+        partial(qwen3_next, False),
+        partial(qwen3_next, True),
+        unread=(UNREAD_MTP,),
+        harmless=QWEN3_NEXT_EXPERTS,
+        inert={"use_qk_norm": (True,)},
+    ),
+)

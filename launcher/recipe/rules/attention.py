@@ -11,6 +11,7 @@ from colonnade.launcher.recipe.rules.base import (
     nearest_values,
 )
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.models.cards.attention import rotated_width, rotates_pairs, stretches
 from colonnade.models.config import ModelConfig
 
 RULES = Rules()
@@ -57,18 +58,14 @@ def head_counts(m: ModelConfig) -> list[int]:
     return [h for h in fit if not m.is_explicit("kv_heads") or h % m.kv_heads == 0] or fit
 
 
-def rotated_width(m: ModelConfig) -> int | None:
-    """Returns how many channels of a head rotary positions rotate, in GQA and in MLA.
+def rotates(m: ModelConfig) -> bool:
+    """Whether rotary positions rotate channels of heads.
 
-    None without rotary positions, or where the number of heads does not divide the hidden width.
+    False where the number of heads does not divide the hidden width, which is another fault.
     """
     if not m.has("*") or m.positions == "none":
-        return None
-    if m.attention == "mla":
-        return m.rope_dim
-    if not m.is_explicit("head_dim") and m.hidden % m.heads:
-        return None
-    return round(m.head_dim * m.rope_fraction)
+        return False
+    return m.attention == "mla" or m.is_explicit("head_dim") or m.hidden % m.heads == 0
 
 
 @RULES.add(*ROW_FIELDS, "model.attention", "model.hidden", "model.heads", "model.head_dim",
@@ -76,7 +73,7 @@ def rotated_width(m: ModelConfig) -> int | None:
 def rotated_pairs(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Rotary positions rotate pairs of channels."""
     m, rotated = r.model, rotated_width(r.model)
-    if rotated is None or (rotated and rotated % 2 == 0):
+    if not rotates(m) or rotates_pairs(m):
         return
     otherwise = "or model.positions to none"
     if m.attention == "mla":
@@ -107,14 +104,13 @@ def rotated_pairs(r: Recipe, world_size: int | None) -> Iterator[Fault]:
            "model.rope_scaling", "model.rope_high", "model.rope_fast")  # fmt: skip
 def rope_scaling(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """A scaling has a factor above 1, and the bounds of its ramp over frequencies ascend."""
-    m, rotated = r.model, rotated_width(r.model)
-    kind = m.rope_scaling
-    if rotated is None or kind == "none":
+    m, kind = r.model, r.model.rope_scaling
+    if not rotates(m) or kind == "none":
         return
     if m.rope_factor == 1:
         remedy = f"model.rope_scaling = {kind} stretches by it; set model.rope_factor above 1, or "
         yield Fault("model.rope_factor", m.rope_factor, f"{remedy}model.rope_scaling to none")
-    if kind == "ntk" and rotated == 2:
+    if not stretches(m):
         remedy = "ntk keeps the highest frequency and stretches the others, but 2 rotated channels "
         yield Fault(
             "model.rope_scaling", kind, f"{remedy}have one; rotate 4 or more, or set linear"

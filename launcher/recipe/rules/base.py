@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.models.options import ROW
 
 Rule = Callable[[Recipe, int | None], Iterator[Fault]]
 
 # The fields that decide which sub-blocks the model has.
-ROW_FIELDS = ("model.pattern", "model.mtp", "model.mtp_pattern")
+ROW_FIELDS = tuple(f"model.{name}" for name in ROW)
 
 
 class Rules(list[tuple[tuple[str, ...], Rule]]):
