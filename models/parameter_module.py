@@ -23,10 +23,12 @@ class ParameterModule(nn.Module):
     σReparam) is initialised; `due` are those whose state may advance at the next use in training.
 
     A half of a sub-block declares its `seams`, `()` where it works token by token. Under context
-    parallelism a half that declares none is refused.
+    parallelism a half that declares none is refused. `compiled` is the method that
+    `train.compile` compiles; None: nothing.
     """
 
     seams: ClassVar[tuple[Seam, ...] | None] = None
+    compiled: ClassVar[str | None] = "forward"
 
     def __init__(self, records: Iterable[ParameterSpec] = ()) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ Fill = Callable[["Tensor", "Generator"], object]
 Transform = Callable[["Tensor"], "Tensor"]
 # A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block.
 Role = Literal["reads", "inner", "writes", "table", "other"]
-# The half of a sub-block that holds it, or one of two modules beside them: `small` of parameters that
-# stay in fp32 whatever the precision, `experts` of the weights of experts.
+# The half of a sub-block that holds it, or one of the modules beside them: `small` with parameters
+# that stay in fp32 whatever the precision, `experts` with the weights of experts.
 Half = Literal["first", "second", "small", "experts"]
 
 

@@ -178,7 +178,8 @@ class Wiring(nn.Module):
             first(*0)  first(E1) >  second(*0)  second(E1) >  first(*2)  receive(E1)  second(*2)
         """
         stream, x = state.stream, self.prepare_input(self.indices.start, state.stream)
-        pending: Pending | None = None if state.pending is None else lambda: state.pending
+        received = state.pending
+        pending: Pending | None = None if received is None else lambda: received
         reports: dict[int, BlockReport] = {}
         started: Started | None = None
         for t in self.indices:
@@ -196,7 +197,7 @@ class Wiring(nn.Module):
                     started = self.begin(t + 1, x, context, reports)
             output = halves.second(carried)
             newest = self.leave_output(halves, output, defer=defers_add and self.exchanges(t))
-            del carried, output  # frees them before the first half of the next sub-block allocates its own
+            del carried, output  # frees them before the next first half allocates its own
             if advance_after_second:
                 stream, x = self.advance(t, stream, pending)
             pending = newest

@@ -48,9 +48,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="seconds that a collective may take before the job ends",
     )
     pp: int = Field(1, ge=1, le=2**20, description="stages of a pipeline (not built yet)")
-    ep: int = Field(
-        1, ge=1, le=2**20, description="ranks that the experts are divided among"
-    )
+    ep: int = Field(1, ge=1, le=2**20, description="ranks that the experts are divided among")
     etp: int | None = Field(
         None, ge=1, le=2**20, description="ranks that shard each expert; default: tp"
     )

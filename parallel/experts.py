@@ -33,7 +33,7 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.experts import ExpertBlock, Returned, Routed, Sent
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
-from colonnade.parallel.seams import RefusedError, fill_seams, sub_blocks
+from colonnade.parallel.seams import Fill, RefusedError, fill_seams, sub_blocks
 from colonnade.parallel.tensor import local_shard, run_backward_first, sharding_over, wait
 
 c10d = torch.ops._c10d_functional
@@ -234,13 +234,14 @@ def expert_parallel(model: Decoder, mesh: DeviceMesh, tp: DeviceMesh) -> None:
         if experts is not None:
             distribute_experts(experts, mesh)
             block.exchanges = exchange.group.size() > 1
-    fills = {"dispatch": exchange.dispatch, "combine": exchange.combine}
-    fill_seams(model, "ep", {name: lambda seam: fills[seam.name] for name in fills})
+    fills: dict[str, Fill] = {
+        "dispatch": lambda seam: exchange.dispatch,
+        "combine": lambda seam: exchange.combine,
+    }
+    fill_seams(model, "ep", fills)
 
 
-def exchange_group(
-    mesh: DeviceMesh, tp: DeviceMesh
-) -> tuple[dist.ProcessGroup, int, int, int]:
+def exchange_group(mesh: DeviceMesh, tp: DeviceMesh) -> tuple[dist.ProcessGroup, int, int, int]:
     """The arguments of `TokenExchange`: its group, etp in it, the shares, and this rank's."""
     etp = mesh["etp"].size()
     if etp == tp.size():

@@ -26,9 +26,9 @@ def build_expert_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None
 
 def mesh_of(degrees: dict[str, int], world: World) -> DeviceMesh:
     """The mesh of these axes. Each is made once, and stays in `world.meshes`."""
-    shape, axes = tuple(degrees.values()), tuple(degrees)
-    key = *axes, *shape
+    key = tuple(degrees.items())
     if key not in world.meshes:
+        shape, axes = tuple(degrees.values()), tuple(degrees)
         world.meshes[key] = init_device_mesh(world.device.type, shape, mesh_dim_names=axes)
     return world.meshes[key]
 

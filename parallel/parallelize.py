@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
 
 from colonnade.models.blocks.base import local_conv
-from colonnade.models.blocks.experts import ExpertBlock, Experts
+from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
 from colonnade.models.parameter_module import ParameterModule
@@ -77,9 +77,7 @@ def parallelize(
     if recipe.parallel.folds_experts != (expert_mesh is not None):
         raise ValueError("parallel.ep and parallel.etp need the mesh of `build_expert_mesh`")
     experts_ranks = 1 if expert_mesh is None else expert_mesh["ep", "etp"].size()
-    recompute(
-        model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size() * experts_ranks
-    )
+    recompute(model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size() * experts_ranks)
     if mesh["tp"].size() > 1:
         tensor_parallel(model, mesh["tp"], recipe.parallel.sequence, expert_mesh is None)
     if expert_mesh is not None:
@@ -107,29 +105,29 @@ def fsdp_groups(model: Decoder) -> Iterator[list[nn.Module]]:
 
 
 def compile_halves(model: Decoder) -> None:
-    """Compiles the `forward` of every half by itself, so that the collectives launched between
-    halves stay outside the graphs.
+    """Compiles every half by itself, so that the collectives launched between halves stay outside
+    the graphs.
 
     FSDP2's hooks, which all-gather weights, stay outside as well. So do the seams: they hold
     collectives, or by default kernels that a compiler could only unroll.
     """
     for half in (half for group in fsdp_groups(model) for half in group):
-        if isinstance(half, Experts):  # products of sizes that are not known when it is compiled
-            continue
         assert isinstance(half, ParameterModule)
+        if half.compiled is None:
+            continue
         for name in (seam.name for seam in half.seams or ()):
             if getattr(half, name) is not local_conv:  # a single operator
                 setattr(half, name, torch.compiler.disable(getattr(half, name)))
-        half.forward = compiled_forward(half)
+        setattr(half, half.compiled, compiled_in_training(half, getattr(half, half.compiled)))
 
 
-def compiled_forward(half: ParameterModule) -> Forward:
-    """The half's `forward`, compiled in training.
+def compiled_in_training(half: ParameterModule, eager: Forward) -> Forward:
+    """A method of a half, compiled in training.
 
     In evaluation it runs uncompiled: validation would need one more graph, and generation, whose
     caches grow with every token, a new graph for every token.
     """
-    eager, compiled = half.forward, torch.compile(half.forward)
+    compiled = torch.compile(eager)
 
     def forward(*inputs: Any) -> Any:
         if not half.training:
@@ -154,14 +152,12 @@ def advance_states(half: ParameterModule) -> None:
             half.started.add(name)
 
 
-def apply_fsdp(
-    model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str
-) -> None:
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str) -> None:
     """Applies FSDP2 over meshes of one dimension, or HSDP over those of two.
 
-    The weights of experts are in the group of their sub-block, or, where their mesh is another one,
-    in a group of their own. Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
-    least fp32; under HSDP they are also all-reduced over `dp_replicate`.
+    Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
+    least fp32; under HSDP they are also all-reduced over `dp_replicate`. The weights of experts are
+    in the group of their sub-block, or, where their mesh is another one, in a group of their own.
     """
     # The warning concerns writes into the output of a module. Nothing writes into that of a half.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

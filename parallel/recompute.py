@@ -140,7 +140,7 @@ def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
     def halves(block: SubBlock, context: Context) -> Halves:
         if not torch.is_grad_enabled():
             return Halves(block, context)
-        modes = nullcontext(), nullcontext()
+        modes: Modes = nullcontext(), nullcontext()
         if saved_operators:
             modes = SavedResults(saved_operators).modes()
         return RecomputedHalves(block, context, modes)

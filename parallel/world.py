@@ -32,7 +32,7 @@ class World:
     device: torch.device
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
-    meshes: dict[tuple[str | int, ...], DeviceMesh] = field(
+    meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = field(
         default_factory=dict, compare=False, repr=False
     )
 

@@ -83,13 +83,21 @@ def local_combine(rows: Tensor, sent: Sent, weight: Tensor) -> Returned:
     return Returned(rows, receive)
 
 
+class SharedInner(NamedTuple):
+    """The shared expert between its halves: up and gate, `[S, B, F]`; its own gate, `[S, B, 1]`,
+    before the sigmoid."""
+
+    up: Tensor
+    gate: Tensor | None
+    opening: Tensor | None
+
+
 class Dispatched(NamedTuple):
     """The result of the first half: rows on their way, and all that the second half needs."""
 
     sent: Sent
     weight: Tensor  # [S, B, k], of each choice
-    shared: tuple[Tensor, Tensor | None] | None  # [S, B, F] up and gate of the shared expert
-    shared_gate: Tensor | None  # [S, B, 1] gate on the shared expert, before the sigmoid
+    shared: SharedInner | None
     report: BlockReport | None = None  # in training, where there is a router
 
 
@@ -99,7 +107,7 @@ class Dispatch(ParameterModule):
     The seam `dispatch` sorts tokens by expert; over ranks it launches an all-to-all.
     """
 
-    seams = (Seam("dispatch", local_dispatch),)
+    seams, compiled = (Seam("dispatch", local_dispatch),), "shared_inner"
     dispatch: Callable[[Routed, int], Sent]
 
     def __init__(self, records: list[ParameterSpec], experts: int) -> None:
@@ -107,26 +115,26 @@ class Dispatch(ParameterModule):
         self.experts = experts
 
     def forward(self, routed: Routed) -> Dispatched:
-        x = routed.x
         sent = self.dispatch(routed, self.experts)
-        shared, shared_gate = None, None
-        if "shared_up" in self.specs:
-            gated = "shared_gate" in self.specs
-            gate = linear(x, self.weight_of("shared_gate")) if gated else None
-            shared = linear(x, self.weight_of("shared_up")), gate
-        if "shared_open" in self.specs:
-            shared_gate = linear(x, self.weight_of("shared_open"))
-        return Dispatched(sent, routed.weight, shared, shared_gate)
+        shared = self.shared_inner(routed.x) if "shared_up" in self.specs else None
+        return Dispatched(sent, routed.weight, shared)
+
+    def shared_inner(self, x: Tensor) -> SharedInner:
+        """Runs the shared expert's first half."""
+        gate = linear(x, self.weight_of("shared_gate")) if "shared_gate" in self.specs else None
+        opening = linear(x, self.weight_of("shared_open")) if "shared_open" in self.specs else None
+        return SharedInner(linear(x, self.weight_of("shared_up")), gate, opening)
 
 
 class Experts(ParameterModule):
     """Runs the MLPs of this rank's experts on their rows, `[M, D]` to `[M, D]`.
 
     A module of its own, because expert parallelism shards its weights over other ranks than those
-    of the rest of the sub-block.
+    of the rest of the sub-block. Nothing in it is compiled: an expert's number of rows is not known
+    when it would be.
     """
 
-    seams = ()
+    seams, compiled = (), None
 
     def __init__(self, records: list[ParameterSpec], activation: str) -> None:
         super().__init__(records)
@@ -144,7 +152,7 @@ class Combine(ParameterModule):
     The seam `combine` sums each token's rows; over ranks it launches an all-to-all first.
     """
 
-    seams = (Seam("combine", local_combine),)
+    seams, compiled = (Seam("combine", local_combine),), "shared_output"
     combine: Callable[[Tensor, Sent, Tensor], Returned]
 
     def __init__(self, records: list[ParameterSpec], activation: str) -> None:
@@ -155,11 +163,14 @@ class Combine(ParameterModule):
         returned = self.combine(rows, dispatched.sent, dispatched.weight)
         if dispatched.shared is None:
             return returned
+        return returned._replace(shared=self.shared_output(dispatched.shared, poly))
+
+    def shared_output(self, inner: SharedInner, poly: Tensor | None) -> Tensor:
+        """Runs the shared expert's second half; returns `[S, B, D]`."""
+        up, gate, opening = inner
         down = self.weight_of("shared_down")
-        shared = activated_linear(*dispatched.shared, down, self.activation, poly, self.sharding)
-        if dispatched.shared_gate is not None:
-            shared = shared * dispatched.shared_gate.sigmoid()
-        return returned._replace(shared=shared)
+        y = activated_linear(up, gate, down, self.activation, poly, self.sharding)
+        return y if opening is None else y * opening.sigmoid()
 
 
 class ExpertBlock(SubBlock):

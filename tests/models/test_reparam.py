@@ -14,8 +14,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
 from colonnade.launcher.recipe.tables import OptimizerConfig
-from colonnade.models.cards.base import gains
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.cards.base import gains
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule, declared
