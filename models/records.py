@@ -85,10 +85,14 @@ def records_of(c: "ModelConfig") -> dict[str, ParameterSpec]:
     return records
 
 
-def splits(c: "ModelConfig") -> set[Split]:
-    """Returns every way in which tensor-parallel ranks shard parameters of the model."""
+def splits(c: "ModelConfig", experts: bool = True) -> set[Split]:
+    """Returns every way in which tensor-parallel ranks shard parameters of the model.
+
+    `experts`: including those of the weights of experts, where etp = tp.
+    """
     records = [*embedding(c), *(r for card in c.sub_blocks() for r in card.parameters(c, 1.0))]
-    return {record.split for record in records if record.split is not None}
+    all_splits = {record.split if experts else record.tp for record in records}
+    return {split for split in all_splits if split is not None}
 
 
 def splits_of_mixers(c: "ModelConfig", seam: str) -> set[Split]:

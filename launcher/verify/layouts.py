@@ -73,11 +73,12 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
             del remaining[name]
 
 
-def covering_layouts(ranks: int) -> Iterator[Layout]:
+def covering_layouts(ranks: int, experts: int = 0) -> Iterator[Layout]:
     """All factorisations of `ranks` into dp_replicate, dp_shard, cp and tp.
 
     With tensor parallelism, each comes with and without sequence parallelism; with context
-    parallelism as well, only with it.
+    parallelism as well, only with it. Where there are `experts`, each comes also with these on as
+    many ranks as they divide over, each expert sharded over tp ranks, and on one rank.
     """
     for tp in reversed(divisors(ranks)):
         for cp in reversed(divisors(ranks // tp)):
@@ -87,6 +88,10 @@ def covering_layouts(ranks: int) -> Iterator[Layout]:
                 degrees = {"tp": tp, "cp": cp, "dp_shard": shard, "dp_replicate": replicate}
                 layout: Layout = {n: d for n, d in degrees.items() if d > 1 or n == "dp_shard"}
                 yield from ([layout | {"sequence": value} for value in sequence] or [layout])
+                if (ep := math.gcd(experts, cp * shard)) > 1 and experts:
+                    yield layout | {"ep": ep}
+                if experts and tp > 1:
+                    yield layout | {"ep": math.gcd(experts, tp * cp * shard), "etp": 1}
 
 
 def data_ranks(recipe: Recipe, ranks: int) -> int:

@@ -30,12 +30,13 @@ from colonnade.launcher.verify.layouts import (
     FIELDS,
     Layout,
     covering_layouts,
+    data_ranks,
     parse_layout,
     with_layout,
     write_layout,
 )
 from colonnade.launcher.verify.rounding import Noise, measure_noise
-from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.shrink import changed, in_one_process, on_layout, shrink
 from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World, open_world
@@ -179,15 +180,15 @@ def plan_job(
     parallel = ParallelConfig.model_validate(dict(explicit_fields(recipe.parallel)) | shared)
     recipe = recipe.model_copy(update={"parallel": parallel})
     if chosen:
-        faults = [f for layout in chosen for f in validate(with_layout(recipe, layout), size)]
+        faults = [f for layout in chosen for f in validate(fitted(recipe, layout, size), size)]
         if faults:
             raise RecipeError(list({str(f): f for f in faults}.values()))
         return Job(recipe, tuple({write_layout(layout): layout for layout in chosen}.values()))
-    valid, skipped = [], []
-    for layout in covering_layouts(size):
+    valid, skipped, m = [], [], recipe.model
+    for layout in covering_layouts(size, m.experts if m.has("E", "T") else 0):
         if any(layout.get(name, value) != value for name, value in shared.items()):
             continue
-        faults = validate(with_layout(recipe, layout), size)
+        faults = validate(fitted(recipe, layout, size), size)
         if faults:
             skipped.append((layout, "; ".join(map(str, faults))))
         else:
@@ -197,6 +198,15 @@ def plan_job(
             "\n".join([f"no layout of {size} ranks is valid:", *skipped_lines(skipped)])
         )
     return Job(recipe, tuple(valid), tuple(skipped))
+
+
+def fitted(recipe: Recipe, layout: Layout, size: int) -> Recipe:
+    """The recipe under a layout, with a batch that fits it: that of the shrunk recipe will."""
+    placed = with_layout(recipe, layout)
+    rows = recipe.model.balance_samples
+    batch = {"micro_batch": rows, "global_batch": rows * data_ranks(placed, size)}
+    train = changed(recipe.train, batch, remove=("ramp_batch", "ramp_steps"))
+    return placed.model_copy(update={"train": train})
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], Layout]:

@@ -186,7 +186,8 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("", f"{_SOURCE}.weight=2", "data.sources.1.format=stdlib"),
     # ranks
     ("model.vocab=264", "parallel.sequence=false", "parallel.tp=2"),
-    ("model.pattern=*E model.vocab=264", "parallel.etp=2", "parallel.tp=2"),
+    ("", "parallel.ep=2", "model.pattern=*E"),
+    ("", "parallel.etp=2", "model.pattern=*E"),
     ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),
     ("", "parallel.context=allgather", "parallel.cp=2"),
     ("", "parallel.ulysses=2", "parallel.cp=4 parallel.context=ring+ulysses"),

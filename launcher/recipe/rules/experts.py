@@ -1,9 +1,12 @@
-"""Rules on mixtures of experts: top-k, groups of experts, balance groups of samples."""
+"""Rules on mixtures of experts: top-k, groups of experts, balance groups, ranks of experts."""
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules.base import ROW_FIELDS, Rules, divisors, nearest_values
+from colonnade.launcher.recipe.rules.layout import fits
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.models.cards.mixture import in_balance_groups
 
@@ -57,3 +60,60 @@ def balance_groups(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         remedy = f"a micro-batch of train.micro_batch = {micro} rows must hold whole balance groups"
         remedy += f"; set model.balance_samples to {options}"
         yield Fault("model.balance_samples", m.balance_samples, remedy)
+
+
+@RULES.add(*ROW_FIELDS, "model.top_k", "model.experts", "model.balance_samples", "train.seq_len")
+def capacity(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """An expert has capacity for at least one token of a balance group, which else are all dropped.
+
+    (`kernels.routing.capacity` rounds up, so that one token would stay.)
+    """
+    m = r.model
+    if not m.has("E") or m.capacity is None:
+        return
+    share = Fraction(r.train.seq_len * m.balance_samples * m.top_k, m.experts)
+    if Fraction(str(m.capacity)) * share < 1:
+        least = math.ceil(1000 / share) / 1000
+        remedy = (
+            f"an expert's fair share of a balance group is {float(share):g} tokens, of which it "
+        )
+        remedy += f"would accept less than one; set model.capacity to at least {least:g}"
+        yield Fault("model.capacity", m.capacity, remedy)
+
+
+@RULES.add(*ROW_FIELDS, "model.experts")
+def expert_shards(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Experts divide over the ranks of parallel.ep, and each one's width over those of etp."""
+    m, p = r.model, r.parallel
+    if not m.has("E", "T"):
+        return
+    if m.experts % p.ep:
+        remedy = f"does not divide model.experts = {m.experts}; set parallel.ep to "
+        yield Fault("parallel.ep", p.ep, remedy + nearest_values(divisors(m.experts), p.ep))
+    if p.etp is not None and m.expert_ffn % p.etp:
+        remedy = f"does not divide {m.source_of('expert_ffn')} = {m.expert_ffn}, the width of an "
+        remedy += f"expert; set parallel.etp to {nearest_values(divisors(m.expert_ffn), p.etp)}"
+        yield Fault("parallel.etp", p.etp, remedy)
+
+
+@RULES.add(*ROW_FIELDS, "model.experts", "parallel")
+def expert_ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The axes ep and etp fold over the ranks of dp_shard, cp and tp."""
+    m, p = r.model, r.parallel
+    if world_size is None or not m.has("E", "T") or not fits(r, world_size) or not p.folds_experts:
+        return
+    dense, etp = p.degrees(world_size), p.etp or p.tp
+    ranks = dense["dp_shard"] * dense["cp"] * dense["tp"]
+    if ranks % (p.ep * etp) == 0:
+        return
+    names = f"parallel.dp_shard x cp x tp = {dense['dp_shard']} x {dense['cp']} x {dense['tp']}"
+    field, value, remedy = "parallel.ep", p.ep, f"ep x etp = {p.ep} x {etp} does not divide {names}"
+    if ranks % etp:
+        options = [d for d in divisors(ranks) if m.expert_ffn % d == 0]
+        field, value, remedy = "parallel.etp", etp, f"does not divide {names}"
+    else:
+        options = [d for d in divisors(ranks // etp) if m.experts % d == 0]
+    remedy += f" = {ranks}; set {field} to {nearest_values(options, value)}"
+    if p.etp is None and p.tp > 1 and field == "parallel.ep" and ranks % p.ep == 0:
+        remedy += ", or parallel.etp to 1"
+    yield Fault(field, value, remedy)

@@ -21,7 +21,7 @@ RULES = Rules()
 def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The product of the degrees is the number of ranks."""
     p = r.parallel
-    if world_size is None or _fits(r, world_size) or p.pp > 1:  # `not_built` reports pp
+    if world_size is None or fits(r, world_size) or p.pp > 1:  # `not_built` reports pp
         return
     # Divide the ranks by tp and cp first: only the remaining ones are for data parallelism.
     remaining, groups = world_size, f"{world_size} ranks"
@@ -54,33 +54,26 @@ def _product(degrees: Iterable[int]) -> str:
 
 @RULES.add()
 def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Pipeline and expert parallelism, which the mesh has axes for, are not implemented yet."""
-    p = r.parallel
-    ladder = ""
-    if r.model.residual == "ladder":
-        ladder = " (neither are those of ladder, whose stages send two tensors)"
-    etp = p.etp if p.etp and p.tp > 1 and r.model.has("E", "T") else p.tp
-    for field, value, wanted, reason in (
-        ("parallel.pp", p.pp, 1, f"pipelines are not built yet{ladder}"),
-        ("parallel.ep", p.ep, 1, "expert parallelism is not built yet"),
-        (
-            "parallel.etp",
-            etp,
-            p.tp,
-            "experts are sharded over as many ranks as the rest",
-        ),
-    ):
-        if value != wanted:
-            yield Fault(field, value, f"{reason}; set {field} to {wanted}")
+    """Pipeline parallelism, which the mesh has an axis for, is not implemented yet."""
+    p, ladder = r.parallel, ""
+    if p.pp > 1:
+        if r.model.residual == "ladder":
+            ladder = " (neither are those of ladder, whose stages send two tensors)"
+        yield Fault(
+            "parallel.pp", p.pp, f"pipelines are not built yet{ladder}; set parallel.pp to 1"
+        )
 
 
-@RULES.add(*ROW_FIELDS, "model", "parallel.tp")
+@RULES.add(*ROW_FIELDS, "model", "parallel.tp", "parallel.etp")
 def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Heads, groups, widths and vocabulary shard evenly over the tensor-parallel group."""
+    """Heads, groups, widths and vocabulary shard evenly over the tensor-parallel group; so do
+    experts, unless parallel.etp is given."""
     tp = r.parallel.tp
     if tp == 1 or r.model.has_unknown_symbols:
         return
-    all_splits = sorted(splits(r.model), key=lambda split: split.field)
+    all_splits = sorted(
+        splits(r.model, experts=r.parallel.etp is None), key=lambda split: split.field
+    )
     degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in all_splits)]
     options = nearest_values(degrees, tp)
     # Several parameters may split by the same field: report each field once.
@@ -89,7 +82,7 @@ def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("parallel.tp", tp, remedy)
 
 
-def _fits(r: Recipe, world_size: int) -> bool:
+def fits(r: Recipe, world_size: int) -> bool:
     """Whether the product of the degrees is the number of ranks."""
     return math.prod(r.parallel.degrees(world_size).values()) == world_size
 
@@ -100,7 +93,7 @@ def _batch_unit(r: Recipe, world_size: int | None) -> tuple[int, str]:
     Where the number of ranks is unknown or faulty, those of one rank.
     """
     micro = r.train.micro_batch
-    if world_size is None or not _fits(r, world_size):
+    if world_size is None or not fits(r, world_size):
         return micro, f"train.micro_batch = {micro}"
     degrees = r.parallel.degrees(world_size)
     dp = degrees["dp_replicate"] * degrees["dp_shard"]
