@@ -31,6 +31,7 @@ from colonnade.launcher.train.step import (
     sync_errors,
     train_step,
     validate_loss,
+    validation_key,
 )
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
@@ -315,7 +316,8 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
         return
     device = job.world.device
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
-    loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths)
+    rng_key = validation_key(job.recipe.train.seed, job.step)
+    loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths, rng_key)
 
     def record() -> None:
         assert monitor is not None  # on rank 0

@@ -22,7 +22,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build, run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.step import validate_loss
+from colonnade.launcher.train.step import validate_loss, validation_key
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
@@ -284,13 +284,32 @@ def test_a_finished_run_is_not_validated_twice(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(("pattern", "differs"), [("T-*T", True), ("M-*E", False)])
+def test_every_validation_draws_random_experts_anew(
+    ranks1: Ranks, recipe: Callable[..., Recipe], tmp_path: Path, pattern: str, differs: bool
+) -> None:
+    """The weights stay, so that only THOR's draws change the loss."""
+    settings = (f"model.pattern={pattern}", "optimizer.lr=1e-30", "train.validate_every=2")
+    ranks1.run(job, recipe(*settings), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(found) == 4
+    assert len(set(found)) == (4 if differs else 1)
+
+
+def test_validation_is_keyed_by_seed_and_step() -> None:
+    keys = [validation_key(seed, step) for seed in range(5) for step in range(5)]
+    assert len(set(keys)) == 25
+    assert keys == [validation_key(seed, step) for seed in range(5) for step in range(5)]
+
+
 def validation_of(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, int]:
     """Returns the validation loss of the initial model, and the number of validation rows."""
     built = build(recipe, run, World(rank, size, torch.device("cpu")))
     rows = built.data.validation
     assert rows is not None
     assert rows.rows is not None
-    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None)
+    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None, 9)
     assert bits is None
     return loss, rows.rows
 
@@ -299,11 +318,13 @@ def test_validation_does_not_depend_on_ranks(
     ranks1: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
-    expected = ranks1.run(validation_of, recipe(), tmp_path)[0]
-    assert expected[1] >= 7
-    for settings in (recipe(), recipe("parallel.tp=2"), recipe("parallel.cp=2")):
-        for result in ranks4.run(validation_of, settings, tmp_path):
-            assert result == pytest.approx(expected, rel=1e-12)
+    for pattern in ("M-*E", "T-*E"):
+        model = f"model.pattern={pattern}"
+        expected = ranks1.run(validation_of, recipe(model), tmp_path)[0]
+        assert expected[1] >= 7
+        for layout in ((), ("parallel.tp=2",), ("parallel.cp=2",)):
+            for result in ranks4.run(validation_of, recipe(model, *layout), tmp_path):
+                assert result == pytest.approx(expected, rel=1e-12)
 
 
 def test_resume_drops_metrics_past_the_checkpoint(
