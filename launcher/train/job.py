@@ -306,6 +306,7 @@ def record_step(job: Job, monitor: Monitor, result: Result) -> None:
             f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite, "
             f"step skipped ({job.bad_steps} in a row, {recipe.bad_steps} end the run)"
         )
+    metrics |= monitor.loads.observe(job.step, report.loads, result.skipped, monitor.say)
     monitor.step(metrics, tokens, job.world)
 
 

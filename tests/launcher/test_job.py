@@ -5,6 +5,8 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -92,7 +94,11 @@ def losses(run: Path) -> list[float]:
     return [value for row in rows for key, value in row.items() if "loss" in key]
 
 
-def test_losses_do_not_depend_on_ranks(
+def loads(run: Path) -> list[dict[str, list[int]]]:
+    return [row["loads"] for row in read_metrics(run / "metrics.jsonl") if "loads" in row]
+
+
+def test_losses_and_loads_do_not_depend_on_ranks(
     ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     for ranks in (ranks1, ranks2, ranks4):
@@ -101,6 +107,11 @@ def test_losses_do_not_depend_on_ranks(
     assert len(expected) == 8 + 1  # steps and the last validation
     assert losses(tmp_path / "2") == pytest.approx(expected, rel=1e-10)
     assert losses(tmp_path / "4") == pytest.approx(expected, rel=1e-10)
+    assert loads(tmp_path / "4") == loads(tmp_path / "2") == loads(tmp_path / "1")
+    for row in loads(tmp_path / "1"):
+        assert list(row) == ["3"]  # the index of `E` in M-*E
+        assert sum(row["3"]) == 8 * 16 * 2  # rows, tokens of a row, experts of a token
+    assert len(loads(tmp_path / "1")) == 8
 
 
 STATEFUL = (  # a checkpoint holds more than parameters: buffers, and keys of random draws
@@ -155,6 +166,7 @@ def test_resuming_on_another_layout(
     ranks4.run(job, recipe(*overrides, cp, tp), run, True, 7)
     ranks1.run(job, recipe(*overrides), run, True)
     assert losses(run) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-10)
+    assert loads(run) == loads(tmp_path / "uninterrupted")
 
 
 def job_with_signal(rank: int, size: int, recipe: Recipe, run: Path) -> int:
@@ -249,6 +261,27 @@ def test_too_many_bad_steps_end_the_run(
         ranks2.run(job_with_nan, recipe(*limits), run, {2, 3, 4})
     skipped = [row.get("skipped", False) for row in read_metrics(run / "metrics.jsonl")]
     assert skipped == [False, False, True, True, True]
+
+
+def printed_by_job(rank: int, size: int, recipe: Recipe, run: Path) -> str:
+    """Runs a job on one rank; returns what it prints."""
+    with redirect_stdout(StringIO()) as printed:
+        job(rank, size, recipe, run)
+    return printed.getvalue()
+
+
+def test_a_collapsed_router_is_reported(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """One of three experts always has more than a third of the tokens' single choices."""
+    settings = ("model.top_k=1", "train.collapse_share=0.34", "train.collapse_steps=2")
+    printed, nothing = ranks2.run(printed_by_job, recipe(*settings), tmp_path / "run")
+    (row,) = (r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "collapsed" in r)
+    ((layer, event),) = row["collapsed"].items()
+    line = f"step {row['step']}: the router of sub-block {layer} collapsed: "
+    assert f"{line}{event['share']:.0%} of the tokens chose expert {event['expert']} " in printed
+    assert printed.count("collapsed: ") == 1
+    assert nothing == ""
 
 
 def job_with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:
