@@ -23,7 +23,7 @@ from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import adopt
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.plot import plot_loss
+from colonnade.launcher.train.plot import plot_loads, plot_loss
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
@@ -349,12 +349,13 @@ def finish(job: Job, monitor: Monitor | None) -> None:
 
 
 def print_summary(job: Job) -> None:
-    """Prints, on rank 0, the plot's path, the run's folder, and how to continue the run."""
+    """Prints, on rank 0, the plots' paths, the run's folder, and how to continue the run."""
     try:
-        if plot := plot_loss(job.run):
-            print(f"plot        {plot}")
+        for draw in (plot_loss, plot_loads):
+            if plot := draw(job.run):
+                print(f"plot        {plot}")
     except OSError as error:
-        print(f"no plot     {job.run / 'loss.png'}: {error.strerror}")
+        print(f"no plot     {error.filename or job.run}: {error.strerror}")
     print(f"run         {job.run}")
     if job.step < job.recipe.train.steps:
         ranks = f" --nproc {job.world.size}" if job.world.size > 1 else ""

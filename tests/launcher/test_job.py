@@ -282,6 +282,8 @@ def test_a_collapsed_router_is_reported(
     assert f"{line}{event['share']:.0%} of the tokens chose expert {event['expert']} " in printed
     assert printed.count("collapsed: ") == 1
     assert nothing == ""
+    assert f"plot        {tmp_path / 'run' / 'loads.png'}" in printed
+    assert (tmp_path / "run" / "loads.png").exists()
 
 
 def job_with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:

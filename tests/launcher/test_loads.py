@@ -1,18 +1,21 @@
-"""Loads of experts: their records, and the report of a router that collapsed."""
+"""Loads of experts: their records, the report of a router that collapsed, and the heat map."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train import plot
 from colonnade.launcher.train.loads import LoadWatch, shares
 from colonnade.launcher.train.metrics import curves
+from colonnade.launcher.train.plot import figure_of_panels, heat_maps, plot_loads
 from colonnade.launcher.train.run import Run
 
 Write = Callable[[str], Path]
@@ -197,3 +200,57 @@ def test_the_summary_names_collapses_and_no_loads(tmp_path: Path) -> None:
     assert Run(tmp_path, 0).summary() == {
         "run": str(tmp_path), "status": 0, "step": 3, "loss": 0.5, "collapsed": {"1": a, "3": b},
     }  # fmt: skip
+
+
+def test_a_heat_map_is_the_load_over_an_even_load() -> None:
+    steps, loads = np.array([1, 2, 3, 4]), np.array([[6, 2], [0, 8], [4, 4], [0, 0]])[:, None]
+    expected = [[[1.5, 0.0, 1.0, 0.0], [0.5, 2.0, 1.0, 0.0]]]
+    assert heat_maps(steps, loads, 4).tolist() == expected
+    assert heat_maps(steps, loads, 2).tolist() == [[[0.75, 1.0], [1.25, 1.0]]]  # sums of two steps
+
+
+def test_a_record_stands_for_the_steps_before_it() -> None:
+    """Records of steps 2, 4 and 10, as of a run resumed with other intervals, over 10 columns."""
+    loads = np.array([[4, 0], [0, 4], [2, 2]])[:, None]
+    (first,) = heat_maps(np.array([2, 4, 10]), loads, 10)[:, 0]
+    assert first.tolist() == [2, 2, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def write_loads(run: Path, layers: int, experts: int, steps: int) -> None:
+    """Writes metrics of a run in which the first layer collapsed in the last step."""
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 1.0}]
+    for step in range(1, steps + 1):
+        counts = {str(2 * n + 1): generator.integers(0, 50, experts) for n in range(layers)}
+        rows.append({"step": step, "loads": {k: v.tolist() for k, v in counts.items()}})
+    rows[-1]["collapsed"] = {"1": {"expert": 0, "share": 0.9}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(("layers", "experts", "steps"), [(1, 2, 1), (7, 5, 30), (100, 256, 3)])
+def test_loads_are_drawn(tmp_path: Path, layers: int, experts: int, steps: int) -> None:
+    write_loads(tmp_path, layers, experts, steps)
+    path = plot_loads(tmp_path)
+    assert path == tmp_path / "loads.png"
+    assert path.stat().st_size > 5000
+
+
+def test_nothing_is_drawn_without_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert plot_loads(tmp_path) is None
+    write_loads(tmp_path, 1, 2, 1)
+    monkeypatch.setattr(plot, "pyplot", lambda: None)  # without matplotlib
+    assert plot_loads(tmp_path) is None
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (1, 256), (2, 8), (5, 64), (100, 256)])
+def test_panels_are_large_enough_and_do_not_overlap(layers: int, experts: int) -> None:
+    plt = plot.pyplot()
+    figure, panels, bar = figure_of_panels(plt, layers, experts)
+    pixels = figure.get_size_inches() * plot.DPI
+    boxes = [axes.get_position() for axes in [*panels, bar]]
+    assert all(box.height * pixels[1] > experts - 1e-6 for box in boxes[:-1])
+    assert all(0 < box.x0 < box.x1 < 1 and 0 < box.y0 < box.y1 < 1 for box in boxes)
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert 0.4 < pixels[0] / pixels[1] < 2.5
+    plt.close(figure)
