@@ -1,7 +1,9 @@
 """The order in which a ladder launches all-to-alls, waits for them, and runs halves meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_data_parallel import recipe_for
 from test_expert_parallel import SMALL
 from test_tensor_parallel import rows
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.train.job import build_model
@@ -41,14 +44,33 @@ class AllToAlls(TorchDispatchMode):
         self.events, self.in_flight = events, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, result = str(func).split(".")[1], func(*args, **kwargs or {})
-        if name == "all_to_all_single" and args[0].is_floating_point():
+        result = func(*args, **kwargs or {})
+        if "all_to_all_single" in str(func) and args[0].is_floating_point():
             self.in_flight.add(result.data_ptr())
             self.events.append("launch")
-        elif name == "wait_tensor" and args[0].data_ptr() in self.in_flight:
-            self.in_flight.remove(args[0].data_ptr())
-            self.events.append("wait")
         return result
+
+    def waited(self, wait: Callable[[AsyncCollectiveTensor], Tensor]) -> Any:
+        """A method of asynchronous tensors that waits, in which the first wait is an event."""
+
+        def call(tensor: AsyncCollectiveTensor) -> Tensor:
+            if tensor.elem.data_ptr() in self.in_flight:
+                self.in_flight.remove(tensor.elem.data_ptr())
+                self.events.append("wait")
+            return wait(tensor)
+
+        return call
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, all-to-alls and waits for them are events."""
+        cls = AsyncCollectiveTensor
+        with (
+            self,
+            patch.object(cls, "trigger_wait", self.waited(cls.trigger_wait)),
+            patch.object(cls, "wait", self.waited(cls.wait)),
+        ):
+            yield
 
 
 def watch(block: SubBlock, name: str, events: list[str]) -> None:
@@ -77,7 +99,7 @@ def order_of_events(rank: int, size: int, residual: str, layout: dict[str, int])
     events: list[str] = []
     for t, (_, block) in enumerate(sub_blocks(model)):
         watch(block, f"{block.card.symbol}{t}", events)
-    with AllToAlls(events):
+    with AllToAlls(events).watching():
         loss, _ = forward(model, rows(), [0, 1], world.device)
         events.append("backward")
         loss.backward()

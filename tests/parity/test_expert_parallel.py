@@ -1,4 +1,4 @@
-"""Experts on their own ranks against one process: every fold of the axes, kind of routing, wiring."""
+"""Experts on their own ranks against one process: every fold of the axes, and kind of routing."""
 
 from typing import Any
 
@@ -151,7 +151,7 @@ def trained_on_two_experts(rank: int, size: int, recipe: Recipe) -> Trace | None
     "layout", ["ep=4", "ep=2, tp=2, etp=1", "ep=2, tp=etp=2", "ep=2, cp=2", "ep=2, etp=2"]
 )
 def test_ranks_without_tokens(ranks1: Ranks, ranks4: Ranks, layout: str) -> None:
-    """All tokens are sent to one rank, whose other experts are empty, as are all those of others."""
+    """All tokens are sent to one rank; the experts of all other ranks are empty."""
     fields = SMALL | LADDER | {"router_bias": True, "balance": 0.0, "router_z": 0.0}
     (expected,) = ranks1.run(trained_on_two_experts, recipe_for("*E-E", {}, 16, **fields))
     degrees, micro = layout_of(FOUR[layout], 4)
@@ -262,7 +262,7 @@ def shards(rank: int, size: int, layout: dict[str, Any]) -> dict[str, int]:
 
 
 def test_fsdp_pads_no_expert(ranks4: Ranks) -> None:
-    """Two experts on four ranks: their other dimensions are sharded, or half of it would be empty."""
+    """Two experts on four ranks: their width is sharded, or half of the shards would be empty."""
     for layout in ({}, {"ep": 2}, {"tp": 2, "etp": 1}, {"tp": 2}):
         for held in ranks4.run(shards, layout):
             assert held == dict.fromkeys(("gate", "up", "down"), 2 * 48 * 32 // 4)
