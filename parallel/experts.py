@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from colonnade.kernels import experts as kernels
+from colonnade.kernels.experts import DispatchOrder
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.experts import ExpertBlock, Returned, Routed, Sent
 from colonnade.models.decoder import Decoder
@@ -67,7 +68,7 @@ def launch_all_to_all(
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in the order `index`, a permutation; backward is a gather as well, by its inverse."""
+    """Rows in the order `index`; backward is a gather as well, by its inverse."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -81,6 +82,20 @@ class _Reorder(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Where rows are when each expert has the same number of slots: that is known to the host, so
+    nothing waits for it.
+
+    Attributes:
+        row: `[slots of all experts]`, the row in each slot; in empty slots any row.
+        slot: `[rows]`, the slot of each row; of dropped choices any slot.
+    """
+
+    row: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True)
 class Arrivals:
     """The rows that a rank receives.
 
@@ -88,8 +103,10 @@ class Arrivals:
         sizes: of them, by the rank that sends them.
         sent_sizes: rows that this rank sends, by the rank that receives them.
         counts: `[experts of this rank]`, rows of each.
-        by_expert: `[rows]`, the permutation from the order of arrival to that of experts.
+        by_expert: `[rows]`, the permutation from the order of arrival to that of experts; empty
+            slots come last, as rows without an expert.
         by_rank: `[rows]`, its inverse.
+        slots: where the sent rows are; None: one after the other, without dropped choices.
     """
 
     sizes: list[int]
@@ -97,6 +114,20 @@ class Arrivals:
     counts: Tensor
     by_expert: Tensor
     by_rank: Tensor
+    slots: Slots | None = None
+
+    def to_send(self, rows: Tensor) -> Tensor:
+        """The rows that the rank sends, of its rows sorted by expert."""
+        if self.slots is None:
+            return rows.narrow(0, 0, sum(self.sent_sizes))
+        return _Reorder.apply(rows, self.slots.row, self.slots.slot)
+
+    def sorted_by_expert(self, returned: Tensor, count: int) -> Tensor:
+        """The opposite: `count` rows, of which those of dropped choices are undefined."""
+        if self.slots is not None:
+            return _Reorder.apply(returned, self.slots.slot, self.slots.row)
+        dropped = count - len(returned)
+        return F.pad(returned, (0, 0, 0, dropped)) if dropped else returned
 
 
 @dataclass(frozen=True)
@@ -116,29 +147,39 @@ class TokenExchange:
     not, each tensor-parallel rank sends an equal share of the tokens, and its output is zero for
     all others, which is a partial sum over `tp` as well.
 
+    How many rows arrive is known only after an all-to-all of their numbers, for which the host
+    waits, because it allocates them. On a GPU it does not where a capacity bounds the rows of an
+    expert: as many slots as the bound are then sent, and some of them are empty.
+
     Attributes:
         group: of the all-to-all.
         etp: ranks of the group that shard an expert.
         shares: of the tokens, over tensor-parallel ranks.
         share: the index of this rank's.
+        uses_slots: whether rows are sent in slots where their number is bounded.
     """
 
-    def __init__(self, group: dist.ProcessGroup, etp: int, shares: int, share: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, etp: int, shares: int, share: int, uses_slots: bool
+    ) -> None:
         self.group, self.etp, self.shares, self.share = group, etp, shares, share
+        self.uses_slots = uses_slots
 
     def dispatch(self, routed: Routed, experts: int) -> Sent:
-        """Launches the all-to-all of rows to the ranks of their experts.
-
-        It waits for that of their numbers, which the host needs to allocate what arrives.
-        """
+        """Launches the all-to-all of rows to the ranks of their experts."""
         x, keep_mask = self.local_tokens(routed.x), routed.keep_mask
         chosen = self.shards_of(self.local_tokens(routed.chosen), experts)
         if keep_mask is not None:
             keep_mask = self.local_tokens(keep_mask).repeat_interleave(self.etp, dim=1)
         rows, order = kernels.dispatch(x, chosen, experts * self.etp, keep_mask)
-        arrivals = self.exchange_counts(order.counts)
-        rows = rows.narrow(0, 0, sum(arrivals.sent_sizes))  # without those of dropped choices
-        launched = self.exchange(rows, arrivals.sizes, arrivals.sent_sizes)
+        received = self.exchange_counts(order.counts)
+        slots = None if routed.bound is None else min(routed.bound, len(x))
+        # With more slots than twice the rows, sending them costs more than waiting for the host.
+        if self.uses_slots and slots and slots * len(order.counts) <= 2 * len(rows):
+            arrivals = arrivals_in_slots(order, received, slots)
+        else:
+            arrivals = arrivals_by_count(order, received)
+        launched = self.exchange(arrivals.to_send(rows), arrivals.sizes, arrivals.sent_sizes)
 
         def receive() -> tuple[Tensor, Tensor]:
             by_expert = _Reorder.apply(launched, arrivals.by_expert, arrivals.by_rank)
@@ -154,9 +195,7 @@ class TokenExchange:
         launched = self.exchange(rows, arrivals.sent_sizes, arrivals.sizes)
 
         def receive(launched: Tensor) -> Tensor:
-            returned = wait(launched)
-            if dropped := len(order.assignments) - len(returned):
-                returned = torch.cat([returned, returned.new_zeros(dropped, returned.shape[1])])
+            returned = arrivals.sorted_by_expert(wait(launched), len(order.assignments))
             shares = self.local_tokens(weight).repeat_interleave(self.etp, dim=1)
             y = kernels.combine(returned, order, shares)
             return self.all_tokens(y, *weight.shape[:2])
@@ -187,25 +226,15 @@ class TokenExchange:
         ranks = rank * self.etp + torch.arange(self.etp, device=chosen.device)
         return (ranks * per_rank + index).flatten(1)
 
-    def exchange_counts(self, counts: Tensor) -> Arrivals:
-        """All-to-all of how many rows each rank sends to each expert; the host waits for it.
-
-        `counts` are this rank's, `[experts · etp]`.
-        """
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        """All-to-all of how many rows each rank sends to each expert: `[experts · etp]`, this
+        rank's, to `[ranks, experts of this rank]`."""
         ranks = self.group.size()
-        sent = counts.view(ranks, -1)
-        per_rank, received = [sent.shape[1]] * ranks, sent
-        if ranks > 1:
-            name = self.group.group_name
-            launched = c10d.all_to_all_single(counts, per_rank, per_rank, name)
-            received = c10d.wait_tensor(launched).view(ranks, -1)
-        sent_sizes, sizes = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-        expert = torch.arange(sent.shape[1], device=counts.device).repeat(ranks)
-        expert = expert.repeat_interleave(received.flatten(), output_size=sum(sizes))
-        by_expert = expert.argsort(stable=True)
-        by_rank = torch.empty_like(by_expert)
-        by_rank[by_expert] = torch.arange(len(by_expert), device=counts.device)
-        return Arrivals(sizes, sent_sizes, received.sum(0), by_expert, by_rank)
+        if ranks == 1:
+            return counts.view(1, -1)
+        per_rank = [len(counts) // ranks] * ranks
+        launched = c10d.all_to_all_single(counts, per_rank, per_rank, self.group.group_name)
+        return c10d.wait_tensor(launched).view(ranks, -1)
 
     def exchange(self, rows: Tensor, sizes: list[int], sent_sizes: list[int]) -> Tensor:
         """Launches an all-to-all of rows and, backward, of their gradients.
@@ -215,6 +244,43 @@ class TokenExchange:
         if self.group.size() == 1:
             return rows
         return run_backward_first(_Exchange.apply(rows, sizes, sent_sizes, self.group))
+
+
+def arrivals_by_count(order: DispatchOrder, received: Tensor) -> Arrivals:
+    """The arrivals of just the rows that are sent; the host waits for their numbers."""
+    ranks, experts = received.shape
+    sent = order.counts.view(ranks, experts).sum(1)
+    sent_sizes, sizes = torch.stack([sent, received.sum(1)]).tolist()
+    expert = torch.arange(experts, device=received.device).repeat(ranks)
+    expert = expert.repeat_interleave(received.flatten(), output_size=sum(sizes))
+    return Arrivals(sizes, sent_sizes, received.sum(0), *sort_order(expert))
+
+
+def arrivals_in_slots(order: DispatchOrder, received: Tensor, slots: int) -> Arrivals:
+    """The arrivals of `slots` rows of every expert from every rank; nothing waits."""
+    ranks, experts = received.shape
+    sizes = [experts * slots] * ranks
+    slot = torch.arange(slots, device=received.device)
+    expert = torch.arange(experts, device=received.device)[None, :, None]
+    expert = torch.where(slot < received[..., None], expert, experts).flatten()
+    # Where rows are sent: row c of an expert is in slot c of its slots.
+    rows, last = len(order.assignments), len(order.counts) - 1
+    ends = order.counts.cumsum(0)
+    starts = ends - order.counts
+    row = (starts[:, None] + slot).clamp(max=rows - 1).flatten()
+    number = torch.arange(rows, device=received.device)
+    of_row = torch.searchsorted(ends, number, right=True).clamp(max=last)
+    slot_of_row = of_row * slots + (number - starts[of_row]).clamp(max=slots - 1)
+    places = Slots(row, slot_of_row)
+    return Arrivals(sizes, sizes, received.sum(0), *sort_order(expert), places)
+
+
+def sort_order(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The permutation that sorts keys, in their order where they are equal; and its inverse."""
+    order = keys.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return order, inverse
 
 
 def expert_parallel(model: Decoder, mesh: DeviceMesh, tp: DeviceMesh) -> None:
@@ -227,7 +293,7 @@ def expert_parallel(model: Decoder, mesh: DeviceMesh, tp: DeviceMesh) -> None:
     Raises:
         RefusedError: a weight of experts outside the module `experts` of its sub-block.
     """
-    exchange = TokenExchange(*exchange_group(mesh, tp))
+    exchange = TokenExchange(*exchange_group(mesh, tp), sends_slots(mesh.device_type))
     for path, block in sub_blocks(model):
         experts = block.experts if isinstance(block, ExpertBlock) else None
         check_experts(path, block, experts)
@@ -239,6 +305,11 @@ def expert_parallel(model: Decoder, mesh: DeviceMesh, tp: DeviceMesh) -> None:
         "combine": lambda seam: exchange.combine,
     }
     fill_seams(model, "ep", fills)
+
+
+def sends_slots(device: str) -> bool:
+    """Whether rows are sent in slots on this type of device, where a capacity bounds them."""
+    return device == "cuda"
 
 
 def exchange_group(mesh: DeviceMesh, tp: DeviceMesh) -> tuple[dist.ProcessGroup, int, int, int]:

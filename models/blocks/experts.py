@@ -22,15 +22,21 @@ from colonnade.models.seams import Seam
 
 
 class Routed(NamedTuple):
-    """The choices of experts: x `[S, B, D]`; the others `[S, B, k]`.
+    """The choices of experts.
 
-    `keep_mask` is False for choices to drop; None keeps all.
+    Attributes:
+        x: `[S, B, D]`.
+        chosen: `[S, B, k]`, as are the others.
+        keep_mask: False for choices to drop; None keeps all.
+        weight: of each choice.
+        bound: the most tokens that any expert keeps; None: not bounded by a capacity.
     """
 
     x: Tensor
     chosen: Tensor
     keep_mask: Tensor | None
     weight: Tensor
+    bound: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Returned(NamedTuple):
 
 def local_dispatch(routed: Routed, experts: int) -> Sent:
     """Sorts tokens by expert on this device: the `dispatch` seam's default."""
-    x, chosen, keep_mask, _ = routed
+    x, chosen, keep_mask, *_ = routed
     rows, order = kernels.dispatch(
         x.flatten(0, 1),
         chosen.flatten(0, 1),

@@ -11,6 +11,7 @@ from colonnade.kernels.routing import (
     RoutingOptions,
     balance_loss,
     best_experts,
+    capacity,
     loads,
     route,
     router_z_loss,
@@ -91,13 +92,16 @@ class Mixture(ExpertBlock):
         probabilities, chosen, weight = route(logits, self.routing, bias)
         if not self.training:  # only training drops choices and has balancing losses
             return self.first(Routed(x, chosen, None, weight))
-        keep_mask = None
+        keep_mask, bound = None, None
         if c.capacity is not None:
             # Earlier tokens of a sequence take an expert's capacity first, so the mask is computed
             # from the choices of the full sequence.
             all_chosen = self.full_sequence(chosen)
             keep_mask = within_capacity(all_chosen, c.experts, c.capacity, c.balance_samples)
             keep_mask = self.local_segments(keep_mask)
+            S, B, _ = all_chosen.shape
+            limit = capacity(S * c.balance_samples, c.top_k, c.experts, c.capacity)
+            bound = limit * (B // c.balance_samples)
         term = None
         if c.balance or c.balance_sequence or c.router_z:
             term = self.losses(logits, probabilities, chosen) / context.groups
@@ -107,7 +111,7 @@ class Mixture(ExpertBlock):
         report = BlockReport(
             loads(chosen, None, c.experts), None if term is None else term.detach()
         )
-        return self.first(Routed(x, chosen, keep_mask, weight))._replace(report=report)
+        return self.first(Routed(x, chosen, keep_mask, weight, bound))._replace(report=report)
 
     def report(self, carried: Dispatched) -> BlockReport | None:
         return carried.report

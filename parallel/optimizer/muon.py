@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from colonnade.kernels.orthogonal import orthogonalised
 from colonnade.models.parameter_module import Declared, declared
@@ -21,7 +22,8 @@ class Muon(Optimizer):
     The update of every matrix, and of each expert's, is lr · 0.2 · √max(rows, columns) times its
     orthogonalised Nesterov momentum. The ranks that shard a matrix all-gather the shards of its
     momentum over the axes of its mesh, each orthogonalises the full matrix, and keeps its own shard
-    of the result, so that an update does not depend on the layout.
+    of the result, so that an update does not depend on the layout. Ranks that hold different
+    experts keep to these.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, compute: torch.dtype) -> None:
@@ -43,10 +45,12 @@ class Muon(Optimizer):
             local_momentum.lerp_(grad, 1 - self.momentum)
             nesterov = torch.zeros_like(p, dtype=self.compute)  # rounded before the all-gather
             local(nesterov).copy_(grad.lerp(local_momentum, self.momentum))
-            direction = orthogonalised(full(nesterov))
+            gathered = gather_matrices(nesterov)
+            direction = orthogonalised(local(gathered))
             scale = RMS * max(p.shape[-2:]) ** 0.5
             weight.mul_(1 - lr * (self.decay if spec.decayed else 0.0))
-            weight.add_(shard_like(direction, p).to(weight.dtype), alpha=-lr * scale)
+            update = shard_of(direction, gathered, p)
+            weight.add_(update.to(weight.dtype), alpha=-lr * scale)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad()
@@ -72,18 +76,33 @@ def is_matrix(p: Declared) -> bool:
     return p.spec.role in ("reads", "inner", "writes") and not p.name.startswith(ENDS)
 
 
-def full(t: Tensor) -> Tensor:
-    """All-gathers the shards of a DTensor to the full tensor; any other tensor as it is."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+def gather_matrices(t: Tensor) -> Tensor:
+    """All-gathers the shards of the matrices in `[..., rows, columns]`; a tensor that is no DTensor
+    stays as it is.
 
-
-def shard_like(t: Tensor, like: Tensor) -> Tensor:
-    """Slices from a full tensor the shard that this rank holds of the DTensor `like`."""
-    if not isinstance(like, DTensor):
+    The result is a DTensor that is replicated over all axes but those that divide the matrices
+    among them as a whole.
+    """
+    if not isinstance(t, DTensor):
         return t
+    whole = [isinstance(p, Shard) and p.dim < t.dim() - 2 for p in t.placements]
+    if sum(whole) > 1 or any(isinstance(p, _StridedShard) for p in t.placements):
+        whole = [False] * len(whole)  # several axes divide one dimension, in an order of their own
+    kept = [p if w else Replicate() for p, w in zip(t.placements, whole, strict=True)]
+    return t.redistribute(placements=kept)
+
+
+def shard_of(values: Tensor, gathered: Tensor, like: Tensor) -> Tensor:
+    """Slices from `values`, the local shard of `gathered`, the shard that this rank holds of the
+    DTensor `like`."""
+    if not isinstance(like, DTensor) or not isinstance(gathered, DTensor):
+        return values
+    starts = compute_local_shape_and_global_offset(
+        gathered.shape, gathered.device_mesh, gathered.placements
+    )[1]
     shape, offset = compute_local_shape_and_global_offset(
         like.shape, like.device_mesh, like.placements
     )
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
-        t = t.narrow(dim, min(start, t.shape[dim]), size)
-    return t
+        values = values.narrow(dim, min(start - starts[dim], values.shape[dim]), size)
+    return values

@@ -1,6 +1,7 @@
 """Experts on their own ranks against one process: every fold of the axes, and kind of routing."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from colonnade.launcher.train.job import build_model
 from colonnade.launcher.verify.trace import record_trace
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.decoder import Decoder
+from colonnade.parallel import experts
 from colonnade.parallel.engine import evaluating, forward
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.world import World
@@ -120,15 +122,36 @@ def test_recomputation(ranks1: Ranks, ranks4: Ranks, layout: str, recompute: str
 
 
 @pytest.mark.parametrize("residual", ["standard", "ladder"])
-def test_recomputation_launches_no_collective(ranks2: Ranks, residual: str) -> None:
+def test_recomputation_launches_no_collective(ranks4: Ranks, residual: str) -> None:
     """Neither all-to-alls, of which a mixture has four and one of counts, nor FSDP2's."""
     fields = SMALL | {"residual": residual, "shared_ffn": 16}
     launched = [
-        ranks2.run(collectives, recipe_for("*E*E", {"ep": 2}, 2, recompute=recompute, **fields))[0]
+        ranks4.run(collectives, recipe_for("*E*E", {"ep": 2}, 2, recompute=recompute, **fields))[0]
         for recompute in ("none", "block", "selective")
     ]
     assert launched[0][0].count("all_to_all_single") == 2 * 5
     assert launched[1] == launched[2] == launched[0]
+
+
+def trained_in_slots(rank: int, size: int, recipe: Recipe) -> tuple[Trace, int]:
+    """As `trained`, with rows sent as on a GPU; and how many dispatches sent them in slots."""
+    with (
+        patch.object(experts, "sends_slots", lambda device: True),
+        patch.object(experts, "arrivals_in_slots", wraps=experts.arrivals_in_slots) as in_slots,
+    ):
+        return trained(rank, size, recipe), in_slots.call_count
+
+
+@pytest.mark.parametrize("layout", ["ep=4", "ep=2, tp=2, etp=1", "ep=2, cp=2", "ep=2, etp=2"])
+def test_slots_of_a_capacity(ranks1: Ranks, ranks4: Ranks, layout: str) -> None:
+    """With a capacity, rows can be sent without a number that the host waits for."""
+    name = "steered, in a ladder"
+    pattern, fields = MODELS[name]
+    degrees, micro = layout_of(FOUR[layout], 4)
+    recipe = recipe_for(pattern, degrees, micro, **SMALL | fields)
+    for trace, count in ranks4.run(trained_in_slots, recipe):
+        compare(trace, reference(ranks1, name))
+        assert count > 0
 
 
 # The loads of experts

@@ -76,8 +76,15 @@ def test_adamw_updates_all_other_parameters() -> None:
 
 
 LAYOUTS = [{"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"cp": 2, "tp": 2}]
+EXPERTS = [
+    {"ep": 2},
+    {"ep": 4},
+    {"ep": 2, "tp": 2},
+    {"ep": 2, "tp": 2, "etp": 1},
+    {"ep": 2, "etp": 2},
+]
 PATTERNS: dict[str, dict[str, Any]] = {
-    "*-ME": {"vocab": 64},
+    "*-ME": {"vocab": 64, "experts": 4},
     "mG*-": {"vocab": 64, "residual": "ladder"},
 }
 
@@ -96,9 +103,9 @@ def test_layouts_equal_one_process(ranks1: Ranks, ranks4: Ranks, pattern: str) -
         return ranks.run(trained, with_muon(recipe_for(pattern, layout, micro, **fields)))[0]
 
     expected = run(ranks1, {}, 16)
-    for layout in LAYOUTS:
-        data = layout.get("dp_shard", 1) * layout.get("dp_replicate", 1)
-        compare(run(ranks4, layout, 8 // data), expected)
+    for layout in LAYOUTS + (EXPERTS if "E" in pattern else []):
+        inner = layout.get("tp", 1) * layout.get("cp", 1)
+        compare(run(ranks4, layout, 8 * inner // 4), expected)
 
 
 def test_fifty_steps(ranks1: Ranks, ranks4: Ranks) -> None:
