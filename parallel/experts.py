@@ -322,11 +322,18 @@ def exchange_group(mesh: DeviceMesh, tp: DeviceMesh) -> tuple[dist.ProcessGroup,
 
 
 def check_experts(path: str, block: SubBlock, experts: object) -> None:
-    """Refuses weights that are sharded by experts where nothing would shard them.
+    """Refuses weights that are sharded by experts where nothing would shard them, and experts to
+    which nothing would send tokens.
 
     Raises:
-        RefusedError: such a weight, by name.
+        RefusedError: such a weight, or such a sub-block, by name.
     """
+    declared = {seam.name for half in (block.first, block.second) for seam in half.seams or ()}
+    if experts is not None and not {"dispatch", "combine"} <= declared:
+        raise RefusedError(
+            f"{path}: {type(block).__name__} has experts and no seams where ranks could send them "
+            "tokens; declare dispatch on its first half and combine on its second"
+        )
     for name, module in block.named_modules(prefix=path):
         for weight, spec in module.specs.items() if isinstance(module, ParameterModule) else ():
             if spec.ep is not None and module is not experts:

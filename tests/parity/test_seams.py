@@ -1,6 +1,6 @@
 """Seams fail closed: those of new classes are filled as they are declared, or refused by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -15,9 +15,11 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
 from colonnade.models.blocks import mamba1
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.cards.base import Card
 from colonnade.models.cards.mamba1 import Mamba1Card
 from colonnade.models.cards.mlp import MLPCard
+from colonnade.models.cards.thor import ThorCard
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import ParameterSpec, Split, of_half
@@ -132,6 +134,30 @@ class Down(MLPCard):
         return records
 
 
+class OtherExperts(ThorCard):
+    """THOR whose block changes before anything is sharded."""
+
+    def __init__(self, change: Callable[[ExpertBlock], object]) -> None:
+        self.change = change
+
+    def build(self, config: ModelConfig, out_std: float) -> SubBlock:
+        block = super().build(config, out_std)
+        assert isinstance(block, ExpertBlock)
+        self.change(block)
+        return block
+
+
+def without_seam(block: ExpertBlock) -> None:
+    """Its dispatch stays local whatever the layout."""
+    block.first.seams = ()  # type: ignore[misc]
+
+
+def with_weight_elsewhere(block: ExpertBlock) -> None:
+    """A weight of experts is in the second half as well."""
+    (up,) = (spec for name, spec in block.experts.specs.items() if name == "up")
+    block.second.register(up)
+
+
 CASES: list[tuple[Card, dict[str, Any], str]] = [
     (OtherCard(Undeclared), {"cp": 2},
      r"blocks\.0\.second: Undeclared does not declare its seams"),
@@ -144,6 +170,9 @@ CASES: list[tuple[Card, dict[str, Any], str]] = [
     (Down(None), {"tp": 2}, r"blocks\.0\.second\.down: writes onto the stream"),
     (Down(Split(1, 1, "model.ffn", replicable=True)), {"tp": 2},
      r"blocks\.0\.second\.down: writes onto the stream"),
+    (OtherExperts(without_seam), {"ep": 2}, r"blocks\.0: Thor has experts and no seams where ranks"),
+    (OtherExperts(with_weight_elsewhere), {"ep": 2},
+     r"blocks\.0\.second\.up: is sharded over expert-parallel ranks, and is not in blocks\.0\.exp"),
 ]  # fmt: skip
 
 
@@ -165,7 +194,7 @@ def test_another_class_is_filled(ranks1: Ranks, ranks2: Ranks, options: dict[str
 def test_refused_by_name(
     fake_group: None, card: Card, layout: dict[str, Any], message: str
 ) -> None:
-    pattern = "-*" if card.symbol == "-" else "m"
+    pattern = "-*" if card.symbol == "-" else card.symbol
     with (
         patch.dict(CARDS, {card.symbol: card}),
         pytest.raises(RefusedError, match=message),
