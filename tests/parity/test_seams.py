@@ -172,7 +172,7 @@ CASES: list[tuple[Card, dict[str, Any], str]] = [
      r"blocks\.0\.second\.down: writes onto the stream"),
     (OtherExperts(without_seam), {"ep": 2}, r"blocks\.0: Thor has experts and no seams where ranks"),
     (OtherExperts(with_weight_elsewhere), {"ep": 2},
-     r"blocks\.0\.second\.up: is sharded over expert-parallel ranks, and is not in"),
+     r"blocks\.0\.second\.up: is sharded over expert-parallel ranks, and is not"),
 ]  # fmt: skip
 
 
