@@ -13,7 +13,7 @@ from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from typed import CONTRACTS, parameter_types, typechecked
+from typed import CONTRACTS, ExpertView, parameter_types, typechecked
 from typed.rules import register
 from typed.types import joined, shard_of, stamp, type_of
 
@@ -156,7 +156,7 @@ def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
     mesh = meshes[4]
     model = model_of(mesh, sequence, **SUMMED[row])
     check(model, mesh)
-    types = parameter_types(model)
+    types = parameter_types(model, mesh, ExpertView(None))
     for name, _, spec in declared(model):
         assert (types[name].backward_type() is P) == (spec.partial is not None)
         flip(spec)
