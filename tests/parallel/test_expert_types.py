@@ -15,7 +15,7 @@ from spmd_types import P, R, S, SpmdTypeError
 from test_context_types import inputs
 from test_types import SMALL, drawn, flip
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typed import stamp, type_of, typechecked, typechecked_context
 from typed.types import joined
@@ -39,7 +39,7 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.engine import evaluating
 from colonnade.parallel.experts import TokenExchange
 from colonnade.parallel.materialise import materialise
-from colonnade.parallel.mesh import build_expert_mesh, build_mesh
+from colonnade.parallel.mesh import build_expert_mesh, build_mesh, mesh_of
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.world import World
 
@@ -105,10 +105,7 @@ def factors(world: World, mesh: DeviceMesh) -> list[DeviceMesh]:
     axis of its own."""
     if mesh.size() < RANKS:
         return [mesh]
-    key = (("outer", 2), ("inner", 2))
-    pairs = world.meshes.setdefault(
-        key, init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    )
+    pairs = mesh_of({"outer": 2, "inner": 2}, world)
     return [pairs["outer"], pairs["inner"]]
 
 
@@ -171,10 +168,8 @@ WIRED = [
 
 @pytest.mark.parametrize(("row", "layout", "residual", "sequence"), WIRED)
 def test_layout(world: World, row: str, layout: str, residual: str, sequence: bool) -> None:
-    check(
-        world,
-        sharded(world, LAYOUTS[layout] | {"sequence": sequence}, **ROWS[row], residual=residual),
-    )
+    degrees = LAYOUTS[layout] | {"sequence": sequence}
+    check(world, sharded(world, degrees, **ROWS[row], residual=residual))
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -294,20 +289,20 @@ def shared_twice(block: ExpertBlock) -> None:
     block.second.shared_output = lambda *args: block.second.sharding.all_reduce(output(*args))
 
 
-def unsharded_experts(block: ExpertBlock) -> None:
-    block.experts.sharding = UNSHARDED
-
-
-def balance_on_every_rank(block: ExpertBlock) -> None:
-    block.attach = attach
-
-
 FAULTS: dict[str, tuple[Callable[[ExpertBlock], None], str, str]] = {
-    "shared expert twice": (shared_twice, "tp etp", ""),
-    "shared expert twice, ep": (shared_twice, "tp in ep", ""),
-    "shared expert twice, edp": (shared_twice, "tp edp", ""),
-    "polynorm without its sums": (unsharded_experts, "cp etp", "without the sharding"),
-    "balance on every rank": (balance_on_every_rank, "tp in ep", "attached on all ranks"),
+    "shared expert twice": (shared_twice, "tp etp", "all operands to be Partial"),
+    "shared expert twice, ep": (shared_twice, "tp in ep", "all operands to be Partial"),
+    "shared expert twice, edp": (shared_twice, "tp edp", "all operands to be Partial"),
+    "polynorm without its sums": (
+        lambda block: setattr(block.experts, "sharding", UNSHARDED),
+        "cp etp",
+        "without the sharding",
+    ),
+    "balance on every rank": (
+        lambda block: setattr(block, "attach", attach),
+        "tp in ep",
+        "attached on all ranks",
+    ),
 }
 
 
