@@ -1,7 +1,7 @@
 """Types along the tp axis: every layout's forward passes spmd_types' checker, and no faulty one."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import spmd_types as spmd
@@ -13,7 +13,7 @@ from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from typed import CONTRACTS, parameter_types, typechecked
+from typed import CONTRACTS, ExpertView, parameter_types, typechecked
 from typed.rules import register
 from typed.types import joined, shard_of, stamp, type_of
 
@@ -21,10 +21,12 @@ from colonnade.kernels import activation, experts, linear, norm, rope
 from colonnade.kernels.sharding import UNSHARDED, Sharding
 from colonnade.models import context, reparam
 from colonnade.models.blocks.base import SubBlock
+from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import declared
+from colonnade.models.parameters import ParameterSpec
 from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.tensor import stream_modules, tensor_parallel
@@ -142,6 +144,11 @@ SUMMED = {
 }
 
 
+def flip(spec: ParameterSpec, axis: Literal["tp", "etp"] = "tp") -> None:
+    """Declares a gradient to be a partial sum if it is not declared so, and else the opposite."""
+    spec.partial = None if spec.partial else axis
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("row", SUMMED)
 def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
@@ -149,13 +156,13 @@ def test_gradients(meshes: Meshes, row: str, sequence: bool) -> None:
     mesh = meshes[4]
     model = model_of(mesh, sequence, **SUMMED[row])
     check(model, mesh)
-    types = parameter_types(model)
+    types = parameter_types(model, mesh, ExpertView(None))
     for name, _, spec in declared(model):
-        assert (types[name].backward_type() is P) == spec.partial
-        spec.partial ^= True
+        assert (types[name].backward_type() is P) == (spec.partial is not None)
+        flip(spec)
         with pytest.raises(SpmdTypeError):
             check(model, mesh)
-        spec.partial ^= True
+        flip(spec)
     assert (I in types.values()) != sequence
     check(model, mesh)
 
@@ -229,7 +236,7 @@ def attach_on_every_rank(model: Decoder) -> None:
 
 def unsharded(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
-        block.second.sharding = UNSHARDED
+        (block.experts if isinstance(block, ExpertBlock) else block.second).sharding = UNSHARDED
 
 
 def unsharded_vocabulary(model: Decoder) -> None:
@@ -238,7 +245,7 @@ def unsharded_vocabulary(model: Decoder) -> None:
 
 def one_norm_omitted(model: Decoder) -> None:
     """One norm of many, as in a real mistake."""
-    list(stream_modules(model))[1].specs["weight"].partial ^= True
+    flip(list(stream_modules(model))[1].specs["weight"])
 
 
 FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {

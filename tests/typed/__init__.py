@@ -17,16 +17,19 @@ operators  types for PyTorch operators whose arguments are sizes; collectives ov
 model      runs the checker on a model, along whichever axis
 tensor     types along the tensor-parallel axis
 context    types along the context axis, and of its collectives along other axes
+experts    types of experts that have ranks of their own, along any axis
 """
 
 from typed.context import CONTEXT_CONTRACTS, typechecked_context
 from typed.contracts import CONTRACTS
+from typed.experts import ExpertView
 from typed.tensor import parameter_types, typechecked
 from typed.types import expect, stamp, type_of
 
 __all__ = [
     "CONTEXT_CONTRACTS",
     "CONTRACTS",
+    "ExpertView",
     "expect",
     "parameter_types",
     "stamp",

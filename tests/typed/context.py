@@ -25,7 +25,6 @@ from colonnade.kernels import (
     attention,
     conv,
     delta,
-    experts,
     loss,
     routing,
     s4d,
@@ -33,8 +32,10 @@ from colonnade.kernels import (
     ssd,
 )
 from colonnade.kernels.segments import StatePassing
+from colonnade.kernels.sharding import Sharding
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
+from colonnade.models.parameter_module import declared
 from colonnade.parallel import context
 from colonnade.parallel.context import plug
 from colonnade.parallel.context.heads import HeadExchange
@@ -47,17 +48,20 @@ from typed.contracts import (
     sharded,
     under_contract,
 )
+from typed.experts import (
+    OF_TOKENS,
+    axis_of,
+    expert_patches,
+    expert_shardings,
+    expert_view,
+    placed_type,
+)
 from typed.model import checked
+from typed.operators import local_over
 from typed.types import Type, expect, includes_axis, stamp, type_of
 
 # Functions of a rank's tokens, which experts reorder; sums over them are partial sums.
-TOKENS: dict[Function, Contract] = {
-    experts.dispatch: Contract(
-        sharded(0, "x", "keep_mask") | {"chosen": (S(0), R)},  # R: drawn at random for all tokens
-        (S(0), None),
-    ),
-    experts.expert_mlp: Contract(sharded(0, "rows") | {"counts": None}, (S(0),)),
-    experts.combine: Contract(sharded(0, "rows") | {"weight": (S(0), R)}, (S(0),)),
+TOKENS: dict[Function, Contract] = OF_TOKENS | {
     routing.loads: Contract(sharded(0, "chosen", "keep_mask"), (P,)),
     routing.within_capacity: Contract({}, (R,)),  # first come, first served: among all tokens
     routing.balance_loss: Contract(sharded(0, "probabilities"), (P,)),
@@ -168,14 +172,17 @@ def typed_scan(scan: Function) -> Function:
 
 
 @contextmanager
-def typechecked_context(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
+def typechecked_context(
+    model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = None
+) -> Iterator[None]:
     """Within, the model's forward is checked: raises SpmdTypeError where a type does not fit.
 
     Args:
-        model: sharded by `context_parallel`, before that by `tensor_parallel` or not; filled, in
-            fp64 or fp32; not wrapped in FSDP2.
-        mesh: of one dimension, more than one rank: the context axis, or under ring+ulysses one of
-            the two into which it is split. Its backend may be `fake`.
+        model: sharded by `context_parallel`, before that by `tensor_parallel` and
+            `expert_parallel` or not; filled, in fp64 or fp32; not wrapped in FSDP2.
+        mesh: of one dimension, more than one rank: the context axis, or one of the factors into
+            which ring+ulysses or the expert view splits it. Its backend may be `fake`.
+        expert_mesh: the expert view, if there is one.
 
     Tokens, positions and all other inputs must be stamped R; the objective comes out P, and
     logits S(0).
@@ -183,7 +190,12 @@ def typechecked_context(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
     contracts = CONTRACTS | TOKENS
     kernels = {kernel: under_contract(kernel, contract) for kernel, contract in contracts.items()}
     kernels |= {scan: typed_scan(scan) for scan in WITH_STATE_PASSING}
-    forward = model.forward
+    forward, view = model.forward, expert_view(mesh, expert_mesh)
+    axis, specs = axis_of(mesh), {id(p): spec for _, p, spec in declared(model)}
+    sharded_here = expert_shardings(model) if view.role == "etp" else set()
+
+    def parameter(p: Tensor) -> Type:
+        return placed_type(p, axis, specs[id(p)]) or R
 
     def typed_forward(tokens: Tensor, inputs: Context, labels: Tensor | None = None) -> Any:
         outputs = forward(tokens, inputs, labels)
@@ -196,7 +208,9 @@ def typechecked_context(model: Decoder, mesh: DeviceMesh) -> Iterator[None]:
     patches = [
         *in_models(kernels),
         *exchange_patches(model, context_axis=True),
+        *expert_patches(model, view),
+        patch.object(Sharding, "local", local_over(sharded_here.__contains__)),
         patch.object(model, "forward", typed_forward),
     ]
-    with checked(model, mesh, lambda p: R, patches):
+    with checked(model, mesh, parameter, patches):
         yield

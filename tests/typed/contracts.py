@@ -106,9 +106,11 @@ def under_contract(function: Function, contract: Contract) -> Function:
 
 
 def in_models(replaced: Mapping[Function, Function]) -> Iterator[Any]:
-    """Patches that replace functions in every module of the models that imports them."""
+    """Patches that replace functions in every module of the models that imports them, and in the
+    module of those that are called by its name."""
     modules = pkgutil.iter_modules(blocks.__path__, f"{blocks.__name__}.")
-    for module in [decoder, *(importlib.import_module(module.name) for module in modules)]:
+    importing = [importlib.import_module(module.name) for module in modules]
+    for module in [decoder, experts, *importing]:
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value in replaced:
                 yield patch.object(module, name, replaced[value])

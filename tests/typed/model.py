@@ -11,10 +11,12 @@ from spmd_types import R
 from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from colonnade.models import reparam
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
+from typed.experts import axis_of, placed_type
 from typed.operators import Operators
 from typed.rules import register
 from typed.types import Type, stamp
@@ -35,11 +37,16 @@ def checked(
     """
     register()
 
-    def typed_shard(local: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:
+    Local = Callable[[Tensor], Tensor]
+
+    def typed_shard(local: Local, type_at_rest: Callable[[Tensor], Type], p: Tensor) -> Tensor:
         with spmd.no_typecheck():
             shard = local(p)
             shard = shard.view_as(p) if shard is p else shard  # types stay on tensors
-        return stamp(shard, parameter(p))
+        return stamp(shard, type_at_rest(p))
+
+    def buffer_type(t: Tensor) -> Type:
+        return placed_type(t, axis_of(mesh)) or R
 
     with ExitStack() as stack:
         untyped = spmd.no_typecheck(reparam.power_iteration)
@@ -48,13 +55,17 @@ def checked(
             stack.enter_context(further_types)
         modules = [module for module in model.modules() if isinstance(module, ParameterModule)]
         for module in modules:
-            local = functools.partial(typed_shard, module.local)
+            local = functools.partial(typed_shard, module.local, parameter)
             stack.enter_context(patch.object(module, "local", local))
+            local = functools.partial(typed_shard, module.local_state, buffer_type)
+            stack.enter_context(patch.object(module, "local_state", local))
         stack.enter_context(spmd.set_current_mesh(mesh))
         stack.enter_context(typecheck("strict", local=False))
         operators = stack.enter_context(Operators())
         for module in modules:
             for name, buffer in module.named_buffers(recurse=False):
+                if isinstance(buffer, DTensor):
+                    continue  # typed by `local_state`
                 with spmd.no_typecheck():
                     typed = buffer.view_as(buffer)
                 stack.enter_context(patch.dict(module._buffers, {name: stamp(typed, R)}))

@@ -11,7 +11,8 @@ from spmd_types import P, R, S, V
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from typed.types import as_shard, expect, includes_axis, stamp, type_of
+from colonnade.kernels.sharding import Sharding
+from typed.types import as_shard, axis, expect, includes_axis, stamp, type_of
 
 REDUCTIONS = spmd.all_reduce, spmd.reduce_scatter
 COLLECTIVES = *REDUCTIONS, spmd.all_gather, spmd.convert
@@ -40,12 +41,20 @@ class Operators(TorchFunctionMode):
             return self.unflattened(*args)
         if func is torch.Tensor.view and (sizes := first_dim_split(*args)):
             return self.unflattened(args[0], 0, sizes)
+        if func is torch.Tensor.narrow and are_rows(args[0]) and args[1] == 0:
+            return of_same_type(func, args, kwargs)
         if func is torch.Tensor.to and isinstance(args[1], torch.device):
             return of_same_type(func, args, kwargs)
+        if func is torch.cat and all(map(are_rows, args[0])):
+            with spmd.no_typecheck():
+                rows = torch.cat(*args, **kwargs)
+            return stamp(rows, S(0))
         if func is torch.cat:
             return func(concatenable(args[0]), *args[1:], **kwargs)
         if func is torch.Tensor.new_zeros and args[1] == () and varies(args[0]):
             return partial_zero(args[0])
+        if func is torch.Tensor.new_zeros and varies(args[0]):  # zeros beside rows
+            return of_same_type(func, args, kwargs)
         return func(*args, **kwargs)
 
     def with_shared_groups(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -81,6 +90,12 @@ def first_dim_split(x: Tensor, *sizes: Any) -> tuple[int, ...]:
     return wanted[:count] if count > 1 and wanted[count:] == tuple(x.shape[1:]) else ()
 
 
+def are_rows(t: Tensor) -> bool:
+    """Whether these are rows, `[rows, D]`, of which each rank has as many as it has: without the
+    last, or with others behind them, they are its rows, too."""
+    return t.dim() == 2 and type_of(t) == S(0)
+
+
 def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """A collective over the axis that is checked changes the type; over another it does not."""
     x, group = args
@@ -88,7 +103,32 @@ def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         return of_same_type(func, args, kwargs)
     if func in REDUCTIONS:
         expect(x, kwargs["src"], func.__name__)
-    return func(x, group, **kwargs)
+    if axis() == spmd.MeshAxis.of(group):
+        return func(x, group, **kwargs)
+    # One of the factors of the group's axis: the collective over all of them is one over each.
+    expect(x, kwargs["src"], func.__name__)
+    with spmd.no_typecheck():
+        y = func(x, group, **kwargs)
+    return stamp(y, kwargs["dst"])
+
+
+def local_over(of_axis: Callable[[Sharding], bool]) -> Callable[..., Tensor]:
+    """`Sharding.local`, whose result differs between the ranks of the axis where it is `of_axis`:
+    a shard, which several may hold. Where it is not, the result has the type of the full tensor."""
+
+    def local(self: Sharding, full: Tensor, dim: int, shards: int | None = None) -> Tensor:
+        if self.size == 1 or not spmd.is_type_checking():
+            return _local(self, full, dim, shards)
+        if not of_axis(self):
+            with spmd.no_typecheck():
+                shard = _local(self, full, dim, shards)
+            return stamp(shard, type_of(full))
+        return as_shard(_local(self, full, dim, shards), dim)
+
+    return local
+
+
+_local = Sharding.local
 
 
 def of_same_type(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
