@@ -1,5 +1,5 @@
-"""Bytes that ranks send, by formula: over the `cp` axis, from what the cards declare of their seams,
-and over the `ep` and `etp` axes, from the choices of experts.
+"""Bytes that ranks send, by formula: over the `cp` axis from what the cards declare of their seams,
+over the `ep` and `etp` axes from the choices of experts.
 
 They are those of the forward and backward pass of one micro-batch. The collectives of FSDP2
 (weights and their gradients) and of tensor parallelism are not counted.
@@ -169,7 +169,7 @@ class ExpertTraffic:
         rows = [self.rows_by_rank(of_rank) for of_rank in loads]
         sent = sum(rows[rank]) - rows[rank][rank]
         received = sum(to_ranks[rank] for to_ranks in rows) - rows[rank][rank]
-        # Dispatch and the gradient of the way back send the first, the two others return the second.
+        # Dispatch and the gradient of the way back send the first, the others return the second.
         return 2 * (sent + received) * self.model.hidden * self.number + self.counts_bytes
 
     def even_bytes(self, tokens: int, choices: int) -> int:
