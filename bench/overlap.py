@@ -110,7 +110,7 @@ class DelayGroup(dist.ProcessGroup):  # whose methods PyTorch calls with lists o
             ]
         )
 
-    def alltoall_base(  # type: ignore[override]
+    def alltoall_base(
         self,
         output: Tensor,
         source: Tensor,
