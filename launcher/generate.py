@@ -112,6 +112,7 @@ def generate(
         tokens: the largest number of tokens; the end of the document ends the text earlier.
         temperature: 0 always takes the most likely token.
         top_k: draws only among the k most likely tokens; None: among all.
+        seed: of the drawn tokens, and of random experts (THOR), as in `extend`.
 
     Raises:
         UserError: there is no checkpoint, or the prompt needs tokens that the model lacks.

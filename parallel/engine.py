@@ -193,10 +193,11 @@ class RunningSums(dict[Any, Tensor]):
 
     def all_reduce(self, copies: int) -> dict[Any, Tensor]:
         """All-reduces the sums over all ranks; `copies` ranks each hold the same sum, which counts
-        once. All ranks have the same names."""
+        once. All ranks have the same names. Sums of integers stay integers."""
         if not self:
             return self
         names = sorted(self)
         stacked = torch.stack([self[name] for name in names])
         dist.all_reduce(stacked)
-        return dict(zip(names, stacked / copies, strict=True))
+        sums = stacked / copies if stacked.is_floating_point() else stacked // copies
+        return dict(zip(names, sums, strict=True))

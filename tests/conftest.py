@@ -28,3 +28,10 @@ def ranks4() -> Iterator[Ranks]:
     """Four ranks in one gloo group."""
     yield pool(4)
     pool(4).close()
+
+
+@pytest.fixture(scope="session")
+def ranks8() -> Iterator[Ranks]:
+    """Eight ranks in one gloo group."""
+    yield pool(8)
+    pool(8).close()

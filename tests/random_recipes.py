@@ -72,7 +72,8 @@ def draw_recipe(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] 
     pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 5)))
     if symbols and not set(symbols) & set(pattern):
         return None
-    layout: Layout = dict(rng.choice(list(covering_layouts(ranks))))
+    experts = 4 if {"E", "T"} & set(pattern) else 0
+    layout: Layout = dict(rng.choice(list(covering_layouts(ranks, experts))))
     given = {f"parallel.{name}": value for name, value in layout.items()}
     given |= {f"model.{name}": value for name, value in NARROW.items()}
     given |= {f"model.{name}": value for name, value in draw_fields(rng, MODEL, 0.4)}

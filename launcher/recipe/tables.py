@@ -144,12 +144,36 @@ class TrainConfig(Table):
     bad_steps: int = Field(
         5, ge=1, le=2**40, description="non-finite steps in a row that end the run"
     )
+    loads_every: int | None = Field(
+        None,
+        ge=0,
+        le=2**40,
+        description="steps between records of the experts' loads in metrics.jsonl; 0: none; "
+        "default: 200 records in a run",
+    )
+    collapse_share: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="a router has collapsed where this share of the tokens chooses one expert",
+    )
+    collapse_steps: int = Field(
+        20, ge=0, le=2**40, description="steps in a row that report a collapsed router; 0: never"
+    )
     loss_chunk: int = Field(
         1024, ge=1, le=2**31 - 1, description="tokens whose logits are in memory at one time"
     )
     sample: int = Field(0, ge=0, le=2**31 - 1, description="tokens of text generated at the end")
     tensorboard: bool = Field(False, description="also write to RUN/tensorboard")
     wandb: bool = Field(False, description="also report to Weights & Biases, project colonnade")
+
+    @property
+    def loads_interval(self) -> int:
+        """The steps between two records of loads, 0 for none; a long run has no more than others.
+
+        A record has a number for every expert of every layer: 60 layers of 256 take 75 kB.
+        """
+        return -(-self.steps // 200) if self.loads_every is None else self.loads_every
 
 
 class CheckpointConfig(Table):

@@ -24,7 +24,7 @@ from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import adopt
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.plot import plot_loss
+from colonnade.launcher.train.plot import plot_loads, plot_loss
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
@@ -32,6 +32,7 @@ from colonnade.launcher.train.step import (
     sync_errors,
     train_step,
     validate_loss,
+    validation_key,
 )
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
@@ -306,6 +307,7 @@ def record_step(job: Job, monitor: Monitor, result: Result) -> None:
             f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite, "
             f"step skipped ({job.bad_steps} in a row, {recipe.bad_steps} end the run)"
         )
+    metrics |= monitor.loads.observe(job.step, report.loads, result.skipped, monitor.say)
     monitor.step(metrics, tokens, job.world)
 
 
@@ -316,7 +318,8 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
         return
     device = job.world.device
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
-    loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths)
+    rng_key = validation_key(job.recipe.train.seed, job.step)
+    loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths, rng_key)
 
     def record() -> None:
         assert monitor is not None  # on rank 0
@@ -347,12 +350,13 @@ def finish(job: Job, monitor: Monitor | None) -> None:
 
 
 def print_summary(job: Job) -> None:
-    """Prints, on rank 0, the plot's path, the run's folder, and how to continue the run."""
+    """Prints, on rank 0, the plots' paths, the run's folder, and how to continue the run."""
     try:
-        if plot := plot_loss(job.run):
-            print(f"plot        {plot}")
+        for draw in (plot_loss, plot_loads):
+            if plot := draw(job.run):
+                print(f"plot        {plot}")
     except OSError as error:
-        print(f"no plot     {job.run / 'loss.png'}: {error.strerror}")
+        print(f"no plot     {error.filename or job.run}: {error.strerror}")
     print(f"run         {job.run}")
     if job.step < job.recipe.train.steps:
         ranks = f" --nproc {job.world.size}" if job.world.size > 1 else ""

@@ -14,7 +14,8 @@ import torch
 from colonnade.launcher.cluster.memory import peak_gib
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.metrics import read_metrics
+from colonnade.launcher.train.loads import LoadWatch
+from colonnade.launcher.train.metrics import curves, read_metrics
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
@@ -35,6 +36,11 @@ def duration(seconds: float) -> str:
     minutes, remaining = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{remaining:02}" if hours else f"{minutes}:{remaining:02}"
+
+
+def finite(value: float) -> float | None:
+    """Returns the value, or None if it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def not_installed(package: str) -> UserError:
@@ -88,6 +94,7 @@ class Monitor:
     Attributes:
         window: seconds and tokens of the last steps, for a moving average.
         flops: training FLOPs per token.
+        loads: the watch on the loads of experts.
         live: stdout is a terminal, where the line of a step overwrites that of the step before.
         unfinished: the live line has not been ended by a newline.
     """
@@ -100,6 +107,7 @@ class Monitor:
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
         self.flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
+        self.loads = LoadWatch(recipe)
         self.live, self.unfinished = sys.stdout.isatty(), False
         self.last_print = 0.0
         self.clock = time.perf_counter()
@@ -127,7 +135,8 @@ class Monitor:
         """Records one step, and prints its line.
 
         Args:
-            metrics: at least `step` (from 1), `loss`, `lr` and `grad_norm`.
+            metrics: at least `step` (from 1), `loss`, `lr` and `grad_norm`; values are numbers, or
+                objects of finite numbers, as of the loads of experts.
             tokens: of this step on all ranks.
             world: this rank among all ranks.
         """
@@ -150,11 +159,14 @@ class Monitor:
         )
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Writes one object to every sink; a value that is not finite is null: JSON has no NaN."""
-        plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        """Writes one object: to metrics.jsonl as it is, to the other sinks its `curves`.
+
+        A number that is not finite is written as null: JSON has no NaN.
+        """
+        plain = {k: finite(v) if isinstance(v, float) else v for k, v in metrics.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in plain.items() if v is not None and k != "step"}
+        numbers = curves(plain)
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])

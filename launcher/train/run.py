@@ -46,10 +46,16 @@ class Run:
         return [math.nan if loss is None else loss for loss in losses]
 
     def summary(self) -> dict[str, Any]:
-        """The run's folder, its exit status, its last step, and the last value of each metric."""
+        """The run's folder, its exit status, its last step, and the last value of each metric.
+
+        The loads of experts are left out, of which there are thousands in a large model, and of the
+        routers that collapsed all are named.
+        """
         last: dict[str, Any] = {}
         for row in self.metrics:
-            last |= row
+            collapsed = last.get("collapsed", {}) | row.get("collapsed", {})
+            last |= {name: value for name, value in row.items() if name != "loads"}
+            last |= {"collapsed": collapsed} if collapsed else {}
         return {"run": str(self.path), "status": self.status, **last}
 
 

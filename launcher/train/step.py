@@ -24,7 +24,7 @@ from colonnade.parallel.parallelize import reshard
 
 T = TypeVar("T")
 
-VALIDATION = -1  # replaces the step's number in the key of validation's random draws
+VALIDATION = -1  # in place of a step, so that no key of validation is that of a step
 
 
 class Result(NamedTuple):
@@ -85,6 +85,14 @@ def train_step(
     return Result(report, lr)
 
 
+def validation_key(seed: int, step: int) -> int:
+    """The key of random draws in the validation after `step` steps of a run of this seed.
+
+    A resumed run and any layout repeat the draws of a step; different steps draw anew.
+    """
+    return int(hashed(seed, VALIDATION, step))
+
+
 def validate_loss(
     model: Decoder,
     rows: Rows,
@@ -92,23 +100,25 @@ def validate_loss(
     mesh: DeviceMesh,
     device: torch.device,
     byte_lengths: Tensor | None,
+    rng_key: int,
 ) -> tuple[float, float | None]:
     """Computes the mean loss per token, in nats, and bits per byte, over `validate_rows` rows.
 
     The rows are spaced evenly over the validation set, and are the same at every call and on every
     layout. Every rank runs the same number of forward passes, because they are collective: a rank
-    without remaining rows runs row 0 without labels. Random experts (THOR) are drawn for each row,
-    the same at every call. Collective: all-reduces the sums over all ranks.
+    without remaining rows runs row 0 without labels. Collective: all-reduces the sums over all
+    ranks.
 
     Args:
         byte_lengths: bytes of every token of the vocabulary; None: unknown, and so are bits per
             byte, which are then None.
+        rng_key: the key of the call (`validation_key`), by which random experts (THOR) are drawn
+            for the rows: inference activates random experts, too (arXiv:2110.04260).
     """
     rank, ranks = data_rank(mesh)
     size, available = recipe.train.micro_batch, rows.rows or 0
     count = min(recipe.train.validate_rows, available)
     samples = [i * available // count for i in range(count)]
-    rng_key = int(hashed(recipe.train.seed, VALIDATION))
     nats = tokens = text_bytes = 0.0
     for start in range(0, count, size * ranks):
         first = start + rank * size

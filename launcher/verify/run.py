@@ -203,8 +203,8 @@ def plan_job(
 def fitted(recipe: Recipe, layout: Layout, size: int) -> Recipe:
     """The recipe under a layout, with a batch that fits it: that of the shrunk recipe will."""
     placed = with_layout(recipe, layout)
-    rows = recipe.model.balance_samples
-    batch = {"micro_batch": rows, "global_batch": rows * data_ranks(placed, size)}
+    rows, ranks = recipe.model.balance_samples, max(1, data_ranks(placed, size))
+    batch: dict[str, object] = {"micro_batch": rows, "global_batch": rows * ranks}
     train = changed(recipe.train, batch, remove=("ramp_batch", "ramp_steps"))
     return placed.model_copy(update={"train": train})
 

@@ -123,7 +123,8 @@ def test_train_resume_generate(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run)]) == 0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]
-    for name in ("recipe.toml", "loss.png", "sample.txt", "checkpoints/step-00000004/state.json"):
+    plots = ("loss.png", "loads.png")
+    for name in ("recipe.toml", *plots, "sample.txt", "checkpoints/step-00000004/state.json"):
         assert (run / name).stat().st_size > 0, name
     capfd.readouterr()
     for _ in range(2):

@@ -5,6 +5,8 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build, run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.step import validate_loss
+from colonnade.launcher.train.step import validate_loss, validation_key
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
@@ -92,7 +94,11 @@ def losses(run: Path) -> list[float]:
     return [value for row in rows for key, value in row.items() if "loss" in key]
 
 
-def test_losses_do_not_depend_on_ranks(
+def loads(run: Path) -> list[dict[str, list[int]]]:
+    return [row["loads"] for row in read_metrics(run / "metrics.jsonl") if "loads" in row]
+
+
+def test_losses_and_loads_do_not_depend_on_ranks(
     ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     for ranks in (ranks1, ranks2, ranks4):
@@ -101,6 +107,11 @@ def test_losses_do_not_depend_on_ranks(
     assert len(expected) == 8 + 1  # steps and the last validation
     assert losses(tmp_path / "2") == pytest.approx(expected, rel=1e-10)
     assert losses(tmp_path / "4") == pytest.approx(expected, rel=1e-10)
+    assert loads(tmp_path / "4") == loads(tmp_path / "2") == loads(tmp_path / "1")
+    for row in loads(tmp_path / "1"):
+        assert list(row) == ["3"]  # the index of `E` in M-*E
+        assert sum(row["3"]) == 8 * 16 * 2  # rows, tokens of a row, experts of a token
+    assert len(loads(tmp_path / "1")) == 8
 
 
 STATEFUL = (  # a checkpoint holds more than parameters: buffers, and keys of random draws
@@ -155,6 +166,7 @@ def test_resuming_on_another_layout(
     ranks4.run(job, recipe(*overrides, cp, tp), run, True, 7)
     ranks1.run(job, recipe(*overrides), run, True)
     assert losses(run) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-10)
+    assert loads(run) == loads(tmp_path / "uninterrupted")
 
 
 def job_with_signal(rank: int, size: int, recipe: Recipe, run: Path) -> int:
@@ -251,6 +263,29 @@ def test_too_many_bad_steps_end_the_run(
     assert skipped == [False, False, True, True, True]
 
 
+def printed_by_job(rank: int, size: int, recipe: Recipe, run: Path) -> str:
+    """Runs a job on one rank; returns what it prints."""
+    with redirect_stdout(StringIO()) as printed:
+        job(rank, size, recipe, run)
+    return printed.getvalue()
+
+
+def test_a_collapsed_router_is_reported(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """One of three experts always has more than a third of the tokens' single choices."""
+    settings = ("model.top_k=1", "train.collapse_share=0.34", "train.collapse_steps=2")
+    printed, nothing = ranks2.run(printed_by_job, recipe(*settings), tmp_path / "run")
+    (row,) = (r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "collapsed" in r)
+    ((layer, event),) = row["collapsed"].items()
+    line = f"step {row['step']}: the router of sub-block {layer} collapsed: "
+    assert f"{line}{event['share']:.0%} of the tokens chose expert {event['expert']} " in printed
+    assert printed.count("collapsed: ") == 1
+    assert nothing == ""
+    assert f"plot        {tmp_path / 'run' / 'loads.png'}" in printed
+    assert (tmp_path / "run" / "loads.png").exists()
+
+
 def job_with_full_disk(rank: int, size: int, recipe: Recipe, run: Path) -> int:
     """Runs a job in which the disk is full when the third line of metrics is written."""
     record, lines = Monitor.record, itertools.count()
@@ -284,13 +319,32 @@ def test_a_finished_run_is_not_validated_twice(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(("pattern", "differs"), [("T-*T", True), ("M-*E", False)])
+def test_every_validation_draws_random_experts_anew(
+    ranks1: Ranks, recipe: Callable[..., Recipe], tmp_path: Path, pattern: str, differs: bool
+) -> None:
+    """The weights stay, so that only THOR's draws change the loss."""
+    settings = (f"model.pattern={pattern}", "optimizer.lr=1e-30", "train.validate_every=2")
+    ranks1.run(job, recipe(*settings), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(found) == 4
+    assert len(set(found)) == (4 if differs else 1)
+
+
+def test_validation_is_keyed_by_seed_and_step() -> None:
+    keys = [validation_key(seed, step) for seed in range(5) for step in range(5)]
+    assert len(set(keys)) == 25
+    assert keys == [validation_key(seed, step) for seed in range(5) for step in range(5)]
+
+
 def validation_of(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[float, int]:
     """Returns the validation loss of the initial model, and the number of validation rows."""
     built = build(recipe, run, World(rank, size, torch.device("cpu")))
     rows = built.data.validation
     assert rows is not None
     assert rows.rows is not None
-    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None)
+    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None, 9)
     assert bits is None
     return loss, rows.rows
 
@@ -299,11 +353,13 @@ def test_validation_does_not_depend_on_ranks(
     ranks1: Ranks, ranks4: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Seven rows on four ranks in micro-batches of two: one rank runs out of rows."""
-    expected = ranks1.run(validation_of, recipe(), tmp_path)[0]
-    assert expected[1] >= 7
-    for settings in (recipe(), recipe("parallel.tp=2"), recipe("parallel.cp=2")):
-        for result in ranks4.run(validation_of, settings, tmp_path):
-            assert result == pytest.approx(expected, rel=1e-12)
+    for pattern in ("M-*E", "T-*E"):
+        model = f"model.pattern={pattern}"
+        expected = ranks1.run(validation_of, recipe(model), tmp_path)[0]
+        assert expected[1] >= 7
+        for layout in ((), ("parallel.tp=2",), ("parallel.cp=2",)):
+            for result in ranks4.run(validation_of, recipe(model, *layout), tmp_path):
+                assert result == pytest.approx(expected, rel=1e-12)
 
 
 def test_resume_drops_metrics_past_the_checkpoint(

@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
+from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.parallel.world import World
 
@@ -23,6 +24,23 @@ def report(run: Path, recipe: Recipe, start: int, end: int, loss: float) -> None
         metrics = {"step": step, "loss": loss + step, "lr": 0.1, "grad_norm": 1.0}
         monitor.step(metrics, 10, WORLD)
     monitor.close()
+
+
+def test_loads_are_curves_of_the_largest_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only metrics.jsonl has the lists; a value that is not finite is null there."""
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monitor = Monitor(tmp_path, Recipe(train=TrainConfig(tensorboard=True, wandb=True)), 0)
+    loads = {"loads": {"3": [1, 3]}, "largest_share": {"3": 0.75}}
+    monitor.record({"step": 1, "loss": float("nan"), "lr": 0.5, **loads})
+    monitor.close()
+    assert read_metrics(monitor.path) == [{"step": 1, "loss": None, "lr": 0.5, **loads}]
+    assert wandb.logged == [{"step": 1, "lr": 0.5, "largest_share/3": 0.75}]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"lr", "largest_share/3"}
 
 
 def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:

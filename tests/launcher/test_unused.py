@@ -170,6 +170,20 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("data.validation=0", "train.validate_rows=8", "data.validation=0.1"),
     ("data.validation=0", "train.validate_every=8", "data.validation=0.1"),
     ("train.validate_rows=0", "train.validate_every=8", "train.validate_rows=8"),
+    *(
+        ("model.pattern=*T", f"train.{setting}", f"model.pattern=*{symbol}")
+        for setting in ("loads_every=5", "collapse_share=0.8", "collapse_steps=5")
+        for symbol in ("E", "T model.mtp=1 model.mtp_pattern=E")
+    ),
+    *(
+        (f"model.pattern=E model.experts={experts} model.top_k={experts}", f"train.{setting}",
+         "model.experts=8 model.top_k=2")
+        for setting in ("collapse_share=1.0", "collapse_steps=5")
+        for experts in (1, 4)
+    ),
+    ("model.pattern=E model.top_k=4", "train.collapse_share=0.5", "model.top_k=2"),
+    ("model.pattern=E train.collapse_steps=0", "train.collapse_share=0.8",
+     "train.collapse_steps=5"),
     ("data.sources.0.format=stdlib", f"{_SOURCE}.path=a", f"{_SOURCE}.format=text"),
     ("", "data.eod=a", "data.tokenizer=a"),
     ("data.tokenizer=bytes", "data.special_tokens=true", "data.tokenizer=a"),
