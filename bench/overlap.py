@@ -249,7 +249,8 @@ def measure(timer: RowTimer, blocks: int, rounds: int, share: float) -> dict[str
                 name: statistics.median(getattr(s, f"{direction}_waited") for s in taken)
                 for name, taken in samples.items()
             }
-            overlap["hidden, by the waits"] = 1 - waited["ladder"] / waited["standard"]
+            if waited["standard"]:  # none where the machine was busy for as long as the delays
+                overlap["hidden, by the waits"] = 1 - waited["ladder"] / waited["standard"]
         figures |= {f"{direction}, {name}": value for name, value in overlap.items()}
     return figures
 
