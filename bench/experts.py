@@ -41,17 +41,21 @@ COMMUNICATION_SHARE = 0.25
 
 @dataclass(frozen=True)
 class ExpertShape(Shape):
-    """Sizes of the row: both halves of attention have as many FLOPs as each other."""
+    """Sizes of the row: either half of attention lasts longer than the all-to-all that it hides."""
 
     def model(self, pattern: str) -> ModelConfig:
-        """The config of a row whose attention has more FLOPs than its mixtures."""
+        """The config of a row whose attention is four times as wide as usual.
+
+        Keys and values are as wide as makes both halves of attention last as long as each other, if
+        scores run at half the speed of linear layers.
+        """
         D, S = self.hidden, self.seq
         return ModelConfig(
             pattern=pattern,
             repeat=self.repeat,
             hidden=D,
-            heads=2 * D // 64,
-            kv_heads=max(1, S // 64),
+            heads=4 * D // 64,
+            kv_heads=4 * S // 64,
             head_dim=64,
             ffn=(D + S) // 2,
             experts=EXPERTS,
