@@ -1,6 +1,7 @@
 """Benchmarks: each alternates with its reference in one run, and reports the floor of its time."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -67,8 +68,12 @@ def bench_mixers() -> dict[str, Any]:
     return run()
 
 
-def bench_moe() -> dict[str, Any]:
-    """A mixture of experts beside Mixtral's loop over experts."""
+def bench_moe(nproc: int = 1) -> dict[str, Any]:
+    """A mixture of experts beside Mixtral's loop over experts; with --nproc, its parts on ranks."""
+    if nproc > 1:
+        from colonnade.bench.moe_ranks import run as run_on_ranks
+
+        return run_on_ranks(nproc)
     from colonnade.bench.moe import run
 
     return run()
@@ -95,6 +100,13 @@ def bench_overlap() -> dict[str, Any]:
     return run()
 
 
+def bench_experts() -> dict[str, Any]:
+    """All-to-alls of experts that ladder hides, as delays and between two hosts; as root."""
+    from colonnade.bench.experts import run
+
+    return run()
+
+
 def bench_context() -> dict[str, Any]:
     """A sequence over several ranks: work, time, memory and bytes sent; takes a few minutes."""
     from colonnade.bench.context import run
@@ -102,7 +114,7 @@ def bench_context() -> dict[str, Any]:
     return run()
 
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
     "linear": bench_linear,
@@ -112,10 +124,23 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "mup": bench_mup,
     "ladder": bench_ladder,
     "overlap": bench_overlap,
+    "experts": bench_experts,
     "context": bench_context,
 }
 
 
-def bench(name: str) -> dict[str, Any]:
-    """Runs the benchmark `name`, one of `BENCHMARKS`; returns its figures."""
-    return BENCHMARKS[name]()
+def bench(name: str, nproc: int | None = None) -> dict[str, Any]:
+    """Runs the benchmark `name`, one of `BENCHMARKS`; returns its figures.
+
+    Args:
+        nproc: ranks on this host, for a benchmark that takes them.
+
+    Raises:
+        UserError: `nproc` is given to another one.
+    """
+    run = BENCHMARKS[name]
+    if nproc is None:
+        return run()
+    if "nproc" not in inspect.signature(run).parameters:
+        raise UserError(f"bench {name} sets its number of ranks itself: leave out --nproc")
+    return run(nproc)

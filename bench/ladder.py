@@ -18,7 +18,16 @@ from torch import Tensor
 
 from colonnade.bench import row
 from colonnade.bench.hosts import ADDRESS_PREFIX, INTERFACE, Host, Hosts
-from colonnade.bench.row import COMMUNICATION_SHARE, PATTERNS, RANKS, VARIANTS, Row, Seams, Shape
+from colonnade.bench.row import (
+    COMMUNICATION_SHARE,
+    PATTERNS,
+    RANKS,
+    VARIANTS,
+    Row,
+    Seams,
+    Shape,
+    TensorRow,
+)
 from colonnade.launcher.cluster.environment import cores
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
@@ -81,8 +90,14 @@ def machine_cpu_seconds() -> float:
     return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
-class Rank(Host):
-    """One rank, which builds the row and times its steps."""
+class TimedRank(Host):
+    """One rank, which times the steps of a row; subclasses build it.
+
+    `variants` has the `model.residual` and the seams of every variant, as `Row.rewire` takes them.
+    """
+
+    row: Row
+    variants: dict[str, tuple[str, Any]]
 
     def open(self) -> None:
         """Brings up the link, and joins the other rank over it."""
@@ -90,18 +105,10 @@ class Rank(Host):
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
         store = dist.TCPStore(f"{ADDRESS_PREFIX}1", PORT, RANKS, is_master=self.index == 0)
         self.join(RANKS, store)
-        self.mesh = build_mesh(ParallelConfig(tp=RANKS), self.world)
 
-    def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
-        """Builds a row, and lists the variants' `model.residual` and seams.
-
-        `sequence`: with sequence parallelism.
-        """
-        self.row = Row(shape, pattern, sequence, self.mesh, self.world.device)
-        local_seams: Seams = (identity, identity)
-        if sequence:
-            local_seams = _LocalAllGather.apply, _LocalReduceScatter.apply
-        self.variants: dict[str, tuple[str, Seams | None]] = {
+    def set_variants(self, local_seams: Any) -> None:
+        """Lists the variants; the one without communication has `local_seams`."""
+        self.variants = {
             "none": ("standard", local_seams),
             "standard": ("standard", None),
             "ladder": ("ladder", None),
@@ -121,6 +128,19 @@ class Rank(Host):
             machine_cpu=machine_cpu_seconds() - machine_before,
             bytes_sent=self.bytes_sent() - sent_before,
         )
+
+
+class Rank(TimedRank):
+    """One rank of a row under tensor parallelism."""
+
+    def build(self, shape: Shape, pattern: str, sequence: bool) -> None:
+        """Builds a row; `sequence`: with sequence parallelism."""
+        mesh = build_mesh(ParallelConfig(tp=RANKS), self.world)
+        self.row = TensorRow(shape, pattern, sequence, mesh, self.world.device)
+        local_seams: Seams = (identity, identity)
+        if sequence:
+            local_seams = _LocalAllGather.apply, _LocalReduceScatter.apply
+        self.set_variants(local_seams)
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -242,10 +262,10 @@ def other_programs_share(rounds: Rounds) -> float:
 
 
 def measure(
-    hosts: Hosts, shape: Shape, pattern: str, sequence: bool, round_count: int, share: float
+    hosts: Hosts, shape: Shape, *case: object, round_count: int, share: float
 ) -> dict[str, float]:
-    """Measures one case, and returns its figures."""
-    hosts.call("build", shape, pattern, sequence)
+    """Measures one case, which `case` tells the ranks to build, and returns its figures."""
+    hosts.call("build", shape, *case)
     rate = calibrate(hosts, share, tries=min(3, round_count))
     rounds: Rounds = {variant: [] for variant in VARIANTS}
     for _ in range(round_count):
@@ -273,6 +293,6 @@ def run(
         for pattern, name in PATTERNS.items():
             for sequence in (True, False):
                 case = f"{name}, {'sequence parallel' if sequence else 'plain'}"
-                figures = measure(hosts, shape, pattern, sequence, rounds, share)
+                figures = measure(hosts, shape, pattern, sequence, round_count=rounds, share=share)
                 report |= {f"{case}: {figure}": value for figure, value in figures.items()}
     return report

@@ -1,5 +1,7 @@
 """`bench moe`: our mixture of experts beside transformers' Mixtral block, a loop over experts.
 
+With --nproc the experts are divided among ranks, and `moe_ranks` runs instead.
+
 Forward and backward of the sub-block with its router and without balancing losses, on the same
 weights and tokens, in alternation. The floor is PyTorch's matrix products of the experts only, with
 an equal share of the rows for each expert.

@@ -23,6 +23,7 @@ from colonnade.bench.row import (
     VARIANTS,
     Row,
     Shape,
+    TensorRow,
     overlap_figures,
     step_figures,
 )
@@ -59,8 +60,9 @@ class DelayedWork(dist._Work):
 class DelayGroup(dist.ProcessGroup):  # whose methods PyTorch calls with lists only
     """A process group whose other ranks hold the same tensors as this one, over a simulated link.
 
-    The link carries one collective at a time, for `seconds` each; `calls` counts them. On a CPU
-    `waited` adds up the seconds that the caller spent waiting for collectives.
+    The link carries one collective at a time, for `seconds` each; `calls` counts them. Integers,
+    which are numbers of rows and few, take no time, and are not counted. On a CPU `waited` adds up
+    the seconds that the caller spent waiting for collectives.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -108,17 +110,32 @@ class DelayGroup(dist.ProcessGroup):  # whose methods PyTorch calls with lists o
             ]
         )
 
+    def alltoall_base(
+        self,
+        output: Tensor,
+        source: Tensor,
+        output_sizes: Sequence[int],
+        sizes: Sequence[int],
+        opts: Any = None,
+    ) -> DelayedWork:
+        """Launches an all-to-all, which copies the rows for this rank to every rank's rows of the
+        output."""
+        rows = source.split(list(sizes))[self.rank()]
+        return self._launch([(target, rows) for target in output.split(list(output_sizes))])
+
     # The names by which PyTorch before 2.13 calls them.
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def _launch(self, copies: Sequence[tuple[Tensor, Tensor]]) -> DelayedWork:
         """Copies each pair's second tensor to its first; the handle completes after the delay."""
-        self.calls += 1
+        takes_time = copies[0][0].is_floating_point()
+        seconds = self.seconds if takes_time else 0.0
+        self.calls += takes_time
         if copies[0][0].device.type == "cpu":
             for target, source in copies:
                 target.copy_(source)
-            self.busy_until = max(self.busy_until, time.perf_counter()) + self.seconds
+            self.busy_until = max(self.busy_until, time.perf_counter()) + seconds
             return DelayedWork(self, self.busy_until)
         if self.side_stream is None:
             self.side_stream = torch.cuda.Stream()
@@ -129,7 +146,7 @@ class DelayGroup(dist.ProcessGroup):  # whose methods PyTorch calls with lists o
                 target.copy_(source)
                 target.record_stream(self.side_stream)
                 source.record_stream(self.side_stream)
-            torch.cuda._sleep(int(self.seconds * self.cycles_per_second))
+            torch.cuda._sleep(int(seconds * self.cycles_per_second))
             event = torch.cuda.Event()
             event.record()
         return DelayedWork(self, event)
@@ -232,7 +249,8 @@ def measure(timer: RowTimer, blocks: int, rounds: int, share: float) -> dict[str
                 name: statistics.median(getattr(s, f"{direction}_waited") for s in taken)
                 for name, taken in samples.items()
             }
-            overlap["hidden, by the waits"] = 1 - waited["ladder"] / waited["standard"]
+            if waited["standard"]:  # none where the machine was busy for as long as the delays
+                overlap["hidden, by the waits"] = 1 - waited["ladder"] / waited["standard"]
         figures |= {f"{direction}, {name}": value for name, value in overlap.items()}
     return figures
 
@@ -252,7 +270,8 @@ def run(
         assert isinstance(group, DelayGroup)
         for pattern, name in PATTERNS.items():
             for sequence in (True, False):
-                timer = RowTimer(Row(shape, pattern, sequence, mesh, device), group, device)
+                timed_row = TensorRow(shape, pattern, sequence, mesh, device)
+                timer = RowTimer(timed_row, group, device)
                 case = f"{name}, {'sequence parallel' if sequence else 'plain'}"
                 figures = measure(timer, shape.blocks, rounds, share)
                 report |= {f"{case}: {figure}": value for figure, value in figures.items()}

@@ -1,4 +1,4 @@
-"""A row of sub-blocks with its wiring under tensor parallelism, which ladder's benchmarks time.
+"""A row of sub-blocks with its wiring, which ladder's benchmarks time on one of two ranks.
 
 Forward takes random activations, backward a random gradient of the output. Embedding, head, loss
 and optimizer are left out.
@@ -7,6 +7,7 @@ and optimizer are left out.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,46 @@ class Shape:
 
 
 class Row:
-    """One rank's shard of a row of sub-blocks, with random weights, input and output gradient."""
+    """One rank's shard of a row of sub-blocks, with random weights, input and output gradient.
+
+    `model` is sharded and on meta.
+    """
+
+    def __init__(self, model: Decoder, shape: Shape, device: torch.device) -> None:
+        materialise(model, device, seed=0)
+        self.wiring = model.wiring.to(shape.dtype)
+        config = model.config
+        ladder = config.model_copy(update={"residual": "ladder"})
+        self.skips_newest = {
+            "standard": skips_newest(config, config.symbols),
+            "ladder": skips_newest(ladder, config.symbols),
+        }
+        positions = torch.arange(shape.seq, device=device)[:, None]
+        self.context = Context(positions.expand(shape.seq, shape.batch))
+        generator = torch.Generator().manual_seed(0)
+        # Drawn as one tensor, [2, S, B, D]: the input, and the gradient of the output.
+        tensors = torch.randn(2, shape.seq, shape.batch, shape.hidden, generator=generator)
+        self.stream, self.output_grad = tensors.to(device, shape.dtype).unbind()
+
+    def rewire(self, residual: str, seams: Any = None) -> None:
+        """Wires the row as `model.residual = residual`, and clears all gradients.
+
+        `seams` replace those that communicate; None: they communicate.
+        """
+        self.wiring.skips_newest = self.skips_newest[residual]
+        self.wiring.zero_grad()
+
+    def forward(self) -> Tensor:
+        """Returns the residual stream after the last sub-block."""
+        return self.wiring(self.stream.clone().requires_grad_(), self.context)[0]
+
+    def backward(self, output: Tensor) -> None:
+        """Computes the gradients of all parameters and of the input."""
+        output.backward(self.output_grad)
+
+
+class TensorRow(Row):
+    """A row under tensor parallelism, whose seams `enter` and `leave` communicate."""
 
     def __init__(
         self, shape: Shape, pattern: str, sequence: bool, mesh: DeviceMesh, device: torch.device
@@ -88,41 +128,16 @@ class Row:
         )
         with torch.device("meta"):
             model = Decoder(config)
-        parallelize(model, mesh, recipe)
-        materialise(model, device, seed=0)
-        self.wiring = wiring = model.wiring.to(shape.dtype)
-        self.seams: Seams = wiring.enter, wiring.leave
-        ladder = config.model_copy(update={"residual": "ladder"})
-        self.skips_newest = {
-            "standard": skips_newest(config, config.symbols),
-            "ladder": skips_newest(ladder, config.symbols),
-        }
-        positions = torch.arange(shape.seq, device=device)[:, None]
-        self.context = Context(positions.expand(shape.seq, shape.batch))
-        generator = torch.Generator().manual_seed(0)
-        # Drawn as one tensor, [2, S, B, D]: the input, and the gradient of the output.
-        tensors = torch.randn(2, shape.seq, shape.batch, shape.hidden, generator=generator)
+        super().__init__(parallelize(model, mesh, recipe), shape, device)
+        self.seams: Seams = self.wiring.enter, self.wiring.leave
         if sequence:
-            tensors = tensors.chunk(RANKS, dim=1)[mesh.get_local_rank("tp")]
-        self.stream, self.output_grad = tensors.to(device, shape.dtype).unbind()
+            rank = mesh.get_local_rank("tp")
+            self.stream = self.stream.chunk(RANKS)[rank]
+            self.output_grad = self.output_grad.chunk(RANKS)[rank]
 
     def rewire(self, residual: str, seams: Seams | None = None) -> None:
-        """Wires the row as `model.residual = residual`, and clears all gradients.
-
-        `seams` replace `enter` and `leave`; None: those of tensor parallelism.
-        """
-        wiring = self.wiring
-        wiring.skips_newest = self.skips_newest[residual]
-        wiring.enter, wiring.leave = seams or self.seams
-        wiring.zero_grad()
-
-    def forward(self) -> Tensor:
-        """Returns the residual stream after the last sub-block."""
-        return self.wiring(self.stream.clone().requires_grad_(), self.context)[0]
-
-    def backward(self, output: Tensor) -> None:
-        """Computes the gradients of all parameters and of the input."""
-        output.backward(self.output_grad)
+        super().rewire(residual)
+        self.wiring.enter, self.wiring.leave = seams or self.seams
 
 
 def overlap_figures(seconds: dict[str, list[float]], blocks: int) -> dict[str, float]:

@@ -1,38 +1,48 @@
-"""Bytes that ranks send under context parallelism: counted at the collectives, and by formula.
+"""Bytes that ranks send under context and expert parallelism: counted at the collectives, and by
+formula.
 
 Both cover the forward and backward pass of one micro-batch. Neither includes the weights and
 gradients that FSDP2 sends.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
+from colonnade.models.decoder import Decoder
 from colonnade.parallel.context.p2p import group_by_name
 from colonnade.parallel.cost import Traffic
 from colonnade.parallel.engine import forward
+from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
 
 # A rank that passes n elements to a collective of n ranks sends so many elements.
 SENT_OF_N = {
     "all_gather_into_tensor": lambda n: n * (n - 1),
     "reduce_scatter_tensor": lambda n: n - 1,
-    "all_to_all_single": lambda n: n - 1,
+    "all_reduce": lambda n: 2 * (n - 1),
 }
 SENDS_NOTHING = {"wait_tensor", "_wrap_tensor_autograd"}
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class SentBytesMode(TorchDispatchMode):
-    """Adds up the bytes that this rank sends over gloo; FSDP2's operators are not among them."""
+    """Counts the bytes that this rank sends, and its collectives, by operator and dtype.
+
+    FSDP2's operators are not among them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes: Counter[tuple[str, torch.dtype]] = Counter()
+        self.calls: Counter[tuple[str, torch.dtype]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,16 +52,30 @@ class SentBytesMode(TorchDispatchMode):
                 return func.redispatch(CPU, *args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace == "c10d" and name == "send":
-            self.bytes += sum(t.nbytes for t in args[0])
+            self.count(name, args[0][0].dtype, sum(t.nbytes for t in args[0]))
         elif func.namespace == "_c10d_functional" and name not in SENDS_NOTHING:
-            ranks = group_by_name(args[-1]).size()
-            self.bytes += args[0].nbytes * SENT_OF_N[name](ranks) // ranks
+            group = group_by_name(args[-1])
+            if name == "all_to_all_single":
+                sent = sent_to_others(args[0], args[2], group.rank())
+            else:
+                sent = args[0].nbytes * SENT_OF_N[name](group.size()) // group.size()
+            self.count(name, args[0].dtype, sent)
         return func(*args, **kwargs)
 
+    def count(self, name: str, dtype: torch.dtype, sent: int) -> None:
+        """Adds one collective, by which this rank sends so many bytes."""
+        self.calls[name, dtype] += 1
+        self.bytes[name, dtype] += sent
 
-def random_batch(rows: int, tokens: int, vocab: int) -> Batch:
-    """A batch of unpacked rows of random tokens and labels, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
+
+def sent_to_others(rows: Tensor, sizes: list[int], rank: int) -> int:
+    """The bytes of an all-to-all that leave this rank: all rows but those that it sends itself."""
+    return rows.nbytes * (sum(sizes) - sizes[rank]) // max(1, len(rows))
+
+
+def random_batch(rows: int, tokens: int, vocab: int, seed: int = 0) -> Batch:
+    """A batch of unpacked rows of random tokens and labels."""
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab, (2, rows, tokens), generator=generator, dtype=torch.int32)
     positions = torch.arange(tokens, dtype=torch.int32).expand(rows, tokens)
     return Batch(ids[0], ids[1], positions, torch.zeros_like(positions))
@@ -59,13 +83,26 @@ def random_batch(rows: int, tokens: int, vocab: int) -> Batch:
 
 def counted(world: World, recipe: Recipe) -> int:
     """Runs a micro-batch forward and backward; returns the bytes that this rank sends."""
-    _, model, _ = build_model(recipe, world)
+    return sum(count(world, recipe).bytes.values())
+
+
+def count(
+    world: World, recipe: Recipe, prepare: Callable[[Decoder], object] = lambda model: None
+) -> SentBytesMode:
+    """Runs a micro-batch forward and backward; returns what this rank sends.
+
+    Args:
+        prepare: a function that changes the sharded model first.
+    """
+    mesh, model, _ = build_model(recipe, world)
+    prepare(model)
     rows, tokens = recipe.train.micro_batch, recipe.train.seq_len
-    batch = random_batch(rows, tokens, recipe.model.vocab)
+    index = data_rank(mesh)[0]
+    batch, first = random_batch(rows, tokens, recipe.model.vocab, index), rows * index
     with SentBytesMode() as sent:
-        loss, _ = forward(model, batch, list(range(rows)), world.device)
+        loss, _ = forward(model, batch, list(range(first, first + rows)), world.device)
         loss.backward()
-    return sent.bytes
+    return sent
 
 
 def formula(recipe: Recipe, rank: int) -> int:

@@ -118,7 +118,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Runs `colonnade bench`; returns the exit status."""
-    arguments.report(benchmarks().bench(arguments.name))
+    arguments.report(benchmarks().bench(arguments.name, arguments.nproc))
     return 0
 
 
@@ -262,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", run_doctor)
     bench = add("bench", run_bench)
     bench.add_argument("name", choices=list(benchmarks().BENCHMARKS))
+    bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
     for verb in (train, verify, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser

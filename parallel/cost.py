@@ -1,9 +1,11 @@
-"""Bytes that ranks send over the `cp` axis, by formula, from what the cards declare of their seams.
+"""Bytes that ranks send, by formula: over the `cp` axis from what the cards declare of their seams,
+over the `ep` and `etp` axes from the choices of experts.
 
 They are those of the forward and backward pass of one micro-batch. The collectives of FSDP2
 (weights and their gradients) and of tensor parallelism are not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colonnade.models.cards.base import Argument, Card, Mixing
@@ -110,3 +112,79 @@ class Traffic:
         """How many halos a rank sends to other ranks, and gradients of halos, by send/recv."""
         neighbours = (rank > 0) + (rank < self.parallel.cp - 1)
         return neighbours * (2 if self.parallel.zigzag else 1)
+
+
+@dataclass(frozen=True)
+class ExpertTraffic:
+    """Bytes that ranks send for one sub-block with experts, over the group of its all-to-all.
+
+    The rows of chosen experts are sent four times: by dispatch, on the way back, and as gradients
+    of both. Their numbers are sent once. Choices that a capacity drops are not sent.
+
+    Attributes:
+        model: whose experts they are.
+        parallel: the layout.
+        number: bytes of one number of an activation.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    number: int
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether tensor-parallel ranks send shares of their tokens; else each sends all of them,
+        to its own shards of the experts."""
+        return self.shards != self.parallel.tp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that shard an expert."""
+        return self.parallel.etp or self.parallel.tp
+
+    @property
+    def copies(self) -> int:
+        """Ranks of the group to which the row of a choice goes."""
+        return self.shards if self.shares_tokens else 1
+
+    @property
+    def ranks(self) -> int:
+        """The size of the group."""
+        return self.parallel.ep * self.copies
+
+    def rows_by_rank(self, loads: Sequence[int]) -> list[int]:
+        """Returns how many rows a rank sends to each rank of the group, itself included.
+
+        `loads` are the numbers of its choices of each expert, without dropped ones.
+        """
+        per_rank = self.model.experts // self.parallel.ep
+        starts = [rank // self.copies * per_rank for rank in range(self.ranks)]
+        return [sum(loads[start : start + per_rank]) for start in starts]
+
+    def bytes_sent(self, rank: int, loads: Sequence[Sequence[int]]) -> int:
+        """Returns the bytes that the rank with this index in the group sends.
+
+        `loads` are those of every rank of the group, as for `rows_by_rank`.
+        """
+        rows = [self.rows_by_rank(of_rank) for of_rank in loads]
+        sent = sum(rows[rank]) - rows[rank][rank]
+        received = sum(to_ranks[rank] for to_ranks in rows) - rows[rank][rank]
+        # Dispatch and the gradient of the way back send the first, the others return the second.
+        return 2 * (sent + received) * self.model.hidden * self.number + self.counts_bytes
+
+    def even_bytes(self, tokens: int, choices: int) -> int:
+        """Returns the bytes that a rank sends where every expert gets as many rows from every rank.
+
+        Args:
+            tokens: of a micro-batch on one rank.
+            choices: experts of a token.
+        """
+        if self.shares_tokens:
+            tokens //= self.parallel.tp
+        numbers = tokens * choices * self.copies * self.model.hidden
+        return 4 * numbers * self.number * (self.ranks - 1) // self.ranks + self.counts_bytes
+
+    @property
+    def counts_bytes(self) -> int:
+        """Bytes of the all-to-all of the numbers of rows, one int64 for each expert of a rank."""
+        return 8 * self.model.experts // self.parallel.ep * (self.ranks - 1)

@@ -230,11 +230,31 @@ class TokenExchange:
         """All-to-all of how many rows each rank sends to each expert: `[experts · etp]`, this
         rank's, to `[ranks, experts of this rank]`."""
         ranks = self.group.size()
+<<<<<<< HEAD
         if ranks == 1:
             return counts.view(1, -1)
         per_rank = [len(counts) // ranks] * ranks
         launched = c10d.all_to_all_single(counts, per_rank, per_rank, self.group.group_name)
         return c10d.wait_tensor(launched).view(ranks, -1)
+=======
+        sent, received = counts.view(ranks, -1), self.received_counts(counts).view(ranks, -1)
+        sent_sizes, sizes = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        expert = torch.arange(sent.shape[1], device=counts.device).repeat(ranks)
+        expert = expert.repeat_interleave(received.flatten(), output_size=sum(sizes))
+        by_expert = expert.argsort(stable=True)
+        by_rank = torch.empty_like(by_expert)
+        by_rank[by_expert] = torch.arange(len(by_expert), device=counts.device)
+        return Arrivals(sizes, sent_sizes, received.sum(0), by_expert, by_rank)
+>>>>>>> 774d380055dbae6aa9f5ee5f20ff98b6eaac17ad
+
+    def received_counts(self, counts: Tensor) -> Tensor:
+        """All-to-all of `counts`; returns those of this rank's experts, of rank 0's rows first."""
+        ranks = self.group.size()
+        if ranks == 1:
+            return counts
+        sizes = [len(counts) // ranks] * ranks
+        launched = c10d.all_to_all_single(counts, sizes, sizes, self.group.group_name)
+        return c10d.wait_tensor(launched)
 
     def exchange(self, rows: Tensor, sizes: list[int], sent_sizes: list[int]) -> Tensor:
         """Launches an all-to-all of rows and, backward, of their gradients.

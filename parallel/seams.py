@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.decoder import Decoder
@@ -23,14 +25,14 @@ class RefusedError(ValueError):
     """Parallelism cannot be applied to a sub-block, which the message names."""
 
 
-def sub_blocks(model: Decoder) -> Iterator[tuple[str, SubBlock]]:
+def sub_blocks(model: nn.Module) -> Iterator[tuple[str, SubBlock]]:
     """Yields every sub-block once, with its name in the model."""
     for name, module in model.named_modules():
         if isinstance(module, SubBlock):
             yield name, module
 
 
-def expert_blocks(model: Decoder) -> Iterator[ExpertBlock]:
+def expert_blocks(model: nn.Module) -> Iterator[ExpertBlock]:
     """Yields every sub-block with experts once."""
     return (block for _, block in sub_blocks(model) if isinstance(block, ExpertBlock))
 

@@ -7,7 +7,7 @@ import torch
 
 from colonnade.bench import overlap, row
 from colonnade.bench.overlap import DelayGroup, delayed_world
-from colonnade.bench.row import VARIANTS, Row, Shape
+from colonnade.bench.row import VARIANTS, Shape, TensorRow
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.mesh import build_mesh
 
@@ -55,7 +55,7 @@ def test_every_collective_of_the_row_is_delayed(sequence: bool) -> None:
         mesh = build_mesh(ParallelConfig(tp=2), world)
         group = mesh.get_group("tp")
         assert isinstance(group, DelayGroup)
-        timed_row = Row(TINY, "*-", sequence, mesh, device)
+        timed_row = TensorRow(TINY, "*-", sequence, mesh, device)
         timer = overlap.RowTimer(timed_row, group, device)
         per_pass = 2 * TINY.blocks if sequence else TINY.blocks
         for variant in VARIANTS:
