@@ -84,7 +84,7 @@ class LocalExchange(TokenExchange):
 
     def received_counts(self, counts: Tensor) -> Tensor:
         """Returns this rank's numbers of rows, which are the other's as well."""
-        return counts
+        return counts.view(self.group.size(), -1)
 
     def exchange(self, rows: Tensor, sizes: list[int], sent_sizes: list[int]) -> Tensor:
         """Returns the rows."""

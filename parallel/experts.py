@@ -126,8 +126,10 @@ class Arrivals:
         """The opposite: `count` rows, of which those of dropped choices are undefined."""
         if self.slots is not None:
             return _Reorder.apply(returned, self.slots.slot, self.slots.row)
-        dropped = count - len(returned)
-        return F.pad(returned, (0, 0, 0, dropped)) if dropped else returned
+        if count == len(returned):
+            return returned
+        dropped = returned.new_zeros(count - len(returned), returned.shape[1])
+        return torch.cat([returned, dropped])
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class TokenExchange:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, etp: int, shares: int, share: int, uses_slots: bool
+        self, group: dist.ProcessGroup, etp: int, shares: int, share: int, uses_slots: bool = False
     ) -> None:
         self.group, self.etp, self.shares, self.share = group, etp, shares, share
         self.uses_slots = uses_slots
@@ -172,13 +174,7 @@ class TokenExchange:
         if keep_mask is not None:
             keep_mask = self.local_tokens(keep_mask).repeat_interleave(self.etp, dim=1)
         rows, order = kernels.dispatch(x, chosen, experts * self.etp, keep_mask)
-        received = self.exchange_counts(order.counts)
-        slots = None if routed.bound is None else min(routed.bound, len(x))
-        # With more slots than twice the rows, sending them costs more than waiting for the host.
-        if self.uses_slots and slots and slots * len(order.counts) <= 2 * len(rows):
-            arrivals = arrivals_in_slots(order, received, slots)
-        else:
-            arrivals = arrivals_by_count(order, received)
+        arrivals = self.arrivals(order, self.slots(routed.bound, order))
         launched = self.exchange(arrivals.to_send(rows), arrivals.sizes, arrivals.sent_sizes)
 
         def receive() -> tuple[Tensor, Tensor]:
@@ -226,35 +222,32 @@ class TokenExchange:
         ranks = rank * self.etp + torch.arange(self.etp, device=chosen.device)
         return (ranks * per_rank + index).flatten(1)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def slots(self, bound: int | None, order: DispatchOrder) -> int | None:
+        """The slots of an expert, where rows are sent in slots."""
+        if not self.uses_slots or bound is None:
+            return None
+        tokens, choices = order.rows.shape
+        slots = min(bound, tokens)
+        # With more slots than twice the rows, sending them costs more than waiting for the host.
+        few = 0 < slots * len(order.counts) <= 2 * tokens * choices
+        return slots if few else None
+
+    def arrivals(self, order: DispatchOrder, slots: int | None) -> Arrivals:
+        """All-to-alls the numbers of rows; says which rows arrive, and in which order."""
+        received = self.received_counts(order.counts)
+        if slots is None:
+            return arrivals_by_count(order, received)
+        return arrivals_in_slots(order, received, slots)
+
+    def received_counts(self, counts: Tensor) -> Tensor:
         """All-to-all of how many rows each rank sends to each expert: `[experts · etp]`, this
         rank's, to `[ranks, experts of this rank]`."""
         ranks = self.group.size()
-<<<<<<< HEAD
         if ranks == 1:
             return counts.view(1, -1)
         per_rank = [len(counts) // ranks] * ranks
         launched = c10d.all_to_all_single(counts, per_rank, per_rank, self.group.group_name)
         return c10d.wait_tensor(launched).view(ranks, -1)
-=======
-        sent, received = counts.view(ranks, -1), self.received_counts(counts).view(ranks, -1)
-        sent_sizes, sizes = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-        expert = torch.arange(sent.shape[1], device=counts.device).repeat(ranks)
-        expert = expert.repeat_interleave(received.flatten(), output_size=sum(sizes))
-        by_expert = expert.argsort(stable=True)
-        by_rank = torch.empty_like(by_expert)
-        by_rank[by_expert] = torch.arange(len(by_expert), device=counts.device)
-        return Arrivals(sizes, sent_sizes, received.sum(0), by_expert, by_rank)
->>>>>>> 774d380055dbae6aa9f5ee5f20ff98b6eaac17ad
-
-    def received_counts(self, counts: Tensor) -> Tensor:
-        """All-to-all of `counts`; returns those of this rank's experts, of rank 0's rows first."""
-        ranks = self.group.size()
-        if ranks == 1:
-            return counts
-        sizes = [len(counts) // ranks] * ranks
-        launched = c10d.all_to_all_single(counts, sizes, sizes, self.group.group_name)
-        return c10d.wait_tensor(launched)
 
     def exchange(self, rows: Tensor, sizes: list[int], sent_sizes: list[int]) -> Tensor:
         """Launches an all-to-all of rows and, backward, of their gradients.

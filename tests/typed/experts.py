@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from colonnade.kernels import experts
+from colonnade.kernels.experts import DispatchOrder
 from colonnade.kernels.sharding import Sharding
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameters import ParameterSpec
@@ -164,7 +165,7 @@ def expert_patches(model: Decoder, view: ExpertView) -> Iterator[Any]:
         "local_tokens": typed_local_tokens,
         "all_tokens": typed_all_tokens,
         "shards_of": typed_shards_of,
-        "exchange_counts": typed_counts,
+        "arrivals": typed_arrivals,
         "exchange": typed_exchange,
     }
     for name, wrapper in typed.items():
@@ -238,11 +239,11 @@ def typed_shards_of(method: Function, view: ExpertView) -> Function:
     return call
 
 
-def typed_counts(method: Function, view: ExpertView) -> Function:
-    """`exchange_counts`: numbers and orders of rows that arrive differ where these rows do."""
+def typed_arrivals(method: Function, view: ExpertView) -> Function:
+    """`arrivals`: numbers and orders of rows that arrive differ where these rows do."""
 
-    def call(self: TokenExchange, counts: Tensor) -> Arrivals:
-        arrivals = untyped(method, self, counts)
+    def call(self: TokenExchange, order: DispatchOrder, slots: int | None) -> Arrivals:
+        arrivals = untyped(method, self, order, slots)
         for t in (arrivals.counts, arrivals.by_expert, arrivals.by_rank):
             stamp(t, view.arrived)
         return arrivals
