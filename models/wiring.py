@@ -193,6 +193,7 @@ class Wiring(nn.Module):
             started = None
             if not advance_after_second:
                 stream, x = self.advance(t, stream, pending)
+                pending = None  # frees what it has received before the second half allocates
                 if x is not None and self.exchanges(t + 1):
                     started = self.begin(t + 1, x, context, reports)
             output = halves.second(carried)

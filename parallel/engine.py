@@ -72,7 +72,7 @@ class Engine:
 
         Each rank divides by the number of valid tokens of all ranks, and gradients are summed:
         FSDP2 reduce-scatters them over the data axes and `cp` after every micro-batch, and those
-        that are partial over `tp` are all-reduced once at the end. Collective.
+        that are partial over `tp` or `etp` are all-reduced once at the end. Collective.
 
         Args:
             batches: this rank's micro-batches.

@@ -34,7 +34,7 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.blocks.experts import ExpertBlock, Returned, Routed, Sent
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
-from colonnade.parallel.seams import Fill, RefusedError, fill_seams, sub_blocks
+from colonnade.parallel.seams import Fill, RefusedError, fill_seams, seams_of_halves, sub_blocks
 from colonnade.parallel.tensor import local_shard, run_backward_first, sharding_over, wait
 
 c10d = torch.ops._c10d_functional
@@ -150,8 +150,9 @@ class TokenExchange:
     all others, which is a partial sum over `tp` as well.
 
     How many rows arrive is known only after an all-to-all of their numbers, for which the host
-    waits, because it allocates them. On a GPU it does not where a capacity bounds the rows of an
-    expert: as many slots as the bound are then sent, and some of them are empty.
+    waits, because it allocates them (once more in recomputation, though the numbers are not sent
+    again). On a GPU it does not where a capacity bounds the rows of an expert: as many slots as the
+    bound are then sent, and some of them are empty. (`expert_mlp` waits unless it is in bf16.)
 
     Attributes:
         group: of the all-to-all.
@@ -174,7 +175,7 @@ class TokenExchange:
         if keep_mask is not None:
             keep_mask = self.local_tokens(keep_mask).repeat_interleave(self.etp, dim=1)
         rows, order = kernels.dispatch(x, chosen, experts * self.etp, keep_mask)
-        arrivals = self.arrivals(order, self.slots(routed.bound, order))
+        arrivals = self.arrivals(order, self.slots(routed, len(order.counts)))
         launched = self.exchange(arrivals.to_send(rows), arrivals.sizes, arrivals.sent_sizes)
 
         def receive() -> tuple[Tensor, Tensor]:
@@ -222,15 +223,15 @@ class TokenExchange:
         ranks = rank * self.etp + torch.arange(self.etp, device=chosen.device)
         return (ranks * per_rank + index).flatten(1)
 
-    def slots(self, bound: int | None, order: DispatchOrder) -> int | None:
-        """The slots of an expert, where rows are sent in slots."""
-        if not self.uses_slots or bound is None:
+    def slots(self, routed: Routed, shards: int) -> int | None:
+        """The slots of each shard of an expert, alike on all ranks; None: rows are not sent so."""
+        S, B, k = routed.chosen.shape
+        if not self.uses_slots or routed.bound is None or self.shares > S * B:
             return None
-        tokens, choices = order.rows.shape
-        slots = min(bound, tokens)
+        tokens = -(-S * B // self.shares)  # the largest share
+        slots = min(routed.bound, tokens)
         # With more slots than twice the rows, sending them costs more than waiting for the host.
-        few = 0 < slots * len(order.counts) <= 2 * tokens * choices
-        return slots if few else None
+        return slots if slots * shards <= 2 * tokens * k * self.etp else None
 
     def arrivals(self, order: DispatchOrder, slots: int | None) -> Arrivals:
         """All-to-alls the numbers of rows; says which rows arrive, and in which order."""
@@ -341,8 +342,7 @@ def check_experts(path: str, block: SubBlock, experts: object) -> None:
     Raises:
         RefusedError: such a weight, or such a sub-block, by name.
     """
-    declared = {seam.name for half in (block.first, block.second) for seam in half.seams or ()}
-    if experts is not None and not {"dispatch", "combine"} <= declared:
+    if experts is not None and not {"dispatch", "combine"} <= seams_of_halves(block):
         raise RefusedError(
             f"{path}: {type(block).__name__} has experts and no seams where ranks could send them "
             "tokens; declare dispatch on its first half and combine on its second"

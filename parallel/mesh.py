@@ -55,7 +55,7 @@ def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", name]
 
 
-def experts_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def expert_weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh over which FSDP shards the weights of experts: the axis `edp`, and before it
     `dp_replicate` under HSDP."""
     return mesh["edp"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "edp"]

@@ -20,7 +20,7 @@ from colonnade.models.parameter_module import ParameterModule
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.experts import expert_parallel
-from colonnade.parallel.mesh import experts_mesh, weights_mesh
+from colonnade.parallel.mesh import expert_weights_mesh, weights_mesh
 from colonnade.parallel.recompute import recompute
 from colonnade.parallel.seams import expert_blocks, sub_blocks
 from colonnade.parallel.tensor import tensor_parallel, wait
@@ -76,8 +76,8 @@ def parallelize(
     model.to(storage_dtype(precision))
     if recipe.parallel.folds_experts != (expert_mesh is not None):
         raise ValueError("parallel.ep and parallel.etp need the mesh of `build_expert_mesh`")
-    experts_ranks = 1 if expert_mesh is None else expert_mesh["ep", "etp"].size()
-    recompute(model, recipe.train.recompute, mesh["tp"].size() * mesh["cp"].size() * experts_ranks)
+    inner = mesh["tp"].size() * mesh["cp"].size()
+    recompute(model, recipe.train.recompute, inner > 1 or expert_mesh is not None)
     if mesh["tp"].size() > 1:
         tensor_parallel(model, mesh["tp"], recipe.parallel.sequence, expert_mesh is None)
     if expert_mesh is not None:
@@ -87,7 +87,7 @@ def parallelize(
     if recipe.train.compile:
         compile_halves(model)
     weights = weights_mesh(mesh)
-    of_experts = weights if expert_mesh is None else experts_mesh(expert_mesh)
+    of_experts = weights if expert_mesh is None else expert_weights_mesh(expert_mesh)
     if weights.size() > 1 or of_experts.size() > 1 or precision == "bf16":
         apply_fsdp(model, weights, of_experts, precision)
     return model
@@ -152,7 +152,7 @@ def advance_states(half: ParameterModule) -> None:
             half.started.add(name)
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str) -> None:
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh, precision: str) -> None:
     """Applies FSDP2 over meshes of one dimension, or HSDP over those of two.
 
     Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
@@ -174,12 +174,10 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, precis
         # Backward begins with the head: its weight, which may be the embedding's, is not resharded.
         has_head = model.is_last and model.head in group
         fully_shard(group, mesh=mesh, mp_policy=compute, reshard_after_forward=not has_head)
-    place = expert_placement(model, expert_mesh.shape[-1])
-    if expert_mesh is not mesh:
+    place = expert_placement(model, of_experts.shape[-1])
+    if of_experts is not mesh:
         for block in expert_blocks(model):
-            fully_shard(
-                block.experts, mesh=expert_mesh, mp_policy=compute, shard_placement_fn=place
-            )
+            fully_shard(block.experts, mesh=of_experts, mp_policy=compute, shard_placement_fn=place)
     for group in fsdp_groups(model):
         unsharded = [module for module in group if not isinstance(module, FSDPModule)]
         fully_shard(unsharded, mesh=mesh, mp_policy=compute, shard_placement_fn=place)

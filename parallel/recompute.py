@@ -122,20 +122,20 @@ class TakingMode(SavingMode):
         return self.results[operator].popleft()
 
 
-def recompute(model: Decoder, name: str, ranks: int = 1) -> None:
+def recompute(model: Decoder, name: str, communicates: bool = False) -> None:
     """Makes backward recompute the activations of a model's sub-blocks.
 
     Args:
         model: whose sub-blocks save less for backward.
         name: `none` saves everything, `block` only the inputs of sub-blocks, `selective` their
             inputs and the results of matrix products and attention.
-        ranks: how many compute a sub-block together, over all axes but the data axes; results of
-            communication within it are saved.
+        communicates: whether ranks send each other anything within a sub-block, the results of
+            which are then saved.
     """
     if name == "none":
         return
     saved_operators = COMPUTE_OPERATORS if name == "selective" else set()
-    saved_operators = saved_operators | (COMMUNICATION_OPERATORS if ranks > 1 else set())
+    saved_operators = saved_operators | (COMMUNICATION_OPERATORS if communicates else set())
 
     def halves(block: SubBlock, context: Context) -> Halves:
         if not torch.is_grad_enabled():

@@ -32,6 +32,11 @@ def sub_blocks(model: nn.Module) -> Iterator[tuple[str, SubBlock]]:
             yield name, module
 
 
+def seams_of_halves(block: SubBlock) -> set[str]:
+    """The names of the seams that the halves of a sub-block declare."""
+    return {seam.name for half in (block.first, block.second) for seam in half.seams or ()}
+
+
 def expert_blocks(model: nn.Module) -> Iterator[ExpertBlock]:
     """Yields every sub-block with experts once."""
     return (block for _, block in sub_blocks(model) if isinstance(block, ExpertBlock))
@@ -87,9 +92,8 @@ def check_sequence_mixers(model: Decoder) -> None:
                 f"{path}: the card of {kind} does not say what it mixes, so cp could leave it "
                 "local without a word; give it `mixing`, None if it works token by token"
             )
-        declared = [seam.name for half in (block.first, block.second) for seam in half.seams or ()]
         mixing = block.card.mixing
-        if mixing is not None and mixing.seam not in declared:
+        if mixing is not None and mixing.seam not in seams_of_halves(block):
             raise RefusedError(
                 f"{path}: {kind} mixes along the sequence and has no seam where ranks could take "
                 f"part; declare {mixing.seam} on the half that mixes"

@@ -73,7 +73,7 @@ class Muon(Optimizer):
 def is_matrix(p: Declared) -> bool:
     """Whether Muon updates the parameter: a linear weight, or one of each expert, that is not the
     embedding or the head."""
-    return p.spec.role in ("reads", "inner", "writes") and not p.name.startswith(ENDS)
+    return p.spec.is_matrix and not p.name.startswith(ENDS)
 
 
 def gather_matrices(t: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def gather_matrices(t: Tensor) -> Tensor:
     """
     if not isinstance(t, DTensor):
         return t
-    whole = [isinstance(p, Shard) and p.dim < t.dim() - 2 for p in t.placements]
-    if sum(whole) > 1 or any(isinstance(p, _StridedShard) for p in t.placements):
-        whole = [False] * len(whole)  # several axes divide one dimension, in an order of their own
-    kept = [p if w else Replicate() for p, w in zip(t.placements, whole, strict=True)]
-    return t.redistribute(placements=kept)
+    kept = tuple(
+        p if isinstance(p, Shard | _StridedShard) and p.dim < t.dim() - 2 else Replicate()
+        for p in t.placements
+    )
+    return t if kept == t.placements else t.redistribute(placements=kept)
 
 
 def shard_of(values: Tensor, gathered: Tensor, like: Tensor) -> Tensor:

@@ -149,6 +149,9 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("expert_ranks", "model.pattern=E parallel.ep=2 parallel.dp_replicate=2", 2,
      "parallel.ep", "{f}=1"),
     ("expert_ranks", "model.pattern=E parallel.etp=4", 2, "parallel.etp", "{f}=2"),
+    ("expert_ranks", "model.pattern=*E parallel.ep=4 parallel.etp=3 model.expert_ffn=12 "
+     "train.global_batch=32", 4,
+     "parallel.etp", "{f}=1"),
     ("expert_ranks", "model.pattern=E parallel.tp=2 parallel.ep=2 model.vocab=264", 2,
      "parallel.ep", "{f}=1"),
     ("expert_ranks", "model.pattern=E parallel.tp=2 parallel.ep=2 model.vocab=264", 2,
@@ -158,6 +161,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("tensor_parallel", "parallel.tp=8 model.vocab=264", None, "parallel.tp", "{f}=4"),
     ("tensor_parallel", "parallel.tp=8 model.vocab=264", None, "parallel.tp", "model.heads=8"),
     ("tensor_parallel", "parallel.tp=2", None, "parallel.tp", "model.vocab=258"),
+    ("tensor_parallel", "parallel.tp=2 model.vocab=264 model.pattern=*E model.expert_ffn=7", None,
+     "parallel.tp", "parallel.etp=1"),
     ("tensor_parallel", "parallel.tp=4 model.pattern=M- model.vocab=264 model.mamba_groups=2 "
      "model.ffn=702", None, "parallel.tp", "{f}=2"),
     ("sequence_shards", "parallel.tp=2 model.vocab=264 train.seq_len=255", None,

@@ -109,7 +109,11 @@ def expert_ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     names = f"parallel.dp_shard x cp x tp = {dense['dp_shard']} x {dense['cp']} x {dense['tp']}"
     field, value, remedy = "parallel.ep", p.ep, f"ep x etp = {p.ep} x {etp} does not divide {names}"
     if ranks % etp:
-        options = [d for d in divisors(ranks) if m.expert_ffn % d == 0]
+        options = [
+            d
+            for d in divisors(ranks)
+            if m.expert_ffn % d == 0 and (ranks % p.ep or ranks // p.ep % d == 0)
+        ]
         field, value, remedy = "parallel.etp", etp, f"does not divide {names}"
     else:
         options = [d for d in divisors(ranks // etp) if m.experts % d == 0]

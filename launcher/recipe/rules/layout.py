@@ -76,9 +76,12 @@ def tensor_parallel(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     )
     degrees = [d for d in divisors(r.model.vocab) if all(s.suits(d) for s in all_splits)]
     options = nearest_values(degrees, tp)
+    fields_without_experts = {split.field for split in splits(r.model, experts=False)}
     # Several parameters may split by the same field: report each field once.
     for field, size in dict.fromkeys((s.field, s.units) for s in all_splits if not s.suits(tp)):
         remedy = f"does not divide {field} = {size}; set parallel.tp to {options}"
+        if field not in fields_without_experts:
+            remedy += ", or parallel.etp to 1"
         yield Fault("parallel.tp", tp, remedy)
 
 
