@@ -193,10 +193,7 @@ def plan_job(
             skipped.append((layout, "; ".join(map(str, faults))))
         else:
             valid.append(layout)
-    if not valid:
-        raise UserError(
-            "\n".join([f"no layout of {size} ranks is valid:", *skipped_lines(skipped)])
-        )
+    assert valid, "data parallelism alone fits every recipe"
     return Job(recipe, tuple(valid), tuple(skipped))
 
 
@@ -227,11 +224,6 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], Layout]:
         else:
             shared |= parse_layout(f"{name}={value}")
     return others, shared
-
-
-def skipped_lines(skipped: Sequence[tuple[Layout, str]]) -> list[str]:
-    """A line for each skipped layout, with its faults."""
-    return [f"  {write_layout(layout)}: {faults}" for layout, faults in skipped]
 
 
 # What every rank does

@@ -70,7 +70,7 @@ def ill_conditioned_ranks(
     rank: int, size: int, exact: Trace, precision: str, broken: bool
 ) -> Trace:
     recipe = on_layout(ill_conditioned(), size, parse_layout(LAYOUTS[0]), precision)
-    complete = (lambda model, mesh: None) if broken else engine.complete_gradients
+    complete = (lambda model: None) if broken else engine.complete_gradients
     with patch.object(engine, "complete_gradients", complete):
         return record_trace(recipe, world_of(rank, size), exact.parameters)
 

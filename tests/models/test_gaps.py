@@ -268,7 +268,6 @@ class Steps:
         monkeypatch.setattr(engine.dist, "all_reduce", lambda *a, **k: None)
         monkeypatch.setattr(engine, "ranks_per_sample", lambda mesh: 1)
         monkeypatch.setattr(engine, "ranks_per_token", lambda mesh: 1)
-        monkeypatch.setattr(engine, "complete_gradients", lambda model, mesh: None)
         self.recipe = Recipe(
             model=config_of(fields.pop("pattern"), balance_samples=samples, **fields),
             train=TrainConfig(global_batch=4, micro_batch=2, seq_len=S, steps=100),

@@ -207,7 +207,7 @@ def test_thor_draws_by_step_place_group_and_pass() -> None:
         n = len(samples)
         samples_of = torch.tensor(samples)
         keys = Context(torch.zeros(1, n), samples=samples_of, rng_key=key, passes=passes)
-        order = block.begin(torch.zeros(1, n, 12), keys.at(index)).order
+        order = block.begin(torch.zeros(1, n, 12), keys.at(index)).sent.order
         expert_of_row = torch.repeat_interleave(torch.arange(4), order.counts)
         return expert_of_row[order.rows].tolist()
 
