@@ -54,19 +54,15 @@ COMMUNICATION_OPERATORS = {
 Modes = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-class SavedResults:
-    """The results of some operators in a forward pass, by operator, in order.
+def saving_modes(operators: Set[Any]) -> Modes:
+    """Saves the results of these operators within the first mode, and takes them in the same order
+    within the second.
 
     PyTorch's selective checkpointing counts every other operator as well, and refuses those that
     only the forward pass or only its recomputation runs, such as FSDP2's.
     """
-
-    def __init__(self, operators: Set[Any]) -> None:
-        self.results: dict[Any, deque[Any]] = {operator: deque() for operator in operators}
-
-    def modes(self) -> Modes:
-        """Saves within the first of them, and takes what was saved within the second."""
-        return SavingMode(self.results), TakingMode(self.results)
+    results: dict[Any, deque[Any]] = {operator: deque() for operator in operators}
+    return SavingMode(results), TakingMode(results)
 
 
 class SavingMode(TorchDispatchMode):
@@ -140,9 +136,8 @@ def recompute(model: Decoder, name: str, communicates: bool = False) -> None:
     def halves(block: SubBlock, context: Context) -> Halves:
         if not torch.is_grad_enabled():
             return Halves(block, context)
-        modes: Modes = nullcontext(), nullcontext()
-        if saved_operators:
-            modes = SavedResults(saved_operators).modes()
+        plain: Modes = nullcontext(), nullcontext()
+        modes = saving_modes(saved_operators) if saved_operators else plain
         return RecomputedHalves(block, context, modes)
 
     for wiring in model.wirings():

@@ -67,7 +67,7 @@ class LoadWatch:
         fractions = shares(counts, self.recipe.model.top_k)
         metrics: dict[str, Any] = {}
         if recorded:
-            rows, largest = counts.round().long().tolist(), fractions.amax(-1).tolist()
+            rows, largest = counts.long().tolist(), fractions.amax(-1).tolist()
             metrics["loads"] = {str(layer): row for layer, row in zip(layers, rows, strict=True)}
             metrics["largest_share"] = {
                 str(layer): round(share, 4) for layer, share in zip(layers, largest, strict=True)
