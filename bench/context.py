@@ -26,7 +26,7 @@ from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.memory import resident_mib
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.recipe.unused import is_recurrent
-from colonnade.launcher.train.job import build_model
+from colonnade.launcher.train.job import build_engine
 from colonnade.launcher.train.step import train_step
 from colonnade.models.blocks.attention import Softmax, local_attend
 from colonnade.models.config import CARDS, ModelConfig
@@ -36,7 +36,6 @@ from colonnade.parallel.context.attention import context_attention
 from colonnade.parallel.context.layout import SequenceSharding
 from colonnade.parallel.context.plug import context_attend
 from colonnade.parallel.context.ring import Ring
-from colonnade.parallel.engine import Engine
 from colonnade.parallel.mesh import build_mesh
 from colonnade.parallel.world import World
 
@@ -219,13 +218,13 @@ def reset_peak() -> None:
 
 def step_memory(world: World, recipe: Recipe) -> StepMemory:
     """Measures a first training step on one row, which is sharded over all ranks."""
-    mesh, model, optimizer = build_model(recipe, world)
+    engine = build_engine(recipe, world)
     batch = traffic.random_batch(1, recipe.train.seq_len, recipe.model.vocab)
     reset_peak()
     before = resident_mib()
     dist.barrier()
     start = time.perf_counter()
-    train_step(Engine(model, optimizer, mesh, world.device), [batch], [[0]], recipe, 0)
+    train_step(engine, [batch], [[0]], recipe, 0)
     return StepMemory(before, resident_mib(), time.perf_counter() - start)
 
 

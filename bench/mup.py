@@ -23,9 +23,9 @@ from colonnade.models.blocks.base import SubBlock
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
+from colonnade.parallel.passes import evaluating
 
 PATTERN = "*-MmGE"
 SWEEP_PATTERN = "*-*-"

@@ -19,8 +19,8 @@ from colonnade.launcher.train.job import build_model
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.context.p2p import group_by_name
 from colonnade.parallel.cost import Traffic
-from colonnade.parallel.engine import forward
 from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.passes import forward
 from colonnade.parallel.world import World
 
 # A rank that passes n elements to a collective of n ranks sends so many elements.

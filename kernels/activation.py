@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation_names import Activation, gated, polynomial
-from colonnade.kernels.linear import product
+from colonnade.kernels.deferred import PutOff, put_off
+from colonnade.kernels.linear import product, weight_gradient
 from colonnade.kernels.precision import wide
 from colonnade.kernels.sharding import UNSHARDED, Sharding, outside_graphs
 
@@ -190,10 +191,11 @@ class _ActivatedLinear(torch.autograd.Function):
         name: str,
         poly: Tensor | None,
         sharding: Sharding,
+        defer: PutOff | None,
     ) -> Tensor:
         scales = _row_scales(up, name, sharding)
         ctx.save_for_backward(up, gate, weight, poly, scales)
-        ctx.name, ctx.sharding = name, sharding
+        ctx.name, ctx.sharding, ctx.defer = name, sharding, defer
         return product(_value(up, gate, name, poly, scales), weight)
 
     @staticmethod
@@ -205,17 +207,21 @@ class _ActivatedLinear(torch.autograd.Function):
             inner = _value(up, None, ctx.name, poly, scales)
         else:
             inner = activated_gate * up
-        rows = grad.reshape(-1, grad.shape[-1])
-        d_weight = product(rows.T, inner.reshape(-1, inner.shape[-1]).T)
+        d_weight = None
+        if ctx.defer is not None:
+            name = ctx.name
+            ctx.defer(lambda: weight_gradient(grad, _value(up, gate, name, poly, scales)))
+        elif ctx.needs_input_grad[2]:
+            d_weight = weight_gradient(grad, inner)
         del inner  # frees its memory for `d_inner`
         d_inner = product(grad, weight.T)
         if activated_gate is None:
             d_up, d_poly = _ungated_backward(d_inner, up, ctx.name, poly, scales, ctx.sharding)
-            return d_up, None, d_weight, None, d_poly, None
+            return d_up, None, d_weight, None, d_poly, None, None
         d_up = activated_gate.mul_(d_inner)
         d_activated_gate = d_inner.mul_(up)
         d_gate = _GATE_BACKWARD[ctx.name](d_activated_gate, gate, grad_input=d_activated_gate)
-        return d_up, d_gate, d_weight, None, None, None
+        return d_up, d_gate, d_weight, None, None, None, None
 
 
 def activate(
@@ -276,7 +282,8 @@ def activated_linear(
     _check(name, gate, poly)
     communicates = _communicates(name, sharding)
     apply = outside_graphs(_ActivatedLinear.apply) if communicates else _ActivatedLinear.apply
-    return apply(up, gate, weight, name, poly, sharding)
+    weight, defer = put_off(weight, up, gate)
+    return apply(up, gate, weight, name, poly, sharding, defer)
 
 
 def activate_reference(

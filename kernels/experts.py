@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation import activate, activate_reference, activated_linear
+from colonnade.kernels.deferred import PutOff, put_off
 from colonnade.kernels.linear import linear
 from colonnade.kernels.precision import wide, wide_dtype
 from colonnade.kernels.sharding import UNSHARDED, Sharding
@@ -125,19 +126,34 @@ class _GroupedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, defer: PutOff | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight, ends)
+        ctx.defer = defer
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        d_weight = F.grouped_mm(grad.t(), rows, offs=ends)
-        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-        d_weight.masked_fill_(empty[:, None, None], 0)
-        return F.grouped_mm(grad, weight, offs=ends), d_weight, None
+
+        def d_weight() -> Tensor:
+            gradient = F.grouped_mm(grad.t(), rows, offs=ends)
+            empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+            return gradient.masked_fill_(empty[:, None, None], 0)
+
+        if ctx.defer is not None:
+            ctx.defer(d_weight)
+        d_rows = F.grouped_mm(grad, weight, offs=ends)
+        return d_rows, d_weight() if ctx.needs_input_grad[1] else None, None, None
+
+
+def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows[e's range] @ weight[e]ᵀ for every expert e; rows from `ends[-1]` on are undefined."""
+    weight, defer = put_off(weight, rows)
+    return _GroupedProduct.apply(rows, weight, ends, defer)
 
 
 def _grouped(rows: Tensor, up: Tensor) -> bool:
@@ -212,15 +228,15 @@ def _grouped_mlp(
 ) -> Tensor:
     """`expert_mlp` by grouped products, without copying the counts to the host."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    gated = None if gate is None else _GroupedProduct.apply(rows, gate, ends)
-    inner = _GroupedProduct.apply(rows, up, ends)
+    gated = None if gate is None else grouped_product(rows, gate, ends)
+    inner = grouped_product(rows, up, ends)
     if poly is None:
         inner = activate(inner, gated, activation)
     else:  # its gradient sums over rows, and rows without an expert hold arbitrary values
         has_expert = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
         inner = activate(torch.where(has_expert, inner, 0), gated, activation, poly, sharding)
         inner = torch.where(has_expert, inner, 0)
-    return _GroupedProduct.apply(inner, down, ends)
+    return grouped_product(inner, down, ends)
 
 
 def experts(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.deferred import PutOff, put_off
 from colonnade.kernels.opaque import opaque
 
 # The operator, or None in builds of PyTorch without oneDNN.
@@ -110,19 +111,25 @@ def _use_onednn(a: Tensor, b: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, defer: PutOff | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.defer = defer
         return product(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         d_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return d_x, None
-        rows = grad.reshape(-1, grad.shape[-1])
-        return d_x, product(rows.T, x.reshape(-1, x.shape[-1]).T)
+        if ctx.defer is not None:
+            ctx.defer(lambda: weight_gradient(grad, x))
+        return d_x, weight_gradient(grad, x) if ctx.needs_input_grad[1] else None, None
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient `[O, I]` of the weight of `linear`, from that of its output `[..., O]` and its
+    input `[..., I]`."""
+    return product(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -135,6 +142,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[..., O]`.
     """
-    if has_onednn(x) and any(_ON_ONEDNN.values()):
-        return _Linear.apply(x, weight)
+    weight, defer = put_off(weight, x)
+    if defer is not None or (has_onednn(x) and any(_ON_ONEDNN.values())):
+        return _Linear.apply(x, weight, defer)
     return F.linear(x, weight)

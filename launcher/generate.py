@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
@@ -17,8 +17,8 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.models.cache import Cache
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.parallelize import storage_dtype
+from colonnade.parallel.passes import Passes, evaluating
 
 
 def sample_token(
@@ -35,12 +35,11 @@ def sample_token(
 
 
 def extend(
-    model: nn.Module,
+    passes: Passes,
     tokens: list[int],
     count: int,
     seq_len: int,
     stop: int | None,
-    device: torch.device,
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
@@ -55,13 +54,14 @@ def extend(
     generator, rng_key = torch.Generator().manual_seed(seed), int(hashed(seed))
     generated: list[int] = []
     pending, cache, cached = tokens[-seq_len:], Cache(), 0  # the next input; tokens in the cache
-    with evaluating(model):
+    device = passes.device
+    with evaluating(passes.model):
         while len(generated) < count:
             if cached + len(pending) > seq_len:
                 pending, cache, cached = (tokens + generated)[-max(1, seq_len // 2) :], Cache(), 0
             positions = torch.arange(cached, cached + len(pending), device=device)[:, None]
             inputs = torch.tensor(pending, device=device)[:, None]
-            logits = model(inputs, Context(positions, rng_key=rng_key, cache=cache))[-1, 0]
+            logits = passes.next_logits(inputs, Context(positions, rng_key=rng_key, cache=cache))[0]
             cached += len(pending)
             token = sample_token(logits, temperature, top_k, generator)
             if token == stop:
@@ -120,7 +120,7 @@ def generate(
     model, recipe, tokenizer, device = open_model(Path(checkpoint))
     prompt_tokens = tokenizer.encode([prompt])[0] or [tokenizer.eod]
     generated = extend(
-        model, prompt_tokens, tokens, recipe.train.seq_len, tokenizer.eod, device, temperature,
-        top_k, seed,
+        Passes(model, device), prompt_tokens, tokens, recipe.train.seq_len, tokenizer.eod,
+        temperature, top_k, seed,
     )  # fmt: skip
     return tokenizer.decode(generated)

@@ -1,13 +1,12 @@
 """The language model: embedding, wiring, head, and modules for multi-token prediction."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from colonnade.kernels.linear import linear
 from colonnade.kernels.loss import linear_consistency, linear_objective
@@ -97,7 +96,8 @@ class Head(ParameterModule):
 
 
 class Decoder(CanonicalNames):
-    """A decoder over a pattern of sub-blocks, or one pipeline stage of it, written for one device.
+    """A decoder over a pattern of sub-blocks, or the pipeline stages of it that one rank has,
+    written for one device.
 
     Its weights are drawn from PyTorch's default generator. Built on the meta device it has none and
     refuses to compute: `new_decoder` of `parallel.materialise` builds one with the initial weights
@@ -113,31 +113,52 @@ class Decoder(CanonicalNames):
     """
 
     def __init__(
-        self, config: ModelConfig, loss_chunk: int = 1024, stage: Stage | None = None
+        self, config: ModelConfig, loss_chunk: int = 1024, stages: Sequence[Stage] | None = None
     ) -> None:
-        """Builds the model, or one stage of it: its sub-blocks, and embedding or head at the ends.
+        """Builds the model, or some of its stages.
+
+        The first stage has the embedding; the last one has the head, the modules for multi-token
+        prediction, and a copy of the embedding where those or the head need it. Under model.share
+        every stage has a copy of each sub-block that it runs.
 
         Raises:
-            ValueError: `stage` is no stage of this model, or stages would share weights.
+            ValueError: `stages` are no stages of this model.
         """
         super().__init__()
         row = config.symbols
-        self.config, self.stage = config, stage or Stage(0, len(row))
-        check_stage(config, self.stage)
-        self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == len(row)
+        whole = Stage(0, len(row))
+        self.config, self.stages = config, tuple(stages or [whole])
+        for stage in self.stages:
+            if not (stage == whole or 0 <= stage.start < stage.stop <= len(row)):
+                raise ValueError(
+                    f"stage {stage.start} to {stage.stop}: the row has {len(row)} sub-blocks"
+                )
+        self.has_head = any(map(self.is_last, self.stages))
+        self.has_embedding = any(map(self.is_first, self.stages)) or (
+            self.has_head and (config.tied or config.mtp > 0)
+        )
         self.local_segments: Callable[[Tensor], Tensor] = identity
         distinct = len(config.pattern) if config.share else len(row)
-        if self.is_first:
+        if self.has_embedding:
             self.embedding = Embedding(config)
-        self.wiring = Wiring(config, row, distinct, stage=self.stage)
-        if self.is_last:
+        self.wiring = Wiring(config, row, distinct, stages=self.stages)
+        if self.has_head:
             self.head = Head(config, loss_chunk)
-        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(config.mtp))
+        predictors = config.mtp if self.has_head else 0
+        self.mtp = nn.ModuleList(Predictor(config, depth) for depth in range(predictors))
         reparametrise(self)
         if not next(self.parameters()).is_meta:  # otherwise the weights are uninitialised memory
             for module in self.modules():
                 if isinstance(module, ParameterModule):
                     module.fill()
+
+    def is_first(self, stage: Stage) -> bool:
+        """Whether the stage begins with the embedding."""
+        return stage.start == 0
+
+    def is_last(self, stage: Stage) -> bool:
+        """Whether the stage ends with the head."""
+        return stage.stop == len(self.config.symbols)
 
     def wirings(self) -> Iterator[Wiring]:
         """Yields the wiring of the model and those of its modules for multi-token prediction."""
@@ -151,16 +172,22 @@ class Decoder(CanonicalNames):
         return [end for name, end in self.named_children() if name in ("embedding", "head")]
 
     def forward(
-        self, tokens: Tensor | State, context: Context, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Context,
+        labels: Tensor | None = None,
+        state: State | None = None,
+        stage: Stage | None = None,
     ) -> Any:
-        """Computes objective and report, or logits.
+        """Computes objective and report, or logits; or runs one stage.
 
         Args:
-            tokens: `[S, B]` integers; for a stage that is not the first, the `State` that the
-                previous one returned.
+            tokens: `[S, B]` integers.
             context: positions and documents of these tokens, and balance groups.
             labels: `[S, B]` integers, −100 where there is no loss; None for logits. Every stage
                 takes them, because they decide what is computed.
+            state: what the stage before returned; None for the first stage.
+            stage: which of its `stages` to run; None: the only one.
 
         Returns:
             without labels the logits `[S, B, V]`. With labels a pair: the objective, summed over
@@ -171,22 +198,23 @@ class Decoder(CanonicalNames):
 
         Raises:
             RuntimeError: the model has no weights.
+            ValueError: it has several stages, and none is named.
         """
-        if next(self.parameters()).is_meta and not tree_leaves(tokens)[0].is_meta:
+        if next(self.parameters()).is_meta and not tokens.is_meta:
             raise RuntimeError(
                 "the model has no weights yet: build it by new_decoder(config, seed) or "
                 "load_decoder(config, tensors) of colonnade.parallel.materialise"
             )
+        if stage is None:
+            (stage,) = self.stages
         if self.training and labels is not None and self.config.has("T"):
             tokens, context = duplicate_samples(tokens, context)
         local_segments = self.local_segments if context.cache is None else identity
         context = context.segment(local_segments)
-        if isinstance(tokens, State):
-            state = tokens
-        else:
+        if state is None:
             state = State(self.embedding(local_segments(tokens)))
-        state, report = self.wiring.run(state, context)
-        if not self.is_last:
+        state, report = self.wiring.run(state, context, stage)
+        if not self.is_last(stage):
             return state if labels is None else (state, report)
         x = self.wiring.final(state.stream)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
@@ -195,7 +223,6 @@ class Decoder(CanonicalNames):
         objective, extras = self.head(x, local_segments(labels), tied, context.passes)
         report = report._replace(extras=extras)
         if self.training and len(self.mtp):
-            assert isinstance(tokens, Tensor)
             mtp_objective, mtp_report = self.mtp_objective(x, tokens, labels, context)
             objective, report = objective + mtp_objective, report.merged(mtp_report)
         return objective, report
@@ -234,25 +261,24 @@ class Decoder(CanonicalNames):
         """Ends an optimizer step: updates router biases by `loads`, those of the global batch."""
         loads_of: dict[Mixture, Tensor] = {}
         for wiring in self.wirings():
-            for t in wiring.indices:
-                block, index = wiring.block(t), wiring.start + t
+            for t in wiring.whole_row.indices:
+                block, index = wiring.block(t) if wiring.has_block(t) else None, wiring.start + t
                 if isinstance(block, Mixture) and self.config.router_bias:
                     loads_of[block] = loads_of.get(block, 0) + loads[index].double()
         for block, counts in loads_of.items():
             block.small.update_bias(counts, self.config.router_bias_rate)
 
 
-def duplicate_samples(tokens: Tensor | State, context: Context) -> tuple[Tensor | State, Context]:
+def duplicate_samples(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
     """Repeats the batch for THOR's two passes, which draw experts independently of each other.
 
-    Each pass weighs half in balancing. A `State`, which an earlier stage computed from a repeated
-    batch, is returned as it is.
+    Each pass weighs half in balancing.
     """
 
     def repeat(t: Tensor) -> Tensor:
         return torch.cat([t, t], dim=-1)
 
-    return tokens if isinstance(tokens, State) else repeat(tokens), dataclasses.replace(
+    return repeat(tokens), dataclasses.replace(
         context,
         positions=repeat(context.positions),
         documents=None if context.documents is None else repeat(context.documents),
@@ -261,20 +287,3 @@ def duplicate_samples(tokens: Tensor | State, context: Context) -> tuple[Tensor 
         passes=2,
         tables={},
     )
-
-
-def check_stage(config: ModelConfig, stage: Stage) -> None:
-    """Checks that `stage` is a stage of the model and needs no weights of another stage.
-
-    Raises:
-        ValueError: names the range, or the fields by which stages would share weights.
-    """
-    count = len(config.symbols)
-    if stage == (0, count):
-        return
-    if not 0 <= stage.start < stage.stop <= count:
-        raise ValueError(f"stage {stage.start} to {stage.stop}: the row has {count} sub-blocks")
-    shared = [name for name in ("tied", "share", "mtp") if getattr(config, name)]
-    if shared:
-        fields = ", ".join(f"model.{name} = {getattr(config, name)}" for name in shared)
-        raise ValueError(f"{fields}: stages would share weights, which is not built yet")

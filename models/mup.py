@@ -22,7 +22,7 @@ def apply_mup(model: "Decoder") -> None:
     """Scales initial weights, learning rates and logits of `model` relative to its base model."""
     base = model.config.base()
     assert base is not None
-    if model.is_last:
+    if model.has_head:
         model.head.scale = base.hidden / model.config.hidden
     base_records = records_of(base)
     for name, _, spec in declared(model):

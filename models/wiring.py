@@ -1,6 +1,6 @@
 """The residual wiring: norms, adds and seams around the sub-blocks of a row, of any kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ class Stage(NamedTuple):
 
     start: int
     stop: int
+
+    @property
+    def indices(self) -> range:
+        """The indices of its sub-blocks in the row."""
+        return range(self.start, self.stop)
 
 
 class State(NamedTuple):
@@ -81,7 +86,7 @@ def skips_newest(config: ModelConfig, row: str) -> list[bool]:
 
 
 class Wiring(nn.Module):
-    """Passes the residual stream through the sub-blocks of a row, or of one stage of it.
+    """Passes the residual stream through the sub-blocks of a row, or of some stages of it.
 
     With H_t the stream before sub-block t and h_t the output of sub-block t, the input of sub-block
     t is norm(H_t), or, where `skips_newest[t]`, norm(H_{t-1}), which is H_t without the newest
@@ -95,9 +100,10 @@ class Wiring(nn.Module):
     reduction may overlap with a whole sub-block. `halves` runs the two halves of a sub-block, and
     may recompute them in backward. `start` is the index of the row's first sub-block in the model.
 
-    `indices` are the row's sub-blocks in this stage; sub-blocks and norms are keyed by their index
-    in the whole row. A norm after sub-block t is in the stage that adds t's output to the stream,
-    which is the stage of sub-block t + 1 where that one skips the newest output.
+    Of a pipeline it has the sub-blocks of the `stages` of one rank, and runs one of these at a
+    time. Sub-blocks and norms are keyed by their index in the whole row. A norm after sub-block t
+    is in the stage that adds t's output to the stream, which is the stage of sub-block t + 1 where
+    that one skips the newest output.
     """
 
     def __init__(
@@ -106,20 +112,25 @@ class Wiring(nn.Module):
         row: str,
         distinct: int,
         start: int = 0,
-        stage: Stage | None = None,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
         super().__init__()
         self.skips_newest, self.start, self.distinct = skips_newest(config, row), start, distinct
-        self.indices = range(*(stage or Stage(0, len(row))))
+        self.whole_row = Stage(0, len(row))
+        stages = [self.whole_row] if stages is None else stages
+        indices = sorted(t for stage in stages for t in stage.indices)
         std = writing_std(config, row)
         before, after = config.norm_position != "after", config.norm_position != "before"
-        added = [t for t in range(len(row)) if after and t + self.defers_add(t) in self.indices]
+        added = [t for t in range(len(row)) if after and t + self.defers_add(t) in indices]
         self.blocks = nn.ModuleDict(
-            {str(t): CARDS[row[t]].build(config, std) for t in self.indices if t < distinct}
+            {
+                str(t): CARDS[row[t]].build(config, std)
+                for t in dict.fromkeys(t % distinct for t in indices)
+            }
         )
-        self.norms = nn.ModuleDict({str(t): Norm(config) for t in self.indices if before})
+        self.norms = nn.ModuleDict({str(t): Norm(config) for t in indices if before})
         self.after = nn.ModuleDict({str(t): Norm(config) for t in added})
-        if self.indices.stop == len(row):
+        if any(stage.stop == len(row) for stage in stages):
             self.final = Norm(config)
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
@@ -132,13 +143,17 @@ class Wiring(nn.Module):
         assert isinstance(block, SubBlock)
         return block
 
+    def has_block(self, t: int) -> bool:
+        """Whether this rank has the weights of sub-block t of the row."""
+        return str(t % self.distinct) in self.blocks
+
     def defers_add(self, t: int) -> bool:
         """Whether sub-block t's output is added to the stream only while sub-block t + 1 runs."""
         return t + 1 < len(self.skips_newest) and self.skips_newest[t + 1]
 
-    def prepare_input(self, t: int, stream: Tensor) -> Tensor | None:
-        """Returns sub-block t's input; None past the row, or past this stage (left to the next)."""
-        if t not in self.indices:
+    def prepare_input(self, t: int, stream: Tensor, stage: Stage) -> Tensor | None:
+        """Returns sub-block t's input; None past the stage: it is left to the next one."""
+        if t not in stage.indices:
             return None
         return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
 
@@ -154,8 +169,11 @@ class Wiring(nn.Module):
         state, report = self.run(State(stream), context)
         return self.final(state.stream), report
 
-    def run(self, state: State, context: Context) -> tuple[State, PassReport]:
-        """Runs all sub-blocks; prepares inputs as early, and adds outputs as late as possible.
+    def run(
+        self, state: State, context: Context, stage: Stage | None = None
+    ) -> tuple[State, PassReport]:
+        """Runs the sub-blocks of the row, or of one stage of it: prepares inputs as early, and adds
+        outputs as late as possible.
 
         The order of calls at sub-block t, without norms; `>` marks a collective that is launched,
         and may be in flight until its result is used:
@@ -177,39 +195,42 @@ class Wiring(nn.Module):
 
             first(*0)  first(E1) >  second(*0)  second(E1) >  first(*2)  receive(E1)  second(*2)
         """
-        stream, x = state.stream, self.prepare_input(self.indices.start, state.stream)
+        stage = stage or self.whole_row
+        stream, x = state.stream, self.prepare_input(stage.start, state.stream, stage)
         received = state.pending
         pending: Pending | None = None if received is None else lambda: received
         reports: dict[int, BlockReport] = {}
         started: Started | None = None
-        for t in self.indices:
+        for t in stage.indices:
             defers_add = self.defers_add(t)
             # If `enter` all-gathers, the next input is prepared before the second half, which hides
             # the gather. If not, it is prepared after the second half: adding `pending` waits for
             # its reduction, which can then overlap with the whole sub-block.
-            gathers = self.gathers or self.exchanges(t - 1) or self.exchanges(t + 1)
+            exchanges_next = self.exchanges(t + 1, stage)
+            gathers = self.gathers or self.exchanges(t - 1, stage) or exchanges_next
             advance_after_second = defers_add and not gathers
             halves, carried = started or self.begin(t, x, context, reports)
             started = None
             if not advance_after_second:
-                stream, x = self.advance(t, stream, pending)
+                stream, x = self.advance(t, stream, pending, stage)
                 pending = None  # frees what it has received before the second half allocates
-                if x is not None and self.exchanges(t + 1):
+                if x is not None and exchanges_next:
                     started = self.begin(t + 1, x, context, reports)
             output = halves.second(carried)
-            newest = self.leave_output(halves, output, defer=defers_add and self.exchanges(t))
+            defer = defers_add and self.exchanges(t, stage)
+            newest = self.leave_output(halves, output, defer)
             del carried, output  # frees them before the next first half allocates its own
             if advance_after_second:
-                stream, x = self.advance(t, stream, pending)
+                stream, x = self.advance(t, stream, pending, stage)
             pending = newest
             if not defers_add:
                 stream, pending = self.add_output(t, stream, pending), None
-                x = self.prepare_input(t + 1, stream)
+                x = self.prepare_input(t + 1, stream, stage)
         return State(stream, None if pending is None else pending()), PassReport.of(reports)
 
-    def exchanges(self, t: int) -> bool:
-        """Whether sub-block t is in this stage, and sends tokens to the ranks of their experts."""
-        return t in self.indices and self.block(t).exchanges
+    def exchanges(self, t: int, stage: Stage) -> bool:
+        """Whether sub-block t is in the stage, and sends tokens to the ranks of their experts."""
+        return t in stage.indices and self.block(t).exchanges
 
     def begin(
         self, t: int, x: Tensor | None, context: Context, reports: dict[int, BlockReport]
@@ -235,9 +256,9 @@ class Wiring(nn.Module):
         return lambda: left
 
     def advance(
-        self, t: int, stream: Tensor, pending: Pending | None
+        self, t: int, stream: Tensor, pending: Pending | None, stage: Stage
     ) -> tuple[Tensor, Tensor | None]:
         """Adds the output of sub-block t - 1 to the stream; if t + 1 skips t's output, also
         prepares the input of t + 1."""
         stream = self.add_output(t - 1, stream, pending)
-        return stream, self.prepare_input(t + 1, stream) if self.defers_add(t) else None
+        return stream, self.prepare_input(t + 1, stream, stage) if self.defers_add(t) else None

@@ -1,6 +1,6 @@
 """The `[parallel]` table: the degree of each kind of parallelism, and its options."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -47,7 +47,22 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         le=2**20,
         description="seconds that a collective may take before the job ends",
     )
-    pp: int = Field(1, ge=1, le=2**20, description="stages of a pipeline (not built yet)")
+    pp: int = Field(1, ge=1, le=2**20, description="ranks of a pipeline, which divide the row")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "bfs", "zb1p", "zbv", "dualpipev"] = Field(
+        "1f1b",
+        description="order of a pipeline's passes; interleaved, bfs (breadth first) and zb1p (zero "
+        "bubble) may have several stages on a rank, zbv and dualpipev have two, placed in a V",
+    )
+    stages_per_rank: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="stages of each rank of a pipeline; default: 2 (zb1p: 1)",
+    )
+    stages: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, Field(strict=False)] = Field(
+        None,
+        description="sub-blocks of each stage, such as [3, 5]; default: by their estimated cost",
+    )
     ep: int = Field(1, ge=1, le=2**20, description="ranks that the experts are divided among")
     etp: int | None = Field(
         None, ge=1, le=2**20, description="ranks that shard each expert; default: tp"
@@ -66,6 +81,15 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             "cp": self.cp,
             "tp": self.tp,
         }
+
+    @property
+    def stages_of_rank(self) -> int:
+        """How many stages of a pipeline each rank has."""
+        if self.schedule in ("zbv", "dualpipev"):
+            return 2
+        if self.schedule not in ("interleaved", "bfs", "zb1p"):
+            return 1
+        return self.stages_per_rank or (1 if self.schedule == "zb1p" else 2)
 
     @property
     def segments(self) -> int:

@@ -1,38 +1,22 @@
 """A step of training: micro-batches forward and backward, reduced gradients, and the update."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.loss import IGNORED
-from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import ranks_per_sample, ranks_per_token
+from colonnade.parallel.mesh import ranks_per_sample
 from colonnade.parallel.optimizer import Optimizer
-from colonnade.parallel.parallelize import set_last_micro_batch
+from colonnade.parallel.passes import Inputs, MicroBatch, Passes, RunningSums
 from colonnade.parallel.tensor import complete_gradients
-
-
-class MicroBatch(Protocol):
-    """Rows that go forward together, integers `[B, S]` each, in CPU memory."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...  # the next token, or IGNORED
-    @property
-    def positions(self) -> Tensor: ...  # counted from each document's start
-    @property
-    def documents(self) -> Tensor: ...  # number of the document within the row
 
 
 @dataclass(frozen=True)
@@ -60,6 +44,7 @@ class Engine:
     optimizer: Optimizer
     mesh: DeviceMesh
     device: torch.device
+    passes: Passes
 
     def gradients(
         self,
@@ -71,8 +56,9 @@ class Engine:
         """Gradients of the mean objective per valid token of the global batch, on every rank.
 
         Each rank divides by the number of valid tokens of all ranks, and gradients are summed:
-        FSDP2 reduce-scatters them over the data axes and `cp` after every micro-batch, and those
-        that are partial over `tp` or `etp` are all-reduced once at the end. Collective.
+        FSDP2 reduce-scatters them over the data axes and `cp` after every micro-batch (in a
+        pipeline once), those that are partial over `tp` or `etp` are all-reduced once at the end,
+        and then those of weights that several stages share are summed over these. Collective.
 
         Args:
             batches: this rank's micro-batches.
@@ -82,23 +68,20 @@ class Engine:
         """
         valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
         tokens = int(all_reduced([valid], self.device)[0]) // ranks_per_sample(self.mesh)
-        losses, loads = RunningSums(), RunningSums()
-        copies = ranks_per_token(self.mesh)  # ranks that add the same tokens to a sum
         self.model.train()
         self.model.begin_step()
-        for number, (batch, indices) in enumerate(zip(batches, samples, strict=True), start=1):
-            set_last_micro_batch(self.model, number == len(batches))
-            objective, report = forward(self.model, batch, indices, self.device, groups, rng_key)
-            objective = objective / max(tokens, 1)
-            objective.backward()
-            extras = {name: v.double() / max(tokens, 1) for name, v in report.extras.items()}
-            loss = objective.detach().double() - sum(extras.values())
-            balance = sum(t.double() for t in report.terms.values()) + torch.zeros_like(loss)
-            losses.add({"loss": loss, "balance": balance, **extras})
+        inputs = [Inputs(*both, groups, rng_key) for both in zip(batches, samples, strict=True)]
+        losses, loads = RunningSums(), RunningSums()
+        for objective, report in self.passes.train(inputs, 1 / max(tokens, 1)):
+            losses.add(losses_of(objective, report, tokens))
             loads.add(report.loads)
+        self.passes.unite("losses", losses)
+        self.passes.unite("loads", loads)
+        copies = self.mesh["tp"].size()  # ranks that add the same tokens to a sum
         totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
         complete_gradients(self.model)  # before the norm, which needs complete sums
-        norm = gradient_norm(list(self.model.parameters())).item()
+        self.passes.complete_gradients()
+        norm = gradient_norm(self.passes.counted, self.passes.group).item()
         return Report(
             totals.pop("loss"),
             totals.pop("balance"),
@@ -129,47 +112,16 @@ class Engine:
         self.optimizer.zero_grad()
 
 
-def forward(
-    model: Decoder,
-    batch: MicroBatch,
-    samples: Sequence[int],
-    device: torch.device,
-    groups: float = 1.0,
-    rng_key: int = 0,
-) -> tuple[Tensor, PassReport]:
-    """The objective of one micro-batch, summed over its tokens, and the report of the pass."""
-    tokens, labels, positions, documents = to_device(batch, device)
-    indices = torch.tensor(samples, device=device)
-    return model(tokens, Context(positions, documents, groups, indices, rng_key), labels)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context manager: the model is in evaluation mode without gradients, and then as before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def to_device(
-    batch: MicroBatch, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Copies a micro-batch to a device: tokens, labels, positions and documents, `[S, B]` each.
-
-    Documents are None where every row is a single document.
-    """
-
-    def move(t: Tensor) -> Tensor:
-        return t.T.contiguous().to(device, non_blocking=True)
-
-    tokens, labels, positions = (move(t) for t in (batch.tokens, batch.labels, batch.positions))
-    packed = bool(batch.documents.any())
-    return tokens, labels, positions, move(batch.documents) if packed else None
+def losses_of(objective: Tensor | None, report: PassReport, tokens: int) -> dict[str, Tensor]:
+    """Returns a pass's terms of the objective per valid token, in fp64: the negative log likelihood
+    `loss`, the `balance` terms as they enter the objective, and those in `extras` of the report."""
+    terms = [t.double() for t in report.terms.values()]
+    losses = {"balance": torch.stack(terms).sum()} if terms else {}
+    if objective is not None:
+        extras = {name: v.double() / max(tokens, 1) for name, v in report.extras.items()}
+        loss = objective.double() / max(tokens, 1) - sum(extras.values())
+        losses |= {"loss": loss, **extras, "balance": losses.get("balance", torch.zeros_like(loss))}
+    return losses
 
 
 def all_reduced(
@@ -181,23 +133,3 @@ def all_reduced(
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, operation)
     return total.tolist()
-
-
-class RunningSums(dict[Any, Tensor]):
-    """Sums of tensors over the micro-batches of a step, by name."""
-
-    def add(self, named: Mapping[Any, Tensor]) -> None:
-        """Adds each tensor to the sum of its name."""
-        for name, value in named.items():
-            self[name] = self[name] + value if name in self else value
-
-    def all_reduce(self, copies: int) -> dict[Any, Tensor]:
-        """All-reduces the sums over all ranks; `copies` ranks each hold the same sum, which counts
-        once. All ranks have the same names. Sums of integers stay integers."""
-        if not self:
-            return self
-        names = sorted(self)
-        stacked = torch.stack([self[name] for name in names])
-        dist.all_reduce(stacked)
-        sums = stacked / copies if stacked.is_floating_point() else stacked // copies
-        return dict(zip(names, sums, strict=True))

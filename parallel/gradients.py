@@ -19,11 +19,14 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | None = None
+) -> Tensor:
     """The 2-norm of all gradients together, on every rank.
 
     Squares are summed locally, and all-reduced over exactly the mesh axes that shard a gradient, so
-    that a replicated one counts once. Collective.
+    that a replicated one counts once; and over `stages`, whose ranks have different parameters.
+    Collective.
     """
     by_axes: dict[tuple, list[Tensor]] = defaultdict(list)
     for p in parameters:
@@ -39,7 +42,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         for axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    total = torch.stack(squares).sum()
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    return total.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:

@@ -38,11 +38,6 @@ def ranks_per_sample(mesh: DeviceMesh) -> int:
     return mesh.size() // data_rank(mesh)[1]
 
 
-def ranks_per_token(mesh: DeviceMesh) -> int:
-    """How many ranks work on the same tokens of the same samples: the axes pp and tp."""
-    return ranks_per_sample(mesh) // mesh["cp"].size()
-
-
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh over which FSDP shards weights: the axes `dp_shard` and `cp`, flattened, whose ranks
     have different tokens, and before them `dp_replicate` under HSDP."""

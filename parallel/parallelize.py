@@ -89,7 +89,7 @@ def parallelize(
     weights = weights_mesh(mesh)
     of_experts = weights if expert_mesh is None else expert_weights_mesh(expert_mesh)
     if weights.size() > 1 or of_experts.size() > 1 or precision == "bf16":
-        apply_fsdp(model, weights, of_experts, precision)
+        apply_fsdp(model, weights, of_experts, precision, reshard=mesh["pp"].size() == 1)
     return model
 
 
@@ -152,12 +152,15 @@ def advance_states(half: ParameterModule) -> None:
             half.started.add(name)
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh, precision: str) -> None:
+def apply_fsdp(
+    model: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh, precision: str, reshard: bool
+) -> None:
     """Applies FSDP2 over meshes of one dimension, or HSDP over those of two.
 
     Weights are all-gathered in the compute dtype, and gradients reduce-scattered as sums, in at
     least fp32; under HSDP they are also all-reduced over `dp_replicate`. The weights of experts are
     in the group of their sub-block, or, where their mesh is another one, in a group of their own.
+    Without `reshard`, as in a pipeline, weights stay gathered after forward.
     """
     # The warning concerns writes into the output of a module. Nothing writes into that of a half.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -172,15 +175,21 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh, precisi
     ends = model.ends()
     for group in [ends] if model.config.tied else [[end] for end in ends]:
         # Backward begins with the head: its weight, which may be the embedding's, is not resharded.
-        has_head = model.is_last and model.head in group
-        fully_shard(group, mesh=mesh, mp_policy=compute, reshard_after_forward=not has_head)
+        has_head = model.has_head and model.head in group
+        keep = has_head or not reshard
+        fully_shard(group, mesh=mesh, mp_policy=compute, reshard_after_forward=not keep)
     place = expert_placement(model, of_experts.shape[-1])
+    options: dict[str, Any] = {
+        "mp_policy": compute,
+        "shard_placement_fn": place,
+        "reshard_after_forward": reshard,
+    }
     if of_experts is not mesh:
         for block in expert_blocks(model):
-            fully_shard(block.experts, mesh=of_experts, mp_policy=compute, shard_placement_fn=place)
+            fully_shard(block.experts, mesh=of_experts, **options)
     for group in fsdp_groups(model):
         unsharded = [module for module in group if not isinstance(module, FSDPModule)]
-        fully_shard(unsharded, mesh=mesh, mp_policy=compute, shard_placement_fn=place)
+        fully_shard(unsharded, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, mp_policy=policy(storage))
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count
@@ -221,3 +230,26 @@ def set_last_micro_batch(model: Decoder, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
+
+
+def keep_weights(model: Decoder) -> None:
+    """Makes FSDP2 keep all-gathered weights and sum gradients unsharded in the backward passes that
+    follow, until `reduce_gradients`."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(False)
+        model.set_reshard_after_backward(False)
+        model.set_requires_gradient_sync(False)
+
+
+def reduce_gradients(model: Decoder) -> None:
+    """Reduce-scatters the gradients that FSDP2 has summed since `keep_weights`, all-reduces them
+    over HSDP's replicas, and frees all-gathered weights. Collective.
+
+    Gradients may have been added after the last backward pass, so it calls what FSDP2 does at the
+    end of a pass by itself, as the pipelines of PyTorch do.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(True)
+        model.set_reshard_after_backward(True)
+        model.set_requires_gradient_sync(True)
+        model._get_fsdp_state()._root_post_backward_final_callback()

@@ -207,9 +207,9 @@ def tensor_parallel(
     for wiring in model.wirings():
         wiring.enter, wiring.leave, wiring.gathers = stream.enter, stream.leave, sequence
     fill_seams(model, "tp", {"attach": lambda seam: attach_once(group)})
-    if model.is_first:
+    if model.has_embedding:
         model.embedding.leave = stream.leave
-    if model.is_last:
+    if model.has_head:
         model.head.enter = stream.enter
         model.head.gather = lambda logits: spmd.all_gather(logits, group, src=S(2), dst=R)
 

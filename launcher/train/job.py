@@ -41,6 +41,7 @@ from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh, data_rank
 from colonnade.parallel.optimizer import Optimizer, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, parallelize
+from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World
 
 
@@ -51,13 +52,26 @@ class Job:
     recipe: Recipe
     run: Path
     world: World
-    mesh: DeviceMesh
-    model: Decoder
-    optimizer: Optimizer
+    engine: Engine
     data: Data
     reader: Prefetcher | None = None
     step: int = 0  # completed steps
     bad_steps: int = 0  # consecutive non-finite steps up to now
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The ranks of the job, by axes."""
+        return self.engine.mesh
+
+    @property
+    def model(self) -> Decoder:
+        """The model, or this rank's stages of it."""
+        return self.engine.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of this rank's shards."""
+        return self.engine.optimizer
 
     @property
     def checkpoints(self) -> Path:
@@ -97,29 +111,41 @@ class Job:
         self.data.train.load_state(state["data"])
 
 
-def build_model(
+def build_engine(
     recipe: Recipe, world: World, prepare: Callable[[Decoder], object] | None = None
-) -> tuple[DeviceMesh, Decoder, Optimizer]:
-    """Builds the mesh, the sharded model with weights from the seed, and the optimizer.
+) -> Engine:
+    """Builds the mesh, the sharded model or this rank's stages of it, with weights from the seed,
+    the optimizer, and what runs their passes.
 
     Args:
         prepare: a function that changes the model before it is sharded and materialised.
     """
     mesh = build_mesh(recipe.parallel, world)
+    stages = pipeline_stages(recipe.model, recipe.parallel, recipe.train.seq_len)
     with torch.device("meta"):
-        model = Decoder(recipe.model, recipe.train.loss_chunk)
+        local = local_stages(stages, recipe.parallel, mesh)
+        model = Decoder(recipe.model, recipe.train.loss_chunk, local)
     if prepare is not None:
         prepare(model)
     parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
     materialise(model, world.device, recipe.train.seed)
-    compute = COMPUTE[recipe.train.precision]
-    return mesh, model, build_optimizer(model, recipe.optimizer, compute)
+    optimizer = build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision])
+    passes = build_passes(model, stages, mesh, recipe, world.device)
+    return Engine(model, optimizer, mesh, world.device, passes)
+
+
+def build_model(
+    recipe: Recipe, world: World, prepare: Callable[[Decoder], object] | None = None
+) -> tuple[DeviceMesh, Decoder, Optimizer]:
+    """Returns mesh, model and optimizer of `build_engine`."""
+    engine = build_engine(recipe, world, prepare)
+    return engine.mesh, engine.model, engine.optimizer
 
 
 def build(recipe: Recipe, run: Path, world: World) -> Job:
     """Builds the job of a recipe on this rank, at step 0."""
     settle_determinism(recipe.train.deterministic)
-    return Job(recipe, run, world, *build_model(recipe, world), open_data(recipe))
+    return Job(recipe, run, world, build_engine(recipe, world), open_data(recipe))
 
 
 def run_job(
@@ -190,7 +216,6 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
     Collective. Returns the number of the signal, or 0.
     """
     recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)  # among the ranks along data axes
-    engine = Engine(job.model, job.optimizer, job.mesh, job.world.device)
     plan = reading_plan(recipe.train, job.step, rank, ranks)
     signal_number = 0
     with closing(Prefetcher(job.data.train, plan)) as job.reader:
@@ -200,7 +225,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
         while job.step < end and not signal_number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
-            result = train_step(engine, batches, samples, recipe, job.step)
+            result = train_step(job.engine, batches, samples, recipe, job.step)
             job.step += 1
             job.bad_steps = job.bad_steps + 1 if result.skipped else 0
             write_error = report_step(job, monitor, result)
@@ -316,10 +341,9 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
     rows, count = job.data.validation, job.recipe.train.validate_rows
     if rows is None or count == 0:
         return
-    device = job.world.device
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     rng_key = validation_key(job.recipe.train.seed, job.step)
-    loss, bits = validate_loss(job.model, rows, job.recipe, job.mesh, device, lengths, rng_key)
+    loss, bits = validate_loss(job.engine, rows, job.recipe, lengths, rng_key)
 
     def record() -> None:
         assert monitor is not None  # on rank 0
@@ -341,7 +365,8 @@ def finish(job: Job, monitor: Monitor | None) -> None:
     if not count or tokenizer is None:
         return
     prompt = tokenizer.encode(["def "])[0]
-    generated = extend(job.model, prompt, count, job.recipe.train.seq_len, None, job.world.device)
+    passes, length = job.engine.passes, job.recipe.train.seq_len
+    generated = extend(passes, prompt, count, length, None)
     text = "def " + tokenizer.decode(generated)
     path = job.run / "sample.txt"
     on_rank_zero(lambda: write_below(path, lambda: path.write_text(text + "\n", encoding="utf-8")))

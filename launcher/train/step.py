@@ -1,14 +1,12 @@
 """Runs one optimizer step over the global batch, or one pass over the validation rows."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.draws import hashed
 from colonnade.kernels.loss import IGNORED
@@ -17,13 +15,13 @@ from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
-from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import Engine, Report, all_reduced, evaluating, forward
-from colonnade.parallel.mesh import data_rank, ranks_per_sample, ranks_per_token
-from colonnade.parallel.parallelize import reshard
+from colonnade.parallel.engine import Engine, Report, all_reduced
+from colonnade.parallel.mesh import data_rank, ranks_per_sample
+from colonnade.parallel.passes import Inputs
 
 T = TypeVar("T")
 
+TOGETHER = 32  # validation passes whose rows are read before they run
 VALIDATION = -1  # in place of a step, so that no key of validation is that of a step
 
 
@@ -94,11 +92,9 @@ def validation_key(seed: int, step: int) -> int:
 
 
 def validate_loss(
-    model: Decoder,
+    engine: Engine,
     rows: Rows,
     recipe: Recipe,
-    mesh: DeviceMesh,
-    device: torch.device,
     byte_lengths: Tensor | None,
     rng_key: int,
 ) -> tuple[float, float | None]:
@@ -115,28 +111,42 @@ def validate_loss(
         rng_key: the key of the call (`validation_key`), by which random experts (THOR) are drawn
             for the rows: inference activates random experts, too (arXiv:2110.04260).
     """
-    rank, ranks = data_rank(mesh)
-    size, available = recipe.train.micro_batch, rows.rows or 0
-    count = min(recipe.train.validate_rows, available)
-    samples = [i * available // count for i in range(count)]
     nats = tokens = text_bytes = 0.0
-    for start in range(0, count, size * ranks):
-        first = start + rank * size
-        local_samples = samples[first : first + size]
-        batch = sync_errors(partial(rows.batch, local_samples or [0]), device)
-        labels = batch.labels if local_samples else torch.full_like(batch.labels, IGNORED)
-        batch = batch._replace(labels=labels)
-        with evaluating(model):
-            loss, _ = forward(model, batch, local_samples or [0], device, rng_key=rng_key)
-        nats += loss.item()
+    for inputs in validation_inputs(engine, rows, recipe, rng_key):
+        outcomes = engine.passes.evaluate(inputs)
+        nats += sum(o.objective.item() for o in outcomes if o.objective is not None)
+        labels = torch.cat([one.batch.labels.flatten() for one in inputs])
         label = labels[labels != IGNORED].long()
         tokens += label.numel()
         if byte_lengths is not None:
             text_bytes += float(byte_lengths[label].sum())
-    reshard(model)
-    sums = all_reduced([nats, tokens, text_bytes], device)
-    # a rank's loss covers its segments of the rows, but its labels are those of the full rows
-    nats = sums[0] / ranks_per_token(mesh)
-    tokens, text_bytes = (total / ranks_per_sample(mesh) for total in sums[1:])
+    sums = all_reduced([nats, tokens, text_bytes], engine.device)
+    # A rank's loss covers its segments of the rows, and one stage of a pipeline has it, but a
+    # rank's labels are those of the full rows.
+    nats = sums[0] / engine.mesh["tp"].size()
+    tokens, text_bytes = (total / ranks_per_sample(engine.mesh) for total in sums[1:])
     bits = nats / math.log(2) / text_bytes if byte_lengths is not None and text_bytes else None
     return nats / max(tokens, 1), bits
+
+
+def validation_inputs(
+    engine: Engine, rows: Rows, recipe: Recipe, rng_key: int
+) -> Iterator[list[Inputs]]:
+    """Yields the inputs of this rank's validation passes, of up to `TOGETHER` of them at a time, so
+    that the stages of a pipeline work at the same time. Collective: errors are shared."""
+    rank, ranks = data_rank(engine.mesh)
+    size, available = recipe.train.micro_batch, rows.rows or 0
+    count = min(recipe.train.validate_rows, available)
+    samples = [i * available // count for i in range(count)]
+
+    def read(start: int) -> Inputs:
+        first = start + rank * size
+        local_samples = samples[first : first + size]
+        batch = rows.batch(local_samples or [0])
+        labels = batch.labels if local_samples else torch.full_like(batch.labels, IGNORED)
+        return Inputs(batch._replace(labels=labels), local_samples or [0], rng_key=rng_key)
+
+    starts = range(0, count, size * ranks)
+    for first in range(0, len(starts), TOGETHER):
+        some = starts[first : first + TOGETHER]
+        yield sync_errors(lambda some=some: [read(start) for start in some], engine.device)

@@ -14,13 +14,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.job import build_model
+from colonnade.launcher.train.job import build_engine
 from colonnade.launcher.train.schedule import micro_batches
 from colonnade.launcher.train.step import train_step
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
-from colonnade.parallel.engine import Engine
 from colonnade.parallel.gradients import clip_gradients
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
@@ -85,7 +84,8 @@ def record_trace(
     Returns:
         the trace, on rank 0; on other ranks a trace of their losses and norms only.
     """
-    mesh, model, optimizer = build_model(recipe, world, perturb_initial_weights)
+    engine = build_engine(recipe, world, perturb_initial_weights)
+    mesh, model, optimizer = engine.mesh, engine.model, engine.optimizer
     shards: dict[str, Shard] = {}
     step = 0
 
@@ -99,7 +99,6 @@ def record_trace(
 
     # called within the update, when gradients are reduced, and clipped already
     optimizer.step_pre_hooks.append(record_gradients)
-    engine = Engine(model, optimizer, mesh, world.device)
     for step in range(recipe.train.steps):
         if step and starts is not None:
             names = [name for name, _ in named_state(model)]
@@ -121,7 +120,7 @@ def record_trace(
         record("norms", f"step {step + 1}", torch.tensor(report.grad_norm, dtype=torch.float64))
         for name, tensor in named_state(model):
             record("parameters", f"after step {step + 1}: {name}", tensor)
-    return gather_trace(shards, world)
+    return gather_trace(shards, {name for name, _ in named_state(model)}, world)
 
 
 def named_state(model: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -207,20 +206,29 @@ def copy_shard(t: Tensor) -> Shard:
     return Shard(tuple(t.shape), offset, local.cpu().clone())
 
 
-def gather_trace(shards: dict[str, Shard], world: World) -> Trace:
+def gather_trace(shards: dict[str, Shard], held: set[str], world: World) -> Trace:
     """Gathers the shards of all ranks on rank 0, and assembles them to a trace there.
 
-    Other ranks return a trace of their losses and norms.
+    `held` are the names of this rank's parameters and buffers: of a pipeline, its stages'. Other
+    ranks return a trace of their losses and norms.
     """
-    by_rank: list[dict[str, Shard]] | None = [{}] * world.size if world.is_rank_zero else None
-    dist.gather_object(shards, by_rank, dst=0)
+    empty: list[tuple[dict[str, Shard], set[str]]] = [({}, set())] * world.size
+    by_rank = empty if world.is_rank_zero else None
+    dist.gather_object((shards, held), by_rank, dst=0)
     if by_rank is None:
-        by_rank = [{k: s for k, s in shards.items() if k.startswith(("losses/", "norms/"))}]
+        own = {k: s for k, s in shards.items() if k.startswith(("losses/", "norms/"))}
+        by_rank = [(own, held)]
     trace = Trace()
-    keys = {key: None for of_rank in by_rank for key in of_rank}  # in order, each once
+    keys = {key: None for of_rank, _ in by_rank for key in of_rank}  # in order, each once
     for key in keys:
         kind, _, name = key.partition("/")
-        tensor, difference = assemble([of_rank.get(key) for of_rank in by_rank])
+        tensor_name = name.partition(": ")[2]
+        owners = [
+            of_rank.get(key)
+            for of_rank, names in by_rank
+            if kind in ("losses", "norms") or tensor_name in names
+        ]
+        tensor, difference = assemble(owners)
         getattr(trace, kind)[name] = tensor
         if difference:
             trace.replica_differences[name] = difference
@@ -228,7 +236,7 @@ def gather_trace(shards: dict[str, Shard], world: World) -> Trace:
 
 
 def assemble(shards: list[Shard | None]) -> tuple[Tensor, float]:
-    """Assembles a global tensor of the shards of all ranks.
+    """Assembles a global tensor of the shards of all ranks that should have one.
 
     Returns:
         the tensor, NaN in elements that no rank has; and the largest difference between shards in

@@ -9,7 +9,7 @@ from colonnade.launcher.generate import extend, sample_token
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import evaluating
+from colonnade.parallel.passes import evaluating
 
 
 def frequencies(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:

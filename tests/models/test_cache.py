@@ -11,7 +11,7 @@ from small import S, config_of, context, data, model_of
 from colonnade.models.cache import Cache
 from colonnade.models.config import CARDS
 from colonnade.models.context import Context
-from colonnade.parallel.engine import evaluating
+from colonnade.parallel.passes import evaluating
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{symbol: (symbol * 2, {}) for symbol in CARDS},

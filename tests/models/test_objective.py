@@ -16,7 +16,7 @@ from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
-from colonnade.parallel.engine import evaluating
+from colonnade.parallel.passes import evaluating
 
 TABLE = [
     Row("any row", "z-loss on logits; soft-capping", "their formulas"),

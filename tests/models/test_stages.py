@@ -38,14 +38,14 @@ def divisions(count: int) -> list[list[Stage]]:
 def stages_of(config: ModelConfig, stages: Sequence[Stage]) -> list[Decoder]:
     """Builds the stages on the meta device."""
     with torch.device("meta"):
-        return [Decoder(config, 7, stage).double() for stage in stages]
+        return [Decoder(config, 7, [stage]).double() for stage in stages]
 
 
 def run(models: Sequence[Decoder], tokens: Tensor, labels: Tensor | None) -> tuple[Any, PassReport]:
     """Returns the output of the last stage, and the merged reports of all."""
-    output, report = tokens, PassReport({}, {}, {})
+    output, report = None, PassReport({}, {}, {})
     for model in models:
-        output = model(output, context(groups=3.0, rng_key=1), labels)
+        output = model(tokens, context(groups=3.0, rng_key=1), labels, output)
         if labels is not None:
             output, stage_report = output
             report = report.merged(stage_report)
@@ -107,20 +107,7 @@ def test_first_weights_are_those_of_the_model(name: str) -> None:
             assert torch.equal(tensor, whole.state_dict()[tensor_name]), tensor_name
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tied": True}, r"model\.tied = True: stages would share weights"),
-        ({"mtp": 2}, r"model\.mtp = 2: stages"),
-        ({"share": True, "tied": True}, r"model\.tied = True, model\.share = True: stages"),
-    ],
-)
-def test_shared_weights_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Decoder(config_of("*-", **fields), stage=Stage(0, 1))
-
-
 @pytest.mark.parametrize("stage", [(0, 3), (1, 1), (-1, 1)])
 def test_invalid_stages_are_refused(stage: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="the row has 2 sub-blocks"):
-        Decoder(config_of("*-"), stage=Stage(*stage))
+        Decoder(config_of("*-"), stages=[Stage(*stage)])

@@ -33,8 +33,8 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context import plug
 from colonnade.parallel.context.heads import HeadExchange
 from colonnade.parallel.context.plug import context_parallel
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
+from colonnade.parallel.passes import evaluating
 from colonnade.parallel.tensor import tensor_parallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from colonnade.parallel.engine import evaluating
+from colonnade.parallel.passes import evaluating
 
 
 def test_evaluation_restores_the_mode_of_each_module() -> None:

@@ -28,10 +28,10 @@ from colonnade.models.parameter_module import ParameterModule, declared
 from colonnade.models.seams import identity
 from colonnade.parallel import experts, parallelize
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.experts import TokenExchange
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh, mesh_of
+from colonnade.parallel.passes import evaluating
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.world import World
 

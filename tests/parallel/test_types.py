@@ -27,8 +27,8 @@ from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import declared
 from colonnade.models.parameters import ParameterSpec
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.materialise import materialise
+from colonnade.parallel.passes import evaluating
 from colonnade.parallel.tensor import stream_modules, tensor_parallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_functional_collectives:FutureWarning")

@@ -22,8 +22,8 @@ from colonnade.models.cache import Cache
 from colonnade.models.config import CARDS
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import evaluating
 from colonnade.parallel.parallelize import compile_halves
+from colonnade.parallel.passes import evaluating
 from colonnade.parallel.recompute import recompute
 
 

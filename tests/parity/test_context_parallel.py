@@ -21,7 +21,7 @@ from colonnade.launcher.train.job import build_model
 from colonnade.launcher.verify.trace import Trace
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.engine import forward
+from colonnade.parallel.passes import forward
 from colonnade.parallel.world import World
 
 # Heads and channels for every exchange on four ranks; a segment is longer than a halo.

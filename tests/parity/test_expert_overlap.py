@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.train.job import build_model
 from colonnade.models.blocks.base import SubBlock
-from colonnade.parallel.engine import forward
+from colonnade.parallel.passes import forward
 from colonnade.parallel.seams import sub_blocks
 from colonnade.parallel.world import World
 

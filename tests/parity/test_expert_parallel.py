@@ -19,7 +19,7 @@ from colonnade.launcher.verify.trace import record_trace
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.decoder import Decoder
 from colonnade.parallel import experts
-from colonnade.parallel.engine import evaluating, forward
+from colonnade.parallel.passes import evaluating, forward
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.world import World
 

@@ -14,7 +14,7 @@ from colonnade.launcher.data import Batch
 from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
-from colonnade.parallel.engine import forward
+from colonnade.parallel.passes import forward
 from colonnade.parallel.world import World
 
 SMALL: dict[str, Any] = {"vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "delta_key_dim": 4}
