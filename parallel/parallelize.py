@@ -173,7 +173,7 @@ def apply_fsdp(
 
     compute = policy(COMPUTE[precision])
     ends = model.ends()
-    for group in [ends] if model.config.tied else [[end] for end in ends]:
+    for group in [ends] if model.config.tied and ends else [[end] for end in ends]:
         # Backward begins with the head: its weight, which may be the embedding's, is not resharded.
         has_head = model.has_head and model.head in group
         keep = has_head or not reshard

@@ -55,6 +55,11 @@ _ROW_FIELDS = " ".join(f"model.{name}" for name in ROW)
 CONDITIONS = (
     UsedIf("parallel.sequence", lambda r: r.parallel.tp > 1,
            "with parallel.tp = 1", "parallel.tp"),
+    UsedIf("parallel.schedule parallel.stages_per_rank parallel.stages",
+           lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
+    UsedIf("parallel.stages_per_rank",
+           lambda r: r.parallel.schedule in ("interleaved", "bfs", "zb1p"),
+           "unless parallel.schedule is interleaved, bfs or zb1p", "parallel.schedule"),
     UsedIf("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
            lambda r: r.parallel.cp > 1, "with parallel.cp = 1", "parallel.cp"),
     UsedIf("parallel.context parallel.ulysses",

@@ -14,6 +14,7 @@ from colonnade.launcher.recipe.rules import (
     context,
     experts,
     layout,
+    pipeline,
     row,
     run,
     sizes,
@@ -29,6 +30,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     *experts.RULES,
     *base_model.RULES,
     *layout.RULES,
+    *pipeline.RULES,
     *context.RULES,
     *run.RULES,
 ]

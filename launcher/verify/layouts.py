@@ -1,6 +1,8 @@
 """Reads layouts by name, such as `tp=2,dp_shard=2`; lists the layouts of a number of ranks."""
 
+import itertools
 import math
+import re
 import tomllib
 from collections.abc import Iterator
 
@@ -12,6 +14,7 @@ from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
 from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.pipeline.placement import micro_batches_fit
 
 Layout = dict[str, object]  # fields of the `[parallel]` table
 FIELDS = ParallelConfig.model_fields
@@ -26,7 +29,7 @@ def parse_layout(text: str) -> Layout:
         UserError: a field that `[parallel]` does not have or that is named twice, or a bad value.
     """
     layout: Layout = {}
-    for entry in text.split(","):
+    for entry in re.split(r",(?![^\[]*\])", text):  # commas in brackets separate numbers
         name, _, value = (word.strip() for word in entry.partition("="))
         if name not in FIELDS:
             raise UserError(
@@ -51,7 +54,7 @@ def parse_layout(text: str) -> Layout:
 def write_layout(layout: Layout) -> str:
     """The name of a layout, which `parse_layout` reads."""
     values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in layout.items()}
-    return ",".join(f"{name}={value}" for name, value in values.items())
+    return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "")
 
 
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
@@ -92,6 +95,12 @@ def covering_layouts(ranks: int, experts: int = 0) -> Iterator[Layout]:
                     yield layout | {"ep": ep}
                 if experts and tp > 1:
                     yield layout | {"ep": math.gcd(experts, tp * cp * shard), "etp": 1}
+
+
+def accumulated(recipe: Recipe) -> int:
+    """The number of micro-batches that a rank runs in a step at test size: 2, or as many as the
+    schedule of a pipeline needs."""
+    return next(n for n in itertools.count(2) if not micro_batches_fit(recipe.parallel, n))
 
 
 def data_ranks(recipe: Recipe, ranks: int) -> int:

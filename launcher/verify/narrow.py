@@ -5,12 +5,13 @@ import math
 from colonnade.models.cards.attention import rotated_width, rotates_pairs, stretches
 from colonnade.models.config import FACTS, ModelConfig
 
-REPEATS = 2  # of the pattern, at most
+REPEATS = 2  # of the pattern, at most, unless a pipeline has more stages
 STD = 0.2  # of the first weights; in narrow layers, outputs are then about as large as inputs
 
 
-def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
-    """The model at test size, as `shrink` describes it; it may give fields without effect."""
+def narrow_model(m: ModelConfig, ranks: int, stages: int = 1) -> ModelConfig:
+    """The model at test size, as `shrink` describes it, with at least as many sub-blocks as stages;
+    it may give fields without effect."""
     sizes, base = sizes_of(m), m.base()
     base_sizes = sizes if base is None else sizes_of(base)
     # by field: the width of the model, and that of muP's base model
@@ -18,8 +19,9 @@ def narrow_model(m: ModelConfig, ranks: int) -> ModelConfig:
     widths = {name: width for name, (width, _) in pairs.items()}
     lengths = {n: known.least for n, known in FACTS.items() if known.kind == "length"}
     short = {n: min(getattr(m, n), least) for n, least in lengths.items() if getattr(m, n)}
-    update: dict[str, object] = {**widths, **short, **fields_by_position(m)}
-    update |= {"repeat": min(m.repeat, REPEATS), "init_std": STD}
+    repeat = min(m.repeat, max(REPEATS, -(-stages // len(m.pattern))))
+    update: dict[str, object] = {**widths, **short, **fields_by_position(m, repeat)}
+    update |= {"repeat": repeat, "init_std": STD}
     if base is not None:
         base_fields = m.mup_base or {}
         narrow_base = {
@@ -73,15 +75,15 @@ def rope_fits(m: ModelConfig) -> bool:
     return rotates_pairs(m) and stretches(m) and in_part
 
 
-def fields_by_position(m: ModelConfig) -> dict[str, object]:
-    """The fields that name sub-blocks by their position, for the shorter row.
+def fields_by_position(m: ModelConfig, repeat: int) -> dict[str, object]:
+    """The fields that name sub-blocks by their position, for the row of `repeat` patterns.
 
     A ladder over all sub-blocks stays one; a ladder over the last ones leaves out the first. Where
     some attention sub-blocks have full attention and others a window, both kinds stay, if the row
     has room for both.
     """
-    sub_blocks = len(m.pattern) * min(m.repeat, REPEATS)
-    attentions = m.pattern.count("*") * min(m.repeat, REPEATS)
+    sub_blocks = len(m.pattern) * repeat
+    attentions = m.pattern.count("*") * repeat
     update: dict[str, object] = {}
     if m.ladder_last is not None:
         over_all = m.ladder_last >= len(m.symbols)

@@ -29,6 +29,7 @@ from colonnade.launcher.verify.layouts import (
     DEGREES,
     FIELDS,
     Layout,
+    accumulated,
     covering_layouts,
     data_ranks,
     parse_layout,
@@ -201,7 +202,8 @@ def fitted(recipe: Recipe, layout: Layout, size: int) -> Recipe:
     """The recipe under a layout, with a batch that fits it: that of the shrunk recipe will."""
     placed = with_layout(recipe, layout)
     rows, ranks = recipe.model.balance_samples, max(1, data_ranks(placed, size))
-    batch: dict[str, object] = {"micro_batch": rows, "global_batch": rows * ranks}
+    count = accumulated(placed)
+    batch: dict[str, object] = {"micro_batch": rows, "global_batch": rows * ranks * count}
     train = changed(recipe.train, batch, remove=("ramp_batch", "ramp_steps"))
     return placed.model_copy(update={"train": train})
 

@@ -1,7 +1,7 @@
 """Shrinks a recipe to test size, and puts the shrunk recipe on a layout or in one process."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -9,12 +9,11 @@ from pydantic import BaseModel
 from colonnade.launcher.recipe.rules.context import convolution_reach
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
 from colonnade.launcher.recipe.unused import without_unused
-from colonnade.launcher.verify.layouts import Layout, data_ranks, with_layout
+from colonnade.launcher.verify.layouts import Layout, accumulated, data_ranks, with_layout
 from colonnade.launcher.verify.narrow import narrow_model
 
 STEPS = 3
 ROW, SEGMENT = 16, 4  # tokens of a row and of a segment, at least
-ACCUMULATED = 2  # micro-batches of a rank in a step
 RATE, CLIP = 1e-2, 0.5  # the norm is small enough that every step is clipped
 # Adam divides by √v + eps: with a small eps, an element whose gradient is rounding noise would move
 # by the full learning rate, in a direction that depends on the noise.
@@ -35,7 +34,7 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
     recipes = [with_layout(recipe, layout) for layout in layouts]
     token_ranks = math.lcm(*(ranks // data_ranks(r, ranks) for r in recipes))
     samples = recipe.model.balance_samples
-    rows = ACCUMULATED * samples * math.lcm(*(data_ranks(r, ranks) for r in recipes))
+    rows = samples * math.lcm(*(data_ranks(r, ranks) * accumulated(r) for r in recipes))
     train: dict[str, object] = {
         "steps": STEPS,
         "global_batch": rows,
@@ -55,7 +54,7 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
         "clip": min(CLIP, optimizer.clip),
     }
     tables = {
-        "model": without_unused(narrow_model(recipe.model, ranks)),
+        "model": without_unused(narrow_model(recipe.model, ranks, max(map(stages, recipes)))),
         "optimizer": changed(optimizer, constant_rate, remove=("warmup", "decay", "min_lr")),
         "data": DataConfig(sources=(SourceConfig(format="tokens", path="none"),)),
         "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps")),
@@ -66,10 +65,14 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
 def on_layout(small: Recipe, ranks: int, layout: Layout, precision: str) -> Recipe:
     """A shrunk recipe on one of the layouts for which it was made.
 
-    Every rank accumulates the gradients of `ACCUMULATED` micro-batches.
+    Every rank accumulates the gradients of two micro-batches, or of as many as a pipeline needs.
+    The row may be shorter than that for which sizes of stages were given: these are scaled.
     """
     placed = with_layout(small, layout)
-    rows = small.train.global_batch // (ACCUMULATED * data_ranks(placed, ranks))
+    if sizes := placed.parallel.stages:
+        scaled = {"stages": scaled_to(sizes, len(small.model.symbols))}
+        placed = placed.model_copy(update={"parallel": placed.parallel.model_copy(update=scaled)})
+    rows = small.train.global_batch // (accumulated(placed) * data_ranks(placed, ranks))
     train = small.train.model_copy(update={"micro_batch": rows, "precision": precision})
     return placed.model_copy(update={"train": train})
 
@@ -82,6 +85,22 @@ def in_one_process(small: Recipe) -> Recipe:
     plain = {"precision": "fp64", "recompute": "none", "compile": False}
     train = small.train.model_copy(update=plain)
     return with_layout(small, {}).model_copy(update={"train": train})
+
+
+def stages(recipe: Recipe) -> int:
+    """The number of stages of a recipe's pipeline."""
+    return recipe.parallel.pp * recipe.parallel.stages_of_rank
+
+
+def scaled_to(sizes: Sequence[int], total: int) -> tuple[int, ...]:
+    """Positive numbers of this total that are about in proportion to `sizes`."""
+    numbers, remaining = [], total
+    for position, size in enumerate(sizes):
+        following = len(sizes) - position - 1
+        share = round(remaining * size / sum(sizes[position:]))
+        numbers.append(min(max(1, share), remaining - following))
+        remaining -= numbers[-1]
+    return tuple(numbers)
 
 
 def changed(table: AnyTable, update: dict[str, object], remove: Iterable[str] = ()) -> AnyTable:

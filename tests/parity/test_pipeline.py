@@ -13,6 +13,7 @@ STEERED = {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ladder, tied": ("M-*E", {**LADDER, "tied": True}),
+    "eight, ladder, tied": ("M-*E", {**LADDER, "tied": True, "repeat": 2, "balance_samples": 1}),
     "steered": ("E-E*", STEERED),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "balance_samples": 1}),
     "shared depth": ("*E", {"repeat": 4, "share": True}),
@@ -30,11 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "muP": ("*-M-", {"mup_base": {"hidden": 16, "ffn": 24}}),
 }
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "bfs", "zb1p", "zbv", "dualpipev")
-CASES = [
-    (model, schedule)
-    for m, model in enumerate(MODELS)
-    for n, schedule in enumerate(SCHEDULES)
-]
+CASES = [(model, schedule) for model in MODELS for schedule in SCHEDULES]
 
 _references: dict[str, Trace] = {}
 
@@ -54,4 +51,62 @@ def test_two_stages_equal_one_process(
     pattern, fields = MODELS[name]
     layout = {"pp": 2, "schedule": schedule}
     trace = ranks2.run(trained, recipe_for(pattern, layout, 4, **SMALL | fields))[0]
+    compare(trace, reference(ranks1, name))
+
+
+FOUR: dict[str, dict[str, Any]] = {
+    "FSDP2": {"dp_shard": 2},
+    "HSDP": {"dp_replicate": 2},
+    "tp": {"tp": 2},
+    "tp, no sequence": {"tp": 2, "sequence": False},
+    "cp": {"cp": 2},
+    "ep": {"dp_shard": 2, "ep": 2},
+    "ep, tp, etp=1": {"tp": 2, "ep": 2, "etp": 1},
+    "cp, all-gather, heads": {"cp": 2, "context": "allgather", "recurrence": "heads"},
+}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("layout", FOUR)
+def test_with_another_axis(ranks1: Ranks, ranks4: Ranks, layout: str, schedule: str) -> None:
+    name = "ladder, tied"
+    pattern, fields = MODELS[name]
+    degrees = {"pp": 2, "schedule": schedule, **FOUR[layout]}
+    micro = 16 // 4 // (degrees.get("dp_shard", 1) * degrees.get("dp_replicate", 1))
+    trace = ranks4.run(trained, recipe_for(pattern, degrees, micro, **SMALL | fields))[0]
+    compare(trace, reference(ranks1, name))
+
+
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+@pytest.mark.parametrize(
+    ("layout", "schedule"), [("FSDP2", "1f1b"), ("ep, tp, etp=1", "zbv"), ("cp", "zb1p")]
+)
+def test_recomputation(
+    ranks1: Ranks, ranks4: Ranks, layout: str, schedule: str, recompute: str
+) -> None:
+    name = "ladder, tied"
+    pattern, fields = MODELS[name]
+    degrees = {"pp": 2, "schedule": schedule, **FOUR[layout]}
+    micro = 2 if "dp_shard" in degrees else 4
+    recipe = recipe_for(pattern, degrees, micro, recompute=recompute, **SMALL | fields)
+    compare(ranks4.run(trained, recipe)[0], reference(ranks1, name))
+
+
+EIGHT: dict[str, dict[str, Any]] = {
+    "1f1b, tp, cp": {"schedule": "1f1b", "tp": 2, "cp": 2},
+    "zbv, tp, FSDP2": {"schedule": "zbv", "tp": 2, "dp_shard": 2},
+    "interleaved, ep, cp": {"schedule": "interleaved", "dp_shard": 2, "ep": 2, "cp": 2},
+    "pp=4, tp": {"schedule": "1f1b", "pp": 4, "tp": 2},
+    "pp=4, dualpipev, FSDP2": {"schedule": "dualpipev", "pp": 4, "dp_shard": 2},
+    "pp=8": {"schedule": "zb1p", "pp": 8},
+}
+
+
+@pytest.mark.parametrize("layout", EIGHT)
+def test_eight_ranks(ranks1: Ranks, ranks8: Ranks, layout: str) -> None:
+    name = "eight, ladder, tied"
+    pattern, fields = MODELS[name]
+    degrees = {"pp": 2, **EIGHT[layout]}
+    micro = 1 if "dp_shard" in degrees or degrees["pp"] == 8 else 2
+    trace = ranks8.run(trained, recipe_for(pattern, degrees, micro, **SMALL | fields))[0]
     compare(trace, reference(ranks1, name))

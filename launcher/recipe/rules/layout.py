@@ -21,12 +21,12 @@ RULES = Rules()
 def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """The product of the degrees is the number of ranks."""
     p = r.parallel
-    if world_size is None or fits(r, world_size) or p.pp > 1:  # `not_built` reports pp
+    if world_size is None or fits(r, world_size):
         return
-    # Divide the ranks by tp and cp first: only the remaining ones are for data parallelism.
+    # Divide the ranks by tp, cp and pp first: the remaining ones are for data parallelism.
     remaining, groups = world_size, f"{world_size} ranks"
     inner: dict[str, int] = {}
-    for name, degree in {"tp": p.tp, "cp": p.cp}.items():
+    for name, degree in {"tp": p.tp, "cp": p.cp, "pp": p.pp}.items():
         if remaining % degree:
             options = nearest_values(divisors(remaining), degree)
             remedy = f"does not divide the {groups}; set parallel.{name} to {options}"
@@ -50,18 +50,6 @@ def ranks(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 def _product(degrees: Iterable[int]) -> str:
     """Writes a product, such as `2 x 4`."""
     return " x ".join(map(str, degrees))
-
-
-@RULES.add()
-def not_built(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """Pipeline parallelism, which the mesh has an axis for, is not implemented yet."""
-    p, ladder = r.parallel, ""
-    if p.pp > 1:
-        if r.model.residual == "ladder":
-            ladder = " (neither are those of ladder, whose stages send two tensors)"
-        yield Fault(
-            "parallel.pp", p.pp, f"pipelines are not built yet{ladder}; set parallel.pp to 1"
-        )
 
 
 @RULES.add(*ROW_FIELDS, "model", "parallel.tp", "parallel.etp")
