@@ -13,7 +13,7 @@ from colonnade.kernels.loss import IGNORED
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import ranks_per_sample
+from colonnade.parallel.mesh import ranks_per_loss, ranks_per_sample
 from colonnade.parallel.optimizer import Optimizer
 from colonnade.parallel.passes import Inputs, MicroBatch, Passes, RunningSums
 from colonnade.parallel.tensor import complete_gradients
@@ -77,7 +77,7 @@ class Engine:
             loads.add(report.loads)
         self.passes.unite("losses", losses)
         self.passes.unite("loads", loads)
-        copies = self.mesh["tp"].size()  # ranks that add the same tokens to a sum
+        copies = ranks_per_loss(self.mesh)
         totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
         complete_gradients(self.model)  # before the norm, which needs complete sums
         self.passes.complete_gradients()

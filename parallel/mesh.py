@@ -38,6 +38,12 @@ def ranks_per_sample(mesh: DeviceMesh) -> int:
     return mesh.size() // data_rank(mesh)[1]
 
 
+def ranks_per_loss(mesh: DeviceMesh) -> int:
+    """How many ranks compute the same loss of the same tokens: the axis tp. Of a pipeline, one
+    stage computes it, and every report of a sub-block."""
+    return mesh["tp"].size()
+
+
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh over which FSDP shards weights: the axes `dp_shard` and `cp`, flattened, whose ranks
     have different tokens, and before them `dp_replicate` under HSDP."""

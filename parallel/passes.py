@@ -57,11 +57,11 @@ class Inputs:
 
 
 class DeviceInputs(NamedTuple):
-    """The inputs of one pass as the model takes them."""
+    """The inputs of one pass as the model takes them; without labels it returns logits."""
 
     tokens: Tensor
     context: Context
-    labels: Tensor
+    labels: Tensor | None = None
 
 
 class Outcome(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
 from colonnade.parallel.engine import Engine, Report, all_reduced
-from colonnade.parallel.mesh import data_rank, ranks_per_sample
+from colonnade.parallel.mesh import data_rank, ranks_per_loss, ranks_per_sample
 from colonnade.parallel.passes import Inputs
 
 T = TypeVar("T")
@@ -121,9 +122,8 @@ def validate_loss(
         if byte_lengths is not None:
             text_bytes += float(byte_lengths[label].sum())
     sums = all_reduced([nats, tokens, text_bytes], engine.device)
-    # A rank's loss covers its segments of the rows, and one stage of a pipeline has it, but a
-    # rank's labels are those of the full rows.
-    nats = sums[0] / engine.mesh["tp"].size()
+    # A rank's loss covers its segments of the rows, but its labels are those of the full rows.
+    nats = sums[0] / ranks_per_loss(engine.mesh)
     tokens, text_bytes = (total / ranks_per_sample(engine.mesh) for total in sums[1:])
     bits = nats / math.log(2) / text_bytes if byte_lengths is not None and text_bytes else None
     return nats / max(tokens, 1), bits
@@ -149,4 +149,4 @@ def validation_inputs(
     starts = range(0, count, size * ranks)
     for first in range(0, len(starts), TOGETHER):
         some = starts[first : first + TOGETHER]
-        yield sync_errors(lambda some=some: [read(start) for start in some], engine.device)
+        yield sync_errors(partial(list, map(read, some)), engine.device)

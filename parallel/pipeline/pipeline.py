@@ -87,7 +87,7 @@ class Pipeline(Passes):
     def next_logits(self, tokens: Tensor, context: Context) -> Tensor:
         """As in `Passes`; the last stage's rank broadcasts the logits. Collective."""
         self.gather_ends()
-        run = Run(self, [DeviceInputs(tokens, context, None)], 1.0, training=False)
+        run = Run(self, [DeviceInputs(tokens, context)], 1.0, training=False)
         for stage in self.local:
             run.forward_with_transfers(stage, 0)
         run.wait_for_sends()

@@ -31,7 +31,8 @@ class Shape(NamedTuple):
     def of(cls, inputs: Inputs | DeviceInputs) -> "Shape":
         """Returns the shape of these inputs."""
         if isinstance(inputs, Inputs):
-            return cls(*inputs.batch.tokens.shape, cached=False)
+            rows, length = inputs.batch.tokens.shape
+            return cls(rows, length, cached=False)
         length, rows = inputs.tokens.shape
         return cls(rows, length, cached=inputs.context.cache is not None)
 
@@ -132,6 +133,7 @@ class Run:
         else:
             output, report = result
             self.outcomes.append(Outcome(output.detach() if is_last else None, report))
+        outputs: Boundary
         if is_last:
             outputs = (output * self.scale,)
         else:

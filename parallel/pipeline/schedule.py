@@ -70,7 +70,7 @@ def actions_of(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[A
     )
     return {
         rank: [
-            Action(KINDS[a.computation_type], a.stage_index, a.microbatch_index)
+            Action(KINDS[a.computation_type], a.stage_index, a.microbatch_index or 0)
             for action in actions
             for a in action.sub_actions or (action,)
             if a.computation_type in KINDS

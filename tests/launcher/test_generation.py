@@ -9,7 +9,9 @@ from colonnade.launcher.generate import extend, sample_token
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.passes import evaluating
+from colonnade.parallel.passes import Passes, evaluating
+
+CPU = torch.device("cpu")
 
 
 def frequencies(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:
@@ -57,7 +59,7 @@ def test_extending_equals_full_forward_passes(pattern: str, prompt: int) -> None
     model = model_of(config_of(pattern), seed=prompt)
     g = torch.Generator().manual_seed(prompt)
     tokens = torch.randint(V, (prompt,), generator=g).tolist()
-    generated = extend(model, tokens, 40, 16, None, torch.device("cpu"), temperature=0)
+    generated = extend(Passes(model, CPU), tokens, 40, 16, None, temperature=0)
     assert generated == extend_without_cache(model, tokens, 40, 16)
     assert len(set(generated)) > 2
 
@@ -80,7 +82,7 @@ def test_random_experts_are_drawn_for_each_text(monkeypatch: pytest.MonkeyPatch)
     def experts(seed: int) -> tuple[int, ...]:
         """Extends a text by 20 tokens; returns the experts of the two layers."""
         drawn.clear()
-        extend(model, [1, 2, 3], 20, 16, None, torch.device("cpu"), seed=seed)
+        extend(Passes(model, CPU), [1, 2, 3], 20, 16, None, seed=seed)
         assert drawn == drawn[:2] * 20
         return tuple(drawn[:2])
 
@@ -91,7 +93,7 @@ def test_random_experts_are_drawn_for_each_text(monkeypatch: pytest.MonkeyPatch)
 
 def test_extending_ends_before_the_stop() -> None:
     model = model_of(config_of("*-"), seed=1)
-    free = extend(model, [1, 2], 12, 16, None, torch.device("cpu"), temperature=0)
+    free = extend(Passes(model, CPU), [1, 2], 12, 16, None, temperature=0)
     stop = free[5]
-    stopped = extend(model, [1, 2], 12, 16, stop, torch.device("cpu"), temperature=0)
+    stopped = extend(Passes(model, CPU), [1, 2], 12, 16, stop, temperature=0)
     assert stopped == free[: free.index(stop)]

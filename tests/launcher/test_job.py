@@ -231,7 +231,7 @@ def job_with_nan(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int])
     """Runs a job with a NaN gradient on rank 0 at the steps `bad`; returns which were skipped."""
     norm, steps = engine.gradient_norm, itertools.count()
 
-    def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    def gradient_norm(parameters: list[torch.nn.Parameter], *stages: object) -> torch.Tensor:
         if next(steps) in bad and rank == 0:
             parameters[0].grad = parameters[0].grad * float("nan")
         return norm(parameters)
@@ -345,7 +345,7 @@ def validation_of(rank: int, size: int, recipe: Recipe, run: Path) -> tuple[floa
     rows = built.data.validation
     assert rows is not None
     assert rows.rows is not None
-    loss, bits = validate_loss(built.model, rows, recipe, built.mesh, built.world.device, None, 9)
+    loss, bits = validate_loss(built.engine, rows, recipe, None, 9)
     assert bits is None
     return loss, rows.rows
 

@@ -25,6 +25,7 @@ from colonnade.models.wiring import skips_newest
 from colonnade.parallel import engine
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.optimizer import AdamW
+from colonnade.parallel.passes import Passes
 
 
 def started(config: ModelConfig) -> Decoder:
@@ -267,7 +268,7 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: int = 1, **fields: Any) -> None:
         monkeypatch.setattr(engine.dist, "all_reduce", lambda *a, **k: None)
         monkeypatch.setattr(engine, "ranks_per_sample", lambda mesh: 1)
-        monkeypatch.setattr(engine, "ranks_per_token", lambda mesh: 1)
+        monkeypatch.setattr(engine, "ranks_per_loss", lambda mesh: 1)
         self.recipe = Recipe(
             model=config_of(fields.pop("pattern"), balance_samples=samples, **fields),
             train=TrainConfig(global_batch=4, micro_batch=2, seq_len=S, steps=100),
@@ -286,7 +287,7 @@ class Steps:
         rows = [[0, 1], [2, 3]]
         batches, cpu = [self.batch(samples) for samples in rows], torch.device("cpu")
         mesh: Any = None  # on one rank nothing reads it
-        one = engine.Engine(self.model, self.optimizer, mesh, cpu)
+        one = engine.Engine(self.model, self.optimizer, mesh, cpu, Passes(self.model, cpu))
         return train_step(one, batches, rows, self.recipe, number).report
 
 

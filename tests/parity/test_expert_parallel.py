@@ -19,7 +19,7 @@ from colonnade.launcher.verify.trace import record_trace
 from colonnade.models.blocks.mixture import Mixture
 from colonnade.models.decoder import Decoder
 from colonnade.parallel import experts
-from colonnade.parallel.passes import evaluating, forward
+from colonnade.parallel.passes import Passes, evaluating, forward
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.world import World
 
@@ -258,7 +258,7 @@ def evaluated(rank: int, size: int, layout: dict[str, Any]) -> tuple[list[int], 
     world = World(rank, size, torch.device("cpu"))
     fields = SMALL | LADDER | {"shared_ffn": 16, "thor_alpha": 0.5}
     _, model, _ = build_model(recipe_for("*ET-E", layout, 2, **fields), world)
-    tokens = extend(model, [3, 1, 4], 9, 8, None, world.device, seed=7)
+    tokens = extend(Passes(model, world.device), [3, 1, 4], 9, 8, None, seed=7)
     with evaluating(model):
         loss, _ = forward(model, rows(), [0, 1], world.device, rng_key=3)
     return tokens, loss.item()

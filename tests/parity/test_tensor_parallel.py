@@ -14,7 +14,7 @@ from colonnade.launcher.data import Batch
 from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
-from colonnade.parallel.passes import forward
+from colonnade.parallel.passes import Passes, forward
 from colonnade.parallel.world import World
 
 SMALL: dict[str, Any] = {"vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "delta_key_dim": 4}
@@ -207,7 +207,7 @@ def generated(rank: int, size: int, layout: dict[str, int]) -> list[int]:
     world = World(rank, size, torch.device("cpu"))
     recipe = recipe_for("M*mS-GE", layout, 2, **SMALL, **LADDER)
     _, model, _ = build_model(recipe, world)
-    return extend(model, [3, 1, 4], 9, 8, None, world.device, seed=7)
+    return extend(Passes(model, world.device), [3, 1, 4], 9, 8, None, seed=7)
 
 
 def test_ranks_generate_the_same_tokens(ranks1: Ranks, ranks2: Ranks) -> None:
