@@ -4,7 +4,7 @@
 implementation of the same interface, which the step, validation and generation use.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -114,9 +114,9 @@ class Passes:
         """Sums the gradients of weights of which several stages have copies. Collective."""
 
     @property
-    def counted(self) -> Iterable[nn.Parameter]:
+    def counted(self) -> list[nn.Parameter]:
         """The parameters that the norm counts on this rank."""
-        return self.model.parameters()
+        return list(self.model.parameters())
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline that one rank has: passes in the order of a schedule, send/recv."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,7 @@ class Pipeline(Passes):
         self.shared.sum_gradients()
 
     @property
-    def counted(self) -> Iterable[nn.Parameter]:
+    def counted(self) -> list[nn.Parameter]:
         """This rank's parameters without those that a rank with a lower index counts."""
         return [p for p in self.model.parameters() if p not in self.shared.copies]
 

@@ -152,11 +152,12 @@ def test_resuming_on_another_layout(
     tmp_path: Path,
     overrides: tuple[str, ...],
 ) -> None:
-    """Trains on one rank, then with tp=2, cp=2, ep on four ranks, cp=2 with tp=2, then on one.
+    """Trains on one rank, then with tp=2, cp=2, ep on four ranks, cp=2 with tp=2, in pipelines of
+    four ranks and of two with tp=2, then on one.
 
     The run also validates between its checkpoints.
     """
-    overrides = (*overrides, "train.validate_every=2", "model.experts=4")
+    overrides = (*overrides, "train.validate_every=2", "model.experts=4", "train.steps=10")
     ranks1.run(job, recipe(*overrides), tmp_path / "uninterrupted")
     run, tp, cp = tmp_path / "resumed", "parallel.tp=2", "parallel.cp=2"
     ranks1.run(job, recipe(*overrides), run, False, 2)
@@ -165,6 +166,9 @@ def test_resuming_on_another_layout(
     ranks4.run(job, recipe(*overrides, "parallel.ep=4"), run, True, 5)
     ranks4.run(job, recipe(*overrides, "parallel.ep=2", "parallel.etp=1", tp), run, True, 6)
     ranks4.run(job, recipe(*overrides, cp, tp), run, True, 7)
+    pp, micro = "parallel.pp=2", "train.micro_batch=1"
+    ranks4.run(job, recipe(*overrides, "parallel.pp=4", micro), run, True, 8)
+    ranks4.run(job, recipe(*overrides, pp, tp, "parallel.schedule=zb1p", micro), run, True, 9)
     ranks1.run(job, recipe(*overrides), run, True)
     assert losses(run) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-10)
     assert loads(run) == loads(tmp_path / "uninterrupted")

@@ -21,7 +21,7 @@ from colonnade.models import context
 from typed.types import axis, expect, type_of
 
 
-def _linear(*, x: Any, weight: Any) -> Any:
+def _linear(*, x: Any, weight: Any, defer: Any) -> Any:
     return rules.einsum("...i,oi->...o", x, weight, linear_in=(0, 1))
 
 
