@@ -183,13 +183,7 @@ def _states(
     return _run(added, initial, tables.factors, spans.continues, spans.undivided)
 
 
-def _fake_run(
-    added: Tensor, initial: Tensor, factors: Tensor, continues: Tensor, undivided: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(added), torch.empty_like(initial)
-
-
-@opaque("s4d_chunks", _fake_run)
+@opaque("s4d_chunks", lambda added, initial, *_: (torch.empty_like(added), initial.clone()))
 def _run(
     added: Tensor, initial: Tensor, factors: Tensor, continues: Tensor, undivided: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +210,7 @@ def _states_backward(
     return _run_backward(read, dfinal, tables.factors, spans.continues, spans.undivided)
 
 
-@opaque("s4d_chunks_backward", _fake_run)
+@opaque("s4d_chunks_backward", lambda read, dfinal, *_: (torch.empty_like(read), dfinal.clone()))
 def _run_backward(
     read: Tensor, dfinal: Tensor, factors: Tensor, continues: Tensor, undivided: Tensor
 ) -> tuple[Tensor, Tensor]:

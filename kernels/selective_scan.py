@@ -120,8 +120,8 @@ class _SelectiveScan(torch.autograd.Function):
             dfinal = _exchanged(passing.launch_backward, passing.segments, dinitial, transition)
         inputs = x, dt, A, B, C, D, barrier, before, ctx.Q
         dx, ddt, dA, dB, dC, dD, dinitial = _scan_gradients(dy, dfinal, *inputs)
-        dB, dC, dD = dB.to(B.dtype), dC.to(C.dtype), None if D is None else dD
-        return dx, ddt, dA, dB, dC, dD, dinitial, None, None, None
+        of_D = None if D is None else dD
+        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), of_D, dinitial, None, None, None
 
 
 def _fake_scan(

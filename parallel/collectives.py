@@ -129,8 +129,8 @@ class AxisNames:
             return "world"
         spans = [spanned_axes(mesh, group) for mesh in self.meshes]
         # A group over several axes is of the view in which it is just these.
-        exact = [list(s) for s in spans if math.prod(s.values()) == group.size()]
-        return "+".join(min(exact or [list(s) for s in spans], key=len))
+        exact = [axes for axes in spans if math.prod(axes.values()) == group.size()]
+        return "+".join(min(exact or spans, key=lambda axes: len(axes)))
 
 
 def spanned_axes(mesh: DeviceMesh, group: dist.ProcessGroup) -> dict[str, int]:

@@ -5,6 +5,7 @@ The rank's program is the product's own. What needs numbers, and not only shapes
 even: rows are single documents, and every expert is chosen as often as any other.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,10 @@ class RankReport:
                 before = total.get(key, Traffic(0, 0))
                 total[key] = Traffic(before.calls + times * calls, before.bytes + times * sent)
         return total
+
+    def with_seconds(self, before: dict[str, float]) -> "RankReport":
+        """The report with the seconds of earlier phases."""
+        return dataclasses.replace(self, seconds={**before, **self.seconds})
 
     def memory(self, in_flight: int = 1) -> int:
         """The most bytes that the rank holds at once, with `in_flight` micro-batches between

@@ -1,24 +1,18 @@
 """The verb `plan`: runs one rank of a job of any size on this CPU, without data, and reports its
 memory and its communication."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.dry_run import Collectives, RankReport, dry_run, open_fake_world
-from colonnade.parallel.mesh import build_expert_mesh, build_mesh
-from colonnade.parallel.parallelize import parallelize
-from colonnade.parallel.world import World
+
+if TYPE_CHECKING:
+    from colonnade.parallel.dry_run import RankReport, Traffic
 
 
 def plan(
@@ -49,16 +43,11 @@ def plan(
             f"parallel.pp = {loaded.parallel.pp}: a dry run has no pipelines yet; set parallel.pp "
             "to 1"
         )
-    if dist.is_initialized():
-        raise UserError(
-            "plan: this process is a rank already, or has planned a job; a dry run needs a process "
-            "of its own: use the command line, or start a new process"
-        )
-    start = time.perf_counter()
-    world = open_fake_world(typical_rank(loaded.parallel, gpus), gpus)
-    report, build_seconds = run_rank(loaded, world)
-    seconds = {"build": build_seconds, **report.seconds, "total": time.perf_counter() - start}
-    return as_dict(loaded, world, report, seconds)
+    # Only now, so that a mistake is reported before torch would be imported.
+    from colonnade.launcher.plan.rank import open_rank, run_rank
+
+    rank = typical_rank(loaded.parallel, gpus)
+    return as_dict(loaded, gpus, rank, run_rank(loaded, open_rank(rank, gpus)))
 
 
 def typical_rank(parallel: ParallelConfig, size: int) -> int:
@@ -68,34 +57,15 @@ def typical_rank(parallel: ParallelConfig, size: int) -> int:
     return degrees["cp"] // 2 * degrees["tp"]
 
 
-def run_rank(recipe: Recipe, world: World) -> tuple[RankReport, float]:
-    """Builds the model of a rank as training does, and runs a step without data.
-
-    Returns:
-        the report, and the seconds that it took to build.
-    """
-    start = time.perf_counter()
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    mesh = build_mesh(recipe.parallel, world)
-    expert_mesh = build_expert_mesh(recipe.parallel, world)
-    with torch.device("meta"):
-        model = Decoder(recipe.model, recipe.train.loss_chunk)
-    parallelize(model, mesh, recipe, expert_mesh)
-    seconds = time.perf_counter() - start
-    return dry_run([model], mesh, expert_mesh, recipe), seconds
-
-
-def as_dict(
-    recipe: Recipe, world: World, report: RankReport, seconds: dict[str, float]
-) -> dict[str, Any]:
+def as_dict(recipe: Recipe, ranks: int, rank: int, report: "RankReport") -> dict[str, Any]:
     """The report of a plan, for JSON: bytes and seconds."""
-    train, micro_batches = recipe.train, micro_batches_of(recipe, world.size)
+    train, micro_batches = recipe.train, micro_batches_of(recipe, ranks)
     in_flight = 1
     return {
         "recipe": recipe.name,
-        "ranks": world.size,
-        "rank": world.rank,
-        "layout": layout(recipe.parallel, world.size),
+        "ranks": ranks,
+        "rank": rank,
+        "layout": layout(recipe.parallel, ranks),
         "parameters": measure(recipe.model, train.seq_len).parameters,
         "precision": train.precision,
         "micro_batch": {"rows": train.micro_batch, "tokens": train.seq_len},
@@ -115,7 +85,7 @@ def as_dict(
         "per_micro_batch": rows(report.micro_batch),
         "per_step": rows(report.step),
         "operators": report.operators,
-        "seconds": seconds,
+        "seconds": report.seconds,
     }
 
 
@@ -134,7 +104,7 @@ def layout(parallel: ParallelConfig, size: int) -> dict[str, int]:
     return {axis: degree for axis, degree in degrees.items() if degree > 1}
 
 
-def rows(collectives: Collectives) -> list[dict[str, Any]]:
+def rows(collectives: Mapping[tuple[str, str], "Traffic"]) -> list[dict[str, Any]]:
     """A row for every axis and collective."""
     return [
         {"axis": axis, "collective": name, "calls": traffic.calls, "bytes": traffic.bytes}
