@@ -130,7 +130,8 @@ class AxisNames:
         spans = [spanned_axes(mesh, group) for mesh in self.meshes]
         # A group over several axes is of the view in which it is just these.
         exact = [axes for axes in spans if math.prod(axes.values()) == group.size()]
-        return "+".join(min(exact or spans, key=lambda axes: len(axes)))
+        fewest = min(exact or spans, key=len)
+        return "+".join(fewest)
 
 
 def spanned_axes(mesh: DeviceMesh, group: dist.ProcessGroup) -> dict[str, int]:
