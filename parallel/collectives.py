@@ -42,6 +42,7 @@ IN_PLACE = {
     "send": ("send", 0),
 }
 SENDS_NOTHING = {"wait_tensor", "_wrap_tensor_autograd", "recv_", "barrier"}
+BOOKKEEPING = {"prim", "profiler"}  # namespaces of operators that only ask for or record something
 # Operators that communicate inside, where dispatch does not see it.
 OPAQUE = {CONTEXT_ATTENTION, HALO_SEND_RECV}
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -157,6 +158,8 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace in BOOKKEEPING:
+            return func(*args, **kwargs)
         if has(types, DTensor, AsyncCollectiveTensor):
             return NotImplemented
         if func in OPAQUE:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colonnade.parallel.collectives import OPAQUE, has, inside_opaque
+from colonnade.parallel.collectives import BOOKKEEPING, OPAQUE, has, inside_opaque
 from colonnade.parallel.gradients import local
 
 ACTIVATIONS, GATHERED = "activations", "gathered"
@@ -98,7 +98,7 @@ class StorageLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("prim", "profiler"):
+        if func.namespace in BOOKKEEPING:
             return func(*args, **kwargs)
         if has(types, AsyncCollectiveTensor):
             return NotImplemented

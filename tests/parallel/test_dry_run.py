@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ranks import Ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.bench.traffic import random_batch
+from colonnade.kernels.selective_scan import selective_scan
 from colonnade.launcher.plan.rank import run_rank
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.train.job import build_model
@@ -44,9 +46,9 @@ RANK = {2: 1, 4: 2}  # that is run dry, of this many
 SMALL: dict[str, Any] = {
     "hidden": 16, "vocab": 16, "heads": 4, "head_dim": 4, "ffn": 16, "experts": 8,
     "expert_ffn": 8, "mamba_heads": 4, "mamba_head_dim": 8, "mamba_state": 4, "mamba_groups": 4,
-    "mamba_chunk": 4, "mamba1_inner": 16, "mamba1_state": 4, "mamba1_chunk": 4, "s4d_inner": 16,
-    "s4d_state": 4, "s4d_chunk": 4, "delta_heads": 4, "delta_key_heads": 4, "delta_key_dim": 4,
-    "delta_value_dim": 4, "delta_chunk": 4,
+    "mamba_chunk": 4, "mamba1_inner": 16, "mamba1_state": 4, "mamba1_chunk": 4, "mamba1_rank": 4,
+    "s4d_inner": 16, "s4d_state": 4, "s4d_chunk": 4, "delta_heads": 4, "delta_key_heads": 4,
+    "delta_key_dim": 4, "delta_value_dim": 4, "delta_chunk": 4,
 }  # fmt: skip
 
 
@@ -287,6 +289,18 @@ def test_step_of_several_micro_batches() -> None:
         ("tp", "all_reduce"): Traffic(7, 33),
         ("world", "all_reduce"): Traffic(1, 4),
     }
+
+
+def operators_of_a_scan(tokens: int) -> int:
+    with FakeTensorMode(), CollectiveCounter(AxisNames([])) as counter:
+        x, dt, B, C = (torch.zeros(tokens, 1, width, requires_grad=True) for width in (4, 4, 2, 2))
+        A = torch.zeros(4, 2, requires_grad=True)
+        selective_scan(x, dt, A, B, C, None, chunk=4)[0].sum().backward()
+    return counter.operators
+
+
+def test_a_scan_is_as_many_operators_at_any_length() -> None:
+    assert operators_of_a_scan(8) == operators_of_a_scan(64)
 
 
 def test_an_unknown_collective_is_refused() -> None:
