@@ -10,27 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.context.p2p import group_by_name
+from colonnade.parallel.collectives import OPAQUE, inside_opaque, sent_by
 from colonnade.parallel.cost import Traffic
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.passes import forward
 from colonnade.parallel.world import World
-
-# A rank that passes n elements to a collective of n ranks sends so many elements.
-SENT_OF_N = {
-    "all_gather_into_tensor": lambda n: n * (n - 1),
-    "reduce_scatter_tensor": lambda n: n - 1,
-    "all_reduce": lambda n: 2 * (n - 1),
-}
-SENDS_NOTHING = {"wait_tensor", "_wrap_tensor_autograd"}
-CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class SentBytesMode(TorchDispatchMode):
@@ -46,31 +36,19 @@ class SentBytesMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "colonnade":
-            # Our operators are opaque to dispatch: only inside them is it visible what they send.
-            with self:
-                return func.redispatch(CPU, *args, **kwargs)
+        if func in OPAQUE:
+            return inside_opaque(self, func, args, kwargs)
         name = func.overloadpacket.__name__
-        if func.namespace == "c10d" and name == "send":
-            self.count(name, args[0][0].dtype, sum(t.nbytes for t in args[0]))
-        elif func.namespace == "_c10d_functional" and name not in SENDS_NOTHING:
-            group = group_by_name(args[-1])
-            if name == "all_to_all_single":
-                sent = sent_to_others(args[0], args[2], group.rank())
-            else:
-                sent = args[0].nbytes * SENT_OF_N[name](group.size()) // group.size()
-            self.count(name, args[0].dtype, sent)
+        if func.namespace == "_c10d_functional" or name == "send":
+            sent = sent_by(func, args)
+            if sent is not None:
+                self.count(name, sent.dtype, sent.bytes)
         return func(*args, **kwargs)
 
     def count(self, name: str, dtype: torch.dtype, sent: int) -> None:
         """Adds one collective, by which this rank sends so many bytes."""
         self.calls[name, dtype] += 1
         self.bytes[name, dtype] += sent
-
-
-def sent_to_others(rows: Tensor, sizes: list[int], rank: int) -> int:
-    """The bytes of an all-to-all that leave this rank: all rows but those that it sends itself."""
-    return rows.nbytes * (sum(sizes) - sizes[rank]) // max(1, len(rows))
 
 
 def random_batch(rows: int, tokens: int, vocab: int, seed: int = 0) -> Batch:

@@ -14,6 +14,7 @@ so that d = U − W S with U = (I + L)⁻¹ β v and W = (I + L)⁻¹ β E k, wh
 o = E q S + (D ∘ q kᵀ) d with s <= t, and the state after the chunk is E_Q S + (F k)ᵀ d.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from colonnade.kernels.delta_chunks import (
     head_order,
     natural_order,
 )
+from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import LOG_ZERO, wide, wide_dtype
 from colonnade.kernels.segments import Chunking, StatePassing
 from colonnade.kernels.sharding import outside_graphs
@@ -40,17 +42,23 @@ def _reads(shape: Shape, x: Chunks, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return queries, scores, shape.flat(queries * x.decays.entering)
 
 
-def _run(shape: Shape, x: Chunks, corrections: Tensor, states: Tensor | list[Tensor]) -> None:
+def _run(shape: Shape, x: Chunks, corrections: Tensor, states: Tensor) -> None:
     """Runs the recurrence over the chunks, in place.
 
-    `corrections` holds U and becomes d = U − W S; `states[0]` is the initial state, and the states
-    after each chunk are written into the others.
+    `corrections` holds U and becomes d = U − W S; `states[0]` is the initial state, and the state
+    after c chunks is written into `states[c]`, counted around where there are fewer.
     """
-    across = shape.flat(x.decays.across)
-    per_chunk = zip(*map(shape.by_chunk, (corrections, x.W, x.leaving_keys, across)), strict=True)
-    for c, (d, w, keys, decay) in enumerate(per_chunk):
-        d.baddbmm_(w, states[c], alpha=-1)
-        torch.mul(states[c], decay, out=states[c + 1]).baddbmm_(keys.mT, d)
+    _run_chunks(corrections, x.W, x.leaving_keys, shape.flat(x.decays.across), states, shape.n)
+
+
+@opaque("delta_chunks", lambda *_: None, mutates=("corrections", "states"))
+def _run_chunks(
+    corrections: Tensor, W: Tensor, leaving_keys: Tensor, across: Tensor, states: Tensor, n: int
+) -> None:
+    for c, (d, w, keys, decay) in enumerate(_by_chunk(n, corrections, W, leaving_keys, across)):
+        before, after = states[c % len(states)], states[(c + 1) % len(states)]
+        d.baddbmm_(w, before, alpha=-1)
+        torch.mul(before, decay, out=after).baddbmm_(keys.mT, d)
 
 
 def _run_backward(shape: Shape, x: Chunks, dcorrections: Tensor, dstates: Tensor) -> None:
@@ -60,10 +68,22 @@ def _run_backward(shape: Shape, x: Chunks, dcorrections: Tensor, dstates: Tensor
     gradients through the outputs, to which those through later chunks are added.
     """
     across = shape.flat(x.decays.across)
-    per_chunk = zip(*map(shape.by_chunk, (dcorrections, x.W, x.leaving_keys, across)), strict=True)
+    _run_chunks_backward(dcorrections, x.W, x.leaving_keys, across, dstates, shape.n)
+
+
+@opaque("delta_chunks_backward", lambda *_: None, mutates=("dcorrections", "dstates"))
+def _run_chunks_backward(
+    dcorrections: Tensor, W: Tensor, leaving_keys: Tensor, across: Tensor, dstates: Tensor, n: int
+) -> None:
+    per_chunk = _by_chunk(n, dcorrections, W, leaving_keys, across)
     for c, (dd, w, keys, decay) in reversed(list(enumerate(per_chunk))):
         dd.baddbmm_(keys, dstates[c + 1])
         dstates[c].addcmul_(dstates[c + 1], decay).baddbmm_(w.mT, dd, alpha=-1)
+
+
+def _by_chunk(n: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`[n·B·H, Q, ·]` tensors -> the chunks in turn, `[B·H, Q, ·]` of each."""
+    return zip(*(t.view(n, -1, *t.shape[1:]).unbind() for t in tensors), strict=True)
 
 
 def _final_states_from_zeros(
@@ -77,10 +97,9 @@ def _final_states_from_zeros(
     """
     heads, V, P = shape.K * shape.R, shape.V, x.W.shape[-1]
     eye = torch.eye(P, dtype=U.dtype, device=U.device)
-    state = F.pad(eye, (V, 0)).repeat(shape.B * heads, 1, 1)
-    states = [state, torch.empty_like(state)] * (shape.n // 2 + 1)
+    states = F.pad(eye, (V, 0)).repeat(2, shape.B * heads, 1, 1)  # the newest two
     _run(shape, x, F.pad(U, (0, P)), states)
-    final = states[shape.n].view(segments, -1, heads, P, V + P)
+    final = states[shape.n % 2].view(segments, -1, heads, P, V + P)
     state, transition = final.split([V, P], -1)
     return state, transition.contiguous()
 

@@ -30,10 +30,6 @@ class Shape:
         """`[n·B·H, ...]` -> head order."""
         return t.view(self.n, self.B, self.K, self.R, *t.shape[1:])
 
-    def by_chunk(self, t: Tensor) -> tuple[Tensor, ...]:
-        """`[n·B·H, Q, ·]` -> each chunk's `[B·H, Q, ·]`."""
-        return t.view(self.n, -1, *t.shape[1:]).unbind()
-
 
 def head_order(t: Tensor) -> Tensor:
     """`[n, Q, B, K, R, ·]` -> `[n, B, K, R, Q, ·]`, a view."""

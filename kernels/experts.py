@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from colonnade.kernels.activation import activate, activate_reference, activated_linear
@@ -31,6 +32,19 @@ class DispatchOrder:
     assignments: Tensor  # [T·k] int64, the assignment in each row
     rows: Tensor  # [T, k] int64, the row of each assignment
     keep_mask: Tensor | None  # [T, k] bool, False for dropped assignments; None: all are kept
+
+
+def counts_on_host(counts: Tensor, rows: int) -> list:
+    """The numbers of rows `[..., n]` as lists, for which the host waits.
+
+    Fake tensors hold no numbers: each `[n]` of them is then an even division of `rows`.
+    """
+    if not isinstance(counts, FakeTensor):
+        return counts.tolist()
+    if counts.dim() > 1:
+        return [counts_on_host(part, rows) for part in counts.unbind()]
+    each, rest = divmod(rows, len(counts))
+    return [each + 1] * rest + [each] * (len(counts) - rest)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -195,7 +209,7 @@ def expert_mlp(
     """
     if _grouped(rows, up):
         return _grouped_mlp(rows, counts, gate, up, down, activation, poly, sharding)
-    sizes = counts.tolist()
+    sizes = counts_on_host(counts, len(rows))
     *by_expert, remaining = rows.split([*sizes, len(rows) - sum(sizes)])
     gates = [None] * len(up) if gate is None else gate.unbind()
     operands = zip(by_expert, gates, up.unbind(), down.unbind(), strict=True)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import wide, wide_dtype
 from colonnade.kernels.segments import Chunking, StatePassing, Wait
 
@@ -179,13 +180,21 @@ def _states(
     """
     added = torch.bmm(spans.chunk_ends(inputs), tables.write)
     added = added.view(-1, spans.n, *initial.shape[1:])
+    return _run(added, initial, tables.factors, spans.continues, spans.undivided)
+
+
+@opaque("s4d_chunks", lambda added, initial, *_: (torch.empty_like(added), initial.clone()))
+def _run(
+    added: Tensor, initial: Tensor, factors: Tensor, continues: Tensor, undivided: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `_states` over the chunks; `added` is what each adds to the state."""
     before, state = torch.empty_like(added), torch.view_as_complex(initial)
     additions, states = (torch.view_as_complex(t).unbind(1) for t in (added, before))
-    full_chunk, last_chunk = torch.view_as_complex(tables.factors)
-    for i in range(spans.n):
-        torch.mul(state, spans.continues[i], out=states[i])
-        factor = last_chunk if i == spans.n - 1 else full_chunk
-        state = torch.addcmul(additions[i], states[i] * spans.undivided[i], factor)
+    full_chunk, last_chunk = torch.view_as_complex(factors)
+    for i in range(len(states)):
+        torch.mul(state, continues[i], out=states[i])
+        factor = last_chunk if i == len(states) - 1 else full_chunk
+        state = torch.addcmul(additions[i], states[i] * undivided[i], factor)
     return before, torch.view_as_real(state)
 
 
@@ -198,13 +207,21 @@ def _states_backward(
     `[W, B, N, 2]` that of the state after the last chunk.
     """
     read = torch.bmm(first, tables.read).view(-1, spans.n, *dfinal.shape[1:])
+    return _run_backward(read, dfinal, tables.factors, spans.continues, spans.undivided)
+
+
+@opaque("s4d_chunks_backward", lambda read, dfinal, *_: (torch.empty_like(read), dfinal.clone()))
+def _run_backward(
+    read: Tensor, dfinal: Tensor, factors: Tensor, continues: Tensor, undivided: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `_states_backward` over the chunks, from the last to the first."""
     after, grad = torch.empty_like(read), torch.view_as_complex(dfinal)
     reads, grads = (torch.view_as_complex(t).unbind(1) for t in (read, after))
-    full_chunk, last_chunk = torch.view_as_complex(tables.factors).conj()
-    for i in reversed(range(spans.n)):
+    full_chunk, last_chunk = torch.view_as_complex(factors).conj()
+    for i in reversed(range(len(grads))):
         grads[i].copy_(grad)
-        factor = last_chunk if i == spans.n - 1 else full_chunk
-        grad = torch.addcmul(reads[i], grad * spans.undivided[i], factor) * spans.continues[i]
+        factor = last_chunk if i == len(grads) - 1 else full_chunk
+        grad = torch.addcmul(reads[i], grad * undivided[i], factor) * continues[i]
     return after, torch.view_as_real(grad)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import wide, wide_dtype
 from colonnade.kernels.segments import (
     StatePassing,
@@ -98,26 +99,11 @@ class _SelectiveScan(torch.autograd.Function):
         Q: int,
         state_passing: StatePassing | None,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _ranges(len(x), Q)
         transition = None
         if state_passing is not None:
             final, transition = _final_state_from_zeros(x, dt, A, B, barrier, Q)
             initial = _exchanged(state_passing.launch, state_passing.segments, final, transition)
-        y, final = x.new_empty(x.shape), torch.empty_like(initial)
-        before = initial.new_empty(len(chunks), *initial.shape)
-        with torch.inference_mode():  # the steps are so short that tracking views would cost time
-            for c in _blocks(x, len(A)):
-                block = _Block(A[:, c], Q, x.shape[1])
-                state = initial[..., c]
-                for i, s in enumerate(chunks):
-                    before[i, ..., c] = state
-                    x_s, dt_s = wide(x[s, :, c]), wide(dt[s, :, c])
-                    block.run(dt_s, dt_s * x_s, wide(B[s]), barrier[s], state)
-                    states = block.states[1 : len(x_s) + 1]
-                    state = states[-1]
-                    y_s = _sum_over_states(wide(C[s]), states)
-                    y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
-                final[..., c] = state
+        y, final, before = _scan(x, dt, A, B, C, D, initial, barrier, Q)
         ctx.save_for_backward(x, dt, A, B, C, D, barrier, before, transition)
         ctx.Q, ctx.state_passing = Q, state_passing
         if state_passing is not None:
@@ -132,42 +118,108 @@ class _SelectiveScan(torch.autograd.Function):
         if passing is not None:
             dinitial = _initial_state_grad(dy, dt, A, C, barrier, ctx.Q)
             dfinal = _exchanged(passing.launch_backward, passing.segments, dinitial, transition)
-        chunks = list(enumerate(_ranges(len(x), ctx.Q)))
-        dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-        dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])
-        dB, dC = (torch.zeros(t.shape, dtype=A.dtype, device=A.device) for t in (B, C))
-        dD = None if D is None else torch.zeros_like(D)
-        with torch.inference_mode():
-            for c in _blocks(x, len(A)):
-                A_c = A[:, c]
-                block = _Gradients(A_c, ctx.Q, x.shape[1])
-                dA_tokens = torch.zeros_like(block.decay)  # summed over tokens at the end
-                carried = dfinal[..., c]  # gradient through the tokens after the chunk
-                for i, s in reversed(chunks):
-                    x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
-                    dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
-                    block.run(dt_s, u, B_s, barrier[s], before[i, ..., c])
-
-                    grad = block.run_back(dy_s, wide(C[s]), carried)
-
-                    dC[s] += _sum_over_channels(dy_s, block.states[1 : q + 1])
-                    dB[s] += _sum_over_channels(u, grad)
-                    du = _sum_over_states(B_s, grad)
-
-                    carried = grad.mul_(block.decay[:q])[0].clone()
-                    dlog = grad.mul_(block.states[:q])  # of dt·A, the logarithm of the decay
-                    dA_tokens[:q].addcmul_(dlog, dt_s[:, :, None])
-                    ddt[s, :, c] = dlog.mul_(A_c).sum(2).addcmul_(du, x_s)
-                    dx_s = du.mul_(dt_s)
-                    if D is not None and dD is not None:
-                        dx_s.addcmul_(dy_s, D[c])
-                        dD[c] += (dy_s * x_s).sum((0, 1))
-                    dx[s, :, c] = dx_s
-                dA[:, c] = dA_tokens.sum((0, 1))
-                dinitial[..., c] = carried
-        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dinitial, None, None, None
+        inputs = x, dt, A, B, C, D, barrier, before, ctx.Q
+        dx, ddt, dA, dB, dC, dD, dinitial = _scan_gradients(dy, dfinal, *inputs)
+        of_D = None if D is None else dD
+        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), of_D, dinitial, None, None, None
 
 
+def _fake_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor,
+    barrier: Tensor, Q: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    before = initial.new_empty(-(-len(x) // Q), *initial.shape)
+    return x.new_empty(x.shape), torch.empty_like(initial), before
+
+
+@opaque("selective_scan", _fake_scan)
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor,
+    barrier: Tensor, Q: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The outputs, the state after the last token, and that before each chunk, `[n, B, N, C]`."""
+    chunks = _ranges(len(x), Q)
+    y, final = x.new_empty(x.shape), torch.empty_like(initial)
+    before = initial.new_empty(len(chunks), *initial.shape)
+    with torch.inference_mode():  # the steps are so short that tracking views would cost time
+        for c in _blocks(x, len(A)):
+            block = _Block(A[:, c], Q, x.shape[1])
+            state = initial[..., c]
+            for i, s in enumerate(chunks):
+                before[i, ..., c] = state
+                x_s, dt_s = wide(x[s, :, c]), wide(dt[s, :, c])
+                block.run(dt_s, dt_s * x_s, wide(B[s]), barrier[s], state)
+                states = block.states[1 : len(x_s) + 1]
+                state = states[-1]
+                y_s = _sum_over_states(wide(C[s]), states)
+                y[s, :, c] = y_s if D is None else y_s.addcmul_(x_s, D[c])
+            final[..., c] = state
+    return y, final, before
+
+
+_SevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake_scan_gradients(
+    dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, barrier: Tensor, before: Tensor, Q: int,
+) -> _SevenTensors:  # fmt: skip
+    dB, dC = (torch.empty(t.shape, dtype=A.dtype, device=A.device) for t in (B, C))
+    dx, ddt, dinitial = x.new_empty(x.shape), dt.new_empty(dt.shape), dfinal.new_empty(dfinal.shape)
+    return dx, ddt, torch.empty_like(A), dB, dC, A.new_empty(A.shape[1]), dinitial
+
+
+@opaque("selective_scan_backward", _fake_scan_gradients)
+def _scan_gradients(
+    dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, barrier: Tensor, before: Tensor, Q: int,
+) -> _SevenTensors:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D and the initial state; that of D is zeros where there is
+    none."""
+    chunks = list(enumerate(_ranges(len(x), Q)))
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dA, dinitial = torch.empty_like(A), before.new_empty(before.shape[1:])
+    dB, dC = (torch.zeros(t.shape, dtype=A.dtype, device=A.device) for t in (B, C))
+    dD = A.new_zeros(A.shape[1])
+    with torch.inference_mode():
+        for c in _blocks(x, len(A)):
+            A_c = A[:, c]
+            block = _Gradients(A_c, Q, x.shape[1])
+            dA_tokens = torch.zeros_like(block.decay)  # summed over tokens at the end
+            carried = dfinal[..., c]  # gradient through the tokens after the chunk
+            for i, s in reversed(chunks):
+                x_s, dt_s, B_s = wide(x[s, :, c]), wide(dt[s, :, c]), wide(B[s])
+                dy_s, u, q = wide(dy[s, :, c]), dt_s * x_s, len(x_s)
+                block.run(dt_s, u, B_s, barrier[s], before[i, ..., c])
+
+                grad = block.run_back(dy_s, wide(C[s]), carried)
+
+                dC[s] += _sum_over_channels(dy_s, block.states[1 : q + 1])
+                dB[s] += _sum_over_channels(u, grad)
+                du = _sum_over_states(B_s, grad)
+
+                carried = grad.mul_(block.decay[:q])[0].clone()
+                dlog = grad.mul_(block.states[:q])  # of dt·A, the logarithm of the decay
+                dA_tokens[:q].addcmul_(dlog, dt_s[:, :, None])
+                ddt[s, :, c] = dlog.mul_(A_c).sum(2).addcmul_(du, x_s)
+                dx_s = du.mul_(dt_s)
+                if D is not None:
+                    dx_s.addcmul_(dy_s, D[c])
+                    dD[c] += (dy_s * x_s).sum((0, 1))
+                dx[s, :, c] = dx_s
+            dA[:, c] = dA_tokens.sum((0, 1))
+            dinitial[..., c] = carried
+    return dx, ddt, dA, dB, dC, dD, dinitial
+
+
+def _fake_final_state(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, barrier: Tensor, Q: int
+) -> tuple[Tensor, Tensor]:
+    final = A.new_empty(x.shape[1], *A.shape)
+    return final, torch.empty_like(final)
+
+
+@opaque("selective_scan_final_state", _fake_final_state)
 def _final_state_from_zeros(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, barrier: Tensor, Q: int
 ) -> tuple[Tensor, Tensor]:
@@ -186,6 +238,13 @@ def _final_state_from_zeros(
     return final, transition
 
 
+def _fake_initial_state_grad(
+    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, barrier: Tensor, Q: int
+) -> Tensor:
+    return A.new_empty(dy.shape[1], *A.shape)
+
+
+@opaque("selective_scan_initial_state_grad", _fake_initial_state_grad)
 def _initial_state_grad(
     dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, barrier: Tensor, Q: int
 ) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.opaque import opaque
 from colonnade.kernels.precision import LOG_ZERO, wide, wide_dtype
 from colonnade.kernels.segments import Chunking, StatePassing
 from colonnade.kernels.sharding import outside_graphs
@@ -116,9 +117,22 @@ def _states(shape: _Shape, decayed: Tensor, B: Tensor, across: Tensor, initial: 
     states = initial.new_empty(shape.n + 1, *initial.shape)
     states[0] = initial
     torch.bmm(decayed.transpose(1, 2), B, out=states[1:].view(-1, shape.R * shape.P, shape.N))
-    for c in range(shape.n):
-        states[c + 1].addcmul_(states[c], across[c])
+    _decay_states(states, across)
     return states
+
+
+@opaque("ssd_states", lambda states, across: None, mutates=("states",))
+def _decay_states(states: Tensor, across: Tensor) -> None:
+    """Adds to the state after every chunk, in place, the decayed state before it."""
+    for c in range(len(across)):
+        states[c + 1].addcmul_(states[c], across[c])
+
+
+@opaque("ssd_states_backward", lambda dstates, across: None, mutates=("dstates",))
+def _decay_states_backward(dstates: Tensor, across: Tensor) -> None:
+    """Adds to the gradient of the state before every chunk that of the state after it, decayed."""
+    for i in reversed(range(len(across))):
+        dstates[i].addcmul_(dstates[i + 1], across[i])
 
 
 class _SSD(torch.autograd.Function):
@@ -189,8 +203,7 @@ class _SSD(torch.autograd.Function):
         before, after = states[:-1], dstates[1:]
         dy_entering = shape.groups(dy, decay.entering)
         torch.bmm(dy_entering.transpose(1, 2), c, out=dstates[:-1].view(-1, R * P, N))
-        for i in reversed(range(n)):
-            dstates[i].addcmul_(dstates[i + 1], decay.across[i])
+        _decay_states_backward(dstates, decay.across)
         wait = None
         if ctx.state_passing is not None:
             # The decay from the state before each chunk to that after the segment.

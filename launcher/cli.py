@@ -108,6 +108,17 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 0 if report["equal"] else 1
 
 
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Runs `colonnade plan`; returns the exit status."""
+    from colonnade.launcher.plan.run import plan
+    from colonnade.launcher.plan.table import table
+
+    a = arguments
+    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run)
+    print(table(report)) if a.json is None else a.report(report)
+    return 0
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Runs `colonnade doctor`; returns the exit status."""
     from colonnade.launcher.cluster.doctor import doctor
@@ -227,6 +238,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="fields of [parallel], may be given several times (default: all that are valid)",
     )
 
+    plan = add("plan", run_plan)
+    plan.add_argument("recipe", help="a path, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. parallel.tp=8")
+    plan.add_argument("--gpus", type=positive, required=True, help="ranks of the job")
+    plan.add_argument(
+        "--dry-run", action="store_true", help="run one rank of it here, without data"
+    )
+
     generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
     generate.add_argument("--prompt", default="", help="text to continue")
@@ -263,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", run_bench)
     bench.add_argument("name", choices=list(benchmarks().BENCHMARKS))
     bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
-    for verb in (train, verify, data, doctor, bench):
+    for verb in (train, verify, plan, data, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 
@@ -272,12 +291,13 @@ def build_parser() -> argparse.ArgumentParser:
 VERBS = {
     "train": "train a recipe, or resume a run",
     "verify": "compare parallel layouts with one process, at test size",
+    "plan": "show what each rank of a job of any size holds and sends",
     "generate": "sample text from a trained model",
     "data": "convert text to packed tokens in Megatron's .bin/.idx format",
     "doctor": "show devices, backends, and which kernel serves each operator",
     "bench": "run a benchmark beside its reference",
 }
-PLANNED = ("convert", "inspect", "logs", "plan", "report", "status", "submit", "sweep")
+PLANNED = ("convert", "inspect", "logs", "report", "status", "submit", "sweep")
 
 
 def unknown_verb(word: str) -> str:
@@ -299,7 +319,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
         parser.error(unknown_verb(words[0]))
     parsed, unparsed = parser.parse_known_args(arguments)
-    has_overrides = parsed.verb in ("train", "verify")
+    has_overrides = parsed.verb in ("train", "verify", "plan")
     if unparsed and (not has_overrides or any(word.startswith("-") for word in unparsed)):
         parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
     if unparsed:

@@ -264,7 +264,8 @@ def arrivals_by_count(order: DispatchOrder, received: Tensor) -> Arrivals:
     """The arrivals of just the rows that are sent; the host waits for their numbers."""
     ranks, experts = received.shape
     sent = order.counts.view(ranks, experts).sum(1)
-    sent_sizes, sizes = torch.stack([sent, received.sum(1)]).tolist()
+    numbers = torch.stack([sent, received.sum(1)])
+    sent_sizes, sizes = kernels.counts_on_host(numbers, len(order.assignments))
     expert = torch.arange(experts, device=received.device).repeat(ranks)
     expert = expert.repeat_interleave(received.flatten(), output_size=sum(sizes))
     return Arrivals(sizes, sent_sizes, received.sum(0), *sort_order(expert))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import _disable_current_modes
 
 from colonnade.kernels.orthogonal import orthogonalised
 from colonnade.models.parameter_module import Declared, declared
@@ -92,17 +93,22 @@ def gather_matrices(t: Tensor) -> Tensor:
     return t if kept == t.placements else t.redistribute(placements=kept)
 
 
+def local_range(t: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of the local shard of a DTensor, and where it starts.
+
+    PyTorch reads it off tensors, which hold no numbers under fake tensors.
+    """
+    with _disable_current_modes():
+        return compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+
+
 def shard_of(values: Tensor, gathered: Tensor, like: Tensor) -> Tensor:
     """Slices from `values`, the local shard of `gathered`, the shard that this rank holds of the
     DTensor `like`."""
     if not isinstance(like, DTensor) or not isinstance(gathered, DTensor):
         return values
-    starts = compute_local_shape_and_global_offset(
-        gathered.shape, gathered.device_mesh, gathered.placements
-    )[1]
-    shape, offset = compute_local_shape_and_global_offset(
-        like.shape, like.device_mesh, like.placements
-    )
+    _, starts = local_range(gathered)
+    shape, offset = local_range(like)
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
         values = values.narrow(dim, min(start - starts[dim], values.shape[dim]), size)
     return values

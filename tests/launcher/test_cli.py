@@ -77,7 +77,7 @@ def only_run() -> Path:
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("train", "generate", "data", "doctor", "bench"):
+    for verb in ("train", "plan", "generate", "data", "doctor", "bench"):
         with pytest.raises(SystemExit) as exit_info:
             build_parser().parse_args([verb, "--help"])
         assert exit_info.value.code == 0
@@ -87,7 +87,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("verb", "message"),
     [
-        ("plan", "`plan` is planned and not built yet"),
+        ("sweep", "`sweep` is planned and not built yet"),
         ("trian", "did you mean `train`?"),
         ("convrt", "did you mean `convert`, which is planned and not built yet?"),
         ("xyzzy", "there is no verb `xyzzy`"),

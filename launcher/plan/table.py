@@ -1,0 +1,69 @@
+"""Formats the report of `plan` for people."""
+
+from collections.abc import Iterator
+from typing import Any
+
+STATE = {
+    "parameters": "shards of parameters and buffers",
+    "gradients": "shards of their gradients",
+    "optimizer": "optimizer state",
+}
+PASSES = {
+    "activations": "activations, at the peak of a micro-batch's forward and backward pass",
+    "gathered": "weights that FSDP has gathered then, and its buffers",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    return "\n".join([*heading(report), "", *memory(report), "", *communication(report), "",
+                      *times(report)])  # fmt: skip
+
+
+def heading(report: dict[str, Any]) -> Iterator[str]:
+    """What was run."""
+    layout = ", ".join(f"{axis} {degree}" for axis, degree in report["layout"].items())
+    ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']:,} ranks"
+    yield f"{report['recipe']}: {report['parameters']:,} parameters on {ranks}"
+    if layout:
+        yield f"layout: {layout}"
+    shape, count = report["micro_batch"], report["micro_batches"]
+    yield (
+        f"a step of rank {report['rank']:,}: {count} micro-batch{'es' * (count > 1)} of "
+        f"{shape['rows']} x {shape['tokens']:,} tokens in {report['precision']}"
+    )
+
+
+def memory(report: dict[str, Any]) -> Iterator[str]:
+    """Bytes that the rank holds."""
+    held = report["memory"]
+    yield f"{'held by the rank':<32}{'bytes':>20}"
+    for key, text in {**STATE, **PASSES}.items():
+        yield f"  {key:<30}{held[key]:>20,}  {size(held[key]):>10}  {text}"
+    in_flight = report["in_flight"]
+    flight = f"{in_flight} micro-batch{'es' * (in_flight > 1)} in flight"
+    yield f"  {'peak':<30}{held['peak']:>20,}  {size(held['peak']):>10}  with {flight}"
+
+
+def communication(report: dict[str, Any]) -> Iterator[str]:
+    """Bytes that the rank sends, a line for every axis and collective."""
+    yield f"{'sent by the rank in a step':<32}{'bytes':>20}  {'':>10}  calls"
+    for row in report["collectives"]:
+        name = f"{row['axis']} {row['collective']}"
+        yield f"  {name:<30}{row['bytes']:>20,}  {size(row['bytes']):>10}  {row['calls']:,}"
+    total = sum(row["bytes"] for row in report["collectives"])
+    yield f"  {'all':<30}{total:>20,}  {size(total):>10}"
+
+
+def times(report: dict[str, Any]) -> Iterator[str]:
+    """What the dry run took."""
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
+    yield f"dry run: {report['operators']:,} operators; {seconds}"
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit of which there is one: `3.4 GiB`."""
+    amount, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:,.0f} {units[0]}" if units[0] == "B" else f"{amount:,.1f} {units[0]}"

@@ -1,0 +1,310 @@
+"""The dry run of a rank, beside the same rank of a real job."""
+
+import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ranks import Ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from colonnade.bench.traffic import random_batch
+from colonnade.kernels.selective_scan import selective_scan
+from colonnade.launcher.plan.rank import run_rank
+from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
+from colonnade.launcher.train.job import build_model
+from colonnade.models.blocks.experts import Routed, Sent
+from colonnade.models.config import ModelConfig
+from colonnade.models.decoder import Decoder
+from colonnade.models.shapes import measure
+from colonnade.parallel.collectives import AxisNames, CollectiveCounter, sent_by
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.dry_run import (
+    Collectives,
+    FakeBatch,
+    RankReport,
+    Traffic,
+    collectives,
+    forward_backward,
+    gradients,
+    hold_state,
+    open_fake_world,
+    shards,
+)
+from colonnade.parallel.engine import Engine
+from colonnade.parallel.mesh import build_expert_mesh, data_rank
+from colonnade.parallel.seams import expert_blocks
+from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
+from colonnade.parallel.world import World
+
+ROWS, TOKENS, MICRO_BATCHES = 2, 16, 2
+RANK = {2: 1, 4: 2}  # that is run dry, of this many
+SMALL: dict[str, Any] = {
+    "hidden": 16, "vocab": 16, "heads": 4, "head_dim": 4, "ffn": 16, "experts": 8,
+    "expert_ffn": 8, "mamba_heads": 4, "mamba_head_dim": 8, "mamba_state": 4, "mamba_groups": 4,
+    "mamba_chunk": 4, "mamba1_inner": 16, "mamba1_state": 4, "mamba1_chunk": 4, "mamba1_rank": 4,
+    "s4d_inner": 16, "s4d_state": 4, "s4d_chunk": 4, "delta_heads": 4, "delta_key_heads": 4,
+    "delta_key_dim": 4, "delta_value_dim": 4, "delta_chunk": 4,
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """Ranks, the pattern, and fields of `[parallel]`, `[train]` and `[model]`."""
+
+    ranks: int
+    pattern: str
+    layout: dict[str, Any]
+    train: dict[str, Any] = {}  # noqa: RUF012  # a default of a tuple's field, never changed
+    model: dict[str, Any] = {}  # noqa: RUF012
+    optimizer: str = "adamw"
+
+
+HYBRID = "M*-mSG"
+CASES = {
+    "tp, sequence": Case(2, "*-", {"tp": 2}),
+    "tp": Case(2, "M-", {"tp": 2, "sequence": False}),
+    "FSDP, bf16": Case(2, "*-", {}, {"precision": "bf16"}),
+    "FSDP, Muon, ladder": Case(2, "*-", {}, {}, {"residual": "ladder"}, "muon"),
+    "cp": Case(2, HYBRID, {"cp": 2}),
+    "ulysses": Case(2, "*M", {"cp": 2, "context": "ulysses", "recurrence": "heads"}),
+    "recomputed": Case(2, "*-", {"tp": 2}, {"recompute": "selective"}),
+    "ep": Case(2, "*E", {"ep": 2}),
+    "sharded, dense": Case(4, "*-", {}, {"precision": "bf16"}),
+    "sharded, hybrid": Case(4, HYBRID, {}),
+    "sharded, mixture": Case(4, "*E", {"ep": 4}),
+    "HSDP": Case(4, "*-", {"dp_replicate": 2}, {"precision": "bf16"}),
+    "HSDP, mixture": Case(4, "*E", {"dp_replicate": 2, "ep": 2}),
+    "tp, FSDP, hybrid": Case(4, HYBRID, {"tp": 2}),
+    "tp, cp": Case(4, "M*-", {"tp": 2, "cp": 2}),
+    "ep over tp": Case(4, "*E", {"ep": 4, "tp": 2, "etp": 1}),
+    "ep, etp, loads": Case(4, "*E", {"ep": 2, "etp": 2}, {}, {"balance": 0.1}),
+    "ep, recomputed": Case(4, "*E", {"ep": 2}, {"recompute": "block"}, {"residual": "ladder"}),
+}  # fmt: skip
+
+
+def recipe(name: str) -> Recipe:
+    case = CASES[name]
+    model: dict[str, Any] = {"pattern": case.pattern, **SMALL, **case.model}
+    return Recipe(
+        model=ModelConfig(**model),
+        parallel=ParallelConfig(**case.layout),
+        optimizer=OptimizerConfig(name=case.optimizer),
+        train=TrainConfig(micro_batch=ROWS, seq_len=TOKENS, **case.train),
+    )
+
+
+class Run(NamedTuple):
+    """What a rank holds and sends in a step, in bytes."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    sent: Collectives
+
+
+def spread_evenly(model: Decoder) -> None:
+    """Makes every expert chosen as often as any other, in place of the router's choices."""
+    for block in expert_blocks(model):
+        dispatch = block.first.dispatch
+
+        def even(routed: Routed, experts: int, dispatch: Any = dispatch) -> Sent:
+            chosen = torch.arange(routed.chosen.numel()).view_as(routed.chosen) % experts
+            return dispatch(routed._replace(chosen=chosen), experts)
+
+        block.first.dispatch = even
+
+
+def meshes_of(case: Recipe, world: World, mesh: DeviceMesh) -> list[DeviceMesh]:
+    return [m for m in (mesh, build_expert_mesh(case.parallel, world)) if m is not None]
+
+
+def real_runs(rank: int, size: int) -> dict[str, Run]:
+    """Steps of the engine on real ranks."""
+    names = [name for name, case in CASES.items() if case.ranks == size]
+    return {name: real_run(World(rank, size, torch.device("cpu")), name) for name in names}
+
+
+def real_run(world: World, name: str) -> Run:
+    case = recipe(name)
+    mesh, model, optimizer = build_model(case, world)
+    spread_evenly(model)
+    engine = Engine(model, optimizer, mesh, world.device)
+    index, ranks = data_rank(mesh)
+    samples = [
+        list(range(start, start + ROWS))
+        for start in range(index * ROWS, MICRO_BATCHES * ranks * ROWS, ranks * ROWS)
+    ]
+    batches = [random_batch(ROWS, TOKENS, case.model.vocab, rows[0]) for rows in samples]
+    with CollectiveCounter(AxisNames(meshes_of(case, world, mesh))) as counter:
+        report = engine.gradients(batches, samples, 1.0, 0)
+        held = storage_bytes(gradients(list(model.parameters())))
+        engine.update(report, 1e-3, 1.0)
+    return Run(
+        storage_bytes(shards(model)),
+        held,
+        storage_bytes(optimizer.named_state().values()),
+        collectives(counter),
+    )
+
+
+def dry_reports(size: int) -> dict[str, RankReport]:
+    """Dry runs of all cases of this many ranks, in one world; they take a process of their own."""
+    torch.set_num_threads(1)
+    world = open_fake_world(RANK[size], size)
+    with pytest.raises(RuntimeError, match="a dry run needs a new one"):
+        open_fake_world(0, size)
+    names = [name for name, case in CASES.items() if case.ranks == size]
+    return {name: run_rank(recipe(name), world) for name in names}
+
+
+@cache
+def dry(size: int) -> dict[str, RankReport]:
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(dry_reports, size).result()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_holds_and_sends_what_a_real_one_does(
+    ranks2: Ranks, ranks4: Ranks, size: int
+) -> None:
+    """A step of several micro-batches, of which the dry run has run one."""
+    real = (ranks2 if size == 2 else ranks4).run(real_runs, limit=280)[RANK[size]]
+    assert real.keys() == dry(size).keys()
+    for name, report in dry(size).items():
+        sent = report.collectives(MICRO_BATCHES)
+        assert sent == real[name].sent, name
+        assert any(traffic.bytes for traffic in sent.values())
+        state = report.parameters, report.gradients, report.optimizer
+        assert state == real[name][:3], name
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("sharded")])
+def test_state_by_formula(name: str) -> None:
+    """Where every parameter divides over all ranks, each holds 1/n, and AdamW two numbers more."""
+    elements = measure(recipe(name).model, TOKENS).parameters
+    report, share = dry(4)[name], 4 * elements // 4
+    assert elements % 4 == 0
+    assert report.parameters == report.gradients == share
+    assert report.optimizer == 2 * share
+
+
+def test_traffic_by_formula() -> None:
+    """Of FSDP and HSDP over parameters of which n ranks have 1/n each."""
+    elements = measure(recipe("sharded, dense").model, TOKENS).parameters
+    fsdp = dry(4)["sharded, dense"]
+    # Under `norm` in fp32, of all others in bf16; gradients are reduce-scattered in fp32.
+    assert fsdp.micro_batch["dp_shard", "reduce_scatter"].bytes == 4 * elements * 3 // 4
+    hsdp = dry(4)["HSDP"]
+    assert hsdp.micro_batch["dp_shard", "reduce_scatter"].bytes == 4 * elements // 2
+    # of half of the elements, all-reduced over two ranks, once a step
+    assert hsdp.step["dp_replicate", "all_reduce"].bytes == 4 * elements // 2
+    assert not any(axis == "dp_replicate" for axis, _ in hsdp.micro_batch)
+
+
+def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, int]:
+    """Peak and held activations of a real micro-batch."""
+    _, model, optimizer = build_model(recipe(name), World(rank, size, torch.device("cpu")))
+    ledger = StorageLedger()
+    hold_state(ledger, [model], [optimizer])
+    batch = FakeBatch.of(recipe(name).train)
+    with ledger:
+        start = ledger.mark()
+        _, middle = forward_backward([model], batch, ledger)
+        ledger.hold("gradients", gradients(list(model.parameters())))
+        stop = ledger.mark()
+    peak = ledger.peak(start, stop, (ACTIVATIONS, GATHERED))
+    return peak, ledger.held(middle)[ACTIVATIONS]
+
+
+@pytest.mark.parametrize("name", ["FSDP, bf16", "HSDP"])
+def test_peaks_of_real_tensors(ranks2: Ranks, ranks4: Ranks, name: str) -> None:
+    """Without kernels that a dry run takes as one operator, it allocates and frees the same."""
+    size = CASES[name].ranks
+    peak, held = (ranks2 if size == 2 else ranks4).run(real_peaks, name)[RANK[size]]
+    report = dry(size)[name]
+    assert (report.peak, report.held) == (peak, held)
+    assert 0 < held < peak.by_kind[ACTIVATIONS]
+    assert 0 < peak.by_kind[GATHERED] < 4 * measure(recipe(name).model, TOKENS).parameters
+
+
+def ledger_of_two() -> StorageLedger:
+    """A ledger over two tensors of 40 bytes, of which one outlives the other."""
+    ledger = StorageLedger()
+    with ledger:
+        first = torch.zeros(10)
+        second = first + 1
+        view = second[2:]
+        del first, second
+        ledger.kept = [view.mul_(2)]  # type: ignore[attr-defined]
+    return ledger
+
+
+def test_ledger_by_hand() -> None:
+    ledger = ledger_of_two()
+    assert ledger.events == [(0, 40), (1, 40), (0, -40)]
+    assert ledger.peak(0, 3, (ACTIVATIONS,)) == Peak(80, {ACTIVATIONS: 80})
+    assert ledger.peak(2, 3, (ACTIVATIONS,)).total == 80
+    assert ledger.held(3) == {ACTIVATIONS: 40}
+    ledger.hold("gradients", ledger.kept)  # type: ignore[attr-defined]
+    assert ledger.peak(0, 3, (ACTIVATIONS,)) == Peak(40, {ACTIVATIONS: 40})
+    assert ledger.held(3) == {ACTIVATIONS: 0, "gradients": 40}
+
+
+def test_ledger_sees_resized_storages() -> None:
+    """As FSDP2 frees gathered weights, and allocates them again."""
+    ledger = StorageLedger()
+    with ledger:
+        weight = torch.zeros(8)
+        ledger.record_gathered([weight])
+        weight.untyped_storage().resize_(0)
+        torch.zeros(2)
+        weight.untyped_storage().resize_(32)
+        ledger.record_gathered([weight])
+    assert ledger.peak(0, ledger.mark(), (ACTIVATIONS, GATHERED)).total == 32
+    assert ledger.held(ledger.mark()) == {GATHERED: 32, ACTIVATIONS: 0}
+
+
+def test_memory_of_micro_batches_in_flight() -> None:
+    """Those before forward and backward of the last keep their activations."""
+    report = dry(2)["tp"]
+    one, three = report.memory(), report.memory(in_flight=3)
+    assert one == report.parameters + report.gradients + report.optimizer + report.peak.total
+    assert three == one + 2 * report.held
+    wide = dataclasses.replace(report, update_peak=Peak(one, {}))
+    assert wide.memory() == 2 * one - report.peak.total
+
+
+def test_step_of_several_micro_batches() -> None:
+    report = dataclasses.replace(
+        dry(2)["tp"],
+        micro_batch={("tp", "all_reduce"): Traffic(2, 10)},
+        step={("tp", "all_reduce"): Traffic(1, 3), ("world", "all_reduce"): Traffic(1, 4)},
+    )
+    assert report.collectives(3) == {
+        ("tp", "all_reduce"): Traffic(7, 33),
+        ("world", "all_reduce"): Traffic(1, 4),
+    }
+
+
+def operators_of_a_scan(tokens: int) -> int:
+    with FakeTensorMode(), CollectiveCounter(AxisNames([])) as counter:
+        x, dt, B, C = (torch.zeros(tokens, 1, width, requires_grad=True) for width in (4, 4, 2, 2))
+        A = torch.zeros(4, 2, requires_grad=True)
+        selective_scan(x, dt, A, B, C, None, chunk=4)[0].sum().backward()
+    return counter.operators
+
+
+def test_a_scan_is_as_many_operators_at_any_length() -> None:
+    assert operators_of_a_scan(8) == operators_of_a_scan(64)
+
+
+def test_an_unknown_collective_is_refused() -> None:
+    broadcast = torch.ops._c10d_functional.broadcast.default
+    with pytest.raises(NotImplementedError, match="how many bytes it sends is not known"):
+        sent_by(broadcast, (torch.zeros(2), 0, "0"))
+    assert sent_by(torch.ops.aten.add.Tensor, (torch.zeros(2), torch.zeros(2))) is None
