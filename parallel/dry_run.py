@@ -8,7 +8,7 @@ even: rows are single documents, and every expert is chosen as often as any othe
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -20,15 +20,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
+from colonnade.models.wiring import Stage
 from colonnade.parallel.collectives import AxisNames, CollectiveCounter
-from colonnade.parallel.engine import RunningSums
+from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
-from colonnade.parallel.mesh import ranks_per_token
+from colonnade.parallel.mesh import ranks_per_loss
 from colonnade.parallel.optimizer import Optimizer, OptimizerSettings, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, set_last_micro_batch
+from colonnade.parallel.passes import DeviceInputs, Passes, RunningSums
+from colonnade.parallel.pipeline.build import build_passes
+from colonnade.parallel.pipeline.dry_run import (
+    CountedRun,
+    run_backward,
+    run_forward,
+    sent_for_shared_weights,
+)
+from colonnade.parallel.pipeline.pipeline import Pipeline
 from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
 from colonnade.parallel.tensor import complete_gradients
 from colonnade.parallel.world import World
@@ -45,6 +56,10 @@ class DryTrainSettings(Protocol):
     def micro_batch(self) -> int: ...
     @property
     def seq_len(self) -> int: ...
+    @property
+    def recompute(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
 
 
 class DrySettings(Protocol):
@@ -52,6 +67,8 @@ class DrySettings(Protocol):
 
     @property
     def train(self) -> DryTrainSettings: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
     @property
     def optimizer(self) -> OptimizerSettings: ...
 
@@ -74,7 +91,7 @@ class RankReport:
         parameters: its shards.
         gradients: of their gradients, all of which are held when a step's last backward ends.
         optimizer: of the optimizer's state.
-        held: activations that one micro-batch keeps from the end of its forward pass on.
+        held: activations that one micro-batch keeps from the end of its forward pass on, by stage.
         peak: the most that a micro-batch allocates beside the shards, forward and backward:
             activations, and the weights that FSDP2 has gathered then with the buffers of its
             collectives.
@@ -83,18 +100,20 @@ class RankReport:
         step: what is sent once a step.
         operators: that were run.
         seconds: that the dry run itself took, by its phases.
+        extras: terms of the objective beside loss and balance.
     """
 
     parameters: int
     gradients: int
     optimizer: int
-    held: int
+    held: dict[int, int]
     peak: Peak
     update_peak: Peak
     micro_batch: Collectives
     step: Collectives
     operators: int
     seconds: dict[str, float]
+    extras: int
 
     def collectives(self, micro_batches: int) -> Collectives:
         """What a step of this many micro-batches sends."""
@@ -109,10 +128,10 @@ class RankReport:
         """The report with the seconds of earlier phases."""
         return dataclasses.replace(self, seconds={**before, **self.seconds})
 
-    def memory(self, in_flight: int = 1) -> int:
-        """The most bytes that the rank holds at once, with `in_flight` micro-batches between
-        forward and backward: the last one's peak comes upon what the others keep."""
-        passes = (in_flight - 1) * self.held + self.peak.total
+    def memory(self, in_flight: int) -> int:
+        """The most bytes that the rank holds at once, where forward passes keep `in_flight` bytes:
+        the last one's peak comes upon what the others keep."""
+        passes = in_flight - sum(self.held.values()) + self.peak.total
         state = self.parameters + self.gradients + self.optimizer
         return state + max(passes, self.update_peak.total)
 
@@ -147,64 +166,84 @@ def open_fake_world(rank: int, size: int) -> World:
 
 
 def dry_run(
-    stages: Sequence[Decoder],
+    model: Decoder,
+    stages: Sequence[Stage],
     mesh: DeviceMesh,
     expert_mesh: DeviceMesh | None,
     recipe: DrySettings,
+    rank: int = 0,
+    extras: int | None = None,
 ) -> RankReport:
     """Runs a step of one micro-batch on this rank.
 
     Args:
-        stages: what the rank computes, in order, each built on meta and parallelized: the model, or
-            its stages of a pipeline. All are run forward, and then backward.
+        model: what the rank computes, built on meta and parallelized.
+        stages: all stages of the pipeline.
         mesh: the dense view.
         expert_mesh: the expert view, or None.
-        recipe: from which precision, shapes and the optimizer are read.
+        recipe: from which precision, shapes, the layout and the optimizer are read.
+        rank: of a pipeline, the one that is run.
+        extras: terms of the objective beside loss and balance; None: those that the model reports.
     """
     clock = Clock()
     counter = CollectiveCounter(AxisNames([m for m in (mesh, expert_mesh) if m is not None]))
     ledger = StorageLedger()
-    parameters: list[nn.Parameter] = [p for stage in stages for p in stage.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         with clock.phase("allocation"):
-            optimizers = [allocate(stage, recipe) for stage in stages]
+            optimizer = allocate(model, recipe)
+            passes = build_passes(model, stages, mesh, recipe, CPU, rank)
             batch = FakeBatch.of(recipe.train)
-            hold_state(ledger, stages, optimizers)
+            hold_state(ledger, model, optimizer)
+        parameters = list(model.parameters())
         with counter, ledger:
             with clock.phase("micro-batch"):
                 start = ledger.mark()
-                reports, middle = forward_backward(stages, batch, ledger)
+                ran = forward_backward(passes, batch, ledger)
                 ledger.hold("gradients", gradients(parameters))
                 stop, sent = ledger.mark(), collectives(counter)
             with clock.phase("update"):
-                update(stages, optimizers, reports, ranks_per_token(mesh))
+                update(passes, optimizer, ran.reports, ranks_per_loss(mesh), extras)
                 end = ledger.mark()
-        held = ledger.held(middle)
-        total = collectives(counter)
-        micro_batch = {key: t for key, t in sent.items() if not once_a_step(*key)}
+        in_pipeline = isinstance(passes, Pipeline)
+        micro_batch = {key: t for key, t in sent.items() if not once_a_step(*key, in_pipeline)}
+        step = difference(collectives(counter), micro_batch)
+        if isinstance(passes, Pipeline):
+            micro_batch |= {("pp", name): traffic for name, traffic in ran.sent.items()}
+            if (shared := Traffic(*sent_for_shared_weights(passes))).calls:
+                step["pp", "send"] = shared
         return RankReport(
-            parameters=storage_bytes(p for stage in stages for p in shards(stage)),
+            parameters=storage_bytes(shards(model)),
             gradients=storage_bytes(gradients(parameters)),
-            optimizer=storage_bytes(t for o in optimizers for t in o.named_state().values()),
-            held=held.get(ACTIVATIONS, 0),
+            optimizer=storage_bytes(optimizer.named_state().values()),
+            held=held_by_stage(ledger, ran.marks),
             peak=ledger.peak(start, stop, (ACTIVATIONS, GATHERED)),
             update_peak=ledger.peak(stop, end, (ACTIVATIONS, GATHERED)),
             micro_batch=micro_batch,
-            step=difference(total, micro_batch),
+            step=step,
             operators=counter.operators,
             seconds=clock.seconds,
+            extras=len({name for report in ran.reports for name in report.extras}),
         )
 
 
-def allocate(stage: Decoder, recipe: DrySettings) -> Optimizer:
-    """Gives a stage on meta fake weights, which nothing fills, and builds its optimizer."""
-    stage.to_empty(device=CPU)
-    return build_optimizer(stage, recipe.optimizer, COMPUTE[recipe.train.precision])
+def allocate(model: Decoder, recipe: DrySettings) -> Optimizer:
+    """Gives a model on meta fake weights, which nothing fills, and builds its optimizer."""
+    model.to_empty(device=CPU)
+    return build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision])
 
 
-def shards(stage: Decoder) -> list[Tensor]:
+def held_by_stage(ledger: StorageLedger, marks: Mapping[int, int]) -> dict[int, int]:
+    """Bytes of activations that each stage's forward pass keeps, from the marks at their ends."""
+    held, before = {}, 0
+    for stage, mark in marks.items():
+        kept = ledger.held(mark).get(ACTIVATIONS, 0)
+        held[stage], before = kept - before, kept
+    return held
+
+
+def shards(model: Decoder) -> list[Tensor]:
     """This rank's parameters and buffers."""
-    return [*stage.parameters(), *stage.buffers()]
+    return [*model.parameters(), *model.buffers()]
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -212,13 +251,10 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def hold_state(
-    ledger: StorageLedger, stages: Sequence[Decoder], optimizers: Sequence[Optimizer]
-) -> None:
+def hold_state(ledger: StorageLedger, model: Decoder, optimizer: Optimizer) -> None:
     """Tells the ledger what was allocated before the step."""
-    for stage, optimizer in zip(stages, optimizers, strict=True):
-        ledger.hold("parameters", shards(stage))
-        ledger.hold("optimizer", optimizer.named_state().values())
+    ledger.hold("parameters", shards(model))
+    ledger.hold("optimizer", optimizer.named_state().values())
 
 
 class FakeBatch(NamedTuple):
@@ -237,67 +273,80 @@ class FakeBatch(NamedTuple):
         return cls(tokens, labels, positions, torch.arange(train.micro_batch))
 
 
-def forward_backward(
-    stages: Sequence[Decoder], batch: FakeBatch, ledger: StorageLedger
-) -> tuple[list[PassReport], int]:
-    """Runs one micro-batch forward through all stages of the rank, and backward from the last to
-    the first, as the last micro-batch of a step.
+class Ran(NamedTuple):
+    """What one micro-batch through a model, or through a rank's stages, left behind.
 
-    Returns:
-        the reports, and the ledger's mark between forward and backward.
+    Attributes:
+        reports: of its passes.
+        marks: the ledger's mark at the end of each stage's forward pass; without a pipeline, of 0.
+        sent: to other stages' ranks.
     """
-    outputs, reports = [], []
-    for stage in stages:
-        stage.train()
-        stage.begin_step()
-        set_last_micro_batch(stage, True)
-        output, report = forward(stage, batch)
-        outputs.append(output)
-        reports.append(report)
-    middle = ledger.mark()
-    while outputs:
-        backward(outputs.pop())
-    return reports, middle
+
+    reports: list[PassReport]
+    marks: dict[int, int]
+    sent: dict[str, Traffic]
 
 
-def forward(stage: Decoder, batch: FakeBatch) -> tuple[Tensor, PassReport]:
-    """Runs a stage forward: the mean objective per token, and the report of the pass."""
+def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) -> Ran:
+    """Runs one micro-batch forward through all stages of the rank, and backward from the last to
+    the first, as the last micro-batch of a step."""
+    model, scale = passes.model, 1 / batch.tokens.numel()
+    model.train()
+    model.begin_step()
     context = Context(batch.positions, None, 1.0, batch.samples, 0)
-    objective, report = stage(batch.tokens, context, batch.labels)
-    return objective / batch.tokens.numel(), report
-
-
-def backward(output: Tensor) -> None:
-    """Runs a stage backward from what `forward` returned."""
-    output.backward()
+    inputs = DeviceInputs(batch.tokens, context, batch.labels)
+    if isinstance(passes, Pipeline):
+        run = CountedRun(passes, inputs, scale)
+        marks = {stage: ledger.mark() for stage in run_forward(run)}
+        outcomes = run_backward(run)
+        sent = {name: Traffic(calls, run.bytes[name]) for name, calls in run.calls.items()}
+        return Ran([outcome.report for outcome in outcomes], marks, sent)
+    set_last_micro_batch(model, True)
+    objective, report = model(*inputs)
+    scaled = objective * scale
+    marks = {0: ledger.mark()}
+    del objective
+    scaled.backward()
+    return Ran([report], marks, {})
 
 
 def update(
-    stages: Sequence[Decoder],
-    optimizers: Sequence[Optimizer],
+    passes: Passes,
+    optimizer: Optimizer,
     reports: Sequence[PassReport],
     copies: int,
+    extras: int | None,
 ) -> None:
     """The rest of a step, as `engine.Engine` takes it, without reading results on the host: sums
     over all ranks, complete gradients, norm, clipping, the optimizer's step.
 
     Args:
         copies: ranks that have the same tokens.
+        extras: as in `dry_run`.
     """
+    model = passes.model
     dist.all_reduce(torch.zeros(1, dtype=torch.float64))  # valid tokens
-    extras = {name for report in reports for name in report.extras}
-    dist.all_reduce(torch.zeros(2 + len(extras), dtype=torch.float64))  # loss, balance, and these
+    if extras is None:
+        extras = len({name for report in reports for name in report.extras})
+    dist.all_reduce(torch.zeros(2 + extras, dtype=torch.float64))  # loss, balance, and these
+    complete_gradients(model)
+    norm = gradient_norm(passes.counted, passes.group)
     loads = RunningSums()
-    for stage, report in zip(stages, reports, strict=True):
-        complete_gradients(stage)
+    for report in reports:
         loads.add(report.loads)
-    parameters = [p for stage in stages for p in stage.parameters()]
-    norm = gradient_norm(parameters)
+    for index in mixtures(model.config):  # of other stages
+        if index not in loads:
+            loads[index] = torch.zeros(model.config.experts, dtype=torch.int64)
     totals = loads.all_reduce(copies)
-    clip_gradients(parameters, norm, 1.0)
-    for stage, optimizer in zip(stages, optimizers, strict=True):
-        optimizer.step(1e-3)
-        stage.end_step(totals)
+    clip_gradients(list(model.parameters()), norm, 1.0)
+    optimizer.step(1e-3)
+    model.end_step(totals)
+
+
+def mixtures(config: ModelConfig) -> list[int]:
+    """The indices of the sub-blocks that report loads, those of MTP modules after the row's."""
+    row = config.symbols + config.mtp_pattern * config.mtp
+    return [index for index, symbol in enumerate(row) if symbol == "E"]
 
 
 def collectives(counter: CollectiveCounter) -> Collectives:
@@ -305,10 +354,12 @@ def collectives(counter: CollectiveCounter) -> Collectives:
     return {key: Traffic(calls, counter.bytes[key]) for key, calls in counter.calls.items()}
 
 
-def once_a_step(axis: str, collective: str) -> bool:
+def once_a_step(axis: str, collective: str, in_pipeline: bool) -> bool:
     """Whether what a step's last micro-batch sends is sent by no other: under HSDP gradients are
-    all-reduced over `dp_replicate` after the last one."""
-    return collective == "all_reduce" and "dp_replicate" in axis
+    all-reduced over `dp_replicate` after the last one; in a pipeline FSDP2 gathers weights and
+    reduces gradients once."""
+    of_fsdp = collective in ("all_gather", "reduce_scatter") and ("dp_" in axis or "edp" in axis)
+    return (collective == "all_reduce" and "dp_replicate" in axis) or (in_pipeline and of_fsdp)
 
 
 def difference(total: Collectives, part: Collectives) -> Collectives:

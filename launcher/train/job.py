@@ -123,7 +123,7 @@ def build_engine(
     mesh = build_mesh(recipe.parallel, world)
     stages = pipeline_stages(recipe.model, recipe.parallel, recipe.train.seq_len)
     with torch.device("meta"):
-        local = local_stages(stages, recipe.parallel, mesh)
+        local = local_stages(stages, recipe.parallel, mesh.get_local_rank("pp"))
         model = Decoder(recipe.model, recipe.train.loss_chunk, local)
     if prepare is not None:
         prepare(model)

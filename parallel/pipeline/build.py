@@ -24,13 +24,11 @@ def pipeline_stages(config: ModelConfig, parallel: ParallelConfig, seq_len: int)
     return [Stage(start, stop) for start, stop in pairwise(bounds)]
 
 
-def local_stages(
-    stages: Sequence[Stage], parallel: ParallelConfig, mesh: DeviceMesh
-) -> list[Stage]:
-    """Returns the stages of this rank."""
+def local_stages(stages: Sequence[Stage], parallel: ParallelConfig, rank: int) -> list[Stage]:
+    """Returns the stages of a rank along `pp`."""
     if parallel.pp == 1:
         return list(stages)
-    return [stages[i] for i in Placement.of(parallel).stages_of(mesh.get_local_rank("pp"))]
+    return [stages[i] for i in Placement.of(parallel).stages_of(rank)]
 
 
 def build_passes(
@@ -39,8 +37,10 @@ def build_passes(
     mesh: DeviceMesh,
     recipe: Settings,
     device: torch.device,
+    rank: int | None = None,
 ) -> Passes:
-    """Builds what runs the passes of a model, or of this rank's `stages` of it."""
+    """Builds what runs the passes of a model, or of this rank's `stages` of it; `rank` as in
+    `Pipeline`."""
     if recipe.parallel.pp == 1:
         return Passes(model, device)
-    return Pipeline(model, stages, mesh, recipe, device)
+    return Pipeline(model, stages, mesh, recipe, device, rank)

@@ -43,18 +43,20 @@ class Pipeline(Passes):
 
     def __init__(
         self, model: Decoder, stages: Sequence[Stage], mesh: DeviceMesh, recipe: Settings,
-        device: torch.device,
+        device: torch.device, rank: int | None = None,
     ) -> None:  # fmt: skip
+        """`rank` is for a dry run, in which one process plays all ranks of the pipeline."""
         super().__init__(model, device)
         self.parallel: ParallelConfig = recipe.parallel
         self.stages, self.placement = stages, Placement.of(self.parallel)
         self.pipeline_group = mesh.get_group("pp")
-        self.rank = self.pipeline_group.rank()
+        self.rank = self.pipeline_group.rank() if rank is None else rank
         self.local = self.placement.stages_of(self.rank)
         self.dtype = COMPUTE[recipe.train.precision]
         self.storage_dtype = storage_dtype(recipe.train.precision)
         of_ranks = [self.stages_of(rank) for rank in range(self.pipeline_group.size())]
-        self.shared = SharedWeights(model, holders(model.config, of_ranks), self.pipeline_group)
+        held = holders(model.config, of_ranks)
+        self.shared = SharedWeights(model, held, self.pipeline_group, self.rank)
         self.names: dict[str, dict[object, Tensor]] = {}
 
     def stages_of(self, rank: int) -> list[Stage]:

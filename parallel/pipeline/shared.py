@@ -50,9 +50,13 @@ class SharedWeights:
     """The copies that this rank has of weights which other ranks of its pipeline have as well."""
 
     def __init__(
-        self, model: Decoder, held: dict[str, tuple[int, ...]], group: dist.ProcessGroup
+        self,
+        model: Decoder,
+        held: dict[str, tuple[int, ...]],
+        group: dist.ProcessGroup,
+        rank: int,
     ) -> None:
-        self.group, self.rank = group, group.rank()
+        self.group, self.rank = group, rank
         by_ranks: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if name in held:
@@ -71,17 +75,16 @@ class SharedWeights:
         """
         for ranks, parameters in self.groups:
             gradients = [gradient_of(p) for p in parameters]
-            flat = torch.cat([g.flatten() for g in gradients])
-            if len(ranks) == self.group.size():
-                dist.all_reduce(flat, group=self.group)
-            else:
-                flat = self.exchange_and_add(flat, ranks)
+            flat = self.sum_over(ranks, torch.cat([g.flatten() for g in gradients]))
             sums = flat.split([g.numel() for g in gradients])
             for gradient, total in zip(gradients, sums, strict=True):
                 gradient.copy_(total.view_as(gradient))
 
-    def exchange_and_add(self, flat: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    def sum_over(self, ranks: tuple[int, ...], flat: Tensor) -> Tensor:
         """Returns the sum of the `flat` tensors of these ranks, the same in every bit on all."""
+        if len(ranks) == self.group.size():
+            dist.all_reduce(flat, group=self.group)
+            return flat
         received = {rank: flat if rank == self.rank else torch.empty_like(flat) for rank in ranks}
         transfers = []
         for rank in ranks:

@@ -357,9 +357,9 @@ ORDER = experts.DispatchOrder(
     torch.tensor([4, 4]), torch.arange(8), torch.arange(8).view(4, 2), None
 )
 RULE_CASES: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
-    "columns": (linear._Linear, [(drawn(3, 4, 6), R), (drawn(8, 6), S(0))], S(2)),
-    "rows": (linear._Linear, [(drawn(3, 4, 6), S(2)), (drawn(8, 6), S(1))], P),
-    "of a sum": (linear._Linear, [(drawn(3, 4, 6), P), (drawn(8, 6), R)], P),
+    "columns": (linear._Linear, [(drawn(3, 4, 6), R), (drawn(8, 6), S(0)), *plain(None)], S(2)),
+    "rows": (linear._Linear, [(drawn(3, 4, 6), S(2)), (drawn(8, 6), S(1)), *plain(None)], P),
+    "of a sum": (linear._Linear, [(drawn(3, 4, 6), P), (drawn(8, 6), R), *plain(None)], P),
     "norm of a stream": (norm._RMSNorm, [
         (drawn(4, 3, 6), S(0)), (drawn(6), R), (drawn(6), R), *plain(0.1, 1.0, 6, False, None),
     ], S(0)),
@@ -380,7 +380,7 @@ RULE_CASES: dict[str, tuple[Any, list[tuple[Any, Any]], Any]] = {
     ], S(0)),
     "gate and product": (activation._ActivatedLinear, [
         (drawn(3, 6), S(1)), (drawn(3, 6) + 1, S(1)), (drawn(5, 6), S(1)),
-        *plain("swiglu", None, UNSHARDED),
+        *plain("swiglu", None, UNSHARDED, None),
     ], P),
     "combine": (experts._Combine, [(drawn(8, 6), P), (drawn(4, 2), R), *plain(ORDER)], P),
     "attach": (context._Attach, [(drawn(4, 2), R), (drawn(), P)], R),

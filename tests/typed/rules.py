@@ -21,7 +21,7 @@ from colonnade.models import context
 from typed.types import axis, expect, type_of
 
 
-def _linear(*, x: Any, weight: Any, defer: Any) -> Any:
+def _linear(*, x: Any, weight: Any, defer: Any = None) -> Any:
     return rules.einsum("...i,oi->...o", x, weight, linear_in=(0, 1))
 
 
@@ -50,7 +50,14 @@ def _activate(*, up: Any, gate: Any, name: str, poly: Any, sharding: Sharding) -
 
 
 def _activated_linear(
-    *, up: Any, gate: Any, weight: Any, name: str, poly: Any, sharding: Sharding
+    *,
+    up: Any,
+    gate: Any,
+    weight: Any,
+    name: str,
+    poly: Any,
+    sharding: Sharding,
+    defer: Any = None,
 ) -> Any:
     return _linear(
         x=_activate(up=up, gate=gate, name=name, poly=poly, sharding=sharding), weight=weight

@@ -1,0 +1,91 @@
+"""One micro-batch through the stages of a pipeline's rank without other ranks, for dry runs."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.gradients import local
+from colonnade.parallel.parallelize import keep_weights, reduce_gradients
+from colonnade.parallel.passes import DeviceInputs, Outcome
+from colonnade.parallel.pipeline.pipeline import Pipeline
+from colonnade.parallel.pipeline.run import Boundary, Run, Transfer
+from colonnade.parallel.pipeline.schedule import actions_of
+
+
+class CountedRun(Run):
+    """Sends nothing, and counts the bytes of what it would send to other stages' ranks."""
+
+    def __init__(self, pipeline: Pipeline, inputs: DeviceInputs, scale: float) -> None:
+        super().__init__(pipeline, [inputs], scale, training=True)
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def transfer(self, operation: Callable[..., Any], tensors: Boundary, stage: int) -> Transfer:
+        """Counts the tensors that would be sent to the rank of another stage."""
+        if operation is dist.isend:
+            self.calls["send"] += len(tensors)
+            self.bytes["send"] += sum(t.nbytes for t in tensors)
+        return Transfer(tensors, [])
+
+
+def run_forward(run: CountedRun) -> Iterator[int]:
+    """Runs every stage of the rank forward; yields its index after each."""
+    pipeline = run.pipeline
+    pipeline.gather_ends()
+    keep_weights(pipeline.model)
+    for stage in pipeline.local:
+        run.forward_with_transfers(stage, 0)
+        yield stage
+
+
+def run_backward(run: CountedRun) -> list[Outcome]:
+    """Runs every stage of the rank backward, and reduces gradients as at the end of a step."""
+    pipeline = run.pipeline
+    for stage in reversed(pipeline.local):
+        if stage + 1 < len(pipeline.stages) and stage + 1 not in pipeline.local:
+            run.receive("backward", stage, 0, stage + 1)
+        run.backward(stage, 0)
+        run.compute_weight_gradients(stage, 0)
+        if (stage, 0) in run.input_gradients:
+            run.send(run.input_gradients.pop((stage, 0)), stage - 1)
+    reduce_gradients(pipeline.model)
+    return run.outcomes
+
+
+def sent_for_shared_weights(pipeline: Pipeline) -> tuple[int, int]:
+    """Returns the calls and bytes of the send/recv that sums the gradients of weights which other
+    ranks of the pipeline have as well, where these are not all of its ranks."""
+    calls = total = 0
+    for ranks, parameters in pipeline.shared.groups:
+        if len(ranks) < pipeline.pipeline_group.size():
+            calls += len(ranks) - 1
+            total += (len(ranks) - 1) * sum(local(p).nbytes for p in parameters)
+    return calls, total
+
+
+def in_flight(
+    parallel: ParallelConfig, rank: int, micro_batches: int, held: dict[int, int]
+) -> tuple[int, int]:
+    """Returns the most bytes that forward passes keep at once in a step, and how many passes then
+    wait for their backward.
+
+    Args:
+        parallel: the layout.
+        rank: along `pp`.
+        micro_batches: of a step.
+        held: bytes that the forward pass of each of the rank's stages keeps.
+    """
+    if parallel.pp == 1:
+        return sum(held.values()), 1
+    most = running = passes = at_most = 0
+    for action in actions_of(parallel, micro_batches)[rank]:
+        if action.kind == "forward":
+            running, passes = running + held[action.stage], passes + 1
+            if running > most:
+                most, at_most = running, passes
+        elif action.kind in ("backward", "weight gradient"):
+            running, passes = running - held[action.stage], passes - 1
+    return most, at_most
