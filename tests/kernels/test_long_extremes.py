@@ -112,7 +112,7 @@ CASES_BY_NAME = [(name, KINDS) for name in MIXERS if name != "m"]
 CASES_BY_NAME += [("m", (kind,)) for kind in KINDS]
 
 
-@pytest.mark.parametrize(("name", "kinds"), CASES_BY_NAME, ids=str)
+@pytest.mark.parametrize(("name", "kinds"), CASES_BY_NAME, ids=lambda v: "/".join(v))
 def test_bf16_over_10000_tokens_with_extremes(name: str, kinds: tuple[str, ...]) -> None:
     kernel, recurrence, inputs, mixed, step, wide = MIXERS[name]
     of_kinds = [extreme(inputs, kind, mixed, step) for kind in kinds]
