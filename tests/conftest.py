@@ -9,6 +9,13 @@ from ranks import Ranks, pool
 torch.set_num_threads(1)  # tiny shapes: more threads only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Takes back the threads of a test that trains or generates in the test process."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ranks1() -> Iterator[Ranks]:
     """One rank in a gloo group of its own: the reference."""

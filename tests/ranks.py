@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -28,13 +28,22 @@ from colonnade.parallel.world import open_world
 T = TypeVar("T")
 
 PRELOAD = [
+    "pytest",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "colonnade.launcher.cluster.ranks",
+    "colonnade.launcher.verify.run",
     "colonnade.parallel.world",
 ]
 GRACE = 2.0  # seconds that the other ranks have to report after one has failed
+
+
+def preloaded_context() -> ForkServerContext:
+    """Starts processes from the fork server, which imports torch once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class RankError(AssertionError):
@@ -87,9 +96,8 @@ class Ranks:
         self._kill()
 
     def _start(self) -> None:
-        # The fork server imports torch once for all ranks; a spawned rank would need seconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        # a spawned rank would need seconds
+        context = preloaded_context()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
             connection, rank_connection = context.Pipe()
@@ -163,6 +171,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
             connection.send(number)
             connection.send_bytes(reply)
             gc.collect()  # frees a test's reference cycles, FSDP's among them, before the next test
+            gc.freeze()  # what is left, modules and caches, need not be looked at again
 
 
 def _receive_header(connection: Connection) -> tuple[int, list[str]] | None:

@@ -1,9 +1,11 @@
 """Fixtures of the launcher's tests: recipes in a file, their faults, and caches in a folder."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import preloaded_context
 
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe.load import load_recipe
@@ -36,6 +38,14 @@ def faults(write: Write) -> Faults:
         return []
 
     return faults
+
+
+@pytest.fixture
+def preloaded_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts the processes of a benchmark from the fork server of the ranks: a spawned one would
+    import torch again."""
+    context = preloaded_context()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.fixture

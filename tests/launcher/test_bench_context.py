@@ -15,6 +15,8 @@ from colonnade.launcher.errors import UserError
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.world import World
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 TINY = Shape(tokens=64, heads=4, kv_heads=4, width=8)
 
 

@@ -120,7 +120,7 @@ def test_shares_are_of_the_sum_of_the_parts() -> None:
     assert figures["speed, experts' MLPs / one dense MLP"] == 3 / 4
 
 
-def test_a_mixture_on_two_ranks_has_figures() -> None:
+def test_a_mixture_on_two_ranks_has_figures(preloaded_workers: None) -> None:
     report = moe_ranks.run(2, sizes=((64, 16, 32),), rounds=1)
     size = "T=64 D=16 F=32"
     assert 0 < report[f"{size}: share of dispatch and combine"] < 1

@@ -121,10 +121,18 @@ def formula(case: Recipe, rank: int, ranks: list[Counted]) -> int:
     )
 
 
+@pytest.fixture(scope="module")
+def by_size(ranks2: Ranks, ranks4: Ranks) -> dict[int, list[dict[str, Counted]]]:
+    """What every rank has sent, by the number of ranks."""
+    return {ranks.size: ranks.run(counted) for ranks in (ranks2, ranks4)}
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_send_what_the_formulas_say(ranks2: Ranks, ranks4: Ranks, size: int) -> None:
+def test_ranks_send_what_the_formulas_say(
+    by_size: dict[int, list[dict[str, Counted]]], size: int
+) -> None:
     """And nothing twice: four all-to-alls of rows for each mixture, and one of their numbers."""
-    by_rank = (ranks2 if size == 2 else ranks4).run(counted)
+    by_rank = by_size[size]
     assert by_rank[0].keys() == {name for name, (ranks, *_) in CASES.items() if ranks == size}
     for name in by_rank[0]:
         case, ranks = recipe(name), [of_rank[name] for of_rank in by_rank]
@@ -134,9 +142,9 @@ def test_ranks_send_what_the_formulas_say(ranks2: Ranks, ranks4: Ranks, size: in
             assert sent.bytes == formula(case, rank, ranks), name
 
 
-def test_tokens_are_sent_once(ranks2: Ranks, ranks4: Ranks) -> None:
+def test_tokens_are_sent_once(by_size: dict[int, list[dict[str, Counted]]]) -> None:
     """All choices leave one rank once, and those that a capacity drops none."""
-    by_rank = [*ranks2.run(counted), *ranks4.run(counted)]
+    by_rank = [*by_size[2], *by_size[4]]
     choices = ROWS * TOKENS * 2
     for name, copies in (("ep 4", 1), ("ep 2, etp 2, tp 2", 1), ("ep 2, tp 2, etp 1", 2)):
         ranks = [of_rank[name] for of_rank in by_rank if name in of_rank]

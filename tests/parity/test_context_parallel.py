@@ -10,7 +10,7 @@ from equal import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from test_data_parallel import LADDER, MODELS, compare, full, recipe_for, trained
+from test_data_parallel import LADDER, MODELS, compare, full, recipe_for, reference, trained
 from test_tensor_parallel import collectives
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def long(recipe: Recipe) -> Recipe:
 
 
 def one_process(ranks1: Ranks, pattern: str, **fields: Any) -> Trace:
-    return ranks1.run(trained, long(recipe_for(pattern, {}, 16, **fields)))[0]
+    return reference(ranks1, long(recipe_for(pattern, {}, 16, **fields)))
 
 
 def on_layout(ranks: Ranks, layout: dict[str, Any], pattern: str, **fields: Any) -> Trace:
@@ -69,9 +69,10 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, pattern: str) -> None:
+    """Without attention, there are two variants: states, or heads."""
     fields = WIDE | PATTERNS[pattern]
     expected = one_process(ranks1, pattern, **fields)
-    for variant in VARIANTS:
+    for variant in VARIANTS if "*" in pattern else VARIANTS[:2]:
         compare(on_layout(ranks4, {"cp": 4, **variant}, pattern, **fields), expected)
 
 
@@ -82,13 +83,14 @@ REPLICATED: dict[str, Any] = {"cp": 2, "dp_replicate": 2, "zigzag": False, "cont
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [
-    (TENSOR, "none"), (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "selective"),
+    (TENSOR, "block"), (TENSOR, "selective"), (WITHOUT_SEQUENCE, "selective"),
     (SHARDED, "block"), (SHARDED, "selective"), (REPLICATED, "block"),
 ], ids=str)  # fmt: skip
 def test_with_other_axes(
     ranks1: Ranks, ranks4: Ranks, layout: dict[str, Any], recompute: str
 ) -> None:
-    """Every layout, and both recomputations with the ring, Ulysses and all-gathered keys."""
+    """Every layout, and both recomputations with the ring, Ulysses and all-gathered keys; tests of
+    other axes compare the same sub-blocks without recomputation."""
     fields = WIDE | LADDER | {"mamba_groups": 1, "window": 11, "sigma_reparam": True}
     expected = one_process(ranks1, "M*mG-E", **fields)
     compare(on_layout(ranks4, layout, "M*mG-E", recompute=recompute, **fields), expected)
@@ -135,7 +137,7 @@ def summed(rank: int, size: int, recipe: Recipe, batches: list[Batch]) -> dict[s
 
 
 @given(lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=LENGTH), seed=st.integers(0))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 def test_packed_documents_are_independent(
     ranks1: Ranks, ranks4: Ranks, lengths: list[int], seed: int
 ) -> None:

@@ -116,4 +116,4 @@ def test_fifty_steps(ranks1: Ranks, ranks4: Ranks) -> None:
         train = recipe.train.model_copy(update={"steps": 50})
         return ranks.run(trained, recipe.model_copy(update={"train": train}))[0]
 
-    compare(run(ranks4, {"dp_shard": 2, "tp": 2}, 4), run(ranks1, {}, 16))
+    compare(run(ranks4, {"dp_shard": 2, "tp": 2}, 8), run(ranks1, {}, 16))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from test_data_parallel import LADDER, MODELS, compare, recipe_for, trained
+from test_data_parallel import LADDER, MODELS, compare, recipe_for, reference, trained
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,7 @@ LAYOUTS = {
 def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str, layout: str) -> None:
     pattern, fields = MODELS[name]
     fields = {"vocab": 64, "ffn": 48} | fields
-    expected = ranks1.run(trained, recipe_for(pattern, {}, 16, **fields))[0]
+    expected = reference(ranks1, recipe_for(pattern, {}, 16, **fields))
     traces = ranks2.run(trained, recipe_for(pattern, LAYOUTS[layout], 8, **fields))
     assert traces[0].losses == traces[1].losses
     compare(traces[0], expected)
@@ -69,7 +69,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(ranks1: Ranks, ranks4: Ranks, name: str, sequence: bool) -> None:
     pattern, fields = FOUR[name]
-    expected = ranks1.run(trained, recipe_for(pattern, {}, 16, **SMALL | fields))[0]
+    expected = reference(ranks1, recipe_for(pattern, {}, 16, **SMALL | fields))
     layout = {"tp": 4, "sequence": sequence}
     compare(ranks4.run(trained, recipe_for(pattern, layout, 8, **SMALL | fields))[0], expected)
 
@@ -80,7 +80,7 @@ def test_with_data_parallel_and_recomputation(
     ranks1: Ranks, ranks4: Ranks, data: str, recompute: str
 ) -> None:
     fields = SMALL | {"mamba_groups": 1, "activation": "polynorm", **LADDER}
-    expected = ranks1.run(trained, recipe_for("M*m-E", {}, 16, **fields))[0]
+    expected = reference(ranks1, recipe_for("M*m-E", {}, 16, **fields))
     layout = {"tp": 2, "sequence": data == "dp_shard", data: 2}
     recipe = recipe_for("M*m-E", layout, 2, recompute=recompute, **fields)
     compare(ranks4.run(trained, recipe)[0], expected)
@@ -232,7 +232,7 @@ def test_initial_weights_are_bit_equal(ranks1: Ranks, ranks2: Ranks, ranks4: Ran
 
 def test_bf16_keeps_parameters_in_fp32(ranks1: Ranks, ranks2: Ranks) -> None:
     """bf16 keeps 8 bits: losses agree to 2^-8."""
-    exact = ranks1.run(trained, recipe_for("M-*E", {}, 16, **SMALL, **LADDER))[0]
+    exact = reference(ranks1, recipe_for("M-*E", {}, 16, **SMALL, **LADDER))
     layout = LAYOUTS["tp=2, sequence"]
     half = ranks2.run(trained, recipe_for("M-*E", layout, 4, "bf16", **SMALL, **LADDER))[0]
     assert all(p.dtype == torch.float32 for p in half.parameters.values())
