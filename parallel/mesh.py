@@ -1,7 +1,8 @@
 """The device mesh: all ranks, with an axis for each kind of parallelism."""
 
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch
+from torch.distributed import ProcessGroup, new_subgroups_by_enumeration
+from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.world import World
@@ -25,12 +26,33 @@ def build_expert_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None
 
 
 def mesh_of(degrees: dict[str, int], world: World) -> DeviceMesh:
-    """The mesh of these axes. Each is made once, and stays in `world.meshes`."""
+    """The mesh of these axes. Each is made once, and stays in `world.meshes`.
+
+    Groups hold threads, so meshes of several layouts share those along an axis of the same name
+    that have the same ranks.
+    """
     key = tuple(degrees.items())
     if key not in world.meshes:
-        shape, axes = tuple(degrees.values()), tuple(degrees)
-        world.meshes[key] = init_device_mesh(world.device.type, shape, mesh_dim_names=axes)
+        ranks = torch.arange(world.size).view(tuple(degrees.values()))
+        groups = []
+        for dim, axis in enumerate(degrees):
+            along = ranks.movedim(dim, -1).flatten(0, -2).tolist()
+            name = axis if degrees[axis] > 1 else ""  # a rank by itself communicates with none
+            groups_key = name, tuple(map(tuple, along))
+            if groups_key not in world.groups:
+                world.groups[groups_key] = new_group(*groups_key)
+            groups.append(world.groups[groups_key])
+        world.meshes[key] = DeviceMesh.from_group(
+            groups, world.device.type, ranks, mesh_dim_names=tuple(degrees)
+        )
     return world.meshes[key]
+
+
+def new_group(axis: str, along: tuple[tuple[int, ...], ...]) -> ProcessGroup:
+    """Makes the groups of an axis with these ranks; returns that of this rank. Collective."""
+    group, _ = new_subgroups_by_enumeration([list(ranks) for ranks in along])
+    assert group is not None
+    return group
 
 
 def ranks_per_sample(mesh: DeviceMesh) -> int:

@@ -24,7 +24,8 @@ class World:
         device: of this rank.
         store: through which `wait_for_all` works; None: it returns at once.
         waits: numbers of the calls of `wait_for_all`, for keys of the store.
-        meshes: those made so far, by axes and degrees, to be used again: their groups hold threads.
+        meshes: those made so far, by axes and degrees, to be used again.
+        groups: those of their axes, by name and ranks: they hold threads.
     """
 
     rank: int
@@ -33,6 +34,9 @@ class World:
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
     meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    groups: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup] = field(
         default_factory=dict, compare=False, repr=False
     )
 

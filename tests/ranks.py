@@ -18,12 +18,12 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TypeVar, cast
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import prepare_rank
 from colonnade.parallel import mesh
-from colonnade.parallel.world import open_world
+from colonnade.parallel.world import World, open_world
 
 T = TypeVar("T")
 
@@ -156,11 +156,27 @@ def pool(size: int) -> Ranks:
     return _pools.setdefault(size, Ranks(size))
 
 
+def one_per_shape(
+    mesh_of: Callable[[dict[str, int], World], DeviceMesh],
+) -> Callable[[dict[str, int], World], DeviceMesh]:
+    """Makes `mesh_of` return one mesh for each shape, whatever the world."""
+    meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
+
+    def cached(degrees: dict[str, int], world: World) -> DeviceMesh:
+        key = tuple(degrees.items())
+        if key not in meshes:
+            meshes[key] = mesh_of(degrees, world)
+        return meshes[key]
+
+    return cached
+
+
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     """Runs one rank: answers calls until the pool asks it to exit."""
     device = prepare_rank(RankEnvironment.on_one_host(rank, size), threads=1)
     # Groups hold threads, and DTensor's caches hold meshes, so all tests share one mesh per shape.
-    mesh.init_device_mesh = functools.cache(init_device_mesh)
+    mesh.mesh_of = one_per_shape(mesh.mesh_of)
+    mesh.new_group = functools.cache(mesh.new_group)
     mesh.split_group = functools.cache(mesh.split_group)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with open_world(rank, size, device, store):

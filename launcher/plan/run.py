@@ -20,10 +20,11 @@ def plan(
 ) -> dict[str, Any]:
     """Runs one rank of the job of a recipe on `gpus` ranks without data; returns the report.
 
-    Every rank holds and sends as much, up to the rounding of shards; the ends of a context group
-    send less. Of a step one micro-batch is run. Parameters, gradients and the optimizer's state
-    count once, activations once for every micro-batch in flight (one, without a pipeline); what a
-    micro-batch sends counts once for each micro-batch.
+    Of a pipeline it runs one rank of each stage. Along the other axes every rank holds and sends as
+    much, up to the rounding of shards; the ends of a context group send less. Of a step one
+    micro-batch is run. Parameters, gradients and the optimizer's state count once, what forward
+    passes keep for backward as often as the schedule has passes in flight; what a micro-batch sends
+    counts once for each micro-batch.
 
     Args:
         recipe: a path, or the name of a shipped recipe.
@@ -33,16 +34,11 @@ def plan(
 
     Raises:
         RecipeError: the recipe is invalid on that many ranks.
-        UserError: without `dry_run`, for a pipeline, or in a process that has ranks already.
+        UserError: without `dry_run`, or in a process that has ranks already.
     """
     if not dry_run:
         raise UserError("plan: layouts are not ranked yet; add --dry-run to see this one")
     loaded = load_recipe(recipe, overrides, gpus)
-    if loaded.parallel.pp > 1:
-        raise UserError(
-            f"parallel.pp = {loaded.parallel.pp}: a dry run has no pipelines yet; set parallel.pp "
-            "to 1"
-        )
     # Only now, so that a mistake is reported before torch would be imported.
     from colonnade.launcher.plan.rank import open_rank, run_rank
 
@@ -57,35 +53,61 @@ def typical_rank(parallel: ParallelConfig, size: int) -> int:
     return degrees["cp"] // 2 * degrees["tp"]
 
 
-def as_dict(recipe: Recipe, ranks: int, rank: int, report: "RankReport") -> dict[str, Any]:
-    """The report of a plan, for JSON: bytes and seconds."""
+def as_dict(
+    recipe: Recipe, ranks: int, rank: int, reports: Sequence["RankReport"]
+) -> dict[str, Any]:
+    """The report of a plan, for JSON: bytes and seconds. `reports` are those of the ranks of the
+    pipeline, in `stages`; the rank that holds the most is at the top as well."""
     train, micro_batches = recipe.train, micro_batches_of(recipe, ranks)
-    in_flight = 1
+    stages = [
+        stage_dict(recipe, number, report, micro_batches) for number, report in enumerate(reports)
+    ]
+    largest = max(stages, key=lambda stage: stage["memory"]["peak"])
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for phase, value in report.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
     return {
         "recipe": recipe.name,
         "ranks": ranks,
-        "rank": rank,
+        "rank": rank + largest["pipeline_rank"] * ranks // recipe.parallel.pp,
         "layout": layout(recipe.parallel, ranks),
+        "schedule": recipe.parallel.schedule if recipe.parallel.pp > 1 else None,
         "parameters": measure(recipe.model, train.seq_len).parameters,
         "precision": train.precision,
         "micro_batch": {"rows": train.micro_batch, "tokens": train.seq_len},
         "micro_batches": micro_batches,
-        "in_flight": in_flight,
+        **largest,
+        "operators": sum(report.operators for report in reports),
+        "seconds": seconds,
+        "stages": stages,
+    }
+
+
+def stage_dict(
+    recipe: Recipe, number: int, report: "RankReport", micro_batches: int
+) -> dict[str, Any]:
+    """What one rank of a pipeline, or of a job without one, holds and sends, in bytes."""
+    from colonnade.parallel.pipeline.dry_run import in_flight
+
+    kept, passes = in_flight(recipe.parallel, number, micro_batches, report.held)
+    return {
+        "pipeline_rank": number,
+        "in_flight": passes,
         "memory": {
             "parameters": report.parameters,
             "gradients": report.gradients,
             "optimizer": report.optimizer,
             "activations": report.peak.by_kind["activations"],
             "gathered": report.peak.by_kind["gathered"],
-            "kept_by_forward": report.held,
+            "kept_by_forward": sum(report.held.values()),
+            "in_flight": kept,
             "update": report.update_peak.total,
-            "peak": report.memory(in_flight),
+            "peak": report.memory(kept),
         },
         "collectives": rows(report.collectives(micro_batches)),
         "per_micro_batch": rows(report.micro_batch),
         "per_step": rows(report.step),
-        "operators": report.operators,
-        "seconds": report.seconds,
     }
 
 

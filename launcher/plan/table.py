@@ -16,8 +16,9 @@ PASSES = {
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    return "\n".join([*heading(report), "", *memory(report), "", *communication(report), "",
-                      *times(report)])  # fmt: skip
+    parts = [heading(report), memory(report), communication(report)]
+    parts += [pipeline(report)] if len(report["stages"]) > 1 else []
+    return "\n\n".join("\n".join(part) for part in [*parts, times(report)])
 
 
 def heading(report: dict[str, Any]) -> Iterator[str]:
@@ -27,6 +28,8 @@ def heading(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['recipe']}: {report['parameters']:,} parameters on {ranks}"
     if layout:
         yield f"layout: {layout}"
+    if report["schedule"]:
+        yield f"schedule: {report['schedule']}; of a pipeline's ranks the one that holds the most:"
     shape, count = report["micro_batch"], report["micro_batches"]
     yield (
         f"a step of rank {report['rank']:,}: {count} micro-batch{'es' * (count > 1)} of "
@@ -41,7 +44,7 @@ def memory(report: dict[str, Any]) -> Iterator[str]:
     for key, text in {**STATE, **PASSES}.items():
         yield f"  {key:<30}{held[key]:>20,}  {size(held[key]):>10}  {text}"
     in_flight = report["in_flight"]
-    flight = f"{in_flight} micro-batch{'es' * (in_flight > 1)} in flight"
+    flight = f"{in_flight} forward pass{'es' * (in_flight > 1)} in flight"
     yield f"  {'peak':<30}{held['peak']:>20,}  {size(held['peak']):>10}  with {flight}"
 
 
@@ -53,6 +56,17 @@ def communication(report: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<30}{row['bytes']:>20,}  {size(row['bytes']):>10}  {row['calls']:,}"
     total = sum(row["bytes"] for row in report["collectives"])
     yield f"  {'all':<30}{total:>20,}  {size(total):>10}"
+
+
+def pipeline(report: dict[str, Any]) -> Iterator[str]:
+    """A line for every rank of a pipeline."""
+    yield f"{'rank of the pipeline':<22}{'state':>12}{'in flight':>12}{'peak':>12}{'sent':>12}"
+    for stage in report["stages"]:
+        held = stage["memory"]
+        state = held["parameters"] + held["gradients"] + held["optimizer"]
+        sent = sum(row["bytes"] for row in stage["collectives"])
+        cells = [size(state), size(held["in_flight"]), size(held["peak"]), size(sent)]
+        yield f"  {stage['pipeline_rank']:<20}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def times(report: dict[str, Any]) -> Iterator[str]:

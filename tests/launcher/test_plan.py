@@ -58,13 +58,36 @@ def test_from_the_command_line() -> None:
         (["quickstrt", "--gpus", "8", "--dry-run"], "did you mean quickstart?"),
         (["quickstart", "--gpus", "8"], "add --dry-run"),
         (["quickstart", "--gpus", "6", "--dry-run", "parallel.tp=4"], "not divide the 6 ranks"),
-        (["quickstart", "--gpus", "8", "--dry-run", "parallel.pp=2"], "parallel.pp = 2"),
+        (["quickstart", "--gpus", "8", "--dry-run", "parallel.pp=16"], "parallel.pp = 16"),
     ],
 )  # fmt: skip
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is built."""
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pipeline() -> None:
+    """A report for each of its ranks; that of the first holds the most micro-batches."""
+    layout = ["parallel.pp=2", "parallel.tp=2", "model.repeat=2", "train.global_batch=8"]
+    command = [sys.executable, "-m", "colonnade.launcher", "plan", "quickstart", "--gpus", "8"]
+    command += ["--dry-run", *TINY, *layout, "--json", "-"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["layout"] == {"pp": 2, "dp_shard": 2, "tp": 2}
+    assert [stage["in_flight"] for stage in report["stages"]] == [2, 1]
+    for stage in report["stages"]:
+        sent = {(row["axis"], row["collective"]): row for row in stage["per_micro_batch"]}
+        # 32 tokens of 32 channels in fp32, of which a tensor-parallel rank has half: stream and
+        # pending output of a ladder, the input of the second stage, or their gradients
+        assert sent["pp", "send"]["bytes"] == 2 * (32 * 32 * 4 // 2)
+        assert sent["pp", "send"]["calls"] == 2
+        once = {row["axis"] for row in stage["per_step"] if row["collective"] == "reduce_scatter"}
+        assert any("dp_shard" in axis for axis in once)
+    text = table(report)
+    assert "schedule: 1f1b" in text
+    assert "rank of the pipeline" in text
 
 
 def test_all_mistakes_are_reported(capsys: pytest.CaptureFixture[str]) -> None:

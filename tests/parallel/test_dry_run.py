@@ -16,7 +16,7 @@ from colonnade.bench.traffic import random_batch
 from colonnade.kernels.selective_scan import selective_scan
 from colonnade.launcher.plan.rank import run_rank
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
-from colonnade.launcher.train.job import build_model
+from colonnade.launcher.train.job import build_engine
 from colonnade.models.blocks.experts import Routed, Sent
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
@@ -31,17 +31,18 @@ from colonnade.parallel.dry_run import (
     collectives,
     forward_backward,
     gradients,
+    held_by_stage,
     hold_state,
     open_fake_world,
     shards,
 )
-from colonnade.parallel.engine import Engine
 from colonnade.parallel.mesh import build_expert_mesh, data_rank
+from colonnade.parallel.pipeline.dry_run import in_flight
 from colonnade.parallel.seams import expert_blocks
 from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
 from colonnade.parallel.world import World
 
-ROWS, TOKENS, MICRO_BATCHES = 2, 16, 2
+ROWS, TOKENS, MICRO_BATCHES = 2, 16, 4
 RANK = {2: 1, 4: 2}  # that is run dry, of this many
 SMALL: dict[str, Any] = {
     "hidden": 16, "vocab": 16, "heads": 4, "head_dim": 4, "ffn": 16, "experts": 8,
@@ -82,6 +83,13 @@ CASES = {
     "tp, cp": Case(4, "M*-", {"tp": 2, "cp": 2}),
     "ep over tp": Case(4, "*E", {"ep": 4, "tp": 2, "etp": 1}),
     "ep, etp, loads": Case(4, "*E", {"ep": 2, "etp": 2}, {}, {"balance": 0.1}),
+    "pp": Case(2, "*-M-", {"pp": 2}, {}, {"residual": "ladder"}),
+    "pp, tied, V": Case(2, "*-*-", {"pp": 2, "schedule": "zbv"}, {}, {"tied": True}),
+    "pp, FSDP, bf16": Case(4, "*-", {"pp": 2}, {"precision": "bf16"}),
+    "pp, HSDP": Case(4, "*-", {"pp": 2, "dp_replicate": 2}),
+    "pp, tp, loads": Case(4, "*E-M", {"pp": 2, "tp": 2}, {}, {"balance": 0.1, "logit_z": 0.1}),
+    "pp=4, tied": Case(4, "*-M-", {"pp": 4, "schedule": "gpipe"}, {}, {"tied": True}),
+    "pp, shared depth": Case(4, "*-", {"pp": 4}, {}, {"share": True, "repeat": 2}),
     "ep, recomputed": Case(4, "*E", {"ep": 2}, {"recompute": "block"}, {"residual": "ladder"}),
 }  # fmt: skip
 
@@ -130,15 +138,17 @@ def real_runs(rank: int, size: int) -> dict[str, Run]:
 
 def real_run(world: World, name: str) -> Run:
     case = recipe(name)
-    mesh, model, optimizer = build_model(case, world)
+    engine = build_engine(case, world)
+    mesh, model, optimizer = engine.mesh, engine.model, engine.optimizer
     spread_evenly(model)
-    engine = Engine(model, optimizer, mesh, world.device)
     index, ranks = data_rank(mesh)
     samples = [
         list(range(start, start + ROWS))
         for start in range(index * ROWS, MICRO_BATCHES * ranks * ROWS, ranks * ROWS)
     ]
     batches = [random_batch(ROWS, TOKENS, case.model.vocab, rows[0]) for rows in samples]
+    engine.gradients(batches, samples, 1.0, 0)  # the first step also shares the names of sums
+    engine.discard()
     with CollectiveCounter(AxisNames(meshes_of(case, world, mesh))) as counter:
         report = engine.gradients(batches, samples, 1.0, 0)
         held = storage_bytes(gradients(list(model.parameters())))
@@ -158,7 +168,12 @@ def dry_reports(size: int) -> dict[str, RankReport]:
     with pytest.raises(RuntimeError, match="a dry run needs a new one"):
         open_fake_world(0, size)
     names = [name for name, case in CASES.items() if case.ranks == size]
-    return {name: run_rank(recipe(name), world) for name in names}
+    reports = {}
+    for name in names:
+        of_pipeline = run_rank(recipe(name), world)
+        # The real rank's place in the pipeline; along the other axes all ranks are alike.
+        reports[name] = of_pipeline[RANK[size] // (size // len(of_pipeline))]
+    return reports
 
 
 @cache
@@ -206,29 +221,28 @@ def test_traffic_by_formula() -> None:
     assert not any(axis == "dp_replicate" for axis, _ in hsdp.micro_batch)
 
 
-def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, int]:
+def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int]]:
     """Peak and held activations of a real micro-batch."""
-    _, model, optimizer = build_model(recipe(name), World(rank, size, torch.device("cpu")))
+    engine = build_engine(recipe(name), World(rank, size, torch.device("cpu")))
     ledger = StorageLedger()
-    hold_state(ledger, [model], [optimizer])
+    hold_state(ledger, engine.model, engine.optimizer)
     batch = FakeBatch.of(recipe(name).train)
     with ledger:
         start = ledger.mark()
-        _, middle = forward_backward([model], batch, ledger)
-        ledger.hold("gradients", gradients(list(model.parameters())))
+        marks = forward_backward(engine.passes, batch, ledger).marks
+        ledger.hold("gradients", gradients(list(engine.model.parameters())))
         stop = ledger.mark()
-    peak = ledger.peak(start, stop, (ACTIVATIONS, GATHERED))
-    return peak, ledger.held(middle)[ACTIVATIONS]
+    return ledger.peak(start, stop, (ACTIVATIONS, GATHERED)), held_by_stage(ledger, marks)
 
 
-@pytest.mark.parametrize("name", ["FSDP, bf16", "HSDP"])
+@pytest.mark.parametrize("name", ["FSDP, bf16", "HSDP", "pp, FSDP, bf16"])
 def test_peaks_of_real_tensors(ranks2: Ranks, ranks4: Ranks, name: str) -> None:
     """Without kernels that a dry run takes as one operator, it allocates and frees the same."""
     size = CASES[name].ranks
     peak, held = (ranks2 if size == 2 else ranks4).run(real_peaks, name)[RANK[size]]
     report = dry(size)[name]
     assert (report.peak, report.held) == (peak, held)
-    assert 0 < held < peak.by_kind[ACTIVATIONS]
+    assert 0 < sum(held.values()) < peak.by_kind[ACTIVATIONS]
     assert 0 < peak.by_kind[GATHERED] < 4 * measure(recipe(name).model, TOKENS).parameters
 
 
@@ -272,11 +286,28 @@ def test_ledger_sees_resized_storages() -> None:
 def test_memory_of_micro_batches_in_flight() -> None:
     """Those before forward and backward of the last keep their activations."""
     report = dry(2)["tp"]
-    one, three = report.memory(), report.memory(in_flight=3)
+    held = sum(report.held.values())
+    one, three = report.memory(held), report.memory(3 * held)
     assert one == report.parameters + report.gradients + report.optimizer + report.peak.total
-    assert three == one + 2 * report.held
+    assert three == one + 2 * held
     wide = dataclasses.replace(report, update_peak=Peak(one, {}))
-    assert wide.memory() == 2 * one - report.peak.total
+    assert wide.memory(held) == 2 * one - report.peak.total
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rank", "expected"),
+    [
+        ("1f1b", 0, (4 * 10, 4)),
+        ("1f1b", 3, (10, 1)),
+        ("gpipe", 2, (8 * 10, 8)),
+        ("zbv", 0, (8 * 10, 8)),  # as 1F1B's first rank, whose stages are twice as large
+    ],
+)
+def test_passes_in_flight(schedule: str, rank: int, expected: tuple[int, int]) -> None:
+    """1F1B: pp - rank; GPipe: all (algorithms of these schedules)."""
+    parallel = ParallelConfig(pp=4, schedule=schedule)
+    held = dict.fromkeys(range(8), 10)
+    assert in_flight(parallel, rank, 8, held) == expected
 
 
 def test_step_of_several_micro_batches() -> None:
