@@ -56,6 +56,28 @@ def gradients(engine: Engine, seq_len: int, micro_batches: int) -> Any:
     return engine.gradients(batches, [[n] for n in range(micro_batches)], micro_batches, 0)
 
 
+def attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
+    """Returns the FLOPs of attention's products, from the shapes of its arguments, `[B, H, S, P]`;
+    those that no token sees are among them."""
+    (B, H, S, P), (*_, T, V) = query, value
+    return int(2 * B * H * S * T * (P + V))
+
+
+def attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *others: Any, **named: Any
+) -> int:
+    """Returns those of its backward, which computes scores again, and four gradients."""
+    (B, H, S, P), (*_, T, V) = query, value
+    return int(2 * B * H * S * T * (3 * P + 2 * V))
+
+
+# PyTorch counts those of its operators on GPUs.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
 class FlopObserver:
     """Counts the FLOPs of a rank's actions, by kind."""
 
@@ -65,7 +87,7 @@ class FlopObserver:
     @contextmanager
     def action(self, kind: str, stage: int, number: int) -> Iterator[None]:
         """Counts those of an action."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             yield
         self.flops[kind] += counter.get_total_flops()
 
