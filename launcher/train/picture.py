@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 COLOURS = {  # those of boxes, and of the text in them
     "forward": ("#2f6fb5", "#ffffff"),
     "backward": ("#c65a11", "#ffffff"),
-    "input gradient": ("#c65a11", "#ffffff"),
+    "input gradient": ("#e8924a", "#1f2933"),
     "weight gradient": ("#f0c244", "#1f2933"),
     "communication": ("#8e5bb5", "#ffffff"),
     "idle": ("#e3e7eb", "#1f2933"),

@@ -154,17 +154,17 @@ class Timeline:
         """Returns the lines above the picture."""
         times, several = self.pass_times, self.parallel.stages_of_rank
         split = (
-            f"input gradient {1e3 * times.input_gradient:.3g}, "
-            f"weight gradient {1e3 * times.weight_gradient:.3g}"
+            f"input gradient {1e3 * times.input_gradient:,.1f}, "
+            f"weight gradient {1e3 * times.weight_gradient:,.1f}"
             if times.weight_gradient
-            else f"backward {1e3 * times.input_gradient:.3g}"
+            else f"backward {1e3 * times.input_gradient:,.1f}"
         )
         return [
             f"step {self.step}: {self.parallel.schedule}, {len(self.ranks)} ranks, "
             f"{len(self.ranks) * several} stages, {self.micro_batches} micro-batches",
             f"idle {self.idle:.1%} measured; {self.formula:.1%} by the schedule's formula, "
             f"{self.by_order:.1%} by the order of passes, with equal stages and instant transfers",
-            f"a rank's mean ms for a micro-batch: forward {1e3 * times.forward:.3g}, {split}",
+            f"a rank's mean ms for a micro-batch: forward {1e3 * times.forward:,.1f}, {split}",
         ]
 
     def record(self) -> dict[str, Any]:
