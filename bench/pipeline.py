@@ -56,7 +56,7 @@ class Nap(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         def weight_gradient() -> Tensor:
             time.sleep(ctx.seconds)
             return torch.zeros(1)
@@ -71,7 +71,7 @@ class Nap(torch.autograd.Function):
 def nap(x: Tensor, weight: Tensor, seconds: float) -> Tensor:
     """Sleeps for `seconds`, and as long for the gradient of x, and for that of the weight."""
     weight, defer = put_off(weight, x)
-    return cast(Tensor, Nap.apply(x, weight, defer, seconds))  # type: ignore[no-untyped-call]
+    return cast(Tensor, Nap.apply(x, weight, defer, seconds))
 
 
 class SleepingStages(nn.Module):
