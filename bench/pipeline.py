@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colonnade.bench.stages import flop_figures, two_rank_figures
+from colonnade.bench.stages import Pool, flop_figures, two_rank_figures
 from colonnade.bench.timing import median_ratio
 from colonnade.bench.worker_pool import RankPool
 from colonnade.kernels.deferred import PutOff, put_off
@@ -120,7 +120,7 @@ def sleep_step(world: World, schedule: str, micro_batches: int, unit: float) -> 
 
 
 def sleep_figures(
-    pool: RankPool, schedules: Sequence[str], micro_batches: int, unit: float, rounds: int
+    pool: Pool, schedules: Sequence[str], micro_batches: int, unit: float, rounds: int
 ) -> dict[str, float]:
     """The figures of all schedules, which take turns, with one number of micro-batches."""
     seconds: dict[str, list[float]] = {schedule: [] for schedule in schedules}
@@ -179,5 +179,6 @@ def run(
             pool.run(sleep_step, schedule, micro_batches[0], unit / 10)
         for count in micro_batches:
             report |= sleep_figures(pool, schedules, count, unit, rounds)
-    report |= flop_figures(model, seq_len)
+    with RankPool(2) as pool:
+        report |= flop_figures(pool, model, seq_len)
     return report | two_rank_figures(model, seq_len, step_rounds)

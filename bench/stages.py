@@ -10,9 +10,9 @@ lose is what the processor's cores share.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colonnade.bench.step import SHAPE
 from colonnade.bench.timing import alternate, median_ratio
-from colonnade.bench.worker_pool import RankPool, Worker, WorkerPool
+from colonnade.bench.worker_pool import Worker, WorkerPool
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
@@ -37,6 +37,14 @@ RANKS = 2
 SPLIT, WHOLE = "zbv", "1f1b"
 PASSES = ("forward", "backward", "input gradient", "weight gradient")
 FLOP_MICRO_BATCHES, MICRO_BATCHES = 4, 8  # of a row each
+
+
+class Pool(Protocol):
+    """Ranks in one group, as a `RankPool`."""
+
+    def run(self, function: Callable[..., Any], *args: object) -> list[Any]:
+        """Calls `function(world, *args)` on every rank; returns the results by rank."""
+        ...
 
 
 def recipe_of(model: ModelConfig, seq_len: int, parallel: ParallelConfig, **train: str) -> Recipe:
@@ -111,25 +119,25 @@ def pass_flops(
     return dict(observer.flops)
 
 
-def flop_figures(model: ModelConfig | None, seq_len: int) -> dict[str, float]:
-    """GFLOPs of the passes of a micro-batch, with and without recomputation, split and not."""
+def flop_figures(pool: Pool, model: ModelConfig | None, seq_len: int) -> dict[str, float]:
+    """GFLOPs of the passes of a micro-batch on two ranks, with and without recomputation, split
+    and not."""
     figures: dict[str, float] = {}
-    with RankPool(RANKS) as pool:
-        for recompute in ("none", "block"):
-            totals = {}
-            for schedule in (WHOLE, SPLIT):
-                by_rank = pool.run(pass_flops, model or SHAPE, seq_len, schedule, recompute)
-                case = f"FLOPs, {schedule}, recompute {recompute}"
-                flops = {kind: sum(rank.get(kind, 0) for rank in by_rank) for kind in PASSES}
-                totals[schedule] = sum(flops.values())
-                figures |= {
-                    f"{case}: {kind} GFLOP": value / FLOP_MICRO_BATCHES / 1e9
-                    for kind, value in flops.items()
-                    if value
-                }
-                figures[f"{case}: all GFLOP"] = totals[schedule] / FLOP_MICRO_BATCHES / 1e9
-            ratio = totals[SPLIT] / totals[WHOLE]
-            figures[f"FLOPs, recompute {recompute}: {SPLIT} / {WHOLE}"] = ratio
+    for recompute in ("none", "block"):
+        totals = {}
+        for schedule in (WHOLE, SPLIT):
+            by_rank = pool.run(pass_flops, model or SHAPE, seq_len, schedule, recompute)
+            case = f"FLOPs, {schedule}, recompute {recompute}"
+            flops = {kind: sum(rank.get(kind, 0) for rank in by_rank) for kind in PASSES}
+            totals[schedule] = sum(flops.values())
+            figures |= {
+                f"{case}: {kind} GFLOP": value / FLOP_MICRO_BATCHES / 1e9
+                for kind, value in flops.items()
+                if value
+            }
+            figures[f"{case}: all GFLOP"] = totals[schedule] / FLOP_MICRO_BATCHES / 1e9
+        ratio = totals[SPLIT] / totals[WHOLE]
+        figures[f"FLOPs, recompute {recompute}: {SPLIT} / {WHOLE}"] = ratio
     return figures
 
 
