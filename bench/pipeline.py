@@ -154,10 +154,10 @@ def run(
     unit: float = UNIT,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     schedules: Sequence[str] = SCHEDULES,
-    rounds: int = 5,
+    rounds: int = 3,
     model: ModelConfig | None = None,
     seq_len: int = 512,
-    step_rounds: int = 9,
+    step_rounds: int = 7,
 ) -> dict[str, Any]:
     """Medians of rounds in which schedules take turns.
 
