@@ -114,6 +114,13 @@ def bench_context() -> dict[str, Any]:
     return run()
 
 
+def bench_pipeline() -> dict[str, Any]:
+    """Idle time of schedules with sleeping stages, FLOPs of their passes, two ranks in training."""
+    from colonnade.bench.pipeline import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -126,6 +133,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "overlap": bench_overlap,
     "experts": bench_experts,
     "context": bench_context,
+    "pipeline": bench_pipeline,
 }
 
 

@@ -160,6 +160,13 @@ class TrainConfig(Table):
     collapse_steps: int = Field(
         20, ge=0, le=2**40, description="steps in a row that report a collapsed router; 0: never"
     )
+    timeline: int | None = Field(
+        None,
+        ge=1,
+        le=2**40,
+        description="the step of which timeline.svg and timeline.json show what every rank of a "
+        "pipeline did when; default: none",
+    )
     loss_chunk: int = Field(
         1024, ge=1, le=2**31 - 1, description="tokens whose logits are in memory at one time"
     )

@@ -34,6 +34,7 @@ from colonnade.launcher.train.step import (
     validate_loss,
     validation_key,
 )
+from colonnade.launcher.train.timeline import timeline_of
 from colonnade.models.decoder import Decoder
 from colonnade.models.shapes import measure
 from colonnade.parallel.engine import Engine, all_reduced
@@ -225,7 +226,9 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
         while job.step < end and not signal_number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
-            result = train_step(job.engine, batches, samples, recipe, job.step)
+            save = partial(write_below, job.run)
+            with timeline_of(job.step + 1, recipe, job.engine.passes, job.run, save):
+                result = train_step(job.engine, batches, samples, recipe, job.step)
             job.step += 1
             job.bad_steps = job.bad_steps + 1 if result.skipped else 0
             write_error = report_step(job, monitor, result)

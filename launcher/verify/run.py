@@ -204,7 +204,7 @@ def fitted(recipe: Recipe, layout: Layout, size: int) -> Recipe:
     rows, ranks = recipe.model.balance_samples, max(1, data_ranks(placed, size))
     count = accumulated(placed)
     batch: dict[str, object] = {"micro_batch": rows, "global_batch": rows * ranks * count}
-    train = changed(recipe.train, batch, remove=("ramp_batch", "ramp_steps"))
+    train = changed(recipe.train, batch, remove=("ramp_batch", "ramp_steps", "timeline"))
     return placed.model_copy(update={"train": train})
 
 

@@ -57,7 +57,7 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
         "model": without_unused(narrow_model(recipe.model, ranks, max(map(stages, recipes)))),
         "optimizer": changed(optimizer, constant_rate, remove=("warmup", "decay", "min_lr")),
         "data": DataConfig(sources=(SourceConfig(format="tokens", path="none"),)),
-        "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps")),
+        "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps", "timeline")),
     }
     return recipe.model_copy(update=tables)
 

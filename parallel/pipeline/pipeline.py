@@ -25,6 +25,7 @@ from colonnade.parallel.pipeline.placement import Placement
 from colonnade.parallel.pipeline.run import Boundary, Run, Shape
 from colonnade.parallel.pipeline.schedule import actions_of
 from colonnade.parallel.pipeline.shared import SharedWeights, holders
+from colonnade.parallel.pipeline.timeline import Observer, observe_action
 
 
 class Pipeline(Passes):
@@ -39,6 +40,7 @@ class Pipeline(Passes):
         placement: their ranks.
         rank: of this process along `pp`.
         local: the indices of its stages.
+        observer: of the actions of `train`; None: nobody.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Pipeline(Passes):
         held = holders(model.config, of_ranks)
         self.shared = SharedWeights(model, held, self.pipeline_group, self.rank)
         self.names: dict[str, dict[object, Tensor]] = {}
+        self.observer: Observer | None = None
 
     def stages_of(self, rank: int) -> list[Stage]:
         """Returns the stages of a rank."""
@@ -69,7 +72,8 @@ class Pipeline(Passes):
         keep_weights(self.model)
         run = Run(self, inputs, scale, training=True)
         for action in actions_of(self.parallel, len(inputs))[self.rank]:
-            run.perform(action)
+            with observe_action(self.observer, *action):
+                run.perform(action)
         run.wait_for_sends()
         reduce_gradients(self.model)
         return run.outcomes

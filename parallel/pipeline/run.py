@@ -12,6 +12,7 @@ from colonnade.models.wiring import State
 from colonnade.parallel.passes import DeviceInputs, Inputs, Outcome
 from colonnade.parallel.pipeline.placement import SPLIT_BACKWARD
 from colonnade.parallel.pipeline.schedule import Action
+from colonnade.parallel.pipeline.timeline import observe_wait
 from colonnade.parallel.tensor import wait
 
 if TYPE_CHECKING:
@@ -213,7 +214,10 @@ class Run:
     def take(self, direction: str, stage: int, number: int) -> Boundary:
         """Returns what another stage has handed or sent, which it waits for."""
         key = direction, stage, number
-        return self.handed.pop(key) if key in self.handed else self.arriving.pop(key).wait()
+        if key in self.handed:
+            return self.handed.pop(key)
+        with observe_wait(self.pipeline.observer, *key):
+            return self.arriving.pop(key).wait()
 
     def receive(self, direction: str, stage: int, number: int, source: int) -> None:
         """Begins to recv a stage's input, or the gradients of its output, from stage `source`."""
