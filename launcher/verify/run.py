@@ -1,5 +1,6 @@
 """`verify`: compares training under layouts with training in one process, at test size."""
 
+import gc
 import json
 import sys
 import tempfile
@@ -179,7 +180,8 @@ def verify_as_rank(jobs: Sequence[Job], environment: RankEnvironment) -> list[Fi
     both = list(zip(jobs, smalls, strict=True))
     references: list[References] = [{}] * len(jobs)
     if environment.rank == 0:
-        references = [train_references(job, small) for job, small in both]
+        with open_world(0, 1, torch.device("cpu")) as world:
+            references = [train_references(job, small, world) for job, small in both]
     findings = []
     with open_world(environment.rank, size, device) as world:
         for (job, small), exact in zip(both, references, strict=True):
@@ -188,32 +190,30 @@ def verify_as_rank(jobs: Sequence[Job], environment: RankEnvironment) -> list[Fi
     return findings
 
 
-def train_references(job: Job, small: Recipe) -> References:
-    """Trains a shrunk recipe in one process, once with every residual wiring of the job's cases."""
-    wirings = {residual_of(job, index): None for index in range(len(job.cases))}
-    return {residual: train_reference(small, residual) for residual in wirings}
+def train_references(job: Job, small: Recipe, world: World) -> References:
+    """Trains a shrunk recipe in one process in fp64 on a CPU, once with every residual wiring of
+    the job's cases.
+
+    Raises:
+        UserError: a loss is not finite, so that there is nothing to compare with.
+    """
+    references = {}
+    for residual in residuals_by_name(job).values():
+        if residual not in references:
+            references[residual] = record_trace(in_one_process(small, residual), world)
+    for exact in references.values():
+        for name, loss in exact.losses.items():
+            if not loss.isfinite():
+                raise UserError(
+                    f"in one process, at test size, {name} is {float(loss)}: there is nothing to "
+                    "compare with; try another train.seed"
+                )
+    return references
 
 
 def residual_of(job: Job, index: int) -> str:
     """The residual wiring of a case of a job."""
     return job.cases[index].residual or job.recipe.model.residual
-
-
-def train_reference(small: Recipe, residual: str | None = None) -> Trace:
-    """Trains a shrunk recipe in one process in fp64 on a CPU: the reference of its layouts.
-
-    Raises:
-        UserError: a loss is not finite, so that there is nothing to compare with.
-    """
-    with open_world(0, 1, torch.device("cpu")) as world:
-        exact = record_trace(in_one_process(small, residual), world)
-    for name, loss in exact.losses.items():
-        if not loss.isfinite():
-            raise UserError(
-                f"in one process, at test size, {name} is {float(loss)}: there is nothing to "
-                "compare with; try another train.seed"
-            )
-    return exact
 
 
 def compare_cases(
@@ -246,6 +246,8 @@ def compare_cases(
                 line = f"{job.recipe.name} {count}  {case}  {precision}  {result}"
                 print(f"{line}  {seconds:.1f} s of processor time", file=sys.stderr, flush=True)
             yield one
+            del recipe, trace, compared
+            gc.collect()  # FSDP's cycles hold the model: many cases would fill the memory
 
 
 def seconds_since(begin: float) -> float:
