@@ -31,11 +31,12 @@ def matrix(report: dict[str, Any]) -> str:
     ranks, count = report["ranks"], len(found)
     equal = sum(proof.equal for proof in found)
     covering = [one["covering"] for one in report["recipes"]]
-    whole = "all" if count == sum(c["cases"] for c in covering) else "a sample"
+    total = sum(c["cases"] for c in covering)
+    whole = "all" if count == total else "a sample of all"
     lines = [
         f"{equal} of {count} cases on {ranks} ranks are equal to one process in fp64; they are "
-        f"{whole} of the {sum(c['cases'] for c in covering)} in which every possible pair of axes "
-        "and options occurs. Cases with both axes on, with the standard residual + with ladder:",
+        f"{whole} {total} in which every possible pair of axes and options occurs. Cases with both "
+        "axes on, with the standard residual + with ladder:",
         "",
         *pair_table(found, families),
         "",
