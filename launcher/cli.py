@@ -98,13 +98,29 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Runs `colonnade verify`; returns the exit status, 1 if the runs differ."""
-    from colonnade.launcher.verify.run import verify
-    from colonnade.launcher.verify.table import table
+    from colonnade.launcher.verify.matrix import matrix
+    from colonnade.launcher.verify.run import verify, verify_all
+    from colonnade.launcher.verify.table import table, table_of_all
 
     a = arguments
-    report = verify(a.recipe, list(a.overrides), nproc=a.nproc, layouts=a.layout)
+    chosen = {"nproc": a.nproc, "sample": a.sample, "seed": a.seed}
+    if a.all and (a.recipe or a.layout):
+        raise UserError("verify --all has recipes and layouts of its own: leave out yours")
+    if not a.all and (a.recipe is None or a.table):
+        raise UserError(
+            "--table is made of all families: verify --all"
+            if a.table
+            else "verify: name a recipe (for example: quickstart), or --all"
+        )
+    if a.all:
+        report, text = verify_all(**chosen), table_of_all
+    else:
+        report = verify(a.recipe, list(a.overrides), layouts=a.layout, **chosen)
+        text = table
     if is_rank_zero():
-        print(table(report)) if a.json is None else a.report(report)
+        if a.table:
+            write_text("--table", a.table, matrix(report))
+        print(text(report)) if a.json is None else a.report(report)
     return 0 if report["equal"] else 1
 
 
@@ -169,10 +185,19 @@ def emit(report: dict, target: str | None) -> None:
         width = max(len(key) for key in report)
         print("\n".join(f"{key:<{width}}  {format_value(value)}" for key, value in report.items()))
         return
+    write_text("--json", target, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(option: str, path: str, text: str) -> None:
+    """Writes the file that an option names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
-        Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--json {target}: cannot write it: {error.strerror}") from error
+        raise UserError(f"{option} {path}: cannot write it: {error.strerror}") from error
 
 
 def format_value(value: object) -> str:
@@ -227,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("arguments", help="its keyword arguments as JSON")
 
     verify = add("verify", run_verify)
-    verify.add_argument("recipe", help="a path, or the name of a shipped recipe")
+    verify.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
     verify.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. model.repeat=1")
     verify.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
     verify.add_argument(
@@ -235,8 +260,18 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="tp=2,…",
-        help="fields of [parallel], may be given several times (default: all that are valid)",
+        help="fields of [parallel], residual and recompute; may be given several times (default: a "
+        "set that has every pair of axes and options that is valid)",
     )
+    verify.add_argument(
+        "--all",
+        action="store_true",
+        help="four small recipes instead (dense, mixture, hybrid, hybrid mixture), in fp64 alone "
+        "and with 2 steps, so that it is affordable (one recipe: fp64 and fp32, 3 steps)",
+    )
+    verify.add_argument("--sample", type=positive, metavar="K", help="K cases of each set only")
+    verify.add_argument("--seed", type=int, default=0, help="draws the sample (default: 0)")
+    verify.add_argument("--table", metavar="FILE", help="with --all: what it proved, in Markdown")
 
     plan = add("plan", run_plan)
     plan.add_argument("recipe", help="a path, or the name of a shipped recipe")

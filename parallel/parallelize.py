@@ -241,6 +241,14 @@ def keep_weights(model: Decoder) -> None:
         model.set_requires_gradient_sync(False)
 
 
+def sum_gradients(model: Decoder) -> None:
+    """Adds gradients that were computed outside of a backward pass to those that FSDP2 has summed,
+    in at least fp32: by itself it does so at the end of the next pass, and until then sums in the
+    dtype of the weights."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._root_post_backward_final_callback()
+
+
 def reduce_gradients(model: Decoder) -> None:
     """Reduce-scatters the gradients that FSDP2 has summed since `keep_weights`, all-reduces them
     over HSDP's replicas, and frees all-gathered weights. Collective.
@@ -252,4 +260,4 @@ def reduce_gradients(model: Decoder) -> None:
         model.set_is_last_backward(True)
         model.set_reshard_after_backward(True)
         model.set_requires_gradient_sync(True)
-        model._get_fsdp_state()._root_post_backward_final_callback()
+        sum_gradients(model)

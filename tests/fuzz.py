@@ -22,10 +22,11 @@ from ranks import RankError, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.verify.cases import Case
 from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
 from colonnade.launcher.verify.layouts import Layout, write_layout
 from colonnade.launcher.verify.rounding import Noise, measure_noise
-from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.shrink import in_one_process, on_case, shrink
 from colonnade.launcher.verify.trace import Trace, record_trace
 from colonnade.parallel.world import World
 
@@ -81,7 +82,7 @@ def trace_layout(
     fault: int | None,
 ) -> tuple[Trace, int]:  # fmt: skip
     """Records a layout's trace, and counts its sums; the last rank breaks that of index `fault`."""
-    recipe = on_layout(small, size, layout, precision)
+    recipe = on_case(small, size, Case(layout), precision)
     with BrokenCollective(fault if rank == size - 1 else None) as mode:
         return record_trace(recipe, world_of(rank, size), exact.parameters), mode.sums
 
@@ -102,7 +103,7 @@ def passes(
 def verdict(seed: int, ranks: int, symbols: str, fault: bool) -> tuple[str, str]:
     """Returns verify's verdict on a seed's recipe and layout, and a line that describes it."""
     recipe, layout = random_recipe(seed, ranks, symbols)
-    small = shrink(recipe, ranks, [layout])
+    small = shrink(recipe, ranks, [Case(layout)])
     (exact,) = pool(1).run(reference, small)
     name = f"{seed:5} {recipe.model.symbols:<15} {write_layout(layout):<50}"
     if not all(bool(loss.isfinite()) for loss in exact.losses.values()):

@@ -6,7 +6,8 @@ from typing import Any
 
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
-from colonnade.launcher.verify.layouts import Layout, covering_layouts, write_layout
+from colonnade.launcher.verify.cover import OPTIONS, factorisations, layouts_of
+from colonnade.launcher.verify.layouts import Layout, write_layout
 from colonnade.models.config import CARDS
 
 # Values to draw for every field that changes the model's function or how a layout computes it.
@@ -52,6 +53,7 @@ PARALLEL: dict[str, tuple[Any, ...]] = {
     "zigzag": (False,), "context": ("ulysses", "ring+ulysses", "allgather"),
     "recurrence": ("heads",),
 }  # fmt: skip
+LAYOUT = {name: OPTIONS[name] for name in ("etp", "sequence", "schedule")}
 TOKENS = {"sources": ({"format": "tokens", "path": "none"},)}  # verify replaces the data
 
 
@@ -72,8 +74,9 @@ def draw_recipe(rng: Random, ranks: int, symbols: str) -> tuple[Recipe, Layout] 
     pattern = "".join(rng.choices(list(CARDS), k=rng.randint(1, 5)))
     if symbols and not set(symbols) & set(pattern):
         return None
-    experts = 4 if {"E", "T"} & set(pattern) else 0
-    layout: Layout = dict(rng.choice(list(covering_layouts(ranks, experts))))
+    model = Recipe.model_validate({"model": {"pattern": pattern, "experts": 4}})
+    degrees = rng.choice(list(factorisations(ranks)))
+    layout: Layout = rng.choice(list(layouts_of(model, degrees, LAYOUT)))
     given = {f"parallel.{name}": value for name, value in layout.items()}
     given |= {f"model.{name}": value for name, value in NARROW.items()}
     given |= {f"model.{name}": value for name, value in draw_fields(rng, MODEL, 0.4)}

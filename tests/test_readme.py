@@ -4,12 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import matrix as parity_matrix
 import pytest
 from shown import README, in_readme, shown, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.launcher.cli import main
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.verify.matrix import matrix
 from colonnade.models.config import CARDS
 
 TEXT = README.read_text(encoding="utf-8")
@@ -23,6 +25,15 @@ def blocks(language: str) -> list[str]:
 def test_the_table_is_the_tests() -> None:
     """After a change of a list: python tests/shown.py --write."""
     assert in_readme(TEXT, table()) == TEXT
+
+
+def test_the_matrix_is_that_of_the_stored_report() -> None:
+    """After a run: python tests/matrix.py --write REPORT."""
+    report = parity_matrix.stored()
+    assert parity_matrix.in_readme(TEXT, matrix(report)) == TEXT
+    for one in report["recipes"]:
+        assert one["layouts"]
+        assert all(result["equal"] for result in one["layouts"])
 
 
 def test_every_symbol_is_in_it() -> None:

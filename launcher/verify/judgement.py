@@ -21,11 +21,13 @@ class Pass:
         layout: its name, as `parse_layout` reads it.
         precision: `fp64` or `fp32`.
         differences: of every tensor, by kind, the worst first.
+        seconds: of processor time, of all ranks together.
     """
 
     layout: str
     precision: str
     differences: dict[str, list[Difference]]
+    seconds: float = 0.0
 
     @property
     def exceeds(self) -> bool:
@@ -81,6 +83,7 @@ def judge_pass(one: Pass, noise: Noise | None, proved: bool) -> dict[str, Any]:
         "amplification": (
             largest_amplification if math.isfinite(largest_amplification) and rounding else None
         ),
+        "processor_seconds": one.seconds,
         "bounds": asdict(BOUNDS[one.precision]),
         "compared": kinds,
     }

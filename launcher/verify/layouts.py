@@ -1,16 +1,15 @@
-"""Reads layouts by name, such as `tp=2,dp_shard=2`; lists the layouts of a number of ranks."""
+"""Reads layouts by name, such as `tp=2,dp_shard=2`, and puts a recipe on a layout."""
 
 import itertools
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.hints import wrong_value
-from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
 from colonnade.parallel.config import ParallelConfig
@@ -20,6 +19,7 @@ Layout = dict[str, object]  # fields of the `[parallel]` table
 FIELDS = ParallelConfig.model_fields
 NUMBERS = {name for name, field in FIELDS.items() if field.annotation in (int, int | None)}
 DEGREES = NUMBERS - {"ulysses"}  # `ulysses` says how the ranks of cp are used
+TABLES = dict.fromkeys(FIELDS, "parallel")  # by field: the table that has it
 
 
 def parse_layout(text: str) -> Layout:
@@ -28,30 +28,44 @@ def parse_layout(text: str) -> Layout:
     Raises:
         UserError: a field that `[parallel]` does not have or that is named twice, or a bad value.
     """
-    layout: Layout = {}
+    return parse_fields(text, TABLES, "")
+
+
+def parse_fields(text: str, tables: Mapping[str, str], others: str) -> dict[str, object]:
+    """Parses `field=value,field=value`.
+
+    Args:
+        text: what to parse.
+        tables: by field, the table that has it; there are no others.
+        others: names those that are not of `[parallel]`, for messages.
+
+    Raises:
+        UserError: a field that is unknown or named twice, or a bad value.
+    """
+    fields: dict[str, object] = {}
     for entry in re.split(r",(?![^\[]*\])", text):  # commas in brackets separate numbers
         name, _, value = (word.strip() for word in entry.partition("="))
-        if name not in FIELDS:
+        if name not in tables:
             raise UserError(
-                f"--layout {text}: {name or 'an empty entry'} is no field of [parallel]; write "
-                f"field=value,field=value with fields of {', '.join(FIELDS)}"
+                f"--layout {text}: {name or 'an empty entry'} is no field of [parallel]{others}; "
+                f"write field=value,field=value with fields of {', '.join(tables)}"
             )
-        if name in layout:
+        if name in fields:
             raise UserError(f"--layout {text}: {name} stands in it twice; leave one out")
         try:
-            layout[name] = tomllib.loads(f"value = {value}")["value"]
+            fields[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            layout[name] = value
-    try:
-        ParallelConfig.model_validate(layout)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        remedy = wrong_value(("parallel", name), layout[name])
-        raise UserError(f"--layout {text}: {name} = {layout[name]!r}: {remedy}") from None
-    return layout
+            fields[name] = value
+    for name, value in fields.items():
+        try:
+            Recipe.model_validate({tables[name]: {name: value}})
+        except ValidationError:
+            remedy = wrong_value((tables[name], name), value)
+            raise UserError(f"--layout {text}: {name} = {value!r}: {remedy}") from None
+    return fields
 
 
-def write_layout(layout: Layout) -> str:
+def write_layout(layout: Mapping[str, object]) -> str:
     """The name of a layout, which `parse_layout` reads."""
     values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in layout.items()}
     return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "")
@@ -74,27 +88,6 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
         # another field may lose its effect with these: check again without them
         for name in unused:
             del remaining[name]
-
-
-def covering_layouts(ranks: int, experts: int = 0) -> Iterator[Layout]:
-    """All factorisations of `ranks` into dp_replicate, dp_shard, cp and tp.
-
-    With tensor parallelism, each comes with and without sequence parallelism; with context
-    parallelism as well, only with it. Where there are `experts`, each comes also with these on as
-    many ranks as they divide over, each expert sharded over tp ranks, and on one rank.
-    """
-    for tp in reversed(divisors(ranks)):
-        for cp in reversed(divisors(ranks // tp)):
-            sequence = () if tp == 1 else (True,) if cp > 1 else (True, False)
-            for shard in reversed(divisors(ranks // tp // cp)):
-                replicate = ranks // tp // cp // shard
-                degrees = {"tp": tp, "cp": cp, "dp_shard": shard, "dp_replicate": replicate}
-                layout: Layout = {n: d for n, d in degrees.items() if d > 1 or n == "dp_shard"}
-                yield from ([layout | {"sequence": value} for value in sequence] or [layout])
-                if (ep := math.gcd(experts, cp * shard)) > 1 and experts:
-                    yield layout | {"ep": ep}
-                if experts and tp > 1:
-                    yield layout | {"ep": math.gcd(experts, tp * cp * shard), "etp": 1}
 
 
 def accumulated(recipe: Recipe) -> int:

@@ -18,7 +18,9 @@ DRAWS = 4
 Noise = dict[str, dict[str, float]]  # by kind and name of a tensor
 
 
-def measure_noise(small: Recipe, precision: str, world: World) -> Noise:
+def measure_noise(
+    small: Recipe, precision: str, world: World, residual: str | None = None
+) -> Noise:
     """Measures how far the tensors of a trace move when all weights move by up to an ulp.
 
     At the start of every step every weight w becomes w (1 + ulp · u), u uniform in [-1, 1], with
@@ -30,12 +32,13 @@ def measure_noise(small: Recipe, precision: str, world: World) -> Noise:
         small: the recipe at test size.
         precision: `fp64` or `fp32`.
         world: a world of one process, on the CPU.
+        residual: the residual wiring; None: the recipe's.
 
     Returns:
         for every tensor of a trace the largest change of an element in any of `DRAWS` draws;
         infinite where an element is not finite.
     """
-    recipe = in_one_process(small)
+    recipe = in_one_process(small, residual)
     exact = record_trace(recipe, world)
     noise: Noise = {kind: {} for kind in KINDS}
     for draw in range(DRAWS):

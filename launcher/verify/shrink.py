@@ -1,4 +1,4 @@
-"""Shrinks a recipe to test size, and puts the shrunk recipe on a layout or in one process."""
+"""Shrinks a recipe to test size, and puts the shrunk recipe under a case or in one process."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from colonnade.launcher.recipe.rules.context import convolution_reach
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
 from colonnade.launcher.recipe.unused import without_unused
-from colonnade.launcher.verify.layouts import Layout, accumulated, data_ranks, with_layout
+from colonnade.launcher.verify.cases import Case, rewired, with_case
+from colonnade.launcher.verify.layouts import accumulated, data_ranks, with_layout
 from colonnade.launcher.verify.narrow import narrow_model
 
 STEPS = 3
@@ -22,21 +23,21 @@ EPS = 1e-3
 AnyTable = TypeVar("AnyTable", bound=BaseModel)
 
 
-def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
-    """The recipe at test size, for any of these layouts of `ranks`.
+def shrink(recipe: Recipe, ranks: int, cases: Iterable[Case], steps: int = STEPS) -> Recipe:
+    """The recipe at test size, for any of these cases of `ranks`.
 
     Counts (heads, groups, experts, choices) stay. A narrow width is divisible by the same divisors
     of `ranks` as the full width, so that a layout fits the shrunk model if and only if it fits the
     full one. A row has tokens for every rank, and a segment has at least the tokens that a
-    convolution of the next segment reads. `on_layout` puts the shrunk recipe on one of the layouts,
+    convolution of the next segment reads. `on_case` puts the shrunk recipe under one of the cases,
     `in_one_process` in one process.
     """
-    recipes = [with_layout(recipe, layout) for layout in layouts]
+    recipes = [with_case(recipe, case) for case in cases]
     token_ranks = math.lcm(*(ranks // data_ranks(r, ranks) for r in recipes))
     samples = recipe.model.balance_samples
     rows = samples * math.lcm(*(data_ranks(r, ranks) * accumulated(r) for r in recipes))
     train: dict[str, object] = {
-        "steps": STEPS,
+        "steps": steps,
         "global_batch": rows,
         "micro_batch": rows,
         "loss_chunk": 17,
@@ -62,29 +63,29 @@ def shrink(recipe: Recipe, ranks: int, layouts: Iterable[Layout]) -> Recipe:
     return recipe.model_copy(update=tables)
 
 
-def on_layout(small: Recipe, ranks: int, layout: Layout, precision: str) -> Recipe:
-    """A shrunk recipe on one of the layouts for which it was made.
+def on_case(small: Recipe, ranks: int, case: Case, precision: str) -> Recipe:
+    """A shrunk recipe under one of the cases for which it was made.
 
     Every rank accumulates the gradients of two micro-batches, or of as many as a pipeline needs.
     The row may be shorter than that for which sizes of stages were given: these are scaled.
     """
-    placed = with_layout(small, layout)
+    placed = with_case(small, case)
     if sizes := placed.parallel.stages:
         scaled = {"stages": scaled_to(sizes, len(small.model.symbols))}
         placed = placed.model_copy(update={"parallel": placed.parallel.model_copy(update=scaled)})
     rows = small.train.global_batch // (accumulated(placed) * data_ranks(placed, ranks))
-    train = small.train.model_copy(update={"micro_batch": rows, "precision": precision})
+    train = placed.train.model_copy(update={"micro_batch": rows, "precision": precision})
     return placed.model_copy(update={"train": train})
 
 
-def in_one_process(small: Recipe) -> Recipe:
-    """A shrunk recipe in one process in fp64.
+def in_one_process(small: Recipe, residual: str | None = None) -> Recipe:
+    """A shrunk recipe in one process in fp64, with this residual wiring or its own.
 
     Every step has one micro-batch, and neither recomputation nor compilation is used.
     """
     plain = {"precision": "fp64", "recompute": "none", "compile": False}
     train = small.train.model_copy(update=plain)
-    return with_layout(small, {}).model_copy(update={"train": train})
+    return rewired(with_layout(small, {}), residual).model_copy(update={"train": train})
 
 
 def stages(recipe: Recipe) -> int:

@@ -1,4 +1,7 @@
-"""Formats the report of `verify` for people: a table for each layout, and a verdict."""
+"""Formats the report of `verify` for people: a table for each layout, and a verdict.
+
+Of a covering set, whose layouts are many, the equal ones have a line each.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,16 +11,44 @@ from colonnade.launcher.verify.trace import KINDS
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """The report of a recipe as text."""
     lines = [
         f"{report['recipe']} at test size, {report['steps']} steps on {report['ranks']} ranks "
         f"({report['device']}), beside one process in fp64"
     ]
+    covering = report.get("covering")
     for result in report["layouts"]:
-        lines += ["", *layout_lines(result)]
-    for skipped in report["skipped"]:
-        lines += ["", f"{skipped['layout']}  skipped: {skipped['why']}"]
+        brief = covering is not None and result["equal"]
+        lines += list(short_line(result)) if brief else ["", *layout_lines(result)]
+    if covering is not None:
+        lines += ["", covering_line(report)]
     return "\n".join([*lines, "", *verdict(report["layouts"])])
+
+
+def table_of_all(report: dict[str, Any]) -> str:
+    """The report of the recipes of all families as text."""
+    texts = [table(of_recipe) for of_recipe in report["recipes"]]
+    results = [result for of_recipe in report["recipes"] for result in of_recipe["layouts"]]
+    unequal = sum(not result["equal"] for result in results)
+    last = f"{len(results)} cases of {len(texts)} recipes"
+    last = f"NOT EQUAL: {unequal} of {last}" if unequal else f"equal: {last}"
+    seconds = f"{report['processor_seconds']:,.0f} s of processor time"
+    return "\n\n".join([*texts, f"{last}, {seconds}"])
+
+
+def short_line(result: dict[str, Any]) -> Iterator[str]:
+    """The line of a layout that is equal."""
+    yield f"{result['layout']}  {result['precision']}  {result['verdict']}"
+
+
+def covering_line(report: dict[str, Any]) -> str:
+    """The line that says what a covering set covers."""
+    covering = report["covering"]
+    count = len({result["layout"] for result in report["layouts"]})
+    total = covering["cases"]
+    pairs, impossible = covering["pairs"], len(covering["impossible"])
+    text = f"{count} of the {total} cases that have" if count < total else f"{total} cases have"
+    return f"{text} all {pairs} possible pairs of choices ({impossible} are impossible)"
 
 
 def verdict(results: list[dict[str, Any]]) -> Iterator[str]:

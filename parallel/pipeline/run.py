@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colonnade.kernels.deferred import DeferredGradients, deferring
 from colonnade.models.wiring import State
+from colonnade.parallel.parallelize import sum_gradients
 from colonnade.parallel.passes import DeviceInputs, Inputs, Outcome
 from colonnade.parallel.pipeline.placement import SPLIT_BACKWARD
 from colonnade.parallel.pipeline.schedule import Action
@@ -184,6 +185,7 @@ class Run:
         """Computes the gradients of weights that backward has put off."""
         if (deferred := self.deferred.pop((stage, number), None)) is not None:
             deferred.compute()
+            sum_gradients(self.model)
 
     def forward_with_transfers(self, stage: int, number: int) -> None:
         """Runs a stage forward, after recv of its input and before send of its output, where these

@@ -21,7 +21,8 @@ Faults = Callable[..., list[Fault]]
 
 def test_the_names_of_the_shipped_recipes() -> None:
     large = {"llama-1b", "mixtral-8x1b", "mamba2-hybrid-8b", "ladder-1b"}
-    assert set(recipe_names()) == {"quickstart"} | large
+    tiny = {"tiny-dense", "tiny-mixture", "tiny-hybrid", "tiny-hybrid-mixture"}
+    assert set(recipe_names()) == {"quickstart"} | large | tiny
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -1,24 +1,17 @@
 """Shrunk recipes: valid under the layouts of the full ones, and equal to them except for widths."""
 
-from itertools import product
-from math import prod
 from typing import Any
 
 import pytest
 
 from colonnade.launcher.recipe.load import load_recipe, recipe_names
-from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
-from colonnade.launcher.verify.layouts import (
-    Layout,
-    covering_layouts,
-    parse_layout,
-    with_layout,
-    write_layout,
-)
-from colonnade.launcher.verify.shrink import EPS, in_one_process, on_layout, shrink
+from colonnade.launcher.verify.cases import Case, with_case
+from colonnade.launcher.verify.cover import all_layouts
+from colonnade.launcher.verify.layouts import accumulated, parse_layout, with_layout
+from colonnade.launcher.verify.shrink import EPS, in_one_process, on_case, shrink
 from colonnade.models.config import FACTS, ModelConfig
 from colonnade.models.shapes import measure
 from colonnade.parallel.config import ParallelConfig
@@ -63,7 +56,10 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "two of ranks in a ring": dict(cp=8, context="ring+ulysses", ulysses=2),
 }
 # Shrinking chooses a batch and a row that are valid under all layouts.
-CHOSEN = {"train.global_batch", "train.seq_len"}
+CHOSEN = {"train.global_batch", "train.seq_len", "train.micro_batch"}
+SOME: dict[str, tuple[object, ...]] = {
+    "etp": ("tp", 1), "sequence": (True, False), "schedule": ("1f1b", "zbv")
+}  # fmt: skip
 
 
 def recipe_of(fields: dict[str, Any]) -> Recipe:
@@ -72,6 +68,11 @@ def recipe_of(fields: dict[str, Any]) -> Recipe:
     tables["data"] = {"tokenizer": "bytes"}
     tables["optimizer"] = {"warmup": 5, "min_lr": 1e-5, "beta1": 0.8, "clip": 0.0}
     return Recipe.model_validate(tables)
+
+
+def cases_of(recipe: Recipe, ranks: int) -> list[Case]:
+    """Every set of axes, with some of the options; others are the recipe's."""
+    return [Case(layout) for layout in all_layouts(recipe, ranks, SOME)]
 
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
@@ -88,22 +89,22 @@ RECIPES |= {
 def test_a_layout_fits_both_or_neither(name: str, ranks: int) -> None:
     recipe = RECIPES[name]
     assert not validate(recipe, None)
-    layouts = list(covering_layouts(ranks))
-    small = shrink(recipe, ranks, layouts)
+    cases = cases_of(recipe, ranks)
+    small = shrink(recipe, ranks, cases)
     assert not validate(in_one_process(small), 1)
     valid = 0
-    for layout in layouts:
-        large = {f.field for f in validate(with_layout(recipe, layout), ranks)}
-        faults = validate(on_layout(small, ranks, layout, "fp32"), ranks)
-        assert bool(faults) == bool(large - CHOSEN), (write_layout(layout), faults)
+    for case in cases:
+        large = {f.field for f in validate(with_case(recipe, case), ranks)}
+        faults = validate(on_case(small, ranks, case, "fp32"), ranks)
+        assert bool(faults) == bool(large - CHOSEN), (str(case), faults)
         valid += not faults
-    assert valid >= len([layout for layout in layouts if not {"tp", "cp"} & layout.keys()])
+    assert valid >= len([case for case in cases if not {"tp", "cp", "pp"} & case.layout.keys()])
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_everything_but_widths_stays(name: str) -> None:
     large = RECIPES[name]
-    small = shrink(large, 4, [{"tp": 4}])
+    small = shrink(large, 4, [Case({"tp": 4})])
     may_change = {"init_std", "mup_base", "repeat", "full_attention", "ladder_last"}
     for field, known in FACTS.items():
         if field in may_change or known.kind in ("width", "length") or large.model.unused(field):
@@ -121,7 +122,7 @@ def test_everything_but_widths_stays(name: str) -> None:
 
 
 def test_base_of_mup_differs_by_a_factor_of_2() -> None:
-    small = shrink(RECIPES["muP"], 4, [{"tp": 4}]).model
+    small = shrink(RECIPES["muP"], 4, [Case({"tp": 4})]).model
     base = small.base()
     assert base is not None
     assert small.mup_base is not None
@@ -129,7 +130,7 @@ def test_base_of_mup_differs_by_a_factor_of_2() -> None:
     for width in ("hidden", "ffn", "mamba1_inner"):
         assert small.mup_base[width] * 2 == getattr(small, width)
     assert {"mamba_heads", "delta_heads"} < small.mup_base.keys()
-    larger = shrink(RECIPES["muP, from a larger base"], 4, [{"tp": 4}]).model
+    larger = shrink(RECIPES["muP, from a larger base"], 4, [Case({"tp": 4})]).model
     assert larger.mup_base == {"ffn": 2 * larger.ffn, "head_dim": 2 * (larger.head_dim or 0)}
 
 
@@ -138,19 +139,21 @@ def test_fields_of_a_subclass_stay() -> None:
         future: int = 0
 
     model = Later(pattern="*-", future=3)
-    small = shrink(Recipe().model_copy(update={"model": model}), 2, [{"tp": 2}])
+    small = shrink(Recipe().model_copy(update={"model": model}), 2, [Case({"tp": 2})])
     assert getattr(small.model, "future", None) == 3
 
 
 def test_batches_accumulate_on_every_layout() -> None:
-    """Two micro-batches of complete balance groups on every data rank."""
+    """Two micro-batches, or those of a pipeline, of complete balance groups on every data rank."""
     recipe = RECIPES["experts"]
-    layouts = list(covering_layouts(8))
-    small = shrink(recipe, 8, layouts)
-    for layout in layouts:
-        train = on_layout(small, 8, layout, "fp64").train
-        parallel = with_layout(recipe, layout).parallel
-        assert train.global_batch == 2 * train.micro_batch * (8 // parallel.tp // parallel.cp)
+    cases = cases_of(recipe, 8)
+    small = shrink(recipe, 8, cases)
+    for case in cases:
+        placed = on_case(small, 8, case, "fp64")
+        train, p = placed.train, placed.parallel
+        count = accumulated(placed)
+        assert count == (p.pp if p.pp > 2 else 2)
+        assert train.global_batch == count * train.micro_batch * (8 // p.tp // p.cp // p.pp)
         assert train.micro_batch % recipe.model.balance_samples == 0
     assert in_one_process(small).train.micro_batch == small.train.global_batch
 
@@ -158,10 +161,10 @@ def test_batches_accumulate_on_every_layout() -> None:
 def test_fields_other_than_degrees_stay_under_a_layout() -> None:
     """`parallel.sequence` of the recipe stays unless the layout gives it, or it has no effect."""
     recipe = load_recipe("quickstart", ["parallel.sequence=false", "parallel.tp=2"])
-    small = shrink(recipe, 4, [{"tp": 4}, {"dp_shard": 4}])
-    assert not on_layout(small, 4, {"tp": 4}, "fp64").parallel.sequence
-    assert on_layout(small, 4, {"tp": 4, "sequence": True}, "fp64").parallel.sequence
-    for other in (on_layout(small, 4, {"dp_shard": 4}, "fp64"), in_one_process(small)):
+    small = shrink(recipe, 4, [Case({"tp": 4}), Case({"dp_shard": 4})])
+    assert not on_case(small, 4, Case({"tp": 4}), "fp64").parallel.sequence
+    assert on_case(small, 4, Case({"tp": 4, "sequence": True}), "fp64").parallel.sequence
+    for other in (on_case(small, 4, Case({"dp_shard": 4}), "fp64"), in_one_process(small)):
         assert other.parallel.tp == 1
         assert "sequence" not in other.parallel.model_fields_set
 
@@ -178,13 +181,13 @@ def test_fields_other_than_degrees_stay_under_a_layout() -> None:
     ],
 )
 def test_a_row_is_as_long_as_its_segments_need(
-    layouts: list[Layout], model: dict[str, int], tokens: int
+    layouts: list[dict[str, object]], model: dict[str, int], tokens: int
 ) -> None:
     recipe = recipe_of({"pattern": "*M", **model})
-    small = shrink(recipe, 8, layouts)
+    small = shrink(recipe, 8, map(Case, layouts))
     assert small.train.seq_len == tokens
     for layout in layouts:
-        assert not validate(on_layout(small, 8, layout, "fp64"), 8)
+        assert not validate(on_case(small, 8, Case(layout), "fp64"), 8)
 
 
 def test_context_fields_stay_under_a_layout() -> None:
@@ -199,21 +202,6 @@ def test_context_fields_stay_under_a_layout() -> None:
     assert given_under("cp=4,tp=2,context=ulysses") == named
     assert not validate(with_layout(recipe, named), 8)
     assert given_under("dp_shard=8") == {"dp_shard": 8}
-    assert dict(explicit_fields(in_one_process(shrink(recipe, 8, [named])).parallel)) == {}
+    assert dict(explicit_fields(in_one_process(shrink(recipe, 8, [Case(named)])).parallel)) == {}
     heads = with_layout(RECIPES["heads exchanged"], {"cp": 8, "recurrence": "states"}).parallel
     assert (heads.context, heads.recurrence) == ("ulysses", "states")
-
-
-def test_covering_layouts() -> None:
-    layouts = list(covering_layouts(4))
-    assert len({write_layout(layout) for layout in layouts}) == len(layouts) == 13
-    assert all(parse_layout(write_layout(layout)) == layout for layout in layouts)
-    recipe = recipe_of({"pattern": "*-"})
-    for layout in layouts:
-        assert not validate(with_layout(recipe, layout), 4)
-    assert sum("tp" in layout for layout in layouts) == 7
-    assert {"tp": 2, "cp": 2, "dp_shard": 1, "sequence": True} in layouts
-    assert all(layout["sequence"] for layout in layouts if {"tp", "cp"} <= layout.keys())
-    parallel = [with_layout(recipe, layout).parallel for layout in covering_layouts(12)]
-    factored = {(p.tp, p.cp, p.dp_shard, p.dp_replicate) for p in parallel}
-    assert factored == {t for t in product(divisors(12), repeat=4) if prod(t) == 12}

@@ -14,11 +14,13 @@ from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.verify import run
+from colonnade.launcher.verify.cases import Case
 from colonnade.launcher.verify.equal import BOUNDS, EXACT, Bounds, compare
 from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
-from colonnade.launcher.verify.layouts import parse_layout, with_layout
-from colonnade.launcher.verify.run import Job, compare_layouts, plan_job
-from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.layouts import with_layout
+from colonnade.launcher.verify.plan import Job, plan_job
+from colonnade.launcher.verify.run import compare_cases
+from colonnade.launcher.verify.shrink import in_one_process, on_case, shrink
 from colonnade.launcher.verify.table import table
 from colonnade.launcher.verify.trace import Trace, assemble, copy_shard, record_trace
 from colonnade.models.decoder import Decoder
@@ -35,7 +37,7 @@ def world_of(rank: int, size: int) -> World:
 
 
 def small_recipe() -> Recipe:
-    return shrink(load_recipe("quickstart", TINY), 2, map(parse_layout, LAYOUTS))
+    return shrink(load_recipe("quickstart", TINY), 2, map(Case.parse, LAYOUTS))
 
 
 def reference(rank: int, size: int) -> Trace:
@@ -44,14 +46,14 @@ def reference(rank: int, size: int) -> Trace:
 
 def passes(rank: int, size: int, exact: Trace) -> list[Pass]:
     """The comparisons of all layouts, on one rank."""
-    layouts = tuple(map(parse_layout, LAYOUTS))
-    job = Job(load_recipe("quickstart", TINY), layouts)
-    return list(compare_layouts(job, small_recipe(), exact, world_of(rank, size)))
+    job = Job(load_recipe("quickstart", TINY), tuple(map(Case.parse, LAYOUTS)))
+    references = {"ladder": exact} if rank == 0 else {}
+    return list(compare_cases(job, small_recipe(), references, world_of(rank, size)))
 
 
 def without_reduction(rank: int, size: int, layout: str) -> Trace:
     """A trace in which gradients that are partial over tp ranks are not all-reduced."""
-    recipe = on_layout(small_recipe(), size, parse_layout(layout), "fp64")
+    recipe = on_case(small_recipe(), size, Case.parse(layout), "fp64")
     with patch.object(engine, "complete_gradients", lambda model: None):
         return record_trace(recipe, world_of(rank, size))
 
@@ -65,7 +67,7 @@ def without_reduction_of_router(rank: int, size: int) -> Trace:
         router.specs["router"].partial = None
         complete(model)
 
-    recipe = on_layout(small_recipe(), size, parse_layout(LAYOUTS[0]), "fp64")
+    recipe = on_case(small_recipe(), size, Case.parse(LAYOUTS[0]), "fp64")
     with patch.object(engine, "complete_gradients", all_but_one):
         return record_trace(recipe, world_of(rank, size))
 
@@ -122,7 +124,7 @@ def unequal(ours: Trace, exact: Trace, bounds: Bounds) -> list[str]:
 def shown(*results: dict[str, Any]) -> list[str]:
     """The lines of the table."""
     report = {"recipe": "r", "ranks": 2, "device": "cpu", "steps": 3}
-    return table({**report, "layouts": results, "skipped": []}).splitlines()
+    return table({**report, "layouts": results}).splitlines()
 
 
 def test_a_single_tensor_is_named(ranks1: Ranks, ranks2: Ranks) -> None:
@@ -201,12 +203,14 @@ def test_shards_are_assembled() -> None:
         ("sequence=1", "sequence = 1: give true or false"),
         ("cp=2,context=rng", "context = 'rng': give one of ring, ulysses, ring+ulysses"),
         ("cp=8,ulysses=1", "ulysses = 1: give a whole number of at least 2"),
-        ("", "an empty entry is no field"),
+        ("residual=ladders", "residual = 'ladders': give one of standard, ladder, parallel"),
+        ("recompute=all,tp=2", "recompute = 'all': give one of none, selective, block"),
+        ("", "an empty entry is no field of [parallel], nor residual or recompute"),
     ],
 )
 def test_faulty_layouts(layout: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        parse_layout(layout)
+        Case.parse(layout)
     assert f"--layout {layout}: " in str(raised.value)
     assert message in str(raised.value)
 
@@ -233,46 +237,33 @@ def test_mistakes(overrides: list[str], ranks: int, message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_covering_set_names_the_layouts_that_it_skips() -> None:
-    job = plan_job("quickstart", ["model.vocab=262"], 4, [])
-    assert {"dp_shard": 4} in job.layouts  # whatever the recipe's batch
-    assert {"dp_shard": 4, "ep": 4} in job.layouts
-    assert {"tp": 2, "dp_shard": 2, "ep": 4, "etp": 1} in job.layouts
-    assert {layout["tp"] for layout, _ in job.skipped} == {4}
-    assert all("does not divide model.vocab = 262" in faults for _, faults in job.skipped)
-    copy = Job.read(job.write())
-    assert copy == job
-    assert copy.recipe.model.model_fields_set == job.recipe.model.model_fields_set
-
-
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_an_override_applies_to_every_layout(value: str) -> None:
+def test_an_override_applies_to_every_layout() -> None:
     """Except to layouts under which the field has no effect."""
-    override = f"parallel.sequence={value}"
-    job = plan_job("quickstart", [override], 4, ["tp=4", "tp=2,dp_replicate=2"])
-    assert [with_layout(job.recipe, layout).parallel.sequence for layout in job.layouts] == [
-        value == "true"
-    ] * 2
-    covered = plan_job("quickstart", [override, "train.micro_batch=2"], 4, []).layouts
-    assert {layout.get("sequence") for layout in covered} == {value == "true", None}
+    for value in (True, False):
+        override = f"parallel.sequence={str(value).lower()}"
+        job = plan_job("quickstart", [override], 4, ["tp=4", "tp=2,dp_replicate=2"])
+        placed = [with_layout(job.recipe, case.layout).parallel for case in job.cases]
+        assert [parallel.sequence for parallel in placed] == [value] * 2
     with pytest.raises(UserError, match=r"did you mean parallel\.sequence"):
         plan_job("quickstart", ["parallel.sequenc=true"], 4, ["tp=4"])
 
 
-def test_context_overrides_apply_to_every_layout() -> None:
-    """`parallel.ulysses` is no degree; layouts that are not valid with it are skipped."""
-    overrides = ["parallel.context=ring+ulysses", "parallel.ulysses=4", "train.micro_batch=1"]
-    job = plan_job("quickstart", overrides, 8, [])
-    with_cp = [layout for layout in job.layouts if "cp" in layout]
-    assert with_cp == [{"cp": 8, "dp_shard": 1}, {"cp": 8, "dp_shard": 1, "ep": 4}]
-    assert with_layout(job.recipe, with_cp[0]).parallel.ulysses == 4
-    skipped = [(layout["cp"], faults) for layout, faults in job.skipped if "cp" in layout]
-    assert {cp for cp, _ in skipped} == {2, 4}
-    assert all("parallel.ulysses = 4" in faults for _, faults in skipped)
-    (layout,) = plan_job("quickstart", [], 4, ["cp=2,tp=2,context=ulysses,zigzag=false"]).layouts
-    assert layout == {"cp": 2, "tp": 2, "context": "ulysses", "zigzag": False}
+def test_layouts_are_named_with_their_options() -> None:
+    named = "cp=2,tp=2,context=ulysses,zigzag=false,residual=standard,recompute=block"
+    (case,) = plan_job("quickstart", [], 4, [named]).cases
+    layout = {"cp": 2, "tp": 2, "context": "ulysses", "zigzag": False}
+    assert case == Case(layout, "standard", "block")
+    assert str(case) == named
     with pytest.raises(RecipeError, match=r"model\.heads / parallel\.tp = 4 / 2 = 2"):
         plan_job("quickstart", [], 8, ["cp=4,tp=2,context=ulysses"])
+
+
+def test_a_job_survives_writing_and_reading() -> None:
+    job = plan_job("quickstart", ["model.vocab=262"], 4, [], sample=5)
+    assert len(job.cases) == 5
+    copy = Job.read(job.write())
+    assert copy == job
+    assert copy.recipe.model.model_fields_set == job.recipe.model.model_fields_set
 
 
 def test_the_verb(
@@ -293,6 +284,7 @@ def test_the_verb(
     assert capfd.readouterr().out.splitlines()[-1] == "equal: 1 layout"
     report["layouts"][0]["verdict"] = "equal up to rounding"
     assert main(words) == 0
+    assert capfd.readouterr().out.splitlines()[-1].startswith("equal: 1 layout, up to rounding: ")
     report["layouts"][0]["verdict"] = "not equal"
     report["equal"] = report["layouts"][0]["equal"] = False
     assert main(words) == 1

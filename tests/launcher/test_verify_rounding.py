@@ -10,12 +10,13 @@ from test_verify import LAYOUTS, TINY, reference, shown, small_recipe, world_of
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.verify import run
+from colonnade.launcher.verify.cases import Case
 from colonnade.launcher.verify.equal import EXACT, NOISE_FACTOR, Difference, compare
 from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
-from colonnade.launcher.verify.layouts import parse_layout
+from colonnade.launcher.verify.plan import Job
 from colonnade.launcher.verify.rounding import ULP, Noise, measure_noise
-from colonnade.launcher.verify.run import Findings, Job, make_report
-from colonnade.launcher.verify.shrink import in_one_process, on_layout, shrink
+from colonnade.launcher.verify.run import Findings, make_report
+from colonnade.launcher.verify.shrink import in_one_process, on_case, shrink
 from colonnade.launcher.verify.trace import KINDS, Trace, record_trace
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
@@ -38,9 +39,7 @@ def test_steps_start_from_the_reference(ranks1: Ranks, ranks2: Ranks) -> None:
 
 def restarted(rank: int, size: int, layout: str | None, starts: dict[str, torch.Tensor]) -> Trace:
     small = small_recipe()
-    recipe = (
-        on_layout(small, size, parse_layout(layout), "fp64") if layout else in_one_process(small)
-    )
+    recipe = on_case(small, size, Case.parse(layout), "fp64") if layout else in_one_process(small)
     return record_trace(recipe, world_of(rank, size), starts)
 
 
@@ -55,7 +54,7 @@ ILL_CONDITIONED = [
 
 
 def ill_conditioned() -> Recipe:
-    return shrink(load_recipe("quickstart", ILL_CONDITIONED), 2, [parse_layout(LAYOUTS[0])])
+    return shrink(load_recipe("quickstart", ILL_CONDITIONED), 2, [Case.parse(LAYOUTS[0])])
 
 
 def ill_conditioned_reference(rank: int, size: int) -> Trace:
@@ -69,7 +68,7 @@ def ill_conditioned_noise(rank: int, size: int, precision: str) -> Noise:
 def ill_conditioned_ranks(
     rank: int, size: int, exact: Trace, precision: str, broken: bool
 ) -> Trace:
-    recipe = on_layout(ill_conditioned(), size, parse_layout(LAYOUTS[0]), precision)
+    recipe = on_case(ill_conditioned(), size, Case.parse(LAYOUTS[0]), precision)
     complete = (lambda model: None) if broken else engine.complete_gradients
     with patch.object(engine, "complete_gradients", complete):
         return record_trace(recipe, world_of(rank, size), exact.parameters)
@@ -162,12 +161,13 @@ def test_an_inconclusive_tensor_needs_a_proof_in_fp64() -> None:
 def test_noise_is_measured_only_where_a_bound_is_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def measured(small: Recipe, precision: str, world: World) -> Noise:
+    def measured(small: Recipe, precision: str, world: World, residual: str) -> Noise:
+        assert residual == "ladder"
         calls.append(precision)
         return {kind: {"step 1": 1.0} for kind in KINDS}
 
     monkeypatch.setattr(run, "measure_noise", measured)
-    job = Job(load_recipe("quickstart", TINY), (parse_layout("tp=2"),))
+    job = Job(load_recipe("quickstart", TINY), (Case.parse("tp=2"),))
     for difference, verdict in (
         (0.5, "equal"),
         (5.0, "equal up to rounding"),

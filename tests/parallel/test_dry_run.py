@@ -222,17 +222,21 @@ def test_traffic_by_formula() -> None:
 
 
 def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int]]:
-    """Peak and held activations of a real micro-batch."""
+    """Peak and held activations of a real micro-batch. A thread of gloo may drop the tensors of a
+    collective later than the rank does, so the peak is the lowest of several."""
     engine = build_engine(recipe(name), World(rank, size, torch.device("cpu")))
-    ledger = StorageLedger()
-    hold_state(ledger, engine.model, engine.optimizer)
-    batch = FakeBatch.of(recipe(name).train)
-    with ledger:
-        start = ledger.mark()
-        marks = forward_backward(engine.passes, batch, ledger).marks
-        ledger.hold("gradients", gradients(list(engine.model.parameters())))
-        stop = ledger.mark()
-    return ledger.peak(start, stop, (ACTIVATIONS, GATHERED)), held_by_stage(ledger, marks)
+    batch, peaks = FakeBatch.of(recipe(name).train), []
+    for _ in range(5):
+        engine.discard()
+        ledger = StorageLedger()
+        hold_state(ledger, engine.model, engine.optimizer)
+        with ledger:
+            start = ledger.mark()
+            marks = forward_backward(engine.passes, batch, ledger).marks
+            ledger.hold("gradients", gradients(list(engine.model.parameters())))
+            stop = ledger.mark()
+        peaks.append(ledger.peak(start, stop, (ACTIVATIONS, GATHERED)))
+    return min(peaks, key=lambda peak: peak.total), held_by_stage(ledger, marks)
 
 
 @pytest.mark.parametrize("name", ["FSDP, bf16", "HSDP", "pp, FSDP, bf16"])

@@ -1,10 +1,24 @@
 """Pipelines against one process: every schedule, kinds of models, and all other parallelism."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
+import torch
+from equal import assert_equal
 from ranks import Ranks
 from test_data_parallel import LADDER, Trace, compare, recipe_for, trained
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_engine
+from colonnade.launcher.train.schedule import micro_batches
+from colonnade.launcher.verify.trace import random_rows
+from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.passes import Inputs
+from colonnade.parallel.world import World
 
 SMALL: dict[str, Any] = {"vocab": 64, "ffn": 48, "hidden": 32, "heads": 8, "experts": 4}
 STEERED = {
@@ -110,3 +124,85 @@ def test_eight_ranks(ranks1: Ranks, ranks8: Ranks, layout: str) -> None:
     micro = 1 if "dp_shard" in degrees or degrees["pp"] == 8 else 2
     trace = ranks8.run(trained, recipe_for(pattern, degrees, micro, **SMALL | fields))[0]
     compare(trace, reference(ranks1, name))
+
+
+def test_deferred_gradients_are_summed_in_fp32(ranks4: Ranks) -> None:
+    """In bf16 under FSDP2, zero bubble sums the same gradients of micro-batches as 1F1B does."""
+    pattern, fields = MODELS["ladder, tied"]
+    traces = [
+        ranks4.run(
+            trained,
+            recipe_for(pattern, {"pp": 2, "schedule": schedule}, 2, "bf16", **SMALL | fields),
+        )[0]
+        for schedule in ("1f1b", "zb1p")
+    ]
+    first = [{n: t for n, t in trace.gradients.items() if "step 1" in n} for trace in traces]
+    assert_equal(first[1], first[0], 1e-6)
+
+
+COUNTED = ("all_gather_into_tensor", "reduce_scatter_tensor", "_allgather_base_",
+           "_reduce_scatter_base_")  # fmt: skip
+
+
+def fsdp_calls(rank: int, size: int, recipe: Recipe) -> tuple[Counter[str], int]:
+    """The collectives that FSDP2 calls in a step, by name, and the number of its groups."""
+    world = World(rank, size, torch.device("cpu"))
+    engine = build_engine(recipe, world)
+    calls: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = operator.overloadpacket.__name__
+            if name in COUNTED:
+                calls[name] += 1
+            return operator(*args, **kwargs or {})
+
+    samples = micro_batches(recipe.train, 0, *data_rank(engine.mesh))
+    batches = [random_rows(rows, recipe.model.vocab, recipe.train.seq_len) for rows in samples]
+    with Count():
+        engine.gradients(batches, samples, 16.0, 0)
+    groups = {id(m._get_fsdp_state()) for m in engine.model.modules() if isinstance(m, FSDPModule)}
+    return calls, len(groups)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_fsdp_gathers_and_reduces_once_a_step(ranks4: Ranks, schedule: str) -> None:
+    """Every group once, whatever the number of micro-batches and stages of a rank."""
+    pattern, fields = MODELS["ladder, tied"]
+    layout = {"pp": 2, "schedule": schedule}
+    recipe = recipe_for(pattern, layout, 2, "fp32", **SMALL | fields)
+    for calls, groups in ranks4.run(fsdp_calls, recipe):
+        assert set(calls.values()) == {groups}, calls
+        assert len(calls) == 2
+
+
+def products(rank: int, size: int, recipe: Recipe) -> tuple[int, int]:
+    """The FLOPs of matrix products of this rank in a step, and in the forward passes alone."""
+    engine = build_engine(recipe, World(rank, size, torch.device("cpu")))
+    samples = micro_batches(recipe.train, 0, *data_rank(engine.mesh))
+    batches = [random_rows(rows, recipe.model.vocab, recipe.train.seq_len) for rows in samples]
+    inputs = [Inputs(*both) for both in zip(batches, samples, strict=True)]
+    counters = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with counters[0]:
+        engine.gradients(batches, samples, 16.0, 0)
+    with counters[1]:
+        engine.passes.evaluate(inputs)
+    return counters[0].get_total_flops(), counters[1].get_total_flops()
+
+
+@pytest.mark.parametrize("schedule", ["zb1p", "zbv", "dualpipev"])
+def test_split_backward_costs_no_forward(ranks2: Ranks, schedule: str) -> None:
+    """Input and weight gradients computed apart take as many products as together; with
+    recomputation at most one forward pass more."""
+
+    def flops(name: str, recompute: str) -> tuple[int, int]:
+        layout = {"pp": 2, "schedule": name}
+        recipe = recipe_for("*-M-*-", layout, 4, "fp64", recompute, **SMALL | LADDER)
+        steps, forwards = zip(*ranks2.run(products, recipe), strict=True)
+        return sum(steps), sum(forwards)
+
+    plain, forward = flops(schedule, "none")
+    assert plain == flops("1f1b", "none")[0]
+    assert 0 < flops(schedule, "block")[0] - plain <= forward
