@@ -64,7 +64,7 @@ def values_that_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values of singular vectors and of rows do not matter to types."""
     monkeypatch.setattr(reparam, "INITIAL_ITERATIONS", 1)
     monkeypatch.setattr(experts, "c10d", Echo)
-    monkeypatch.setattr(parallelize, "apply_fsdp", lambda *args: None)  # unknown to the checker
+    monkeypatch.setattr(parallelize, "apply_fsdp", lambda *a, **b: None)  # unknown to the checker
 
 
 class Sharded(NamedTuple):
