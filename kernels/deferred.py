@@ -35,7 +35,10 @@ class DeferredGradients:
         for weight, gradient in self.pending:
             groups[weight.grad_fn or id(weight)].append((weight, gradient))
         self.pending.clear()
-        for group in groups.values():
+        while groups:
+            _, group = (
+                groups.popitem()
+            )  # frees inputs and gradients of its products when it is done
             weights = [weight for weight, _ in group]
             with torch.no_grad():
                 gradients = [gradient() for _, gradient in group]

@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+LOOPED = ("interleaved", "bfs", "zb1p")  # stage s is on rank s mod pp, several stages on a rank
+V_SHAPED = ("zbv", "dualpipev")  # rank r has the stages r and 2 pp - 1 - r
+
 
 class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Degrees of parallelism; their product is the number of ranks."""
@@ -85,9 +88,9 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def stages_of_rank(self) -> int:
         """How many stages of a pipeline each rank has."""
-        if self.schedule in ("zbv", "dualpipev"):
+        if self.schedule in V_SHAPED:
             return 2
-        if self.schedule not in ("interleaved", "bfs", "zb1p"):
+        if self.schedule not in LOOPED:
             return 1
         return self.stages_per_rank or (1 if self.schedule == "zb1p" else 2)
 

@@ -30,7 +30,7 @@ from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.gradients import clip_gradients, gradient_norm
 from colonnade.parallel.mesh import ranks_per_loss
 from colonnade.parallel.optimizer import Optimizer, OptimizerSettings, build_optimizer
-from colonnade.parallel.parallelize import COMPUTE, set_last_micro_batch
+from colonnade.parallel.parallelize import COMPUTE, reduce_gradients, set_last_micro_batch
 from colonnade.parallel.passes import DeviceInputs, Passes, RunningSums
 from colonnade.parallel.pipeline.build import build_passes
 from colonnade.parallel.pipeline.dry_run import (
@@ -38,6 +38,7 @@ from colonnade.parallel.pipeline.dry_run import (
     run_backward,
     run_forward,
     sent_for_shared_weights,
+    sum_over_all_ranks,
 )
 from colonnade.parallel.pipeline.pipeline import Pipeline
 from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
@@ -101,6 +102,7 @@ class RankReport:
         operators: that were run.
         seconds: that the dry run itself took, by its phases.
         extras: terms of the objective beside loss and balance.
+        summed: unsharded gradients that FSDP2 sums over the micro-batches of a pipeline.
     """
 
     parameters: int
@@ -114,6 +116,7 @@ class RankReport:
     operators: int
     seconds: dict[str, float]
     extras: int
+    summed: int
 
     def collectives(self, micro_batches: int) -> Collectives:
         """What a step of this many micro-batches sends."""
@@ -128,10 +131,12 @@ class RankReport:
         """The report with the seconds of earlier phases."""
         return dataclasses.replace(self, seconds={**before, **self.seconds})
 
-    def memory(self, in_flight: int) -> int:
-        """The most bytes that the rank holds at once, where forward passes keep `in_flight` bytes:
-        the last one's peak comes upon what the others keep."""
+    def memory(self, in_flight: int, micro_batches: int = 1) -> int:
+        """The most bytes that the rank holds at once in a step of so many micro-batches, where
+        forward passes keep `in_flight` bytes: the last one's peak comes upon what the others keep,
+        and, from the second micro-batch on, upon the unsharded sums of gradients."""
         passes = in_flight - sum(self.held.values()) + self.peak.total
+        passes += self.summed if micro_batches > 1 else 0
         state = self.parameters + self.gradients + self.optimizer
         return state + max(passes, self.update_peak.total)
 
@@ -223,6 +228,7 @@ def dry_run(
             operators=counter.operators,
             seconds=clock.seconds,
             extras=len({name for report in ran.reports for name in report.extras}),
+            summed=0 if ran.end is None else ledger.held(ran.end).get(ACTIVATIONS, 0),
         )
 
 
@@ -280,11 +286,13 @@ class Ran(NamedTuple):
         reports: of its passes.
         marks: the ledger's mark at the end of each stage's forward pass; without a pipeline, of 0.
         sent: to other stages' ranks.
+        end: the ledger's mark in a pipeline before gradients are reduced.
     """
 
     reports: list[PassReport]
     marks: dict[int, int]
     sent: dict[str, Traffic]
+    end: int | None = None
 
 
 def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) -> Ran:
@@ -298,9 +306,11 @@ def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) ->
     if isinstance(passes, Pipeline):
         run = CountedRun(passes, inputs, scale)
         marks = {stage: ledger.mark() for stage in run_forward(run)}
-        outcomes = run_backward(run)
+        run_backward(run)
+        reports, end = [outcome.report for outcome in run.outcomes], ledger.mark()
+        reduce_gradients(model)
         sent = {name: Traffic(calls, run.bytes[name]) for name, calls in run.calls.items()}
-        return Ran([outcome.report for outcome in outcomes], marks, sent)
+        return Ran(reports, marks, sent, end)
     set_last_micro_batch(model, True)
     objective, report = model(*inputs)
     scaled = objective * scale
@@ -330,6 +340,8 @@ def update(
         extras = len({name for report in reports for name in report.extras})
     dist.all_reduce(torch.zeros(2 + extras, dtype=torch.float64))  # loss, balance, and these
     complete_gradients(model)
+    if isinstance(passes, Pipeline):
+        sum_over_all_ranks(passes)
     norm = gradient_norm(passes.counted, passes.group)
     loads = RunningSums()
     for report in reports:

@@ -1,5 +1,7 @@
 """The device mesh: all ranks, with an axis for each kind of parallelism."""
 
+from datetime import timedelta
+
 import torch
 from torch.distributed import ProcessGroup, new_subgroups_by_enumeration
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,7 +42,7 @@ def mesh_of(degrees: dict[str, int], world: World) -> DeviceMesh:
             name = axis if degrees[axis] > 1 else ""  # a rank by itself communicates with none
             groups_key = name, tuple(map(tuple, along))
             if groups_key not in world.groups:
-                world.groups[groups_key] = new_group(*groups_key)
+                world.groups[groups_key] = new_group(*groups_key, world.timeout)
             groups.append(world.groups[groups_key])
         world.meshes[key] = DeviceMesh.from_group(
             groups, world.device.type, ranks, mesh_dim_names=tuple(degrees)
@@ -48,9 +50,12 @@ def mesh_of(degrees: dict[str, int], world: World) -> DeviceMesh:
     return world.meshes[key]
 
 
-def new_group(axis: str, along: tuple[tuple[int, ...], ...]) -> ProcessGroup:
+def new_group(
+    axis: str, along: tuple[tuple[int, ...], ...], timeout: timedelta | None
+) -> ProcessGroup:
     """Makes the groups of an axis with these ranks; returns that of this rank. Collective."""
-    group, _ = new_subgroups_by_enumeration([list(ranks) for ranks in along])
+    ranks_of_groups = [list(ranks) for ranks in along]
+    group, _ = new_subgroups_by_enumeration(ranks_of_groups, timeout=timeout)
     assert group is not None
     return group
 

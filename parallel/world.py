@@ -23,6 +23,7 @@ class World:
         size: ranks of the job.
         device: of this rank.
         store: through which `wait_for_all` works; None: it returns at once.
+        timeout: how long a collective may take; None: PyTorch's default.
         waits: numbers of the calls of `wait_for_all`, for keys of the store.
         meshes: those made so far, by axes and degrees, to be used again.
         groups: those of their axes, by name and ranks: they hold threads.
@@ -32,6 +33,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store | None = field(default=None, compare=False, repr=False)
+    timeout: timedelta | None = None
     waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
     meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = field(
         default_factory=dict, compare=False, repr=False
@@ -90,7 +92,7 @@ def open_world(
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     failed = True
     try:
-        yield World(rank, size, device, dist.PrefixStore("colonnade", store))
+        yield World(rank, size, device, dist.PrefixStore("colonnade", store), limit)
         failed = False
     finally:
         if not failed or size == 1:

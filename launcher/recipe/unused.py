@@ -14,6 +14,7 @@ from colonnade.launcher.recipe.tables import DataConfig, Recipe
 from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
 from colonnade.models.options import ROW
+from colonnade.parallel.config import LOOPED
 
 
 class UsedIf(NamedTuple):
@@ -61,7 +62,7 @@ CONDITIONS = (
     UsedIf("train.timeline", lambda r: (r.train.timeline or 0) <= r.train.steps,
            "beyond train.steps: the run ends before that step", "train.steps"),
     UsedIf("parallel.stages_per_rank",
-           lambda r: r.parallel.schedule in ("interleaved", "bfs", "zb1p"),
+           lambda r: r.parallel.schedule in LOOPED,
            "unless parallel.schedule is interleaved, bfs or zb1p", "parallel.schedule"),
     UsedIf("parallel.zigzag parallel.context parallel.ulysses parallel.recurrence",
            lambda r: r.parallel.cp > 1, "with parallel.cp = 1", "parallel.cp"),

@@ -22,7 +22,7 @@ from colonnade.parallel.passes import Inputs
 
 T = TypeVar("T")
 
-TOGETHER = 32  # validation passes whose rows are read before they run
+TOGETHER = 16  # validation passes whose rows are read before they run
 VALIDATION = -1  # in place of a step, so that no key of validation is that of a step
 
 

@@ -18,6 +18,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import unused_setting
 from colonnade.launcher.verify.cases import Case
 from colonnade.launcher.verify.layouts import Layout, with_layout
+from colonnade.parallel.config import ParallelConfig
 
 DENSE_AXES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")  # their degrees multiply to the ranks
 AXES = (*DENSE_AXES, "ep")
@@ -172,9 +173,10 @@ def degrees_of(layout: Layout, ranks: int) -> dict[str, int]:
 
 
 def stages_of(case: Case) -> int:
-    """Returns about how many stages a case has: with fewer, a model of fewer sub-blocks has it."""
-    two = case.layout.get("schedule") in ("interleaved", "bfs", "zbv", "dualpipev")
-    return int(str(case.layout.get("pp", 1))) * (2 if two else 1)
+    """Returns how many stages a case has: with fewer, a model of fewer sub-blocks can have it."""
+    fields = {n: v for n, v in case.layout.items() if n in ("pp", "schedule", "stages_per_rank")}
+    parallel = ParallelConfig.model_validate(fields)
+    return parallel.pp * parallel.stages_of_rank
 
 
 # All cases

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.gradients import local
-from colonnade.parallel.parallelize import keep_weights, reduce_gradients
-from colonnade.parallel.passes import DeviceInputs, Outcome
+from colonnade.parallel.parallelize import keep_weights
+from colonnade.parallel.passes import DeviceInputs
 from colonnade.parallel.pipeline.pipeline import Pipeline
 from colonnade.parallel.pipeline.run import Boundary, Run, Transfer
 from colonnade.parallel.pipeline.schedule import actions_of
@@ -41,8 +41,8 @@ def run_forward(run: CountedRun) -> Iterator[int]:
         yield stage
 
 
-def run_backward(run: CountedRun) -> list[Outcome]:
-    """Runs every stage of the rank backward, and reduces gradients as at the end of a step."""
+def run_backward(run: CountedRun) -> None:
+    """Runs every stage of the rank backward."""
     pipeline = run.pipeline
     for stage in reversed(pipeline.local):
         if stage + 1 < len(pipeline.stages) and stage + 1 not in pipeline.local:
@@ -51,8 +51,13 @@ def run_backward(run: CountedRun) -> list[Outcome]:
         run.compute_weight_gradients(stage, 0)
         if (stage, 0) in run.input_gradients:
             run.send(run.input_gradients.pop((stage, 0)), stage - 1)
-    reduce_gradients(pipeline.model)
-    return run.outcomes
+
+
+def sum_over_all_ranks(pipeline: Pipeline) -> None:
+    """All-reduces the gradients of weights of which all ranks of the pipeline have a copy."""
+    for group in pipeline.shared.groups:
+        if len(group.ranks) == pipeline.pipeline_group.size():
+            pipeline.shared.sum_group(group)
 
 
 def sent_for_shared_weights(pipeline: Pipeline) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from colonnade.parallel.parallelize import (
 from colonnade.parallel.passes import DeviceInputs, Inputs, Outcome, Passes, RunningSums, evaluating
 from colonnade.parallel.pipeline.placement import Placement
 from colonnade.parallel.pipeline.run import Boundary, Run, Shape
-from colonnade.parallel.pipeline.schedule import actions_of
+from colonnade.parallel.pipeline.schedule import actions_of, forward_actions
 from colonnade.parallel.pipeline.shared import SharedWeights, holders
 from colonnade.parallel.pipeline.timeline import Observer, observe_action
 
@@ -60,6 +60,8 @@ class Pipeline(Passes):
         held = holders(model.config, of_ranks)
         self.shared = SharedWeights(model, held, self.pipeline_group, self.rank)
         self.names: dict[str, dict[object, Tensor]] = {}
+        if rank is None:  # NCCL wants all ranks of a group in its first operation
+            dist.all_reduce(torch.zeros(1, device=device), group=self.pipeline_group)
         self.observer: Observer | None = None
 
     def stages_of(self, rank: int) -> list[Stage]:
@@ -83,9 +85,8 @@ class Pipeline(Passes):
         with evaluating(self.model):
             self.gather_ends()
             run = Run(self, inputs, 1.0, training=False)
-            for stage in self.local:
-                for number in range(len(inputs)):
-                    run.forward_with_transfers(stage, number)
+            for action in forward_actions(self.parallel, len(inputs))[self.rank]:
+                run.perform(action)
             run.wait_for_sends()
         reshard(self.model)
         return run.outcomes
@@ -94,8 +95,8 @@ class Pipeline(Passes):
         """As in `Passes`; the last stage's rank broadcasts the logits. Collective."""
         self.gather_ends()
         run = Run(self, [DeviceInputs(tokens, context)], 1.0, training=False)
-        for stage in self.local:
-            run.forward_with_transfers(stage, 0)
+        for action in forward_actions(self.parallel, 1)[self.rank]:
+            run.perform(action)
         run.wait_for_sends()
         shape = tokens.shape[1], self.model.config.vocab
         logits = torch.empty(shape, dtype=self.storage_dtype, device=self.device)

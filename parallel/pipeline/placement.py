@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 from colonnade.models.config import CARDS, ModelConfig
 from colonnade.models.records import join, writing_std
-from colonnade.parallel.config import ParallelConfig
+from colonnade.parallel.config import V_SHAPED, ParallelConfig
 
-LOOPED = ("interleaved", "bfs", "zb1p")  # stage s is on rank s mod pp, several stages on a rank
-V_SHAPED = ("zbv", "dualpipev")  # rank r has the stages r and 2 pp - 1 - r
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")  # weight gradients are computed separately
 
 

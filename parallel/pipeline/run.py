@@ -19,6 +19,7 @@ from colonnade.parallel.tensor import wait
 if TYPE_CHECKING:
     from colonnade.parallel.pipeline.pipeline import Pipeline
 
+SENDS = 4  # of one rank that may be under way
 Boundary = tuple[Tensor, ...]  # stream, and with ladder the pending output: what stages send on
 
 
@@ -59,17 +60,12 @@ class Transfer(NamedTuple):
             work.wait()
         return self.tensors
 
-    @property
-    def is_done(self) -> bool:
-        """Whether it has ended."""
-        return all(work.is_completed() for work in self.works)
-
 
 class Run:
     """The passes of one step, or of an evaluation, on this rank.
 
     What a stage needs next is kept under (stage, micro-batch) until it is used: `arriving` from
-    another rank, `handed` from another stage of this rank.
+    another rank, `of_local_stages` from another stage of this rank.
     """
 
     def __init__(
@@ -81,14 +77,14 @@ class Run:
     ) -> None:
         self.pipeline, self.model = pipeline, pipeline.model
         self.scale, self.training = scale, training
-        self.given, self.shapes = inputs, [Shape.of(one) for one in inputs]
+        self.all_inputs, self.shapes = inputs, [Shape.of(one) for one in inputs]
         self.inputs: dict[int, DeviceInputs] = {}
         self.uses = dict.fromkeys(range(len(inputs)), len(pipeline.local))
         self.graphs: dict[tuple[int, int], Graph] = {}
         self.outputs: dict[tuple[int, int], Boundary] = {}
         self.input_gradients: dict[tuple[int, int], Boundary] = {}
         self.arriving: dict[tuple[str, int, int], Transfer] = {}
-        self.handed: dict[tuple[str, int, int], Boundary] = {}
+        self.of_local_stages: dict[tuple[str, int, int], Boundary] = {}
         self.deferred: dict[tuple[int, int], DeferredGradients] = {}
         self.sending: list[Transfer] = []
         self.outcomes: list[Outcome] = []
@@ -117,8 +113,8 @@ class Run:
     # Passes
 
     def forward(self, stage: int, number: int) -> None:
-        """Runs a stage forward; keeps its graph for backward, and hands its output on."""
-        given = self.inputs_of(number)
+        """Runs a stage forward; keeps its graph for backward, and its output for the next stage."""
+        inputs = self.inputs_of(number)
         received = () if stage == 0 else self.take("forward", stage, number)
         if self.training:
             for t in received:
@@ -127,10 +123,10 @@ class Run:
         splits = self.training and self.pipeline.parallel.schedule in SPLIT_BACKWARD
         deferred = DeferredGradients() if splits else None
         with deferring(deferred):
-            result = self.model(*given, state=state, stage=self.pipeline.stages[stage])
+            result = self.model(*inputs, state=state, stage=self.pipeline.stages[stage])
         self.release_inputs(number)
         is_last = stage == len(self.pipeline.stages) - 1
-        if given.labels is None:
+        if inputs.labels is None:
             output = result
         else:
             output, report = result
@@ -141,13 +137,13 @@ class Run:
         else:
             # A reduction that is still in flight is waited for: what is sent has to be there.
             outputs = tuple(wait(t) for t in output if t is not None)
-            self.hand_on(stage, number, detached(outputs))
+            self.keep_output(stage, number, detached(outputs))
         if self.training:
             self.graphs[stage, number] = Graph(received, outputs, deferred)
         elif is_last:
             self.outputs[stage, number] = outputs
 
-    def hand_on(self, stage: int, number: int, outputs: Boundary) -> None:
+    def keep_output(self, stage: int, number: int, outputs: Boundary) -> None:
         """Keeps the output of a stage for the next one, or to be sent to it.
 
         Raises:
@@ -160,7 +156,7 @@ class Run:
                 f"expects {described(expected)}"
             )
         if stage + 1 in self.pipeline.local:
-            self.handed["forward", stage + 1, number] = outputs
+            self.of_local_stages["forward", stage + 1, number] = outputs
         else:
             self.outputs[stage, number] = outputs
 
@@ -177,7 +173,7 @@ class Run:
             return
         of_inputs = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in graph.inputs)
         if stage - 1 in self.pipeline.local:
-            self.handed["backward", stage - 1, number] = of_inputs
+            self.of_local_stages["backward", stage - 1, number] = of_inputs
         else:
             self.input_gradients[stage, number] = of_inputs
 
@@ -201,12 +197,12 @@ class Run:
     def inputs_of(self, number: int) -> DeviceInputs:
         """Returns the integers of a micro-batch, copied to the device at their first use."""
         if number not in self.inputs:
-            given, device = self.given[number], self.pipeline.device
-            self.inputs[number] = given.on(device) if isinstance(given, Inputs) else given
+            inputs, device = self.all_inputs[number], self.pipeline.device
+            self.inputs[number] = inputs.on(device) if isinstance(inputs, Inputs) else inputs
         return self.inputs[number]
 
     def release_inputs(self, number: int) -> None:
-        """Drops the integers of a micro-batch when its last stage here has run forward."""
+        """Drops the integers of a micro-batch when the last stage of this rank has run forward."""
         self.uses[number] -= 1
         if not self.uses[number]:
             del self.inputs[number]
@@ -214,10 +210,10 @@ class Run:
     # Transfers
 
     def take(self, direction: str, stage: int, number: int) -> Boundary:
-        """Returns what another stage has handed or sent, which it waits for."""
+        """Returns what another stage has computed; waits for it if another rank sends it."""
         key = direction, stage, number
-        if key in self.handed:
-            return self.handed.pop(key)
+        if key in self.of_local_stages:
+            return self.of_local_stages.pop(key)
         with observe_wait(self.pipeline.observer, *key):
             return self.arriving.pop(key).wait()
 
@@ -228,9 +224,11 @@ class Run:
         self.arriving[direction, stage, number] = self.transfer(dist.irecv, buffers, source)
 
     def send(self, tensors: Boundary, to: int) -> None:
-        """Begins to send tensors to stage `to`; drops those that have been sent."""
-        self.sending = [transfer for transfer in self.sending if not transfer.is_done]
+        """Begins to send tensors to stage `to`; waits for an earlier send where many are under way,
+        whose tensors would stay in memory."""
         self.sending.append(self.transfer(dist.isend, tensors, to))
+        if len(self.sending) > SENDS:
+            self.sending.pop(0).wait()
 
     def transfer(self, operation: Any, tensors: Boundary, stage: int) -> Transfer:
         """Launches send/recv of tensors with the rank of another stage."""

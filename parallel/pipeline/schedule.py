@@ -62,8 +62,31 @@ def actions_of(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[A
     Every rank computes those of all, so that the order of transfers between two ranks agrees.
     """
     placement = Placement.of(parallel)
-    computations = compute_actions(parallel, placement, micro_batches)
-    with_transfers = _add_send_recv(
+    return with_transfers(compute_actions(parallel, placement, micro_batches), placement)
+
+
+@lru_cache(maxsize=64)
+def forward_actions(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[Action]]:
+    """Returns the actions of every rank for forward passes alone: stage after stage."""
+    placement = Placement.of(parallel)
+    forward = _ComputationType.FORWARD
+    computations: dict[int, list[Any]] = {
+        rank: [
+            _Action(stage, forward, number)
+            for stage in placement.stages_of(rank)
+            for number in range(micro_batches)
+        ]
+        for rank in range(parallel.pp)
+    }
+    return with_transfers(computations, placement)
+
+
+def with_transfers(
+    computations: dict[int, list[Any]], placement: Placement
+) -> dict[int, list[Action]]:
+    """Returns the actions of every rank with send/recv, in an order in which no rank waits for ever
+    even if a send ends only with its recv, as between ranks of NCCL."""
+    lowered = _add_send_recv(
         {rank: list(actions) for rank, actions in computations.items()},
         stage_to_rank=lambda stage: placement.ranks[stage],
         num_stages=len(placement.ranks),
@@ -75,7 +98,7 @@ def actions_of(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[A
             for a in action.sub_actions or (action,)
             if a.computation_type in KINDS
         ]
-        for rank, actions in with_transfers.items()
+        for rank, actions in lowered.items()
     }
 
 

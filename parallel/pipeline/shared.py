@@ -66,19 +66,23 @@ class SharedWeights:
         copies = (p for g in self.groups if g.ranks[0] != self.rank for p in g.parameters)
         self.copies = set(copies)  # those that a rank with a lower index counts
 
-    @torch.no_grad()
     def sum_gradients(self) -> None:
         """Sums the gradients of all copies over exactly the ranks that have one.
 
         Two ranks or a part of the pipeline send/recv them to each other, and each adds them in the
         order of ranks; all ranks of the pipeline all-reduce.
         """
-        for ranks, parameters in self.groups:
-            gradients = [gradient_of(p) for p in parameters]
-            flat = self.sum_over(ranks, torch.cat([g.flatten() for g in gradients]))
-            sums = flat.split([g.numel() for g in gradients])
-            for gradient, total in zip(gradients, sums, strict=True):
-                gradient.copy_(total.view_as(gradient))
+        for group in self.groups:
+            self.sum_group(group)
+
+    @torch.no_grad()
+    def sum_group(self, group: SharedGroup) -> None:
+        """Sums the gradients of parameters that the same ranks have copies of."""
+        gradients = [gradient_of(p) for p in group.parameters]
+        flat = self.sum_over(group.ranks, torch.cat([g.flatten() for g in gradients]))
+        sums = flat.split([g.numel() for g in gradients])
+        for gradient, of_all in zip(gradients, sums, strict=True):
+            gradient.copy_(of_all.view_as(gradient))
 
     def sum_over(self, ranks: tuple[int, ...], flat: Tensor) -> Tensor:
         """Returns the sum of the `flat` tensors of these ranks, the same in every bit on all."""
