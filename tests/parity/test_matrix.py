@@ -17,7 +17,7 @@ from colonnade.launcher.verify.run import References, compare_cases, train_refer
 from colonnade.launcher.verify.shrink import shrink
 from colonnade.parallel.world import World
 
-SAMPLE = 5  # cases of each family: together about a minute of processor time
+SAMPLE = 3  # cases of each family
 SEED = date.today().toordinal()
 
 
