@@ -143,7 +143,7 @@ class RankReport:
 
 @dataclass
 class Clock:
-    """Seconds of phases."""
+    """Adds up the seconds of phases."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -239,7 +239,8 @@ def allocate(model: Decoder, recipe: DrySettings) -> Optimizer:
 
 
 def held_by_stage(ledger: StorageLedger, marks: Mapping[int, int]) -> dict[int, int]:
-    """Bytes of activations that each stage's forward pass keeps, from the marks at their ends."""
+    """Returns the bytes of activations that each stage's forward pass keeps, from the marks at the
+    ends of these."""
     held, before = {}, 0
     for stage, mark in marks.items():
         kept = ledger.held(mark).get(ACTIVATIONS, 0)
@@ -248,12 +249,12 @@ def held_by_stage(ledger: StorageLedger, marks: Mapping[int, int]) -> dict[int, 
 
 
 def shards(model: Decoder) -> list[Tensor]:
-    """This rank's parameters and buffers."""
+    """Returns this rank's parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradients that there are."""
+    """Returns the gradients of those parameters that have one."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
@@ -273,7 +274,7 @@ class FakeBatch(NamedTuple):
 
     @classmethod
     def of(cls, train: DryTrainSettings) -> "FakeBatch":
-        """The micro-batch of these settings."""
+        """Returns the micro-batch of these settings."""
         shape = train.seq_len, train.micro_batch
         tokens, labels, positions = (torch.zeros(shape, dtype=torch.int32) for _ in range(3))
         return cls(tokens, labels, positions, torch.arange(train.micro_batch))
@@ -362,7 +363,7 @@ def mixtures(config: ModelConfig) -> list[int]:
 
 
 def collectives(counter: CollectiveCounter) -> Collectives:
-    """What was counted so far."""
+    """Returns what was counted so far."""
     return {key: Traffic(calls, counter.bytes[key]) for key, calls in counter.calls.items()}
 
 
@@ -375,7 +376,7 @@ def once_a_step(axis: str, collective: str, in_pipeline: bool) -> bool:
 
 
 def difference(total: Collectives, part: Collectives) -> Collectives:
-    """What is in `total` and not in `part`."""
+    """Returns what is in `total` and not in `part`."""
     calls = Counter({key: t.calls for key, t in total.items()})
     sent = Counter({key: t.bytes for key, t in total.items()})
     for key, t in part.items():

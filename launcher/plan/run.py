@@ -47,8 +47,8 @@ def plan(
 
 
 def typical_rank(parallel: ParallelConfig, size: int) -> int:
-    """The rank that is run: the first along all axes, whose shards are the largest, but for `cp`,
-    along which it has neighbours on both sides."""
+    """Returns the rank that is run: the first along all axes, whose shards are the largest, but for
+    `cp`, along which it has ranks with other segments on both sides."""
     degrees = parallel.degrees(size)
     return degrees["cp"] // 2 * degrees["tp"]
 
@@ -56,8 +56,11 @@ def typical_rank(parallel: ParallelConfig, size: int) -> int:
 def as_dict(
     recipe: Recipe, ranks: int, rank: int, reports: Sequence["RankReport"]
 ) -> dict[str, Any]:
-    """The report of a plan, for JSON: bytes and seconds. `reports` are those of the ranks of the
-    pipeline, in `stages`; the rank that holds the most is at the top as well."""
+    """Returns the report of a plan for JSON, in bytes and seconds.
+
+    `reports` are those of the ranks of the pipeline, in `stages`; the rank that holds the most is
+    at the top as well.
+    """
     train, micro_batches = recipe.train, micro_batches_of(recipe, ranks)
     stages = [
         stage_dict(recipe, number, report, micro_batches) for number, report in enumerate(reports)
@@ -87,7 +90,7 @@ def as_dict(
 def stage_dict(
     recipe: Recipe, number: int, report: "RankReport", micro_batches: int
 ) -> dict[str, Any]:
-    """What one rank of a pipeline, or of a job without one, holds and sends, in bytes."""
+    """Returns what one rank of a pipeline, or of a job without one, holds and sends, in bytes."""
     from colonnade.parallel.pipeline.dry_run import in_flight
 
     kept, passes = in_flight(recipe.parallel, number, micro_batches, report.held)
@@ -113,14 +116,15 @@ def stage_dict(
 
 
 def micro_batches_of(recipe: Recipe, size: int) -> int:
-    """Micro-batches of a step on every data-parallel rank, when the batch has its full size."""
+    """Returns the number of micro-batches of a step on every data-parallel rank, when the batch has
+    its full size."""
     degrees = recipe.parallel.degrees(size)
     ranks = degrees["dp_replicate"] * degrees["dp_shard"]
     return recipe.train.global_batch // (recipe.train.micro_batch * ranks)
 
 
 def layout(parallel: ParallelConfig, size: int) -> dict[str, int]:
-    """The axes of both views that have several ranks, with their degrees."""
+    """Returns the axes of both views that have several ranks, with their degrees."""
     degrees = parallel.degrees(size)
     if parallel.folds_experts:
         degrees |= parallel.expert_degrees(size)
@@ -128,7 +132,7 @@ def layout(parallel: ParallelConfig, size: int) -> dict[str, int]:
 
 
 def rows(collectives: Mapping[tuple[str, str], "Traffic"]) -> list[dict[str, Any]]:
-    """A row for every axis and collective."""
+    """Returns a row for every axis and collective."""
     return [
         {"axis": axis, "collective": name, "calls": traffic.calls, "bytes": traffic.bytes}
         for (axis, name), traffic in sorted(collectives.items())

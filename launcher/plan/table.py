@@ -15,14 +15,14 @@ PASSES = {
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Returns the report as text."""
     parts = [heading(report), memory(report), communication(report)]
     parts += [pipeline(report)] if len(report["stages"]) > 1 else []
     return "\n\n".join("\n".join(part) for part in [*parts, times(report)])
 
 
 def heading(report: dict[str, Any]) -> Iterator[str]:
-    """What was run."""
+    """Yields lines that say what was run."""
     layout = ", ".join(f"{axis} {degree}" for axis, degree in report["layout"].items())
     ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']:,} ranks"
     yield f"{report['recipe']}: {report['parameters']:,} parameters on {ranks}"
@@ -38,7 +38,7 @@ def heading(report: dict[str, Any]) -> Iterator[str]:
 
 
 def memory(report: dict[str, Any]) -> Iterator[str]:
-    """Bytes that the rank holds."""
+    """Yields lines of the bytes that the rank holds."""
     held = report["memory"]
     yield f"{'held by the rank':<32}{'bytes':>20}"
     for key, text in {**STATE, **PASSES}.items():
@@ -49,7 +49,7 @@ def memory(report: dict[str, Any]) -> Iterator[str]:
 
 
 def communication(report: dict[str, Any]) -> Iterator[str]:
-    """Bytes that the rank sends, a line for every axis and collective."""
+    """Yields a line for every axis and collective: the bytes that the rank sends."""
     yield f"{'sent by the rank in a step':<32}{'bytes':>20}  {'':>10}  calls"
     for row in report["collectives"]:
         name = f"{row['axis']} {row['collective']}"
@@ -59,7 +59,7 @@ def communication(report: dict[str, Any]) -> Iterator[str]:
 
 
 def pipeline(report: dict[str, Any]) -> Iterator[str]:
-    """A line for every rank of a pipeline."""
+    """Yields a line for every rank of a pipeline."""
     yield f"{'rank of the pipeline':<22}{'state':>12}{'in flight':>12}{'peak':>12}{'sent':>12}"
     for stage in report["stages"]:
         held = stage["memory"]
@@ -70,13 +70,13 @@ def pipeline(report: dict[str, Any]) -> Iterator[str]:
 
 
 def times(report: dict[str, Any]) -> Iterator[str]:
-    """What the dry run took."""
+    """Yields a line that says what the dry run took."""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
     yield f"dry run: {report['operators']:,} operators; {seconds}"
 
 
 def size(count: int) -> str:
-    """Bytes in the largest binary unit of which there is one: `3.4 GiB`."""
+    """Writes bytes in the largest binary unit of which there is one: `3.4 GiB`."""
     amount, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
     while amount >= 1024 and len(units) > 1:
         amount, units = amount / 1024, units[1:]
