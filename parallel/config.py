@@ -95,6 +95,11 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self.stages_per_rank or (1 if self.schedule == "zb1p" else 2)
 
     @property
+    def stage_count(self) -> int:
+        """How many stages the pipeline has; 1 without a pipeline."""
+        return self.pp * self.stages_of_rank if self.pp > 1 else 1
+
+    @property
     def segments(self) -> int:
         """How many segments the context group shards a sequence into."""
         return 1 if self.cp == 1 else self.cp * (2 if self.zigzag else 1)

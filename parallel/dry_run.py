@@ -35,8 +35,7 @@ from colonnade.parallel.passes import DeviceInputs, Passes, RunningSums
 from colonnade.parallel.pipeline.build import build_passes
 from colonnade.parallel.pipeline.dry_run import (
     CountedRun,
-    run_backward,
-    run_forward,
+    run_passes,
     sent_for_shared_weights,
     sum_over_all_ranks,
 )
@@ -306,8 +305,7 @@ def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) ->
     inputs = DeviceInputs(batch.tokens, context, batch.labels)
     if isinstance(passes, Pipeline):
         run = CountedRun(passes, inputs, scale)
-        marks = {stage: ledger.mark() for stage in run_forward(run)}
-        run_backward(run)
+        marks = run_passes(run, ledger.mark)
         reports, end = [outcome.report for outcome in run.outcomes], ledger.mark()
         reduce_gradients(model)
         sent = {name: Traffic(calls, run.bytes[name]) for name, calls in run.calls.items()}

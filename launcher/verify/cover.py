@@ -175,8 +175,7 @@ def degrees_of(layout: Layout, ranks: int) -> dict[str, int]:
 def stages_of(case: Case) -> int:
     """Returns how many stages a case has: with fewer, a model of fewer sub-blocks can have it."""
     fields = {n: v for n, v in case.layout.items() if n in ("pp", "schedule", "stages_per_rank")}
-    parallel = ParallelConfig.model_validate(fields)
-    return parallel.pp * parallel.stages_of_rank
+    return ParallelConfig.model_validate(fields).stage_count
 
 
 # All cases

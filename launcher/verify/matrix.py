@@ -33,9 +33,11 @@ def matrix(report: dict[str, Any]) -> str:
     covering = [one["covering"] for one in report["recipes"]]
     total = sum(c["cases"] for c in covering)
     whole = "all" if count == total else "a sample of all"
+    precisions = {result["precision"] for one in report["recipes"] for result in one["layouts"]}
+    run_in = "" if precisions == {"fp64"} else f", run in {' and '.join(sorted(precisions))},"
     lines = [
-        f"{equal} of {count} cases on {ranks} ranks are equal to one process in fp64; they are "
-        f"{whole} {total} in which every possible pair of axes and options occurs. Cases with both "
+        f"{equal} of {count} cases on {ranks} ranks{run_in} are equal to one process in fp64; "
+        f"they are {whole} {total} in which every possible pair of axes and options occurs. Cases with both "
         "axes on, with the standard residual + with ladder:",
         "",
         *pair_table(found, families),

@@ -34,6 +34,7 @@ def shrink(recipe: Recipe, ranks: int, cases: Iterable[Case], steps: int = STEPS
     """
     recipes = [with_case(recipe, case) for case in cases]
     token_ranks = math.lcm(*(ranks // data_ranks(r, ranks) for r in recipes))
+    stages = max(r.parallel.stage_count for r in recipes)
     samples = recipe.model.balance_samples
     rows = samples * math.lcm(*(data_ranks(r, ranks) * accumulated(r) for r in recipes))
     train: dict[str, object] = {
@@ -55,7 +56,7 @@ def shrink(recipe: Recipe, ranks: int, cases: Iterable[Case], steps: int = STEPS
         "clip": min(CLIP, optimizer.clip),
     }
     tables = {
-        "model": without_unused(narrow_model(recipe.model, ranks, max(map(stages, recipes)))),
+        "model": without_unused(narrow_model(recipe.model, ranks, stages)),
         "optimizer": changed(optimizer, constant_rate, remove=("warmup", "decay", "min_lr")),
         "data": DataConfig(sources=(SourceConfig(format="tokens", path="none"),)),
         "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps", "timeline")),
@@ -86,11 +87,6 @@ def in_one_process(small: Recipe, residual: str | None = None) -> Recipe:
     plain = {"precision": "fp64", "recompute": "none", "compile": False}
     train = small.train.model_copy(update=plain)
     return rewired(with_layout(small, {}), residual).model_copy(update={"train": train})
-
-
-def stages(recipe: Recipe) -> int:
-    """The number of stages of a recipe's pipeline."""
-    return recipe.parallel.pp * recipe.parallel.stages_of_rank
 
 
 def scaled_to(sizes: Sequence[int], total: int) -> tuple[int, ...]:

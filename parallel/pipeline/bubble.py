@@ -36,7 +36,7 @@ def bubble(parallel: ParallelConfig, times: PassTimes) -> float:
     and instant transfers.
 
     GPipe (arXiv:1811.06965) and 1F1B; interleaved, also breadth first (arXiv:2104.04473, section
-    2.2); zero bubble H1 over v stages of a rank (arXiv:2401.10241, table 2); ZB-V (section 6 there)
+    2.2); zero bubble H1 over v stages of a rank (arXiv:2401.10241, table 2); ZB-V (section 6 of it)
     has none if forward, input and weight gradients take the same time; DualPipeV, by the formula in
     its repository, with passes that do not overlap.
     """
@@ -69,7 +69,7 @@ def shortest_step(
     The formulas count what a rank idles between its own first and last pass, or in a common window,
     as their papers do; here the step is one window for all ranks.
     """
-    v, last = parallel.stages_of_rank, parallel.pp * parallel.stages_of_rank - 1
+    v, last = parallel.stages_of_rank, parallel.stage_count - 1
     forward, inputs, weights = (seconds / v for seconds in times)
     seconds = {
         "forward": forward,

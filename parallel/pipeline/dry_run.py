@@ -1,7 +1,7 @@
 """One micro-batch through the stages of a pipeline's rank without other ranks, for dry runs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from colonnade.parallel.parallelize import keep_weights
 from colonnade.parallel.passes import DeviceInputs
 from colonnade.parallel.pipeline.pipeline import Pipeline
 from colonnade.parallel.pipeline.run import Boundary, Run, Transfer
-from colonnade.parallel.pipeline.schedule import actions_of
+from colonnade.parallel.pipeline.schedule import actions_of, forward_actions
 
 
 class CountedRun(Run):
@@ -31,26 +31,17 @@ class CountedRun(Run):
         return Transfer(tensors, [])
 
 
-def run_forward(run: CountedRun) -> Iterator[int]:
-    """Runs every stage of the rank forward; yields its index after each."""
-    pipeline = run.pipeline
+def run_passes(run: CountedRun, mark: Callable[[], int]) -> dict[int, int]:
+    """Runs every stage of the rank forward, and then backward; returns the marks at the ends of
+    forward passes by stage."""
+    pipeline, marks = run.pipeline, {}
     pipeline.gather_ends()
     keep_weights(pipeline.model)
-    for stage in pipeline.local:
-        run.forward_with_transfers(stage, 0)
-        yield stage
-
-
-def run_backward(run: CountedRun) -> None:
-    """Runs every stage of the rank backward."""
-    pipeline = run.pipeline
-    for stage in reversed(pipeline.local):
-        if stage + 1 < len(pipeline.stages) and stage + 1 not in pipeline.local:
-            run.receive("backward", stage, 0, stage + 1)
-        run.backward(stage, 0)
-        run.compute_weight_gradients(stage, 0)
-        if (stage, 0) in run.input_gradients:
-            run.send(run.input_gradients.pop((stage, 0)), stage - 1)
+    for action in forward_actions(pipeline.parallel, 1, then_backward=True)[pipeline.rank]:
+        run.perform(action)
+        if action.kind == "forward":
+            marks[action.stage] = mark()
+    return marks
 
 
 def sum_over_all_ranks(pipeline: Pipeline) -> None:

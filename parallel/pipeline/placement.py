@@ -91,7 +91,7 @@ def divide_row(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> l
     """
     if parallel.stages is not None:
         return list(parallel.stages)
-    stages = len(Placement.of(parallel).ranks)
+    stages = parallel.stage_count
     costs = sub_block_costs(config, seq_len)
     if len(costs) < stages:
         raise ValueError(f"{stages} stages need as many sub-blocks, and there are {len(costs)}")

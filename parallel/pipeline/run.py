@@ -183,15 +183,6 @@ class Run:
             deferred.compute()
             sum_gradients(self.model)
 
-    def forward_with_transfers(self, stage: int, number: int) -> None:
-        """Runs a stage forward, after recv of its input and before send of its output, where these
-        are from and to other ranks."""
-        if stage > 0 and stage - 1 not in self.pipeline.local:
-            self.receive("forward", stage, number, stage - 1)
-        self.forward(stage, number)
-        if stage + 1 < len(self.pipeline.stages) and stage + 1 not in self.pipeline.local:
-            self.send(self.outputs.pop((stage, number)), stage + 1)
-
     # Inputs
 
     def inputs_of(self, number: int) -> DeviceInputs:

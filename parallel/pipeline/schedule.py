@@ -66,18 +66,23 @@ def actions_of(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[A
 
 
 @lru_cache(maxsize=64)
-def forward_actions(parallel: ParallelConfig, micro_batches: int) -> dict[int, list[Action]]:
-    """Returns the actions of every rank for forward passes alone: stage after stage."""
+def forward_actions(
+    parallel: ParallelConfig, micro_batches: int, then_backward: bool = False
+) -> dict[int, list[Action]]:
+    """Returns the actions of every rank for forward passes alone, stage after stage; or for these,
+    and then all backward passes from the last stage to the first."""
     placement = Placement.of(parallel)
-    forward = _ComputationType.FORWARD
-    computations: dict[int, list[Any]] = {
-        rank: [
-            _Action(stage, forward, number)
-            for stage in placement.stages_of(rank)
+    forward, backward = _ComputationType.FORWARD, _ComputationType.FULL_BACKWARD
+    computations: dict[int, list[Any]] = {}
+    for rank in range(parallel.pp):
+        stages = placement.stages_of(rank)
+        passes = [(stage, forward) for stage in stages]
+        passes += [(stage, backward) for stage in reversed(stages)] if then_backward else []
+        computations[rank] = [
+            _Action(stage, kind, number)
+            for stage, kind in passes
             for number in range(micro_batches)
         ]
-        for rank in range(parallel.pp)
-    }
     return with_transfers(computations, placement)
 
 

@@ -84,6 +84,7 @@ CASES = {
     "ep over tp": Case(4, "*E", {"ep": 4, "tp": 2, "etp": 1}),
     "ep, etp, loads": Case(4, "*E", {"ep": 2, "etp": 2}, {}, {"balance": 0.1}),
     "pp": Case(2, "*-M-", {"pp": 2}, {}, {"residual": "ladder"}),
+    "pp, tied": Case(2, "*-*-", {"pp": 2}, {}, {"tied": True}),  # both ranks have a copy
     "pp, tied, V": Case(2, "*-*-", {"pp": 2, "schedule": "zbv"}, {}, {"tied": True}),
     "pp, FSDP, bf16": Case(4, "*-", {"pp": 2}, {"precision": "bf16"}),
     "pp, HSDP": Case(4, "*-", {"pp": 2, "dp_replicate": 2}),
@@ -248,6 +249,35 @@ def test_peaks_of_real_tensors(ranks2: Ranks, ranks4: Ranks, name: str) -> None:
     assert (report.peak, report.held) == (peak, held)
     assert 0 < sum(held.values()) < peak.by_kind[ACTIVATIONS]
     assert 0 < peak.by_kind[GATHERED] < 4 * measure(recipe(name).model, TOKENS).parameters
+
+
+def real_step_peak(rank: int, size: int, name: str) -> int:
+    """The peak of a real step of several micro-batches beside parameters and optimizer state."""
+    engine = build_engine(recipe(name), World(rank, size, torch.device("cpu")))
+    index, _ = data_rank(engine.mesh)
+    samples = [[2 * index, 2 * index + 1]] * MICRO_BATCHES
+    batches = [random_batch(ROWS, TOKENS, recipe(name).model.vocab, 0) for _ in samples]
+    peaks = []
+    for _ in range(5):
+        engine.discard()
+        ledger = StorageLedger()
+        hold_state(ledger, engine.model, engine.optimizer)
+        with ledger:
+            start = ledger.mark()
+            engine.gradients(batches, samples, 1.0, 0)
+            stop = ledger.mark()
+        peaks.append(ledger.peak(start, stop, (ACTIVATIONS, GATHERED)).total)
+    return min(peaks)
+
+
+def test_memory_of_a_step_of_a_pipeline(ranks4: Ranks) -> None:
+    """From the second micro-batch on, activations stand beside the unsharded sums of gradients."""
+    name = "pp, FSDP, bf16"
+    real, report = ranks4.run(real_step_peak, name)[RANK[4]], dry(4)[name]
+    kept, _ = in_flight(recipe(name).parallel, 1, MICRO_BATCHES, report.held)
+    state = report.parameters + report.optimizer
+    assert report.memory(kept, MICRO_BATCHES) - state >= real
+    assert report.memory(kept, 1) - state < real
 
 
 def ledger_of_two() -> StorageLedger:

@@ -15,9 +15,9 @@ RULES = Rules()
 def stage_count(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Every stage of a pipeline has at least one sub-block."""
     p, count = r.parallel, len(r.model.symbols)
-    if p.pp == 1 or r.model.has_unknown_symbols or p.pp * p.stages_of_rank <= count:
+    if p.pp == 1 or r.model.has_unknown_symbols or p.stage_count <= count:
         return
-    stages = f"{p.pp} x {p.stages_of_rank} = {p.pp * p.stages_of_rank}"
+    stages = f"{p.pp} x {p.stages_of_rank} = {p.stage_count}"
     what = f"there are parallel.pp x stages of a rank = {stages} stages, and the row has {count} "
     what += f"sub-block{'s' * (count > 1)}"
     largest, per_rank = count // p.stages_of_rank, count // p.pp
@@ -40,7 +40,7 @@ def stage_sizes(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     p = r.parallel
     if p.pp == 1 or p.stages is None or r.model.has_unknown_symbols:
         return
-    stages, count = p.pp * p.stages_of_rank, len(r.model.symbols)
+    stages, count = p.stage_count, len(r.model.symbols)
     if len(p.stages) == stages and sum(p.stages) == count:
         return
     found = f"they are {len(p.stages)} numbers with the sum {sum(p.stages)}"
