@@ -37,8 +37,8 @@ def matrix(report: dict[str, Any]) -> str:
     run_in = "" if precisions == {"fp64"} else f", run in {' and '.join(sorted(precisions))},"
     lines = [
         f"{equal} of {count} cases on {ranks} ranks{run_in} are equal to one process in fp64; "
-        f"they are {whole} {total} in which every possible pair of axes and options occurs. Cases with both "
-        "axes on, with the standard residual + with ladder:",
+        f"they are {whole} {total} in which every possible pair of axes and options occurs. Cases "
+        "with both axes on, with the standard residual + with ladder:",
         "",
         *pair_table(found, families),
         "",
