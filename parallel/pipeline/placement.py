@@ -49,9 +49,9 @@ def micro_batches_fit(parallel: ParallelConfig, count: int) -> str:
     least = 2 * pp if schedule == "dualpipev" else pp
     if count < least:
         what = f"2 x parallel.pp = {least}" if least > pp else f"parallel.pp = {pp}"
-        return f"needs at least {what} of them"
+        return f"needs at least {what} micro-batches"
     if schedule in ("interleaved", "zb1p") and count % (rounds := count // pp):
-        return f"runs them in {rounds} rounds of equal size, of at least parallel.pp = {pp}"
+        return f"runs micro-batches in {rounds} equal rounds of at least parallel.pp = {pp}"
     return ""
 
 

@@ -67,8 +67,8 @@ def micro_batches(r: Recipe, world_size: int | None) -> Iterator[Fault]:
             continue
         count = rows // (t.micro_batch * dp)
         steps = f"a step of {rows} rows has" if t.ramp_batch is not None else "a step has"
-        remedy = f"parallel.schedule = {p.schedule} {why}, and {steps} {count} micro-batches, "
-        remedy += f"{rows} / ({t.micro_batch} x {dp} data-parallel ranks); "
+        remedy = f"parallel.schedule = {p.schedule} {why}, and {steps} {count}, {rows} / "
+        remedy += f"({t.micro_batch} x {dp} data-parallel ranks); "
         sizes = [s for s in divisors(rows // dp) if not micro_batches_fit(p, rows // dp // s)]
         if sizes:
             remedy += f"set train.micro_batch to {nearest_values(sizes, t.micro_batch)}, or "
