@@ -130,7 +130,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from colonnade.launcher.plan.table import table
 
     a = arguments
-    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run)
+    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run, device=a.device)
     print(table(report)) if a.json is None else a.report(report)
     return 0
 
@@ -280,6 +280,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--dry-run", action="store_true", help="run one rank of it here, without data"
     )
+
+    plan.add_argument("--device", help="refuse what it cannot hold: h100, …, or 80GiB")
 
     generate = add("generate", run_generate)
     generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")

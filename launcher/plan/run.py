@@ -2,10 +2,13 @@
 memory and its communication."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colonnade.launcher.cluster.devices import parse_device
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.plan.fit import nearest_fits, require_fit
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.models.shapes import measure
@@ -16,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: str | Path, overrides: Sequence[str] = (), *, gpus: int, dry_run: bool = True
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int,
+    dry_run: bool = True,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Runs one rank of the job of a recipe on `gpus` ranks without data; returns the report.
 
@@ -31,19 +39,27 @@ def plan(
         overrides: `field=value` each.
         gpus: ranks of the job.
         dry_run: as of now always.
+        device: that each rank has: a name, or its memory, such as `80GiB`; None: any.
 
     Raises:
         RecipeError: the recipe is invalid on that many ranks.
-        UserError: without `dry_run`, or in a process that has ranks already.
+        UserError: without `dry_run`, in a process that has ranks already, or because a rank holds
+            more than the device has; the message then gives the nearest layouts that fit.
     """
     if not dry_run:
         raise UserError("plan: layouts are not ranked yet; add --dry-run to see this one")
+    known = None if device is None else parse_device(device)
     loaded = load_recipe(recipe, overrides, gpus)
     # Only now, so that a mistake is reported before torch would be imported.
     from colonnade.launcher.plan.rank import open_rank, run_rank
 
     rank = typical_rank(loaded.parallel, gpus)
-    return as_dict(loaded, gpus, rank, run_rank(loaded, open_rank(rank, gpus)))
+    report = as_dict(loaded, gpus, rank, run_rank(loaded, open_rank(rank, gpus)))
+    if known is not None:
+        job = f"{loaded.name} on {gpus:,} rank{'s' * (gpus > 1)}"
+        require_fit(report, known, job, partial(nearest_fits, recipe, overrides, gpus, known))
+        report["device"] = {"name": known.name, "memory": known.memory, "usable": known.usable}
+    return report
 
 
 def typical_rank(parallel: ParallelConfig, size: int) -> int:

@@ -46,6 +46,10 @@ def memory(report: dict[str, Any]) -> Iterator[str]:
     in_flight = report["in_flight"]
     flight = f"{in_flight} forward pass{'es' * (in_flight > 1)} in flight"
     yield f"  {'peak':<30}{held['peak']:>20,}  {size(held['peak']):>10}  with {flight}"
+    if device := report.get("device"):
+        free = device["usable"] - held["peak"]
+        others = f"beside {size(device['memory'] - device['usable'])} for driver and communication"
+        yield f"  {'left of ' + device['name']:<30}{free:>20,}  {size(free):>10}  {others}"
 
 
 def communication(report: dict[str, Any]) -> Iterator[str]:

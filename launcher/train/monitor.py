@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from colonnade.launcher.cluster.devices import peak_flops
 from colonnade.launcher.cluster.memory import peak_gib
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
@@ -19,16 +20,12 @@ from colonnade.launcher.train.metrics import curves, read_metrics
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
-# dense bf16 peak, FLOP/s, from the vendor's data sheets (without sparsity)
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-
 
 def device_peak(device: torch.device) -> float | None:
-    """The bf16 peak of a GPU in FLOP/s; None on CPU, and for a GPU that is not in PEAK_FLOPS."""
+    """The bf16 peak of a GPU in FLOP/s; None on CPU, and for an unknown GPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return peak_flops(torch.cuda.get_device_name(device))
 
 
 def duration(seconds: float) -> str:

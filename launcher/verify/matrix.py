@@ -32,13 +32,13 @@ def matrix(report: dict[str, Any]) -> str:
     equal = sum(proof.equal for proof in found)
     covering = [one["covering"] for one in report["recipes"]]
     total = sum(c["cases"] for c in covering)
-    whole = "all" if count == total else "a sample of all"
+    together = "together they have" if count == total else f"they are a sample of {total} that have"
     precisions = {result["precision"] for one in report["recipes"] for result in one["layouts"]}
     run_in = "" if precisions == {"fp64"} else f", run in {' and '.join(sorted(precisions))},"
     lines = [
         f"{equal} of {count} cases on {ranks} ranks{run_in} are equal to one process in fp64; "
-        f"they are {whole} {total} in which every possible pair of axes and options occurs. Cases "
-        "with both axes on, with the standard residual + with ladder:",
+        f"{together} every possible pair of axes and options. Cases with both axes on, with the "
+        "standard residual + with ladder:",
         "",
         *pair_table(found, families),
         "",

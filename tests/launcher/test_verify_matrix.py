@@ -37,7 +37,9 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_the_table_counts_cases() -> None:
     text = matrix(report_of())
-    assert text.startswith("3 of 3 cases on 4 ranks are equal to one process in fp64; they are a ")
+    assert text.startswith(
+        "3 of 3 cases on 4 ranks are equal to one process in fp64; they are a sample"
+    )
     cells = rows(text)
     assert cells["axes"] == ["dense"]
     assert cells["`tp`, `pp`"] == ["1 + 1"]

@@ -1,0 +1,120 @@
+"""Plans compared with the memory of a device."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from colonnade.launcher.cli import main
+from colonnade.launcher.cluster.devices import DEVICES, GIB, Device, parse_device, peak_flops
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.plan.fit import (
+    Change,
+    changes,
+    first_fit,
+    ranks_for_state,
+    require_fit,
+)
+from colonnade.launcher.recipe.load import load_recipe
+
+TINY = [
+    "model.pattern=*-", "model.repeat=4", "model.hidden=32", "train.seq_len=64",
+    "train.micro_batch=4", "train.global_batch=32", "train.recompute=none",
+]  # fmt: skip
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "colonnade.launcher", "plan", "quickstart", "--dry-run"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [("80GiB", 80 * GIB), ("1.5 gib", 3 * GIB // 2), ("24GB", 24 * 10**9),
+     *((device.name.upper(), device.memory) for device in DEVICES)],
+)  # fmt: skip
+def test_devices(text: str, memory: int) -> None:
+    device = parse_device(text)
+    assert device.memory == memory
+    assert 0.9 * memory < device.usable < memory
+
+
+@pytest.mark.parametrize("text", ["h1000", "80", "0GiB", "-1GiB", ""])
+def test_unknown_devices(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart", "--gpus", "8", "--dry-run", f"--device={text}"]) == 2
+    message = capsys.readouterr().err
+    assert f"--device {text}: give one of a100-40gb," in message
+    assert "80GiB" in message
+
+
+def test_peaks_by_the_names_of_drivers() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == peak_flops("NVIDIA A100 80GB PCIe") == 312e12
+    assert peak_flops("NVIDIA GeForce GTX 1080") is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """The message has the parts, and each remedy in it is accepted with the peak it promises."""
+    device = ["--gpus", "8", "--device", "0.0045GiB"]
+    refused = plan(*TINY, *device)
+    assert refused.returncode == 2, refused.stderr
+    assert "quickstart on 8 ranks: rank 0 holds" in refused.stderr
+    head, *lines = refused.stderr.split("The nearest that fit:")[1].strip().splitlines()
+    fits = [line.split() for line in [head, *lines] if "MiB" in line]
+    assert ["train.recompute=selective"] in [fit[:-2] for fit in fits]
+    assert ["parallel.cp=2"] in [fit[:-2] for fit in fits]
+    accepted = plan(*TINY, *fits[-1][:-2], *device)
+    assert accepted.returncode == 0, accepted.stderr
+    assert "left of 0.0045GiB" in accepted.stdout
+
+
+def report(peak: int, parameters: int, ranks: int = 8, **layout: int) -> dict[str, Any]:
+    state = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
+    memory = {**state, "peak": peak}
+    stages = [{"memory": memory}] * layout.get("pp", 1)
+    return {"rank": 3, "ranks": ranks, "layout": layout, "memory": memory, "stages": stages}
+
+
+def test_state_that_no_layout_shards_enough() -> None:
+    """Two pipeline ranks, four copies of one shard each: 2 x 4 x 10 GiB once."""
+    device = Device("80GiB", 80 * GIB)
+    plan = report(100 * GIB, 10 * GIB, 8, pp=2, dp_replicate=4)
+    assert ranks_for_state(plan, device) == 2  # 80 GiB, of which a device has 73.6
+    large = report(1000 * GIB, 240 * GIB, 8, pp=2, dp_shard=4)
+    with pytest.raises(UserError, match=r"No layout of 8 ranks fits: .* need 105 such devices"):
+        require_fit(large, device, "a job", lambda: pytest.fail("nothing to search"))
+
+
+def test_nothing_fits() -> None:
+    device = Device("80GiB", 80 * GIB)
+    with pytest.raises(UserError, match="use more ranks, or a device with more memory"):
+        require_fit(report(75 * GIB, GIB), device, "a job", list)
+    require_fit(report(device.usable, GIB), device, "a job", lambda: pytest.fail("it fits"))
+
+
+def test_changes_of_each_field() -> None:
+    layout = ["parallel.dp_replicate=2", "parallel.dp_shard=4", "train.recompute=selective"]
+    rows = changes(load_recipe("quickstart", [*TINY[:-1], *layout], 8), 8)
+    assert rows == [
+        [("train.recompute=block",)],
+        [("train.micro_batch=2",), ("train.micro_batch=1",)],
+        [("parallel.dp_replicate=1", "parallel.dp_shard=8")],
+        *([("parallel.dp_shard=2", f"parallel.{axis}=2"),
+           ("parallel.dp_shard=1", f"parallel.{axis}=4")] for axis in ("tp", "cp", "pp")),
+        [(f"parallel.ep={degree}",) for degree in (2, 4, 8, 16)],
+    ]  # fmt: skip
+
+
+def test_the_first_change_that_fits() -> None:
+    peaks: dict[str, int | None] = {"a": 2 * GIB, "b": None, "c": GIB // 2, "d": 1}
+    tried: list[str] = []
+
+    def peak(change: Change) -> int | None:
+        tried.append(change[0])
+        return peaks[change[0]]
+
+    device = Device("1GiB", GIB)
+    assert first_fit(peak, device, [("a",), ("b",), ("c",), ("d",)]) == (("c",), GIB // 2)
+    assert tried == ["a", "b", "c"]
+    assert first_fit(peak, device, [("a",), ("b",)]) is None
