@@ -7,6 +7,7 @@ from torch import Tensor
 
 from colonnade.kernels.draws import hashed
 from colonnade.launcher.checkpoint import load, newest
+from colonnade.launcher.checkpoint.folders import step_of
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, settle_threads
@@ -77,7 +78,7 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     Raises:
         UserError: there is no complete checkpoint, or the recipe names no tokenizer.
     """
-    folder = run if (run / "state.json").exists() else newest(run / "checkpoints")
+    folder = run if step_of(run) is not None else newest(run / "checkpoints")
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
     recipe = load_recipe(folder.parent.parent / "recipe.toml")

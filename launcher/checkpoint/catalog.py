@@ -1,9 +1,7 @@
 """`tensors.json` lists the tensors of a checkpoint and the file that holds each of their chunks."""
 
-import json
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
@@ -14,8 +12,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from colonnade.launcher.checkpoint.folders import STATE, TENSORS, newest_before
-from colonnade.launcher.errors import UserError
+from colonnade.launcher.checkpoint.folders import TENSORS, damaged_error
 
 
 class Chunk(BaseModel, frozen=True, extra="forbid"):
@@ -65,15 +62,9 @@ class Entry(BaseModel, frozen=True, extra="forbid"):
         return dtype
 
 
-# Format 1 named tensors by their modules (`model.wiring.blocks.3.first.q`); format 2 uses canonical
-# parameter names (`blocks.3.q`).
-FORMAT: Literal[2] = 2
-
-
 class Catalog(BaseModel, frozen=True, extra="forbid"):
-    """The content of `tensors.json`: the format's version and every tensor by name."""
+    """The content of `tensors.json`: every tensor by its canonical name."""
 
-    version: Literal[2] = FORMAT
     tensors: dict[str, Entry]
 
     def metadata(self) -> Metadata:
@@ -93,51 +84,15 @@ class Catalog(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-def read(folder: Path) -> Catalog:
-    """Reads the catalog of the checkpoint `folder`; raises UserError if it is absent or damaged."""
-    content = read_text(folder, TENSORS)
+def read_catalog(folder: Path) -> Catalog:
+    """Reads the catalog of a checkpoint whose files have been checked.
+
+    Raises:
+        UserError: it lists no tensors that could be read.
+    """
     try:
-        return Catalog.model_validate_json(content)
+        return Catalog.model_validate_json((folder / TENSORS).read_text(encoding="utf-8"))
     except ValidationError as error:
-        check_format(folder, content)
         first = error.errors(include_url=False)[0]
         location = "".join(f"{key}: " for key in first["loc"])
         raise damaged_error(folder / TENSORS, f"{location}{first['msg']}") from None
-
-
-def check_format(folder: Path, content: str) -> None:
-    """Raises UserError if the `tensors.json` text `content` is of another format version."""
-    try:
-        version = json.loads(content)["version"]
-    except (ValueError, TypeError, KeyError):
-        return  # not a catalog of any version: the caller reports damage
-    if version != FORMAT:
-        raise UserError(
-            f"checkpoint {folder} has format {version}, and this version of colonnade reads format "
-            f"{FORMAT}, whose tensors have other names: read it with the version that wrote it, or "
-            "train anew"
-        )
-
-
-def read_text(folder: Path, name: str) -> str:
-    """Reads the JSON file `name` of the checkpoint `folder`; raises UserError if it cannot."""
-    if not (folder / STATE).is_file():
-        problem = "is not a complete checkpoint" if folder.exists() else "does not exist"
-        earlier = newest_before(folder)
-        remedy = f"the newest earlier one is {earlier}" if earlier else "there is none before it"
-        raise UserError(f"checkpoint {folder} {problem}: {remedy}")
-    try:
-        return (folder / name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise damaged_error(folder / name, str(error)) from None
-
-
-def damaged_error(path: Path, reason: str) -> UserError:
-    """Returns the error for the file `path` of a checkpoint that is unreadable or altered."""
-    earlier = newest_before(path.parent)
-    remedy = (
-        f"resume from an earlier checkpoint: {earlier}"
-        if earlier
-        else "there is no earlier checkpoint beside it; restore the file from a copy, or start anew"
-    )
-    return UserError(f"{path} is damaged ({reason}): {remedy}")

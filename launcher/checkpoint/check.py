@@ -1,5 +1,6 @@
 """Checks that tensors can be saved, and that they match the tensors of a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.errors import UserError
 
 
-def check_savable(tensors: dict[str, torch.Tensor]) -> None:
+def check_savable(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises TypeError or ValueError, naming the tensor, if one cannot be written to disk."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -49,7 +50,7 @@ def _shard_is_contiguous(tensor: DTensor) -> bool:
 
 
 def check_fits(
-    folder: Path, catalog: Catalog, tensors: dict[str, torch.Tensor], partial: bool
+    folder: Path, catalog: Catalog, tensors: Mapping[str, torch.Tensor], partial: bool
 ) -> None:
     """Raises UserError, naming the tensors, unless those of all ranks match the catalog.
 

@@ -1,5 +1,6 @@
 """Checkpoint folders of a run: their names, which are complete, and the atomic commit of one."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from colonnade.launcher.errors import UserError
 
 STATE = "state.json"
 TENSORS = "tensors.json"
+MANIFEST = "manifest.json"
 # While a step is saved a second time, its older copy is named `.replaced` between two renames.
 _COMPLETE = re.compile(r"step-(\d+)(\.replaced)?")
 _PARTIAL = re.compile(r"step-\d+\.partial")
@@ -30,46 +32,67 @@ def replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
-def is_complete(folder: Path) -> bool:
-    """Returns whether `folder` is a checkpoint; it is renamed to this only once all is on disk."""
-    return (folder / STATE).is_file() and (folder / TENSORS).is_file()
+def is_checkpoint(folder: Path) -> bool:
+    """Returns whether `folder` is a checkpoint, whole or damaged since.
+
+    A folder gets its name only once all of its files are on the disk, so any file makes it one: a
+    checkpoint that lost files must be reported, not passed over.
+    """
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Lists the complete checkpoints in `run`, lowest step first; none if `run` is absent."""
+    """Lists the checkpoints in `run`, lowest step first; none if `run` is absent."""
     by_step: dict[int, Path] = {}
     for path in sorted(run.iterdir()) if run.is_dir() else []:  # step-N before step-N.replaced
-        if (step := _step(path)) is not None and is_complete(path):
+        if (step := step_of(path)) is not None and is_checkpoint(path):
             by_step.setdefault(step, path)
     return [by_step[step] for step in sorted(by_step)]
 
 
 def newest(run: Path) -> Path | None:
-    """Returns the complete checkpoint of the highest step in `run`; None if there is none."""
+    """Returns the checkpoint of the highest step in `run`; None if there is none."""
     return next(reversed(checkpoints(run)), None)
 
 
 def newest_before(folder: Path) -> Path | None:
-    """Returns the run's newest complete checkpoint of an earlier step than `folder`."""
-    step = _step(folder)
+    """Returns the run's newest checkpoint of an earlier step than `folder`."""
+    step = step_of(folder)
     for path in reversed(checkpoints(folder.parent)):
-        if step is None or cast(int, _step(path)) < step:
+        if step is None or cast(int, step_of(path)) < step:
             return path
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints in `run`; only rank 0 calls it.
+def set_aside(folder: Path) -> Path:
+    """Renames a checkpoint to `….aside`, where nothing looks for it; returns its new path.
+
+    It is one that is damaged, or that a run which went back to an earlier step made in vain.
+    """
+    names = (f"{folder.name}.aside{number or ''}" for number in itertools.count())
+    target = next(path for name in names if not (path := folder.with_name(name)).exists())
+    return folder.rename(target)
+
+
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Deletes old checkpoints in `run`; only rank 0 calls it.
 
     Renames each to `….pruned` before deleting it, so that no partly deleted checkpoint looks
-    complete, and first deletes the `….pruned` folders of an interrupted call. Raises OSError where
+    damaged, and first deletes the `….pruned` folders of an interrupted call. Raises OSError where
     the disk refuses.
+
+    Args:
+        run: the folder of a run's checkpoints.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay as well; 0: none.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: the newest checkpoint is never deleted")
     for interrupted in run.glob("step-*.pruned"):
         shutil.rmtree(interrupted)
     for old in checkpoints(run)[:-keep]:
+        if keep_every and cast(int, step_of(old)) % keep_every == 0:
+            continue
         shutil.rmtree(old.rename(old.with_name(old.name + ".pruned")))
 
 
@@ -78,7 +101,7 @@ def prepare(folder: Path) -> None:
     run = folder.parent
     run.mkdir(parents=True, exist_ok=True)
     finish_replacement(folder)
-    if folder.exists() and not is_complete(folder):
+    if folder.exists() and not is_checkpoint(folder):
         raise UserError(f"{folder} exists and is not a checkpoint: move it away, then save again")
     for path in run.iterdir():
         if path == partial(folder) or _PARTIAL.fullmatch(path.name):
@@ -101,7 +124,7 @@ def finish_replacement(folder: Path) -> None:
     """Deletes the `.replaced` copy if the new `folder` is complete; else gives it its name back."""
     if not replaced(folder).exists():
         return
-    if is_complete(folder):
+    if is_checkpoint(folder):
         shutil.rmtree(replaced(folder))
     else:
         replaced(folder).rename(folder)
@@ -122,7 +145,28 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _step(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
     """Returns the step in a checkpoint folder's name; None for other names."""
     match = _COMPLETE.fullmatch(folder.name)
     return int(match[1]) if match else None
+
+
+def missing_error(folder: Path) -> UserError:
+    """Returns the error for a checkpoint that does not exist, or has lost its manifest."""
+    if is_checkpoint(folder):
+        return damaged_error(folder / MANIFEST, "it is missing")
+    problem = "is empty" if folder.exists() else "does not exist"
+    earlier = newest_before(folder)
+    remedy = f"the newest earlier one is {earlier}" if earlier else "there is none before it"
+    return UserError(f"checkpoint {folder} {problem}: {remedy}")
+
+
+def damaged_error(path: Path, reason: str) -> UserError:
+    """Returns the error for the file `path` of a checkpoint that is unreadable or altered."""
+    earlier = newest_before(path.parent)
+    remedy = (
+        f"resume from an earlier checkpoint: --resume {earlier}, or --resume auto"
+        if earlier
+        else "there is no earlier checkpoint beside it; restore the file from a copy, or start anew"
+    )
+    return UserError(f"{path} is damaged ({reason}): {remedy}")

@@ -17,13 +17,16 @@ def rank() -> int:
 
 
 def on_all_ranks(
-    action: Callable[[], T], wait_for_all: Callable[[], None] | None = None
+    action: Callable[[], T],
+    wait_for_all: Callable[[], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[T]:
     """Runs `action` on every rank, and all-gathers the results; returns them by rank.
 
     If it fails on any rank, every rank raises the failure of the lowest rank that failed. Where
     `action` may take longer on one rank than the group's time-out, pass `World.wait_for_all`: it
-    makes the ranks wait for each other before the all-gather.
+    makes the ranks wait for each other before the all-gather. `group` is one of all ranks, for a
+    thread that must not use the default group.
     """
     outcome = _attempt(action)
     if wait_for_all is not None:
@@ -31,18 +34,18 @@ def on_all_ranks(
     if not dist.is_initialized():
         return [_result(outcome)]
     outcomes = [outcome] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group)
     return [_result(outcome) for outcome in outcomes]
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `action` on rank 0, and broadcasts its result; every rank returns it.
 
-    If it fails, every rank raises the failure.
+    If it fails, every rank raises the failure. `group` as in `on_all_ranks`.
     """
     outcomes = [_attempt(action) if rank() == 0 else None]
     if dist.is_initialized():
-        dist.broadcast_object_list(outcomes, src=0)
+        dist.broadcast_object_list(outcomes, src=0, group=group)
     return _result(cast("tuple[T | None, Exception | None]", outcomes[0]))
 
 

@@ -1,0 +1,85 @@
+"""Reads the chunks of a checkpoint for torch.distributed.checkpoint."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import StorageReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from colonnade.launcher.checkpoint.catalog import Catalog, Chunk
+from colonnade.launcher.checkpoint.folders import TENSORS, damaged_error
+
+
+class SafetensorsReader(StorageReader):
+    """Reads the chunks that `catalog` lists from `folder`; raises UserError on a damaged file."""
+
+    def __init__(self, folder: Path, catalog: Catalog) -> None:
+        self.folder = folder
+        self.catalog = catalog
+        self.chunks = {
+            (name, chunk.offsets): chunk
+            for name, entry in catalog.tensors.items()
+            for chunk in entry.chunks
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Does nothing: a reader serves one checkpoint, given to its constructor."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns the catalog as the metadata of torch.distributed.checkpoint."""
+        return self.catalog.metadata()
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Does nothing: the constructor has set up all that reading needs."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Returns the planner's plan unchanged."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Returns the planners' plans unchanged."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies the slices of chunks that this rank's shards need into its tensors."""
+        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            index = item.storage_index
+            chunk = self.chunks[index.fqn, tuple(cast(torch.Size, index.offset))]
+            by_file[chunk.file].append((chunk, item))
+        for file, reads in by_file.items():
+            path = self.folder / file
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    for chunk, item in reads:
+                        _read(opened, chunk, item, planner.resolve_tensor(item))
+            except (SafetensorError, OSError) as error:
+                raise damaged_error(path, str(error)) from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Returns False: torch must never choose this class by a checkpoint's name."""
+        return False
+
+
+def _read(opened: Any, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
+    """Copies the slice of `chunk` that `item` asks for into `target`."""
+    stored = opened.get_slice(chunk.key)
+    if tuple(stored.get_shape()) != chunk.sizes:
+        raise SafetensorError(f"{chunk.key} is {stored.get_shape()}, {TENSORS} says {chunk.sizes}")
+    ranges = zip(item.storage_offsets, item.lengths, strict=True)
+    values = stored[tuple(slice(start, start + length) for start, length in ranges)]
+    if values.dtype != target.dtype:
+        raise SafetensorError(f"{chunk.key} is {values.dtype}, {TENSORS} says {target.dtype}")
+    target.detach().copy_(values)

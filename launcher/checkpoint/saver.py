@@ -1,0 +1,291 @@
+"""Saves checkpoints: at once, or in a thread while training goes on.
+
+    main thread     begin: copy buffers | forward, backward | wait | update | …
+    thread of save                copy the rest to the host ^ write, sync, checksum | commit
+
+Every rank writes the chunks of its plan to one file. When all files are on the disk, rank 0 writes
+catalog, state and manifest, and renames the folder: it exists whole or not at all.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from colonnade.launcher.checkpoint import folders
+from colonnade.launcher.checkpoint.check import check_savable
+from colonnade.launcher.checkpoint.folders import STATE, TENSORS, fsync, write_durably
+from colonnade.launcher.checkpoint.manifest import FileRecord, checksums, write_manifest
+from colonnade.launcher.checkpoint.plan import Tensors, WritePlan, file_of, make_plan, signature
+from colonnade.launcher.checkpoint.stage import Stage, on_host
+from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero, rank
+from colonnade.launcher.errors import UserError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A slow disk is no fault; a rank that died is noticed by its connections.
+WRITE_TIMEOUT = timedelta(days=1)
+
+
+@dataclass
+class Save:
+    """A checkpoint that is being saved, or was.
+
+    Attributes:
+        folder: of it.
+        bytes: of all its tensors.
+        blocked: seconds for which training has waited.
+        seconds: from its beginning to its commit.
+        failure: why it is not complete, the same on every rank.
+        thread: that saves it.
+    """
+
+    folder: Path
+    bytes: int
+    blocked: float = 0.0
+    seconds: float = 0.0
+    failure: Exception | None = None
+    thread: threading.Thread | None = None
+
+
+class Content(NamedTuple):
+    """What a checkpoint will hold: its plan, the texts of its state and of what is said about it,
+    and a function that returns this rank's chunks in the host's memory."""
+
+    plan: WritePlan
+    state_json: str
+    about: dict[str, Any]
+    chunks: Callable[[], dict[str, torch.Tensor]]
+
+
+class Saver:
+    """Saves checkpoints of one run, at most one at a time. `begin` and `finish` are collective.
+
+    Args:
+        asynchronous: save in a thread, from copies in the host's memory, which are as large as what
+            this rank writes. Otherwise `begin` returns when the checkpoint is complete.
+        committed: rank 0 calls it once a checkpoint is complete, in the thread.
+    """
+
+    def __init__(
+        self, asynchronous: bool = False, committed: Callable[[Save], object] | None = None
+    ) -> None:
+        self.committed = committed
+        self.plan: WritePlan | None = None
+        self.signature: tuple[tuple[object, ...], ...] | None = None
+        self.stage = Stage() if asynchronous else None
+        self.group: dist.ProcessGroup | None = None
+        if asynchronous and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self.in_flight: Save | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed, as far as this rank knows; `finish` raises it."""
+        return self.in_flight is not None and self.in_flight.failure is not None
+
+    def begin(
+        self,
+        folder: Path,
+        tensors: Tensors,
+        state: dict[str, Any],
+        about: dict[str, Any] | None = None,
+        changing: Collection[str] = (),
+    ) -> Save:
+        """Begins to save a checkpoint, after the end of an earlier one that is in flight.
+
+        Args:
+            folder: where it will be (`step_folder(run, step)`), on a disk that all ranks share. A
+                checkpoint of that name is replaced, and kept until the new one is complete.
+            tensors: by name, plain tensors or DTensors of any dtype, mesh and placement but
+                Partial. A chunk that several ranks hold is written by the lowest of them. Ranks may
+                hold different names (stages of a pipeline).
+            state: other values to save, as JSON (finite numbers only); rank 0's is written.
+            about: what the manifest says of the checkpoint; rank 0's is written.
+            changing: names of tensors that may change as soon as this returns; all others stay as
+                they are until `wait` has returned.
+
+        Raises:
+            UserError: the disk refused the earlier one, or, without a thread, this one. The same on
+                every rank; checkpoints that were complete are as they were.
+        """
+        start = time.perf_counter()
+        self.finish()
+        # a bad state leaves the disk untouched
+        state_json = json.dumps(state, allow_nan=False)
+        plan = self._plan_of(tensors)
+        chunks = plan.chunks(tensors)
+        save = Save(folder, plan.bytes)
+        if self.stage is None:
+            content = Content(plan, state_json, about or {}, lambda: on_host(chunks))
+            self._write(save, content, start)
+            save.blocked = save.seconds
+            return save
+        at_once = {key for key in chunks if key.partition("@")[0] in set(changing)}
+        self.stage.begin(chunks, at_once)
+        content = Content(plan, state_json, about or {}, self.stage.finish)
+        save.thread = threading.Thread(
+            target=self._in_thread, args=(save, content, start), name="save", daemon=True
+        )
+        self.in_flight = save
+        save.thread.start()
+        save.blocked = time.perf_counter() - start
+        return save
+
+    def wait(self) -> None:
+        """Returns when the tensors of the save in flight may change. Not collective."""
+        if self.in_flight is not None and self.stage is not None:
+            start = time.perf_counter()
+            self.stage.wait()
+            self.in_flight.blocked += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Waits for the save in flight, if there is one.
+
+        Raises:
+            UserError: the disk refused it, the same on every rank.
+        """
+        if (save := self.in_flight) is None or save.thread is None:
+            return
+        start = time.perf_counter()
+        save.thread.join()
+        save.blocked += time.perf_counter() - start
+        self.in_flight = None
+        if save.failure is not None:
+            raise save.failure
+
+    def _in_thread(self, save: Save, content: Content, start: float) -> None:
+        """Copies and writes; keeps a failure for `finish`, which raises it."""
+        try:
+            self._write(save, content, start)
+        except Exception as failure:
+            save.failure = failure
+        finally:
+            if self.stage is not None:
+                self.stage.staged.set()  # also where nothing was copied: `wait` must not hang
+
+    def _plan_of(self, tensors: Tensors) -> WritePlan:
+        """Returns the plan of the last checkpoint, or a new one where any rank's tensors differ."""
+
+        def changed() -> bool:
+            check_savable(tensors)
+            return signature(tensors) != self.signature
+
+        if any(on_all_ranks(changed)) or self.plan is None:
+            self.plan, self.signature = make_plan(tensors), signature(tensors)
+        return self.plan
+
+    def _write(self, save: Save, content: Content, start: float) -> None:
+        """Writes this rank's file and, on rank 0, the rest. Collective over the group of saves.
+
+        Raises:
+            UserError: the disk refused; `folder.partial` is removed then.
+        """
+        partial, chunks = folders.partial(save.folder), content.chunks()
+        try:
+            on_rank_zero(lambda: folders.prepare(save.folder), self.group)
+            written = on_all_ranks(lambda: write_chunks(partial, chunks), group=self.group)
+            on_rank_zero(lambda: commit(save.folder, content, written), self.group)
+        except OSError as error:
+            refused = error
+            message = on_rank_zero(
+                lambda: clean_up_and_explain(save.folder, refused, save.bytes), self.group
+            )
+            raise UserError(message) from None
+        save.seconds = time.perf_counter() - start
+        if self.committed is not None:
+            committed = self.committed
+            on_rank_zero(lambda: committed(save) and None, self.group)
+
+
+def write_chunks(folder: Path, chunks: dict[str, torch.Tensor]) -> dict[str, FileRecord]:
+    """Writes this rank's chunks to one file, waits until it is on the disk, and reads it again.
+
+    Returns:
+        the file's record by its name; nothing where there are no chunks.
+
+    Raises:
+        OSError: with its errno, where the disk refuses.
+    """
+    if not chunks:
+        return {}
+    folder.mkdir(exist_ok=True)  # this rank's node may not see it yet
+    path = folder / file_of(rank())
+    try:
+        save_file(chunks, path)
+    except SafetensorError as error:
+        raise os_error(error, path) from error
+    # safetensors creates the file readable by its owner only; give it the permissions of its
+    # folder, so that a team can share checkpoints.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    fsync(path)
+    return {path.name: checksums(path)}
+
+
+def commit(folder: Path, content: Content, written: Sequence[dict[str, FileRecord]]) -> None:
+    """Writes catalog, state and manifest, and gives the partial folder its name (rank 0)."""
+    partial = folders.partial(folder)
+    files = {name: record for of_rank in written for name, record in of_rank.items()}
+    for name in files:
+        if not (partial / name).is_file():
+            reason = "not visible to rank 0: every node must share the folder of the run"
+            raise FileNotFoundError(errno.ENOENT, reason, str(partial / name))
+    assert content.plan.catalog is not None  # on rank 0
+    write_durably(partial / TENSORS, content.plan.catalog.model_dump_json())
+    write_durably(partial / STATE, content.state_json)
+    files |= {name: checksums(partial / name) for name in (TENSORS, STATE)}
+    write_manifest(partial, content.about, dict(sorted(files.items())))
+    folders.commit(folder)
+    folders.finish_replacement(folder)
+
+
+def os_error(error: SafetensorError, path: Path) -> OSError:
+    """Converts an error to an OSError; safetensors gives the errno only in its message's text."""
+    match = re.search(r"os error (\d+)", str(error))
+    if match is None:
+        return OSError(errno.EIO, str(error), str(path))
+    return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
+
+
+def clean_up_and_explain(folder: Path, failure: OSError, needed_bytes: int) -> str:
+    """Removes the partial folder of a failed save and returns the user's message (rank 0)."""
+    folders.finish_replacement(folder)
+    if folders.partial(folder).exists():
+        shutil.rmtree(folders.partial(folder))
+    run = next(path for path in folder.absolute().parents if path.exists())
+    space = ""
+    if failure.errno in _DISK_FULL:
+        free_bytes = shutil.disk_usage(run).free
+        space = (
+            f" It needs more than {format_bytes(needed_bytes)}, {format_bytes(free_bytes)} are "
+            "free there."
+        )
+        remedy = f"Free space on the disk of {run}, or lower checkpoint.keep"
+    else:
+        remedy = f"See that {run} can be written to, from every node"
+    last = folders.newest(folder.parent)
+    intact = f"The last good checkpoint, {last}, is intact." if last else "There is none before it."
+    return (
+        f"could not save the checkpoint {folder}: {failure.strerror} ({failure.filename})."
+        f"{space} {intact} {remedy}, then resume."
+    )
+
+
+def format_bytes(count: int) -> str:
+    """Formats a number of bytes in the largest binary unit that it reaches."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"

@@ -1,0 +1,99 @@
+"""Copies what a rank writes to its host's memory, while the next step runs."""
+
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Chunks = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Stage:
+    """Memory of the host for the chunks that a rank writes, used again by every checkpoint.
+
+    From `begin` to `finish` the chunks must not change, but for those that `begin` copies at once.
+    On a GPU copies run on a stream of their own, and `wait` makes the current stream wait; on the
+    CPU `finish`, which a thread calls, copies, and `wait` blocks until it has.
+
+    Attributes:
+        copies: by key.
+        pending: chunks that `finish` will copy on the CPU.
+        staged: is set when no chunk will be read any more.
+        copied: recorded behind the copies on a GPU.
+    """
+
+    copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    staged: threading.Event = field(default_factory=threading.Event)
+    copied: torch.cuda.Event | None = None
+
+    def begin(self, chunks: Chunks, at_once: Collection[str]) -> None:
+        """Copies the chunks whose keys are in `at_once`, and begins to copy the others."""
+        self.staged.clear()
+        self.allocate(chunks)
+        devices = {chunk.device for chunk in chunks.values() if chunk.device.type == "cuda"}
+        if devices:
+            (device,) = devices
+            self.begin_on_gpu(chunks, at_once, device)
+            return
+        for key in at_once:
+            self.copies[key].copy_(chunks[key])
+        self.pending = {key: chunk for key, chunk in chunks.items() if key not in at_once}
+
+    def begin_on_gpu(self, chunks: Chunks, at_once: Collection[str], device: torch.device) -> None:
+        """Queues all copies on a stream; the current stream waits for those in `at_once` alone."""
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for key in sorted(chunks, key=lambda key: key not in at_once):
+                self.copies[key].copy_(chunks[key], non_blocking=True)
+                if chunks[key].device.type == "cuda":
+                    chunks[key].record_stream(stream)
+                if key in at_once:
+                    current.wait_event(stream.record_event())
+        self.copied = stream.record_event()
+
+    def wait(self) -> None:
+        """Returns when the chunks may change: on a GPU, for work that the current stream does."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+        else:
+            self.staged.wait()
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Returns the copies, once they are complete."""
+        try:
+            for key, chunk in self.pending.items():
+                self.copies[key].copy_(chunk)
+            if self.copied is not None:
+                self.copied.synchronize()
+        finally:
+            self.pending = {}
+            self.staged.set()
+        return self.copies
+
+    def allocate(self, chunks: Chunks) -> None:
+        """Allocates memory for chunks, unless that of the last checkpoint fits them."""
+        if {key: (t.shape, t.dtype) for key, t in self.copies.items()} == {
+            key: (t.shape, t.dtype) for key, t in chunks.items()
+        }:
+            return
+        self.copies = {
+            key: torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=chunk.device.type == "cuda")
+            for key, chunk in chunks.items()
+        }
+
+
+def on_host(chunks: Chunks) -> dict[str, torch.Tensor]:
+    """Returns the chunks in the host's memory, without a copy of those that are there and whole."""
+    storages: set[int] = set()
+    found: dict[str, torch.Tensor] = {}
+    for key, chunk in chunks.items():
+        tensor = chunk.cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # tied or sliced: safetensors refuses shared memory
+        storages.add(tensor.untyped_storage().data_ptr())
+        found[key] = tensor
+    return found
