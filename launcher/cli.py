@@ -36,22 +36,30 @@ def run_train(arguments: argparse.Namespace) -> int:
     from colonnade.launcher.train.run import describe, resume, train
 
     a, overrides = arguments, list(arguments.overrides)
-    if a.resume is not None:
-        unused = [name for name in ("dry_run", "runs") if getattr(a, name)]
+    automatic = a.resume == "auto"
+    order: dict[str, Any] = {"nproc": a.nproc, "until": a.until, "automatic": automatic}
+    continued = a.run if a.recipe is None else None  # a run that goes on with its own recipe
+    if a.resume is not None and not automatic:
+        unused = [name for name in ("dry_run", "runs", "run") if getattr(a, name)]
         if unused:
             options = " ".join(f"--{name.replace('_', '-')}" for name in unused)
             raise UserError(f"train --resume continues in the run's folder: leave out {options}")
+        continued = a.resume
         if a.recipe:
             overrides.insert(0, a.recipe)
-        run = resume(a.resume, overrides, nproc=a.nproc, until=a.until)
+    if automatic and not a.run:
+        raise UserError("train --resume auto needs a run to choose from: add --run DIR")
+    if a.run and a.runs:
+        raise UserError("--run names the run's folder, and --runs one for new runs: leave one out")
+    if continued is not None:
+        run = resume(continued, overrides, **order)
     elif a.recipe is None:
         raise UserError("train: name a recipe (for example: quickstart), or --resume RUN")
     elif a.dry_run:
         a.report(describe(a.recipe, overrides, nproc=a.nproc))
         return 0
     else:
-        folder = a.runs or "runs"
-        run = train(a.recipe, overrides, nproc=a.nproc, runs=folder, until=a.until)
+        run = train(a.recipe, overrides, runs=a.runs or "runs", run=a.run, **order)
     if is_rank_zero() and a.json:
         a.report(run.summary())
     return run.status
@@ -240,7 +248,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. train.steps=20")
     train.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
-    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    train.add_argument("--run", metavar="DIR", help="the run's folder: made, or gone on with")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run, or from one of its checkpoints; with --run, `auto`: from the "
+        "newest that is whole",
+    )
     train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
     train.add_argument("--runs", help="folder for run folders (default: runs)")
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -35,7 +36,7 @@ from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero, ra
 from colonnade.launcher.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A slow disk is no fault; a rank that died is noticed by its connections.
+# A slow disk is no fault; the death of a rank breaks the connections.
 WRITE_TIMEOUT = timedelta(days=1)
 
 
@@ -80,15 +81,15 @@ class Saver:
     """
 
     def __init__(
-        self, asynchronous: bool = False, committed: Callable[[Save], object] | None = None
+        self,
+        asynchronous: bool = False,
+        committed: Callable[[Save], object] | None = None,
     ) -> None:
         self.committed = committed
         self.plan: WritePlan | None = None
         self.signature: tuple[tuple[object, ...], ...] | None = None
         self.stage = Stage() if asynchronous else None
-        self.group: dist.ProcessGroup | None = None
-        if asynchronous and dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self.group: dist.ProcessGroup | None = None  # None: the default one
         self.in_flight: Save | None = None
 
     @property
@@ -133,6 +134,9 @@ class Saver:
             self._write(save, content, start)
             save.blocked = save.seconds
             return save
+        if self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            # the thread must not use the groups of training
+            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         at_once = {key for key in chunks if key.partition("@")[0] in set(changing)}
         self.stage.begin(chunks, at_once)
         content = Content(plan, state_json, about or {}, self.stage.finish)
@@ -165,6 +169,23 @@ class Saver:
         self.in_flight = None
         if save.failure is not None:
             raise save.failure
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the save in flight also where training failed: a checkpoint that is nearly
+        complete is the best there is. Raises its failure unless another exception is on its way."""
+        save = self.in_flight
+        if kind is None:
+            self.finish()
+            if self.group is not None:
+                dist.destroy_process_group(self.group)
+                self.group = None
+        elif save is not None and save.thread is not None:
+            save.thread.join()
+            if save.failure is not None:
+                print(f"colonnade: {save.failure}", file=sys.stderr)
 
     def _in_thread(self, save: Save, content: Content, start: float) -> None:
         """Copies and writes; keeps a failure for `finish`, which raises it."""

@@ -6,6 +6,11 @@ from colonnade.models.names import CanonicalNames, tensors_of
 from colonnade.parallel.optimizer import Optimizer
 
 
+def changing_names(model: CanonicalNames) -> set[str]:
+    """Returns the names of buffers, which forward passes may change: others change by updates."""
+    return {name for name, _ in model.named_buffers()}
+
+
 def named_tensors(model: CanonicalNames, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """Returns parameters and buffers by canonical name, and `optimizer.NAME.STATE` tensors."""
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model)}

@@ -29,6 +29,7 @@ class RankEnvironment:
         local_rank: index of this process among the ranks of its host.
         local_size: the number of ranks on its host.
         from_srun: srun started the process, not torchrun.
+        restarts: how often torchrun, or SLURM by a requeue, has started this job again.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class RankEnvironment:
     local_rank: int
     local_size: int
     from_srun: bool = False
+    restarts: int = 0
 
     @classmethod
     def on_one_host(cls, rank: int, size: int) -> "RankEnvironment":
@@ -56,6 +58,7 @@ class RankEnvironment:
                 size=int(environment["WORLD_SIZE"]),
                 local_rank=int(environment.get("LOCAL_RANK", 0)),
                 local_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
+                restarts=_restarts(),
             )
         return cls._from_srun()
 
@@ -76,6 +79,7 @@ class RankEnvironment:
             local_rank=int(environment["SLURM_LOCALID"]),
             local_size=_tasks_on_this_node(size),
             from_srun=True,
+            restarts=_restarts(),
         )
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_node(environment.get("SLURM_STEP_NODELIST"))
@@ -85,6 +89,23 @@ class RankEnvironment:
             number = int(environment.get("SLURM_JOB_ID", 0)) * 64 + int(step)
             environment["MASTER_PORT"] = str(20000 + number % 20000)
         return rank_environment
+
+
+def _restarts() -> int:
+    """How often torchrun or SLURM has started this job again."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(os.environ.get(name) or 0) for name in names)
+
+
+def has_agent() -> bool:
+    """Whether an agent of torchrun started this process, and so is its parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def scheduler_job() -> str | None:
+    """The scheduler's number of this job, as `SLURM job 123`; None without a scheduler."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return f"SLURM job {number}" if number else None
 
 
 def _tasks_on_this_node(size: int) -> int:

@@ -135,7 +135,12 @@ def run_as_rank(function: str, arguments: str) -> None:
     getattr(importlib.import_module(module), name)(**json.loads(arguments))
 
 
-def start_ranks(function: Callable[..., None], arguments: Mapping[str, object], nproc: int) -> int:
+def start_ranks(
+    function: Callable[..., None],
+    arguments: Mapping[str, object],
+    nproc: int,
+    on_usr1: Callable[[], object] | None = None,
+) -> int:
     """Calls `function(**arguments)` on `nproc` ranks of this host through torchrun; waits for them.
 
     Every rank is a new process, `python -m colonnade.launcher _rank`, which finds its rank in the
@@ -145,6 +150,7 @@ def start_ranks(function: Callable[..., None], arguments: Mapping[str, object], 
         function: a function of a module, which ranks import by name.
         arguments: its keyword arguments; JSON can represent them.
         nproc: the number of ranks.
+        on_usr1: what SIGUSR1 does; None: it ends the job like other signals.
 
     Returns:
         0, or 128 + the signal that ended the job.
@@ -175,7 +181,7 @@ def start_ranks(function: Callable[..., None], arguments: Mapping[str, object], 
     command = ["-u", "-m", "colonnade.launcher", "_rank"]
     command += [f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
     try:
-        with torchrun_agent(nproc):
+        with torchrun_agent(nproc, on_usr1):
             elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         mistakes = {f.message for f in error.failures.values() if f.exitcode == USER_MISTAKE}
@@ -192,19 +198,22 @@ def start_ranks(function: Callable[..., None], arguments: Mapping[str, object], 
 
 
 @contextmanager
-def torchrun_agent(nproc: int) -> Iterator[None]:
+def torchrun_agent(nproc: int, on_usr1: Callable[[], object] | None = None) -> Iterator[None]:
     """Prepares this process to be torchrun's agent of `nproc` ranks; afterwards undoes it all.
 
     The first signal of `SAVE_FIRST` raises torchrun's exception; the agent then sends the signal to
     its ranks and waits for them. Later signals raise nothing: an exception would end that wait.
     torchrun does not remove its own handlers, which would turn every later signal of this process
-    into an exception.
+    into an exception. `on_usr1` as in `start_ranks`.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     received: list[int] = []
 
     def raise_first(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1 and on_usr1 is not None:
+            on_usr1()
+            return
         received.append(number)
         if len(received) == 1:
             raise SignalException(f"signal {number}", signal.Signals(number))
@@ -216,7 +225,8 @@ def torchrun_agent(nproc: int) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(nproc)))
     logging.disable(logging.ERROR)  # torchrun logs failures that our own messages report
     try:
-        with signal_handler(raise_first, announce=True):
+        saving = () if on_usr1 is None else (signal.SIGUSR1,)
+        with signal_handler(raise_first, announce=True, saving=saving):
             yield
     finally:
         logging.disable(logging.NOTSET)

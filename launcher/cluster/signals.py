@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
@@ -22,19 +22,30 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class StopSignal:
-    """A received signal, which the run obeys at the end of the step, after saving."""
+    """A received signal, which the run obeys at the end of the step, after saving.
 
-    def __init__(self) -> None:
-        self.number = 0  # of the last signal received; 0: none
-        self.agreed = False  # all ranks know of the signal, and save
+    Attributes:
+        number: of the last signal that stops the run; 0: none.
+        agreed: all ranks know of it, and save.
+        save: a signal asks for a checkpoint without a stop.
+    """
+
+    def __init__(self, saving: Collection[int] = ()) -> None:
+        self.number, self.agreed, self.save = 0, False, False
+        self.saving = saving
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Records the signal; has the signature of a signal handler."""
-        self.number = number
+        if number in self.saving:
+            self.save = True
+        else:
+            self.number = number
 
 
 @contextmanager
-def stop_signal(ranks: int, announce: bool = False) -> Iterator[StopSignal]:
+def stop_signal(
+    ranks: int, announce: bool = False, saving: Collection[int] = ()
+) -> Iterator[StopSignal]:
     """Records the signals of `SAVE_FIRST` while the block runs (in the main thread only).
 
     One of several `ranks` that receives a signal and then fails, before all ranks have agreed to
@@ -44,11 +55,12 @@ def stop_signal(ranks: int, announce: bool = False) -> Iterator[StopSignal]:
     Args:
         ranks: the number of all ranks.
         announce: this process prints that a signal came, and ends at once at a second Ctrl-C.
+        saving: signals that ask for a checkpoint, and do not stop the run.
     """
-    stop = StopSignal()
+    stop = StopSignal(saving)
     peer_lost = False
     try:
-        with signal_handler(stop.note, announce):
+        with signal_handler(stop.note, announce, saving):
             yield stop
     except Exception as failure:
         peer_lost = ranks > 1 and not isinstance(failure, UserError)
@@ -60,18 +72,20 @@ def stop_signal(ranks: int, announce: bool = False) -> Iterator[StopSignal]:
 
 
 @contextmanager
-def signal_handler(handler: Handler, announce: bool) -> Iterator[None]:
+def signal_handler(
+    handler: Handler, announce: bool, saving: Collection[int] = ()
+) -> Iterator[None]:
     """Installs `handler` for the signals of `SAVE_FIRST`, and restores the earlier handlers.
 
     SIGHUP stays ignored if the process was started to ignore it (nohup). Outside of the main thread
-    nothing is installed. `announce` as in `stop_signal`.
+    nothing is installed. `announce` and `saving` as in `stop_signal`.
     """
     previous = {}
     with suppress(ValueError):  # not in the main thread: the handlers of the caller stay
         for number in SAVE_FIRST:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handler)
-    with announced_signals() if announce and previous else nullcontext():
+    with announced_signals(saving) if announce and previous else nullcontext():
         try:
             yield
         finally:
@@ -80,7 +94,7 @@ def signal_handler(handler: Handler, announce: bool) -> Iterator[None]:
 
 
 @contextmanager
-def announced_signals() -> Iterator[None]:
+def announced_signals(saving: Collection[int]) -> Iterator[None]:
     """Starts a thread that prints signals as they come, and ends the process at a second Ctrl-C.
 
     Python runs handlers only between its own instructions, and a whole backward pass is one
@@ -89,7 +103,7 @@ def announced_signals() -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_announce, args=(reader,), name="signals", daemon=True)
+    thread = threading.Thread(target=_announce, args=(reader, saving), name="signals", daemon=True)
     thread.start()
     try:
         yield
@@ -100,14 +114,17 @@ def announced_signals() -> Iterator[None]:
         reader.close()
 
 
-def _announce(reader: socket.socket) -> None:
-    """Prints the first signal; ends the process at a Ctrl-C that comes later."""
+def _announce(reader: socket.socket, saving: Collection[int]) -> None:
+    """Prints the first signal that stops the run, and each that does not; ends the process at a
+    Ctrl-C that comes after the first."""
     first: float | None = None
     while number := reader.recv(1):
         if number[0] not in SAVE_FIRST:
             continue
         name, now = signal.Signals(number[0]).name, time.monotonic()
-        if first is None:
+        if number[0] in saving:
+            _write(f"\n{name}: a run saves after its step, and goes on\n")
+        elif first is None:
             first = now
             _write(
                 f"\n{name}: stopping (a run after its step, saved); "

@@ -189,7 +189,21 @@ class CheckpointConfig(Table):
     every: int = Field(
         0, ge=0, le=2**40, description="steps between checkpoints; 0: only at the end"
     )
+    minutes: float = Field(
+        0, ge=0, le=2**20, description="minutes between checkpoints, beside `every`; 0: no limit"
+    )
     keep: int = Field(2, ge=1, le=2**31 - 1, description="number of newest checkpoints to keep")
+    keep_every: int = Field(
+        0, ge=0, le=2**40, description="checkpoints of steps that it divides stay as well; 0: none"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="save in a thread while training goes on, from copies in the host's memory; "
+        "false: training waits, and needs no memory for copies",
+    )
+    usr1: Literal["stop", "save"] = Field(
+        "stop", description="what SIGUSR1 does after the step: save and stop, or save and go on"
+    )
 
 
 class Recipe(Table):

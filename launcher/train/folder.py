@@ -1,25 +1,58 @@
-"""Opens and locks a run's folder, and checks which recipe fields may change on resumption."""
+"""Makes and opens a run's folder, and checks which recipe fields may change on resumption."""
 
-import fcntl
 import os
-import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+from colonnade.launcher.checkpoint.folders import newest, step_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.lock import LOCK, locked
 
 RECIPE = "recipe.toml"
-LOCK = ".lock"  # locked by the process that trains the run
+CHECKPOINTS = "checkpoints"
 COMING = "recipe.coming.toml"  # the new recipe of a resumed run, until its checkpoint is loaded
+SAVE = "save"  # a file that asks the run for a checkpoint; rank 0 deletes it
+
+
+class Source(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: its path; None: the newest.
+        automatic: the newest that is whole.
+    """
+
+    checkpoint: str | None = None
+    automatic: bool = False
+
+
+NEWEST = Source()
+
+
+class OpenRun(NamedTuple):
+    """A run's folder that this job has locked.
+
+    Attributes:
+        path: of the folder.
+        resume: it has checkpoints to go on from; its new recipe is in `COMING` until one is loaded.
+    """
+
+    path: Path
+    resume: bool
+
+    @property
+    def recipe(self) -> Path:
+        """The file of the recipe that the ranks read."""
+        return self.path / (COMING if self.resume else RECIPE)
 
 
 @contextmanager
-def open_new(recipe: Recipe, runs: Path) -> Iterator[Path]:
+def open_new(recipe: Recipe, runs: Path) -> Iterator[OpenRun]:
     """Makes the new folder `runs/NAME-TIME`, locks it, and writes the recipe into it.
 
     Raises:
@@ -31,7 +64,7 @@ def open_new(recipe: Recipe, runs: Path) -> Iterator[Path]:
         folder = runs / (f"{recipe.name}-{stamp}-{count}" if count else f"{recipe.name}-{stamp}")
         try:
             folder.mkdir(parents=True)
-            (folder / "checkpoints").mkdir()
+            (folder / CHECKPOINTS).mkdir()
             break
         except FileExistsError:
             count += 1
@@ -39,53 +72,55 @@ def open_new(recipe: Recipe, runs: Path) -> Iterator[Path]:
             raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
     with locked(folder):
         write_recipe(recipe, folder / RECIPE)
-        yield folder
+        yield OpenRun(folder, False)
 
 
 @contextmanager
-def open_existing(recipe: Recipe, folder: Path) -> Iterator[Path]:
+def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
+    """Makes a run's folder of this name and locks it, or locks the run that is there.
+
+    Raises:
+        UserError: the folder cannot be made, holds something else, or holds a run whose model, data
+            or optimizer are not the recipe's.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
+    # a job that was killed early has left no more than these
+    others = {path.name for path in folder.iterdir()} - {LOCK, CHECKPOINTS, f"{RECIPE}.new"}
+    if others and not (folder / RECIPE).is_file():
+        raise UserError(
+            f"--run {folder}: it is no run ({RECIPE} is missing) and holds {min(others)}; name a "
+            "new or an empty folder"
+        )
+    with locked(folder):
+        if (folder / RECIPE).is_file() and newest(folder / CHECKPOINTS):
+            check_resumable(saved_recipe(folder), recipe)
+            write_recipe(recipe, folder / COMING)
+            yield OpenRun(folder, True)
+            return
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        write_recipe(recipe, folder / RECIPE)
+        yield OpenRun(folder, False)
+
+
+@contextmanager
+def open_existing(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
     """Locks an existing run's folder, and writes the new recipe there next to the old one.
 
     The old recipe stays in force until the checkpoint has been loaded (`adopt`).
     """
     with locked(folder):
         write_recipe(recipe, folder / COMING)
-        yield folder
+        yield OpenRun(folder, True)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Locks a run's folder against all other processes of this host.
-
-    Processes of other hosts are kept out where the file system shares locks between hosts.
-
-    Raises:
-        UserError: another process trains this run.
-    """
-    try:
-        lock = (folder / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write in the run's folder: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"{folder}: {lock.read().strip() or 'another process'} trains this run; wait for "
-                "its end, or stop it, then resume"
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(
-                f"colonnade: {folder} cannot be locked ({error.strerror}): see to it that no other "
-                "process trains this run",
-                file=sys.stderr,
-            )
-        else:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-        yield
+def run_of(path: Path) -> tuple[Path, str | None]:
+    """Returns the run's folder of a path, and the checkpoint in it if the path is that of one."""
+    if step_of(path) is not None and path.absolute().parent.name == CHECKPOINTS:
+        return path.absolute().parent.parent, str(path.absolute())
+    return path, None
 
 
 def adopt(folder: Path) -> None:
@@ -95,9 +130,11 @@ def adopt(folder: Path) -> None:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe, defaults included."""
+    """Writes a recipe, defaults included; the file is whole or is the one that was there."""
+    new = path.with_name(f"{path.name}.new")
     try:
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        new.write_text(dump_recipe(recipe), encoding="utf-8")
+        os.replace(new, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from error
 

@@ -1,8 +1,10 @@
 """Runs a training job on one rank: builds, restores, trains, saves and reports."""
 
+import signal
+import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.launcher.checkpoint import load, newest, prune, save, step_folder
-from colonnade.launcher.checkpoint.tensors import named_tensors
+from colonnade.launcher.checkpoint import Saver, newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.ranks import settle_determinism
 from colonnade.launcher.cluster.signals import StopSignal, stop_signal
@@ -22,9 +23,10 @@ from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.folder import adopt
+from colonnade.launcher.train.folder import CHECKPOINTS, NEWEST, Source, adopt
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.plot import plot_loads, plot_loss
+from colonnade.launcher.train.saves import open_saver, restore, save, save_is_due, write_below
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
@@ -55,9 +57,11 @@ class Job:
     world: World
     engine: Engine
     data: Data
+    saver: Saver
     reader: Prefetcher | None = None
     step: int = 0  # completed steps
     bad_steps: int = 0  # consecutive non-finite steps up to now
+    last_save: float = field(default_factory=time.monotonic)  # when the last save began
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -77,39 +81,7 @@ class Job:
     @property
     def checkpoints(self) -> Path:
         """The folder of this run's checkpoints."""
-        return self.run / "checkpoints"
-
-    def save(self) -> None:
-        """Writes a checkpoint of this step and deletes the oldest ones. Collective."""
-        state = {
-            "step": self.step,
-            "bad_steps": self.bad_steps,
-            "updates": self.optimizer.updates,
-            "data": (self.reader or self.data.train).state(),
-        }
-        tensors = named_tensors(self.model, self.optimizer)
-        save(step_folder(self.checkpoints, self.step), tensors, state)
-        keep = self.recipe.checkpoint.keep
-        on_rank_zero(lambda: write_below(self.checkpoints, lambda: prune(self.checkpoints, keep)))
-
-    def restore(self) -> None:
-        """Loads the newest checkpoint. Collective.
-
-        Raises:
-            UserError: there is no complete checkpoint, or it is past `train.steps`.
-        """
-        folder = on_rank_zero(lambda: newest(self.checkpoints))
-        if folder is None:
-            raise UserError(f"{self.run}: no complete checkpoint to resume from; train it anew")
-        state = load(folder, named_tensors(self.model, self.optimizer))
-        if state["step"] > self.recipe.train.steps:
-            raise UserError(
-                f"train.steps = {self.recipe.train.steps}: the run is at step {state['step']} "
-                "already; set train.steps above it"
-            )
-        self.optimizer.updates = state["updates"]
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
-        self.data.train.load_state(state["data"])
+        return self.run / CHECKPOINTS
 
 
 def build_engine(
@@ -146,7 +118,8 @@ def build_model(
 def build(recipe: Recipe, run: Path, world: World) -> Job:
     """Builds the job of a recipe on this rank, at step 0."""
     settle_determinism(recipe.train.deterministic)
-    return Job(recipe, run, world, build_engine(recipe, world), open_data(recipe))
+    saver = open_saver(recipe, run)
+    return Job(recipe, run, world, build_engine(recipe, world), open_data(recipe), saver)
 
 
 def run_job(
@@ -156,21 +129,23 @@ def run_job(
     resume: bool = False,
     until: int | None = None,
     announce: bool = False,
+    source: Source = NEWEST,
 ) -> int:
     """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
 
-    `announce` as in `stop_signal`.
+    `announce` as in `stop_signal`; with `resume` it goes on from `source`.
 
     Returns:
         the number of the signal that stopped it, or 0.
     """
     job = build(recipe, run, world)
     if resume:
-        job.restore()
+        restore(job, source)
         # only after the checkpoint was loaded under the new recipe may that replace the old one
         on_rank_zero(lambda: adopt(run))
     monitor = open_monitor(job)
-    with stop_signal(world.size, announce) as stop:
+    saving = (signal.SIGUSR1,) if recipe.checkpoint.usr1 == "save" else ()
+    with stop_signal(world.size, announce, saving) as stop, job.saver:
         end = min(until or recipe.train.steps, recipe.train.steps)
         signal_number = train_loop(job, monitor, stop, end)
         if job.step == recipe.train.steps and not signal_number:
@@ -226,20 +201,24 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
         while job.step < end and not signal_number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
             batches = list(islice(job.reader, len(samples)))
-            save = partial(write_below, job.run)
-            with timeline_of(job.step + 1, recipe, job.engine.passes, job.run, save):
-                result = train_step(job.engine, batches, samples, recipe, job.step)
+            write = partial(write_below, job.run)
+            with timeline_of(job.step + 1, recipe, job.engine.passes, job.run, write):
+                wait = job.saver.wait
+                result = train_step(job.engine, batches, samples, recipe, job.step, wait)
             job.step += 1
             job.bad_steps = job.bad_steps + 1 if result.skipped else 0
             write_error = report_step(job, monitor, result)
-            # every rank gets the same signal and error here, so all take the same branches below
-            signal_number, read_error = sync_status(job, stop, write_error, end)
+            # every rank gets the same status here, so all take the same branches below
+            signal_number, read_error, wanted = sync_status(job, stop, write_error, end)
             if job.bad_steps >= recipe.train.bad_steps:
                 stop_for_bad_steps(job, result)
             every = recipe.checkpoint.every
             scheduled = every and job.step % every == 0
-            if job.step == end or signal_number or read_error or scheduled:
-                job.save()
+            last = job.step == end or signal_number or read_error
+            if last or scheduled or wanted:
+                save(job)
+            if last:
+                job.saver.finish()
             if read_error:
                 raise read_error
             every = recipe.train.validate_every
@@ -254,29 +233,36 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
 
 def sync_status(
     job: Job, stop: StopSignal, write_error: UserError | None, end: int
-) -> tuple[int, UserError | None]:
-    """All-reduces (MAX) signals and errors after a step, so that all ranks act alike.
+) -> tuple[int, UserError | None, bool]:
+    """All-reduces (MAX) signals, errors and wishes after a step, so that all ranks act alike.
 
     Returns:
-        the number of the signal that any rank received, or 0; and the error of any rank in reading
-        the data of the next step, or None.
+        the number of the signal that any rank received, or 0; the error of any rank in reading the
+        data of the next step, or None; and whether a checkpoint is wanted now, by a signal, by the
+        file `SAVE` in the run's folder, or because `checkpoint.minutes` are over.
 
     Raises:
-        UserError: on every rank, rank 0's `write_error`.
+        UserError: on every rank, rank 0's `write_error`, or why a checkpoint could not be saved.
     """
     read_error = None
     if job.reader is not None and job.step < end:
         upcoming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
         read_error = job.reader.upcoming_error(len(upcoming))
-    status = [float(stop.number), float(write_error is not None), float(read_error is not None)]
-    number, write_failed, read_failed = all_reduced(status, job.world.device, dist.ReduceOp.MAX)
+    wanted, stop.save = stop.save or (job.world.is_rank_zero and save_is_due(job)), False
+    flags = (write_error is not None, read_error is not None, job.saver.failed, wanted)
+    status = [float(stop.number), *map(float, flags)]
+    number, write_failed, read_failed, save_failed, save_wanted = all_reduced(
+        status, job.world.device, dist.ReduceOp.MAX
+    )
     if write_failed:
         raise UserError(on_rank_zero(lambda: str(write_error)))
+    if save_failed:
+        job.saver.finish()  # raises the same on every rank
     stop.agreed = number > 0
     if read_failed:
         first = next(error for error in on_all_ranks(lambda: read_error) if error)
         read_error = UserError(f"{first} (the run is saved after step {job.step})")
-    return int(number), read_error
+    return int(number), read_error, bool(save_wanted)
 
 
 def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
@@ -288,17 +274,6 @@ def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError 
     except UserError as error:
         return error
     return None
-
-
-def write_below(path: Path, action: Callable[[], object]) -> None:
-    """Runs `action`, which writes below `path`; raises UserError where that raises OSError."""
-    try:
-        action()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or path}: {error.strerror}; free space or repair "
-            f"the disk of {path.absolute()}, then resume the run"
-        ) from error
 
 
 def stop_for_bad_steps(job: Job, result: Result) -> None:

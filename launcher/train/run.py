@@ -18,9 +18,12 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.train.folder import (
     RECIPE,
+    Source,
     check_resumable,
     open_existing,
+    open_named,
     open_new,
+    run_of,
     saved_recipe,
 )
 from colonnade.launcher.train.metrics import read_metrics
@@ -65,9 +68,11 @@ def train(
     *,
     nproc: int = 1,
     runs: str | Path = "runs",
+    run: str | Path | None = None,
+    automatic: bool = False,
     until: int | None = None,
 ) -> Run:
-    """Trains a recipe.
+    """Trains a recipe, in a new folder or in that of a run, which it makes or goes on with.
 
     Under torchrun every rank makes the same call, and `nproc` is ignored.
 
@@ -75,7 +80,9 @@ def train(
         recipe: a recipe, the path of one, or the name of one that is shipped.
         overrides: `table.field=value`, as on the command line.
         nproc: ranks to start on this host.
-        runs: folder in which the run gets a folder `NAME-TIME`.
+        runs: folder in which the run gets a folder `NAME-TIME`, unless `run` names one.
+        run: the run's folder. The same call again goes on from its newest checkpoint.
+        automatic: go on from the newest checkpoint that is whole, past damaged ones.
         until: save and stop after this step; the schedules stay those of `train.steps`.
 
     Raises:
@@ -89,31 +96,49 @@ def train(
     """
     environment = RankEnvironment.from_environment()
     valid = valid_recipe(recipe, overrides, environment, nproc)
-    from colonnade.launcher.train.start import start
+    if run is None and environment is not None and environment.restarts:
+        raise UserError(
+            f"this job has been started again (restart {environment.restarts}), and would begin "
+            "anew: name its run with --run DIR, so that a restart goes on with it"
+        )
+    from colonnade.launcher.train.start import Order, start
 
-    return start(valid, environment, nproc, lambda: open_new(valid, Path(runs)), False, until)
+    named = None if run is None else Path(run)
+    opened = (
+        partial(open_new, valid, Path(runs)) if named is None else partial(open_named, valid, named)
+    )
+    return start(valid, environment, nproc, opened, Order(Source(None, automatic), until))
 
 
 def resume(
-    run: str | Path, overrides: Sequence[str] = (), *, nproc: int = 1, until: int | None = None
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int = 1,
+    automatic: bool = False,
+    until: int | None = None,
 ) -> Run:
-    """Continues a run from its newest checkpoint, on any number of ranks.
+    """Continues a run from its newest checkpoint or from a given one, on any number of ranks.
+
+    Later checkpoints than the one it goes on from are set aside (`step-N.aside`).
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or one of its checkpoints.
         overrides: changed fields, for example `train.steps=200`.
+        automatic: go on from the newest checkpoint that is whole, past damaged ones.
 
     Raises:
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
-    folder = Path(run)
+    folder, checkpoint = run_of(Path(run))
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc)
     check_resumable(saved, recipe)
-    from colonnade.launcher.train.start import start
+    from colonnade.launcher.train.start import Order, start
 
-    return start(recipe, environment, nproc, lambda: open_existing(recipe, folder), True, until)
+    order = Order(Source(checkpoint, automatic), until)
+    return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)
 
 
 def valid_recipe(

@@ -1,17 +1,20 @@
 """Runs a training job's ranks: starts them on this host, or takes part as one of them."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
-from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.environment import RankEnvironment, has_agent
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import (
     SINGLE_PROCESS,
     choose_device,
+    end_with_launcher,
     prepare_rank,
     start_ranks,
 )
@@ -19,12 +22,19 @@ from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.folder import COMING, RECIPE
+from colonnade.launcher.train.folder import CHECKPOINTS, NEWEST, SAVE, OpenRun, Source
 from colonnade.launcher.train.job import run_job
 from colonnade.launcher.train.run import Run
 from colonnade.parallel.world import open_world
 
-OpenFolder = Callable[[], AbstractContextManager[Path]]  # opens and locks a run's folder
+OpenFolder = Callable[[], AbstractContextManager[OpenRun]]  # opens and locks a run's folder
+
+
+class Order(NamedTuple):
+    """What a job is asked for: where it goes on, and after which step it stops (None: the last)."""
+
+    source: Source = NEWEST
+    until: int | None = None
 
 
 def start(
@@ -32,8 +42,7 @@ def start(
     environment: RankEnvironment | None,
     nproc: int,
     open_folder: OpenFolder,
-    resume: bool,
-    until: int | None,
+    order: Order,
 ) -> Run:
     """Trains as a rank of a running job or as a single process, or starts ranks and waits for them.
 
@@ -42,8 +51,7 @@ def start(
         environment: the rank of this process; None if no launcher started it.
         nproc: ranks to start on this host, where no launcher started this process.
         open_folder: opens the run's folder, with the recipe in it.
-        resume: continue from the run's newest checkpoint.
-        until: stop after this step; None: after the last.
+        order: what the job is asked for.
 
     Raises:
         UserError: a mistake in the recipe or its data, or `nproc` > 1 under srun.
@@ -54,27 +62,35 @@ def start(
             "leave --nproc out, and give srun one task per rank"
         )
     if environment is not None or nproc == 1:
-        return train_as_rank(recipe, environment or SINGLE_PROCESS, open_folder, resume, until)
+        return train_as_rank(recipe, environment or SINGLE_PROCESS, open_folder, order)
     # a fault that every rank would report is reported once, before ranks and a run's folder exist
     first_rank = RankEnvironment.on_one_host(0, nproc)
     device = choose_device(recipe.train.device, first_rank, recipe.train.compile)
     prepare_data(recipe)
-    with open_folder() as path:
-        last_checkpoint = newest(path / "checkpoints")
+    with open_folder() as run:
+        checkpoints = run.path / CHECKPOINTS
+        last_checkpoint = newest(checkpoints)
         print(f"starting    {nproc} ranks on {device.type}", flush=True)
-        arguments = {"run": str(path), "resume": resume, "until": until}
-        status = start_ranks(train_started_rank, arguments, nproc)
-        if status and newest(path / "checkpoints") == last_checkpoint:
+        arguments = {
+            "run": str(run.path),
+            "resume": run.resume,
+            "source": list(order.source),
+            "until": order.until,
+            "parent": os.getpid(),
+        }
+        saves = recipe.checkpoint.usr1 == "save"
+        on_usr1 = (run.path / SAVE).touch if saves else None
+        status = start_ranks(train_started_rank, arguments, nproc, on_usr1)
+        if status and newest(checkpoints) == last_checkpoint:
             print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
-    return Run(path, status)
+    return Run(run.path, status)
 
 
 def train_as_rank(
     recipe: Recipe,
     environment: RankEnvironment,
     open_folder: OpenFolder,
-    resume: bool,
-    until: int | None,
+    order: Order,
     started: bool = False,
 ) -> Run:
     """Trains as one rank. Rank 0 opens the run's folder, the first rank of each host prepares data.
@@ -82,6 +98,8 @@ def train_as_rank(
     `started` says that our own launcher started this rank: the launcher has prepared the data, and
     announces signals to the user.
     """
+    if not started and has_agent():
+        end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
     with (
         ExitStack() as folders,
@@ -93,15 +111,20 @@ def train_as_rank(
         if not started:
             prepares = environment.local_rank == 0
             on_all_ranks(lambda: prepare_data(recipe) if prepares else None, world.wait_for_all)
-        path = on_rank_zero(lambda: folders.enter_context(open_folder()))
+        run = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
-        number = run_job(recipe, path, world, resume, until, announce)
-    return Run(path, 128 + number if number else 0)
+        number = run_job(recipe, run.path, world, run.resume, order.until, announce, order.source)
+    return Run(run.path, 128 + number if number else 0)
 
 
-def train_started_rank(run: str, resume: bool, until: int | None) -> None:
+def train_started_rank(
+    run: str, resume: bool, source: list[Any], until: int | None, parent: int
+) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
-    path = Path(run)
+    if os.getppid() != parent:
+        raise SystemExit(1)  # the launcher ended before this rank could ask to end with it
+    opened = OpenRun(Path(run), resume)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
-    recipe = load_recipe(path / (COMING if resume else RECIPE), world_size=environment.size)
-    train_as_rank(recipe, environment, lambda: nullcontext(path), resume, until, started=True)
+    recipe = load_recipe(opened.recipe, world_size=environment.size)
+    order = Order(Source(*source), until)
+    train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

@@ -68,16 +68,19 @@ def train_step(
     samples: Sequence[Sequence[int]],
     recipe: Recipe,
     step: int,
+    before_update: Callable[[], object] = lambda: None,
 ) -> Result:
     """Runs this rank's micro-batches forward and backward, and updates the model. Collective.
 
     A step without valid tokens, or with a non-finite objective or gradient, updates nothing.
+    `before_update` is called before parameters and optimizer state change.
     """
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
     report = engine.gradients(batches, samples, groups, rng_key)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
     if report.finite and report.tokens:
+        before_update()
         engine.update(report, lr, recipe.optimizer.clip)
     else:
         engine.discard()

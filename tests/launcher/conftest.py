@@ -5,13 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import preloaded_context
 
+from colonnade.launcher.data import IndexedWriter
+from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.errors import Fault, RecipeError
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.tables import Recipe
 
 Write = Callable[[str], Path]
 Faults = Callable[..., list[Fault]]
+TOKENS = 50  # vocabulary of `tokens`
 
 
 @pytest.fixture
@@ -38,6 +43,54 @@ def faults(write: Write) -> Faults:
         return []
 
     return faults
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token file of random documents."""
+    prefix = tmp_path_factory.mktemp("tokens") / "random"
+    generator = torch.Generator().manual_seed(3)
+    with IndexedWriter(prefix, token_dtype(TOKENS)) as writer:
+        for length in torch.randint(2, 40, (200,), generator=generator).tolist():
+            writer.add(torch.randint(0, TOKENS, (length,), generator=generator).numpy())
+    return prefix
+
+
+@pytest.fixture
+def recipe(tokens: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A tiny recipe with overrides."""
+    text = f"""
+name = "tiny"
+[model]
+pattern = "M-*E"
+residual = "ladder"
+hidden = 16
+heads = 2
+ffn = 24
+vocab = {TOKENS}
+mamba_head_dim = 8
+mamba_state = 4
+mamba_chunk = 5
+experts = 3
+[optimizer]
+lr = 0.01
+warmup = 2
+[data]
+validation = 0.2
+[[data.sources]]
+format = "tokens"
+path = "{tokens}"
+[train]
+steps = 8
+global_batch = 8
+micro_batch = 2
+seq_len = 16
+precision = "fp64"
+validate_rows = 7
+"""
+    path = tmp_path / "tiny.toml"
+    path.write_text(text)
+    return lambda *overrides: load_recipe(path, overrides, None)
 
 
 @pytest.fixture

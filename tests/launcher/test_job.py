@@ -16,10 +16,9 @@ from ranks import RankError, Ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from colonnade.launcher.cluster.signals import stop_signal
-from colonnade.launcher.data import IndexedWriter, open_data
-from colonnade.launcher.data.indexed import token_dtype
+from colonnade.launcher.data import open_data
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build, run_job
 from colonnade.launcher.train.metrics import read_metrics
@@ -27,56 +26,6 @@ from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.step import validate_loss, validation_key
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
-
-VOCAB = 50
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token file of random documents."""
-    prefix = tmp_path_factory.mktemp("tokens") / "random"
-    generator = torch.Generator().manual_seed(3)
-    with IndexedWriter(prefix, token_dtype(VOCAB)) as writer:
-        for length in torch.randint(2, 40, (200,), generator=generator).tolist():
-            writer.add(torch.randint(0, VOCAB, (length,), generator=generator).numpy())
-    return prefix
-
-
-@pytest.fixture
-def recipe(tokens: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """A tiny recipe with overrides."""
-    text = f"""
-name = "tiny"
-[model]
-pattern = "M-*E"
-residual = "ladder"
-hidden = 16
-heads = 2
-ffn = 24
-vocab = {VOCAB}
-mamba_head_dim = 8
-mamba_state = 4
-mamba_chunk = 5
-experts = 3
-[optimizer]
-lr = 0.01
-warmup = 2
-[data]
-validation = 0.2
-[[data.sources]]
-format = "tokens"
-path = "{tokens}"
-[train]
-steps = 8
-global_batch = 8
-micro_batch = 2
-seq_len = 16
-precision = "fp64"
-validate_rows = 7
-"""
-    path = tmp_path / "tiny.toml"
-    path.write_text(text)
-    return lambda *overrides: load_recipe(path, overrides, None)
 
 
 def job(

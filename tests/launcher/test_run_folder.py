@@ -1,14 +1,31 @@
 """A run's folder is locked by one process, and keeps the recipe's fixed fields."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from colonnade.launcher.checkpoint import save, step_folder
 from colonnade.launcher.errors import RecipeError, UserError
+from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
-from colonnade.launcher.train.folder import COMING, RECIPE, check_resumable, open_existing, open_new
+from colonnade.launcher.train.folder import (
+    CHECKPOINTS,
+    COMING,
+    RECIPE,
+    check_resumable,
+    open_existing,
+    open_named,
+    open_new,
+    run_of,
+)
+from colonnade.launcher.train.lock import LOCK, locked, show_life
 from colonnade.models.config import ModelConfig
 
 RESUMES = """
@@ -32,13 +49,15 @@ def resume_in_other_process(folder: Path) -> str:
 
 def test_a_run_is_locked_against_other_processes(tmp_path: Path) -> None:
     """The lock belongs to the process: it ends with it, also when that is killed."""
-    with open_new(Recipe(), tmp_path) as folder:
+    with open_new(Recipe(), tmp_path) as opened:
+        folder = opened.path
         (message,) = resume_in_other_process(folder).splitlines()
         assert "trains this run" in message
         assert str(folder) in message
         assert not (folder / COMING).exists()
     with open_existing(Recipe(), folder), pytest.raises(UserError), open_existing(Recipe(), folder):
         pass
+    assert (folder / LOCK).read_text() == ""
     assert resume_in_other_process(folder) == "locked\n"
     assert (folder / RECIPE).exists()
 
@@ -75,4 +94,96 @@ def test_the_kind_of_optimizer_stays() -> None:
 
 def test_runs_of_one_second_have_different_folders(tmp_path: Path) -> None:
     with open_new(Recipe(), tmp_path) as one, open_new(Recipe(), tmp_path) as two:
-        assert one != two
+        assert one.path != two.path
+
+
+def of_other_host(folder: Path, age: float) -> Path:
+    """A lock that a job of another host has not given back, and touched `age` seconds ago."""
+    lock = folder / LOCK
+    lock.write_text("process 7 on elsewhere (SLURM job 12)\n")
+    os.utime(lock, (time.time() - age,) * 2)
+    return lock
+
+
+def test_a_living_job_of_another_host_is_noticed(tmp_path: Path) -> None:
+    """Its file system shares no locks with this host, but its signs of life are seen."""
+    lock, stopped = of_other_host(tmp_path, 0), threading.Event()
+    pulse = threading.Thread(target=show_life, args=(lock, 0.05, stopped))
+    pulse.start()
+    try:
+        with (
+            pytest.raises(UserError, match=r"process 7 on elsewhere \(SLURM job 12\) trains this"),
+            locked(tmp_path, beat=0.2),
+        ):
+            pass
+    finally:
+        stopped.set()
+        pulse.join()
+
+
+@pytest.mark.parametrize("age", [0, 3600])
+def test_the_lock_of_a_dead_job_is_free(tmp_path: Path, age: float) -> None:
+    of_other_host(tmp_path, age)
+    start = time.monotonic()
+    with locked(tmp_path, beat=0.1):
+        assert time.monotonic() - start < (0.1 if age else 2)
+        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_holder_shows_life(tmp_path: Path) -> None:
+    with locked(tmp_path, beat=0.02):
+        first = (tmp_path / LOCK).stat().st_mtime_ns
+        end = time.monotonic() + 10
+        while (tmp_path / LOCK).stat().st_mtime_ns == first:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_without_locks_signs_of_life_remain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        locked(tmp_path, beat=0.05),
+        pytest.raises(UserError, match=f"process {os.getpid()} on"),
+        locked(tmp_path, beat=0.1),
+    ):
+        pass
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_a_named_run_is_made_and_gone_on_with(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "runs" / "mine", Recipe()
+    for _ in range(2):  # killed before its first checkpoint, it begins again
+        with open_named(recipe, folder) as opened:
+            assert opened == (folder, False)
+            assert opened.recipe == folder / RECIPE
+    save(step_folder(folder / CHECKPOINTS, 3), {}, {})
+    faster = Recipe(optimizer=OptimizerConfig(lr=0.5))
+    with open_named(faster, folder) as opened:
+        assert opened == (folder, True)
+        assert load_recipe(opened.recipe) == faster
+        assert load_recipe(folder / RECIPE) == recipe
+    other = Recipe(optimizer=OptimizerConfig(name="muon"))
+    with pytest.raises(RecipeError, match=r"optimizer\.name"), open_named(other, folder):
+        pass
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with (
+        pytest.raises(UserError, match=r"no run \(recipe.toml is missing\) and holds thesis.tex"),
+        open_named(Recipe(), tmp_path),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_run_of_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = step_folder(tmp_path / CHECKPOINTS, 3)
+    assert run_of(checkpoint) == (tmp_path, str(checkpoint))
+    assert run_of(tmp_path) == (tmp_path, None)

@@ -1,0 +1,122 @@
+"""Locks a run's folder, so that one job trains it at a time, whatever its hosts.
+
+The kernel frees the lock of a process that has died. Hosts whose file system does not share locks
+see signs of life instead: the holder touches the file every few seconds.
+"""
+
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from colonnade.launcher.cluster.environment import scheduler_job
+from colonnade.launcher.errors import UserError
+
+LOCK = ".lock"
+BEAT = 5.0  # seconds between two signs of life
+
+
+@contextmanager
+def locked(folder: Path, beat: float = BEAT) -> Iterator[None]:
+    """Locks a run's folder against all other jobs while the block runs.
+
+    Where a job of another host did not give the lock back, it waits for up to three beats for a
+    sign of life, unless the last one is older.
+
+    Raises:
+        UserError: another job trains this run, or the folder cannot be written to.
+    """
+    path = folder / LOCK
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write in the run's folder: {error.strerror}") from error
+    with file:
+        take(folder, file, beat)
+        file.truncate(0)
+        file.write(f"{describe_holder()}\n")
+        file.flush()
+        ended = threading.Event()
+        pulse = threading.Thread(target=show_life, args=(path, beat, ended), daemon=True)
+        pulse.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            pulse.join()
+            file.truncate(0)  # given back, so that no one waits for signs of life
+
+
+def take(folder: Path, file: TextIO, beat: float) -> None:
+    """Takes the lock; raises UserError where a living job has it."""
+    shared = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise held_error(folder, read(file)) from None
+    except OSError as error:  # a file system without locks
+        print(
+            f"colonnade: {folder} cannot be locked ({error.strerror}): a second job is noticed by "
+            "its signs of life alone",
+            file=sys.stderr,
+        )
+        shared = False
+    holder = read(file)
+    on_this_host = f" on {socket.gethostname()}" in holder
+    if holder and not (shared and on_this_host) and shows_life(folder / LOCK, beat):
+        raise held_error(folder, holder)
+
+
+def describe_holder() -> str:
+    """Returns the text of the lock: this process, its host, and the scheduler's job."""
+    job = scheduler_job()
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f" ({job})" if job else "")
+
+
+def held_error(folder: Path, holder: str) -> UserError:
+    """Returns the error for a run that another job trains."""
+    return UserError(
+        f"{folder}: {holder or 'another process'} trains this run; wait for its end, or stop it, "
+        "then resume"
+    )
+
+
+def read(file: TextIO) -> str:
+    """Returns the text of the lock: its last holder, or nothing if that gave it back."""
+    file.seek(0)
+    return file.read().strip()
+
+
+def shows_life(path: Path, beat: float) -> bool:
+    """Whether the file is touched within three beats; at once, if the last time was long ago.
+
+    Times are those of the file system's clock, on which hosts need not agree.
+    """
+    last = path.stat().st_mtime
+    clock = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    clock.touch()
+    now = clock.stat().st_mtime
+    clock.unlink()
+    if now - last > 3 * beat:
+        return False
+    end = time.monotonic() + 3 * beat
+    while time.monotonic() < end:
+        time.sleep(beat / 5)
+        path.open("rb").close()  # network file systems look for news when a file is opened
+        if path.stat().st_mtime != last:
+            return True
+    return False
+
+
+def show_life(path: Path, beat: float, ended: threading.Event) -> None:
+    """Touches the file every `beat` seconds until `ended` is set or the file is gone."""
+    while not ended.wait(beat):
+        if not path.exists():
+            return  # the folder was removed: the run itself reports it
+        os.utime(path)

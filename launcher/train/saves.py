@@ -1,0 +1,117 @@
+"""Saves a job and restores it: what a checkpoint of a run holds, and when one is due."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from colonnade.launcher.checkpoint import (
+    Choice,
+    Save,
+    Saver,
+    choose,
+    load,
+    prune,
+    set_aside,
+    step_folder,
+)
+from colonnade.launcher.checkpoint.folders import checkpoints, step_of
+from colonnade.launcher.checkpoint.tensors import changing_names, named_tensors
+from colonnade.launcher.cluster.collective import on_rank_zero
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.folder import CHECKPOINTS, SAVE, Source
+
+if TYPE_CHECKING:
+    from colonnade.launcher.train.job import Job
+
+
+def open_saver(recipe: Recipe, run: Path) -> Saver:
+    """Returns what saves the checkpoints of a run, and deletes old ones after each."""
+    settings, folder = recipe.checkpoint, run / CHECKPOINTS
+
+    def committed(save: Save) -> None:
+        write_below(folder, lambda: prune(folder, settings.keep, settings.keep_every))
+
+    return Saver(settings.asynchronous, committed)
+
+
+def save(job: "Job") -> None:
+    """Begins a checkpoint of the job's step; without threads, completes it. Collective."""
+    job.last_save = time.monotonic()
+    state = {
+        "step": job.step,
+        "bad_steps": job.bad_steps,
+        "updates": job.optimizer.updates,
+        "data": (job.reader or job.data.train).state(),
+    }
+    about = {
+        "step": job.step,
+        "recipe": job.recipe.name,
+        "ranks": job.world.size,
+        "layout": job.recipe.parallel.degrees(job.world.size),
+        "torch": torch.__version__,
+        "time": time.time(),
+    }
+    tensors = named_tensors(job.model, job.optimizer)
+    folder = step_folder(job.checkpoints, job.step)
+    job.saver.begin(folder, tensors, state, about, changing_names(job.model))
+
+
+def save_is_due(job: "Job") -> bool:
+    """Whether somebody asked for a checkpoint by the file `SAVE`, which is deleted then, or
+    `checkpoint.minutes` are over since the last one. Rank 0 calls it."""
+    asked = job.run / SAVE
+    if asked.exists():
+        asked.unlink()
+        return True
+    seconds = 60 * job.recipe.checkpoint.minutes
+    return 0 < seconds <= time.monotonic() - job.last_save
+
+
+def restore(job: "Job", source: Source) -> None:
+    """Loads a checkpoint, and sets later ones aside, which the run will make again. Collective.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is past `train.steps`.
+    """
+    if source.checkpoint is not None:
+        choice = Choice(Path(source.checkpoint), {})
+    else:
+        choice = choose(job.checkpoints, source.automatic)
+    folder, passed = choice
+    if folder is None:
+        raise UserError(f"{job.run}: no complete checkpoint to resume from; train it anew")
+    state = load(folder, named_tensors(job.model, job.optimizer))
+    if state["step"] > job.recipe.train.steps:
+        raise UserError(
+            f"train.steps = {job.recipe.train.steps}: the run is at step {state['step']} "
+            "already; set train.steps above it"
+        )
+    job.optimizer.updates = state["updates"]
+    job.step, job.bad_steps = state["step"], state["bad_steps"]
+    job.data.train.load_state(state["data"])
+    on_rank_zero(lambda: write_below(job.checkpoints, lambda: set_later_aside(job, passed)))
+
+
+def set_later_aside(job: "Job", passed: dict[Path, str]) -> None:
+    """Renames the checkpoints after the job's step, so that no later start takes one of them."""
+    for folder in checkpoints(job.checkpoints):
+        step = step_of(folder)
+        if step is not None and step > job.step:
+            why = passed.get(folder, f"{folder.name} is later than step {job.step}")
+            print(f"colonnade: {why}; it is now {set_aside(folder).name}", file=sys.stderr)
+
+
+def write_below(path: Path, action: Callable[[], Any]) -> None:
+    """Runs `action`, which writes below `path`; raises UserError where that raises OSError."""
+    try:
+        action()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or path}: {error.strerror}; free space or repair "
+            f"the disk of {path.absolute()}, then resume the run"
+        ) from error
