@@ -17,10 +17,11 @@ from colonnade.launcher.checkpoint.check import check_fits, check_savable
 from colonnade.launcher.checkpoint.folders import STATE, checkpoints, damaged_error, newest
 from colonnade.launcher.checkpoint.manifest import (
     Manifest,
+    block_faults,
     blocks,
-    check_blocks,
-    check_sizes,
+    raise_first,
     read_manifest,
+    size_faults,
 )
 from colonnade.launcher.checkpoint.read import SafetensorsReader
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero, rank
@@ -38,13 +39,13 @@ def verify(folder: Path) -> Manifest:
 
     def read() -> Manifest:
         manifest = read_manifest(folder)
-        check_sizes(folder, manifest)
+        raise_first(folder, size_faults(folder, manifest))
         return manifest
 
     manifest = on_rank_zero(read)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     share = list(blocks(manifest))[rank() :: ranks]
-    on_all_ranks(lambda: check_blocks(folder, share))
+    on_all_ranks(lambda: raise_first(folder, block_faults(folder, share)))
     return manifest
 
 
@@ -84,8 +85,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Returns the state that was saved in `folder`; raises UserError if it is damaged."""
     path = folder / STATE
     manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    check_blocks(folder, [block for block in blocks(manifest) if block.name == STATE])
+    raise_first(folder, size_faults(folder, manifest))
+    share = [block for block in blocks(manifest) if block.name == STATE]
+    raise_first(folder, block_faults(folder, share))
     state = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise damaged_error(path, "not a JSON object")

@@ -9,7 +9,7 @@ text before it.
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -156,27 +156,28 @@ def blocks(manifest: Manifest) -> Iterator[Block]:
             yield Block(name, start, min(BLOCK, record.size - start), crc)
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError, naming the file, where one is missing, too short or too long."""
+def size_faults(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yields the files that are missing, too short or too long, each with the reason."""
     for name, record in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            raise damaged_error(folder / name, error.strerror or str(error)) from None
+            yield name, error.strerror or str(error)
+            continue
         if size != record.size:
-            raise damaged_error(folder / name, f"{size:,} bytes instead of {record.size:,}")
+            yield name, f"{size:,} bytes instead of {record.size:,}"
 
 
-def check_blocks(folder: Path, share: Sequence[Block], threads: int | None = None) -> None:
-    """Reads blocks of files, and compares their checksums.
+def block_faults(
+    folder: Path, share: Sequence[Block], threads: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """Reads blocks of files; yields the files with a block that differs or cannot be read, each
+    with the reason.
 
     Args:
         folder: the checkpoint.
         share: the blocks that this rank checks.
         threads: which share them; None: one for each core.
-
-    Raises:
-        UserError: a block differs, or cannot be read; names the first one.
     """
 
     def fault(block: Block) -> str | None:
@@ -187,11 +188,16 @@ def check_blocks(folder: Path, share: Sequence[Block], threads: int | None = Non
             return error.strerror or str(error)
         if crc == block.crc32:
             return None
-        return (
-            f"its checksum differs, between bytes {block.start:,} and {block.start + block.size:,}"
-        )
+        end = block.start + block.size
+        return f"its checksum differs, between bytes {block.start:,} and {end:,}"
 
     with ThreadPoolExecutor(max_workers=threads or cores()) as pool:
         for block, reason in zip(share, pool.map(fault, share), strict=True):
             if reason is not None:
-                raise damaged_error(folder / block.name, reason)
+                yield block.name, reason
+
+
+def raise_first(folder: Path, faults: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError for the first of the faults of a checkpoint's files, if there is one."""
+    for name, reason in faults:
+        raise damaged_error(folder / name, reason)

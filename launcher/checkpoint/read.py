@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from colonnade.launcher.checkpoint.catalog import Catalog, Chunk
+from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry
 from colonnade.launcher.checkpoint.folders import TENSORS, damaged_error
 
 
@@ -83,3 +83,16 @@ def _read(opened: Any, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> No
     if values.dtype != target.dtype:
         raise SafetensorError(f"{chunk.key} is {values.dtype}, {TENSORS} says {target.dtype}")
     target.detach().copy_(values)
+
+
+def read_tensor(folder: Path, entry: Entry) -> torch.Tensor:
+    """Returns a whole tensor of a checkpoint whose files have been checked."""
+    whole = torch.empty(entry.shape, dtype=entry.torch_dtype)
+    for chunk in entry.chunks:
+        with safe_open(folder / chunk.file, framework="pt") as opened:
+            box = tuple(
+                slice(start, start + size)
+                for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+            whole[box] = opened.get_tensor(chunk.key)
+    return whole
