@@ -16,6 +16,7 @@ from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
+from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
 from colonnade.parallel.mesh import data_rank, ranks_per_loss, ranks_per_sample
 from colonnade.parallel.passes import Inputs
@@ -68,19 +69,24 @@ def train_step(
     samples: Sequence[Sequence[int]],
     recipe: Recipe,
     step: int,
+    timer: Timer | None = None,
 ) -> Result:
     """Runs this rank's micro-batches forward and backward, and updates the model. Collective.
 
     A step without valid tokens, or with a non-finite objective or gradient, updates nothing.
+    `timer` measures its parts `passes` and `update`.
     """
+    timer = timer or Timer()
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
-    report = engine.gradients(batches, samples, groups, rng_key)
+    with timer.part("passes"):
+        report = engine.gradients(batches, samples, groups, rng_key)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
-    if report.finite and report.tokens:
-        engine.update(report, lr, recipe.optimizer.clip)
-    else:
-        engine.discard()
+    with timer.part("update"):
+        if report.finite and report.tokens:
+            engine.update(report, lr, recipe.optimizer.clip)
+        else:
+            engine.discard()
     return Result(report, lr)
 
 
