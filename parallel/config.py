@@ -134,3 +134,10 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             "ep": self.ep,
             "etp": etp,
         }
+
+    def layout(self, world_size: int) -> dict[str, int]:
+        """The axes of both views that have several ranks, with their degrees."""
+        degrees = self.degrees(world_size)
+        if self.folds_experts:
+            degrees |= self.expert_degrees(world_size)
+        return {axis: degree for axis, degree in degrees.items() if degree > 1}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ class Save:
         seconds: from its beginning to its commit.
         failure: why it is not complete, the same on every rank.
         thread: that saves it.
+        waiting: when training began to wait for its end; None: it does not.
     """
 
     folder: Path
@@ -59,6 +60,12 @@ class Save:
     seconds: float = 0.0
     failure: Exception | None = None
     thread: threading.Thread | None = None
+    waiting: float | None = None
+
+    def blocked_so_far(self) -> float:
+        """Seconds for which training has waited, up to now if it waits."""
+        waiting = 0.0 if self.waiting is None else time.perf_counter() - self.waiting
+        return self.blocked + waiting
 
 
 class Content(NamedTuple):
@@ -97,6 +104,12 @@ class Saver:
         """Whether the save in flight has failed, as far as this rank knows; `finish` raises it."""
         return self.in_flight is not None and self.in_flight.failure is not None
 
+    @property
+    def copying(self) -> bool:
+        """Whether the save in flight still reads tensors, so that they must not change."""
+        in_flight = self.in_flight is not None and self.stage is not None
+        return in_flight and not cast(Stage, self.stage).staged.is_set()
+
     def begin(
         self,
         folder: Path,
@@ -131,8 +144,9 @@ class Saver:
         save = Save(folder, plan.bytes)
         if self.stage is None:
             content = Content(plan, state_json, about or {}, lambda: on_host(chunks))
+            save.waiting = start
             self._write(save, content, start)
-            save.blocked = save.seconds
+            save.blocked, save.waiting = save.seconds, None
             return save
         if self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
             # the thread must not use the groups of training
@@ -163,9 +177,9 @@ class Saver:
         """
         if (save := self.in_flight) is None or save.thread is None:
             return
-        start = time.perf_counter()
+        save.waiting = time.perf_counter()
         save.thread.join()
-        save.blocked += time.perf_counter() - start
+        save.blocked, save.waiting = save.blocked_so_far(), None
         self.in_flight = None
         if save.failure is not None:
             raise save.failure

@@ -42,6 +42,11 @@ class StopSignal:
             self.number = number
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal, such as SIGTERM; nothing for 0."""
+    return signal.Signals(number).name if number else ""
+
+
 @contextmanager
 def stop_signal(
     ranks: int, announce: bool = False, saving: Collection[int] = ()

@@ -1,4 +1,4 @@
-"""The content of a checkpoint or of a Hugging Face folder: files, and tensors that are read alone."""
+"""The content of a checkpoint or of a Hugging Face folder: its files and its tensors."""
 
 import math
 import zlib
@@ -29,7 +29,7 @@ from colonnade.launcher.errors import UserError
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor: torch's name of its dtype, its global shape, and in how many chunks it is stored."""
+    """A tensor: torch's name of its dtype, its global shape, and the number of its chunks."""
 
     dtype: str
     shape: tuple[int, ...]

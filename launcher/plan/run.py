@@ -90,7 +90,7 @@ def as_dict(
         "recipe": recipe.name,
         "ranks": ranks,
         "rank": rank + largest["pipeline_rank"] * ranks // recipe.parallel.pp,
-        "layout": layout(recipe.parallel, ranks),
+        "layout": recipe.parallel.layout(ranks),
         "schedule": recipe.parallel.schedule if recipe.parallel.pp > 1 else None,
         "parameters": measure(recipe.model, train.seq_len).parameters,
         "precision": train.precision,
@@ -137,14 +137,6 @@ def micro_batches_of(recipe: Recipe, size: int) -> int:
     degrees = recipe.parallel.degrees(size)
     ranks = degrees["dp_replicate"] * degrees["dp_shard"]
     return recipe.train.global_batch // (recipe.train.micro_batch * ranks)
-
-
-def layout(parallel: ParallelConfig, size: int) -> dict[str, int]:
-    """Returns the axes of both views that have several ranks, with their degrees."""
-    degrees = parallel.degrees(size)
-    if parallel.folds_experts:
-        degrees |= parallel.expert_degrees(size)
-    return {axis: degree for axis, degree in degrees.items() if degree > 1}
 
 
 def rows(collectives: Mapping[tuple[str, str], "Traffic"]) -> list[dict[str, Any]]:

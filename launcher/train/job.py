@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.launcher.checkpoint import Saver, newest
+from colonnade.launcher.checkpoint import Saver, newest, step_folder
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.ranks import settle_determinism
-from colonnade.launcher.cluster.signals import StopSignal, stop_signal
+from colonnade.launcher.cluster.signals import StopSignal, signal_name, stop_signal
 from colonnade.launcher.data import Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import CHECKPOINTS, NEWEST, Source, adopt
+from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.plot import plot_loads, plot_loss
-from colonnade.launcher.train.saves import open_saver, restore, save, save_is_due, write_below
+from colonnade.launcher.train.saves import open_saver, restore, save, save_is_due, wait_for_copies
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
@@ -36,9 +37,10 @@ from colonnade.launcher.train.step import (
     validate_loss,
     validation_key,
 )
+from colonnade.launcher.train.summary import describe_job, print_summary, start_facts
 from colonnade.launcher.train.timeline import timeline_of
+from colonnade.launcher.train.timer import Timer
 from colonnade.models.decoder import Decoder
-from colonnade.models.shapes import measure
 from colonnade.parallel.engine import Engine, all_reduced
 from colonnade.parallel.materialise import materialise
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh, data_rank
@@ -58,10 +60,12 @@ class Job:
     engine: Engine
     data: Data
     saver: Saver
+    events: Events  # written by rank 0 alone
     reader: Prefetcher | None = None
     step: int = 0  # completed steps
     bad_steps: int = 0  # consecutive non-finite steps up to now
     last_save: float = field(default_factory=time.monotonic)  # when the last save began
+    timer: Timer = field(default_factory=Timer)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -115,11 +119,13 @@ def build_model(
     return engine.mesh, engine.model, engine.optimizer
 
 
-def build(recipe: Recipe, run: Path, world: World) -> Job:
-    """Builds the job of a recipe on this rank, at step 0."""
+def build(recipe: Recipe, run: Path, world: World, events: Events | None = None) -> Job:
+    """Builds the job of a recipe on this rank, at step 0; without `events` it records none."""
     settle_determinism(recipe.train.deterministic)
-    saver = open_saver(recipe, run)
-    return Job(recipe, run, world, build_engine(recipe, world), open_data(recipe), saver)
+    events = events or Events()
+    engine, data = build_engine(recipe, world), open_data(recipe)
+    saver = open_saver(recipe, run, events)
+    return Job(recipe, run, world, engine, data, saver, events)
 
 
 def run_job(
@@ -138,52 +144,44 @@ def run_job(
     Returns:
         the number of the signal that stopped it, or 0.
     """
-    job = build(recipe, run, world)
-    if resume:
-        restore(job, source)
-        # only after the checkpoint was loaded under the new recipe may that replace the old one
-        on_rank_zero(lambda: adopt(run))
-    monitor = open_monitor(job)
+    events = Events()
+    on_rank_zero(lambda: write_below(run, lambda: events.open(run)))
     saving = (signal.SIGUSR1,) if recipe.checkpoint.usr1 == "save" else ()
-    with stop_signal(world.size, announce, saving) as stop, job.saver:
-        end = min(until or recipe.train.steps, recipe.train.steps)
-        signal_number = train_loop(job, monitor, stop, end)
-        if job.step == recipe.train.steps and not signal_number:
-            finish(job, monitor)
+    with closing(events), events.errors_recorded():
+        job = build(recipe, run, world, events)
+        if resume:
+            restore(job, source)
+            # only after the checkpoint was loaded under the new recipe may that replace the old one
+            on_rank_zero(lambda: adopt(run))
+        monitor = open_monitor(job)
+        # within, because a rank that lost its peer after a signal is ended by `stop_signal`
+        with stop_signal(world.size, announce, saving) as stop, events.errors_recorded(), job.saver:
+            end = min(until or recipe.train.steps, recipe.train.steps)
+            signal_number = train_loop(job, monitor, stop, end)
+            finished = job.step == recipe.train.steps and not signal_number
+            if finished:
+                finish(job, monitor)
+        reason = signal_name(signal_number) or ("finished" if finished else "until")
+        on_rank_zero(lambda: write_below(run, lambda: events.stop(job.step, reason)))
     if monitor:
         monitor.close()
-        print_summary(job)
+        print_summary(run, recipe, world, job.step)
     return signal_number
 
 
 def open_monitor(job: Job) -> Monitor | None:
-    """Opens the monitor on rank 0, and returns None on others; if it fails, all ranks raise."""
+    """Opens the monitor and records the start on rank 0, and returns None on others; if it fails,
+    all ranks raise."""
     opened: list[Monitor] = []  # not the result of `on_rank_zero`, which would broadcast it
 
     def open_on_this_rank() -> None:
-        opened.append(Monitor(job.run, job.recipe, job.step))
-        opened[0].say(describe_job(job))
+        opened.append(Monitor(job.run, job.recipe, job.step, job.events.attempt))
+        opened[0].say(describe_job(job.recipe, job.world, job.data, job.step))
+        checkpoint = step_folder(job.checkpoints, job.step).name if job.step else None
+        job.events.start(job.step, checkpoint, **start_facts(job.recipe, job.world))
 
     on_rank_zero(lambda: write_below(job.run, open_on_this_rank))
     return opened[0] if opened else None
-
-
-def describe_job(job: Job) -> str:
-    """Describes the model, the ranks, the device and the data, for the start of the output."""
-    recipe, world = job.recipe, job.world
-    size = measure(recipe.model, recipe.train.seq_len)
-    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-    text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
-    unused = world.device.type == "cpu" and torch.cuda.is_available()
-    if unused and recipe.train.device == "auto":
-        count = torch.cuda.device_count()
-        text += f" (this host has {count} GPUs, for jobs with at most one rank per GPU)"
-    text += f"\n{job.data.train.describe()}"
-    if job.step:
-        text += f"\nresumed after step {job.step} of {recipe.train.steps}"
-    if recipe.data.validation and recipe.train.validate_rows and job.data.validation is None:
-        text += "\nno validation: the data have too few documents to hold rows out, or are streamed"
-    return text
 
 
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
@@ -198,14 +196,17 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
         if job.step < end:
             count = len(micro_batches(recipe.train, job.step, rank, ranks))
             sync_errors(partial(raise_if, job.reader.upcoming_error(count)), job.world.device)
+        job.timer.restart()
         while job.step < end and not signal_number:
             samples = micro_batches(recipe.train, job.step, rank, ranks)
-            batches = list(islice(job.reader, len(samples)))
+            with job.timer.part("data"):
+                batches = list(islice(job.reader, len(samples)))
             write = partial(write_below, job.run)
             with timeline_of(job.step + 1, recipe, job.engine.passes, job.run, write):
-                wait = job.saver.wait
-                result = train_step(job.engine, batches, samples, recipe, job.step, wait)
+                wait = partial(wait_for_copies, job)
+                result = train_step(job.engine, batches, samples, recipe, job.step, job.timer, wait)
             job.step += 1
+            job.events.step = job.step
             job.bad_steps = job.bad_steps + 1 if result.skipped else 0
             write_error = report_step(job, monitor, result)
             # every rank gets the same status here, so all take the same branches below
@@ -216,9 +217,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             scheduled = every and job.step % every == 0
             last = job.step == end or signal_number or read_error
             if last or scheduled or wanted:
-                save(job)
-            if last:
-                job.saver.finish()
+                save(job, wait=bool(last))
             if read_error:
                 raise read_error
             every = recipe.train.validate_every
@@ -226,8 +225,6 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             # `finish` validates after the last step
             if scheduled and job.step < recipe.train.steps and not signal_number:
                 run_validation(job, monitor)
-            if monitor:
-                monitor.restart_clock()
     return signal_number
 
 
@@ -247,7 +244,8 @@ def sync_status(
     read_error = None
     if job.reader is not None and job.step < end:
         upcoming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
-        read_error = job.reader.upcoming_error(len(upcoming))
+        with job.timer.part("data"):
+            read_error = job.reader.upcoming_error(len(upcoming))
     wanted, stop.save = stop.save or (job.world.is_rank_zero and save_is_due(job)), False
     flags = (write_error is not None, read_error is not None, job.saver.failed, wanted)
     status = [float(stop.number), *map(float, flags)]
@@ -292,6 +290,7 @@ def stop_for_bad_steps(job: Job, result: Result) -> None:
 def record_step(job: Job, monitor: Monitor, result: Result) -> None:
     """Records a step's metrics: `tokens` are all, `trained_tokens` those with a loss."""
     recipe, report = job.recipe.train, result.report
+    seconds, parts = job.timer.restart()
     tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
     metrics: dict[str, Any] = {
         "step": job.step,
@@ -300,6 +299,8 @@ def record_step(job: Job, monitor: Monitor, result: Result) -> None:
         "lr": result.lr,
         "tokens": tokens,
         "trained_tokens": report.tokens,
+        "seconds": round(seconds, 6),
+        "parts": {name: round(part, 6) for name, part in parts.items()},
     }
     if report.balance:
         metrics["balance"] = report.balance
@@ -321,7 +322,8 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
         return
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     rng_key = validation_key(job.recipe.train.seed, job.step)
-    loss, bits = validate_loss(job.engine, rows, job.recipe, lengths, rng_key)
+    with job.timer.part("validation"):
+        loss, bits = validate_loss(job.engine, rows, job.recipe, lengths, rng_key)
 
     def record() -> None:
         assert monitor is not None  # on rank 0
@@ -331,6 +333,7 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
             metrics["validation_bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
         monitor.record(metrics)
+        job.events.validation(job.step, loss, job.timer.parts["validation"])
         monitor.say(f"{text} at step {job.step}")
 
     on_rank_zero(lambda: write_below(job.run, record))
@@ -350,20 +353,3 @@ def finish(job: Job, monitor: Monitor | None) -> None:
     on_rank_zero(lambda: write_below(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
     if monitor:
         monitor.say(f"sample\n{text}\n")
-
-
-def print_summary(job: Job) -> None:
-    """Prints, on rank 0, the plots' paths, the run's folder, and how to continue the run."""
-    try:
-        for draw in (plot_loss, plot_loads):
-            if plot := draw(job.run):
-                print(f"plot        {plot}")
-    except OSError as error:
-        print(f"no plot     {error.filename or job.run}: {error.strerror}")
-    print(f"run         {job.run}")
-    if job.step < job.recipe.train.steps:
-        ranks = f" --nproc {job.world.size}" if job.world.size > 1 else ""
-        print(
-            f"stopped after step {job.step}, saved; go on with: "
-            f"colonnade train --resume {job.run}{ranks}"
-        )

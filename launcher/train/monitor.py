@@ -1,7 +1,5 @@
 """Reports a run's progress: a live line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
-import json
-import math
 import sys
 import time
 import uuid
@@ -15,8 +13,9 @@ from colonnade.launcher.cluster.devices import peak_flops
 from colonnade.launcher.cluster.memory import peak_gib
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.lines import Lines, without_nan
 from colonnade.launcher.train.loads import LoadWatch
-from colonnade.launcher.train.metrics import curves, read_metrics
+from colonnade.launcher.train.metrics import METRICS, curves
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
@@ -33,11 +32,6 @@ def duration(seconds: float) -> str:
     minutes, remaining = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{remaining:02}" if hours else f"{minutes}:{remaining:02}"
-
-
-def finite(value: float) -> float | None:
-    """Returns the value, or None if it is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def not_installed(package: str) -> UserError:
@@ -86,9 +80,11 @@ class Monitor:
     """Writes the reports of rank 0.
 
     A run that was interrupted after its last checkpoint has recorded steps after `start`, which
-    will be trained again: their metrics are dropped.
+    will be trained again. metrics.jsonl keeps them, and its readers choose (`read_metrics`);
+    TensorBoard drops them.
 
     Attributes:
+        attempt: the number of this start of the run, which every row has.
         window: seconds and tokens of the last steps, for a moving average.
         flops: training FLOPs per token.
         loads: the watch on the loads of experts.
@@ -96,52 +92,30 @@ class Monitor:
         unfinished: the live line has not been ended by a newline.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, start: int) -> None:
+    def __init__(self, run: Path, recipe: Recipe, start: int, attempt: int) -> None:
         self.steps, self.window = recipe.train.steps, deque[tuple[float, int]](maxlen=20)
-        self.path = run / "metrics.jsonl"
-        self.drop_after(start)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.path, self.attempt = run / METRICS, attempt
+        self.lines = Lines(self.path)
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
         self.flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
         self.loads = LoadWatch(recipe)
         self.live, self.unfinished = sys.stdout.isatty(), False
         self.last_print = 0.0
-        self.clock = time.perf_counter()
-
-    def drop_after(self, start: int) -> None:
-        """Drops the metrics of steps after `start`, the step of the checkpoint.
-
-        After the last step, drops its validation, too, which a resumed run repeats.
-        """
-
-        def stays(row: dict[str, Any]) -> bool:
-            repeated = start == self.steps and "validation_loss" in row
-            return row["step"] < start or (row["step"] == start and not repeated)
-
-        text = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if stays(row))
-        temporary = self.path.with_suffix(".coming")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path)  # atomic: an interruption loses no metrics
-
-    def restart_clock(self) -> None:
-        """Excludes the time since the last step (validation, a checkpoint) from the next step's."""
-        self.clock = time.perf_counter()
 
     def step(self, metrics: dict[str, Any], tokens: int, world: World) -> None:
         """Records one step, and prints its line.
 
         Args:
-            metrics: at least `step` (from 1), `loss`, `lr` and `grad_norm`; values are numbers, or
-                objects of finite numbers, as of the loads of experts.
+            metrics: at least `step` (from 1), `loss`, `lr`, `grad_norm` and `seconds`; values are
+                numbers, or objects of finite numbers, as of the loads of experts.
             tokens: of this step on all ranks.
             world: this rank among all ranks.
         """
-        now = time.perf_counter()
-        rate = tokens / (now - self.clock)
-        self.window.append((now - self.clock, tokens))
-        self.clock = now
+        rate, peak_memory = tokens / metrics["seconds"], peak_gib(world.device)
+        self.window.append((metrics["seconds"], tokens))
         metrics["tokens_per_s"] = round(rate, 1)
+        metrics["memory_gib"] = round(peak_memory, 3)
         if peak := device_peak(world.device):
             metrics["mfu"] = round(rate * self.flops / (peak * world.size), 4)
         self.record(metrics)
@@ -151,18 +125,17 @@ class Monitor:
             f"step {metrics['step']:>{len(str(self.steps))}}/{self.steps}  "
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  "
             f"{sum(n for _, n in self.window) / seconds:,.0f} tokens/s  "
-            f"{peak_gib(world.device):.2f} GiB  ETA {duration(remaining)}",
+            f"{peak_memory:.2f} GiB  ETA {duration(remaining)}",
             last=metrics["step"] == self.steps,
         )
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Writes one object: to metrics.jsonl as it is, to the other sinks its `curves`.
+        """Writes one object: to metrics.jsonl with time and attempt, to other sinks its `curves`.
 
-        A number that is not finite is written as null: JSON has no NaN.
+        A number that is not finite is written as null.
         """
-        plain = {k: finite(v) if isinstance(v, float) else v for k, v in metrics.items()}
-        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self.file.flush()
+        plain = without_nan(metrics)
+        self.lines.append(plain | {"time": round(time.time(), 3), "attempt": self.attempt})
         numbers = curves(plain)
         if self.tensorboard:
             for name, value in numbers.items():
@@ -191,7 +164,7 @@ class Monitor:
         """Closes every sink."""
         if self.unfinished:
             print()
-        self.file.close()
+        self.lines.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

@@ -2,9 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,24 +22,30 @@ from colonnade.launcher.checkpoint.tensors import changing_names, named_tensors
 from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import CHECKPOINTS, SAVE, Source
+from colonnade.launcher.train.lines import write_below
 
 if TYPE_CHECKING:
     from colonnade.launcher.train.job import Job
 
 
-def open_saver(recipe: Recipe, run: Path) -> Saver:
-    """Returns what saves the checkpoints of a run, and deletes old ones after each."""
+def open_saver(recipe: Recipe, run: Path, events: Events) -> Saver:
+    """Returns what saves a run's checkpoints, records them, and deletes old ones after each."""
     settings, folder = recipe.checkpoint, run / CHECKPOINTS
 
     def committed(save: Save) -> None:
+        step = cast(int, step_of(save.folder))
+        waited = save.blocked_so_far()
+        write_below(run, lambda: events.save(step, waited, save.seconds, save.bytes))
         write_below(folder, lambda: prune(folder, settings.keep, settings.keep_every))
 
     return Saver(settings.asynchronous, committed)
 
 
-def save(job: "Job") -> None:
-    """Begins a checkpoint of the job's step; without threads, completes it. Collective."""
+def save(job: "Job", wait: bool) -> None:
+    """Begins a checkpoint of the job's step; with `wait`, or without a thread, completes it.
+    Collective."""
     job.last_save = time.monotonic()
     state = {
         "step": job.step,
@@ -58,7 +63,17 @@ def save(job: "Job") -> None:
     }
     tensors = named_tensors(job.model, job.optimizer)
     folder = step_folder(job.checkpoints, job.step)
-    job.saver.begin(folder, tensors, state, about, changing_names(job.model))
+    with job.timer.part("save"):
+        job.saver.begin(folder, tensors, state, about, changing_names(job.model))
+        if wait:
+            job.saver.finish()
+
+
+def wait_for_copies(job: "Job") -> None:
+    """Returns when parameters and optimizer state may change: a save in flight has copied them."""
+    if job.saver.copying:
+        with job.timer.part("save"):
+            job.saver.wait()
 
 
 def save_is_due(job: "Job") -> bool:
@@ -104,14 +119,3 @@ def set_later_aside(job: "Job", passed: dict[Path, str]) -> None:
         if step is not None and step > job.step:
             why = passed.get(folder, f"{folder.name} is later than step {job.step}")
             print(f"colonnade: {why}; it is now {set_aside(folder).name}", file=sys.stderr)
-
-
-def write_below(path: Path, action: Callable[[], Any]) -> None:
-    """Runs `action`, which writes below `path`; raises UserError where that raises OSError."""
-    try:
-        action()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or path}: {error.strerror}; free space or repair "
-            f"the disk of {path.absolute()}, then resume the run"
-        ) from error

@@ -16,6 +16,7 @@ from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.schedule import batch_size, learning_rate
+from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
 from colonnade.parallel.mesh import data_rank, ranks_per_loss, ranks_per_sample
 from colonnade.parallel.passes import Inputs
@@ -68,22 +69,27 @@ def train_step(
     samples: Sequence[Sequence[int]],
     recipe: Recipe,
     step: int,
+    timer: Timer | None = None,
     before_update: Callable[[], object] = lambda: None,
 ) -> Result:
     """Runs this rank's micro-batches forward and backward, and updates the model. Collective.
 
     A step without valid tokens, or with a non-finite objective or gradient, updates nothing.
-    `before_update` is called before parameters and optimizer state change.
+    `timer` measures its parts `passes` and `update`. `before_update` is called before parameters
+    and optimizer state change.
     """
+    timer = timer or Timer()
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
-    report = engine.gradients(batches, samples, groups, rng_key)
+    with timer.part("passes"):
+        report = engine.gradients(batches, samples, groups, rng_key)
     lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
-    if report.finite and report.tokens:
-        before_update()
-        engine.update(report, lr, recipe.optimizer.clip)
-    else:
+    if not report.finite or not report.tokens:
         engine.discard()
+        return Result(report, lr)
+    before_update()
+    with timer.part("update"):
+        engine.update(report, lr, recipe.optimizer.clip)
     return Result(report, lr)
 
 

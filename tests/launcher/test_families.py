@@ -13,7 +13,7 @@ from colonnade.launcher.generate import generate
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import run_job
-from colonnade.launcher.train.monitor import read_metrics
+from colonnade.launcher.train.metrics import read_metrics
 from colonnade.parallel.world import World
 
 PATTERNS = ("*-*-", "M-M-", "m-m-", "D-D-", "G-G-", "*E*E", "*T*T", "M-*E")
