@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from colonnade.launcher.cluster.doctor import doctor as doctor
     from colonnade.launcher.data import data as data
     from colonnade.launcher.generate import generate as generate
+    from colonnade.launcher.inspect.run import inspect as inspect
     from colonnade.launcher.plan.run import plan as plan
     from colonnade.launcher.recipe.load import load_recipe as load_recipe
     from colonnade.launcher.train.run import resume as resume
@@ -21,13 +22,16 @@ _MODULES = {
     "data": "launcher.data",
     "doctor": "launcher.cluster.doctor",
     "generate": "launcher.generate",
+    "inspect": "launcher.inspect.run",
     "load_recipe": "launcher.recipe.load",
     "plan": "launcher.plan.run",
     "resume": "launcher.train.run",
     "train": "launcher.train.run",
     "verify": "launcher.verify.run",
 }
-__all__ = ["data", "doctor", "generate", "load_recipe", "plan", "resume", "train", "verify"]
+__all__ = [
+    "data", "doctor", "generate", "inspect", "load_recipe", "plan", "resume", "train", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

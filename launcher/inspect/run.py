@@ -101,18 +101,20 @@ def difference_of(name: str, first: Contents, second: Contents) -> dict[str, Any
     if one.shape != other.shape:
         return {**found, "shape": [list(one.shape), list(other.shape)]}
     a, b = first.read(name), second.read(name)
-    if one.dtype == other.dtype and torch.equal(
-        a.view(-1).view(torch.uint8) if a.numel() else a,
-        b.view(-1).view(torch.uint8) if b.numel() else b,
-    ):
-        return None  # fmt: skip
+    if not found and torch.equal(bits(a), bits(b)):
+        return None
     a, b = a.double(), b.double()
     difference = (a - b).abs()
-    if difference.numel() and bool(difference.isnan().any()):
-        return {**found, "not_a_number": int(difference.isnan().sum())}
-    largest = float(difference.max()) if difference.numel() else 0.0
-    norm = float(a.norm())
-    if largest or found:
-        found |= {"elements": int((difference != 0).sum()), "largest": largest}
-        found |= {"relative": float(difference.norm()) / norm if norm else None}
-    return found or None
+    if strange := int(difference.isnan().sum()):
+        return {**found, "not_a_number": strange}
+    if not found and not difference.any():
+        return {"bits_only": True}
+    norm, largest = float(a.norm()), float(difference.max()) if difference.numel() else 0.0
+    relative = float(difference.norm()) / norm if norm else None
+    elements = int((difference != 0).sum())
+    return {**found, "elements": elements, "largest": largest, "relative": relative}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes of a tensor: equal numbers may have other bits, and NaN is not itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

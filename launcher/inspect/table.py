@@ -85,6 +85,8 @@ def difference(found: dict[str, Any]) -> str:
     ]
     if "not_a_number" in found:
         parts.append(f"{found['not_a_number']:,} differences are not numbers")
+    if "bits_only" in found:
+        parts.append("equal numbers, other bits (the sign of a zero)")
     if "largest" in found:
         relative = found["relative"]
         text = f"{found['elements']:,} elements, by at most {found['largest']:.3g}"

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from colonnade.launcher.checkpoint.folders import newest, step_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
@@ -94,6 +93,8 @@ def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
             f"--run {folder}: it is no run ({RECIPE} is missing) and holds {min(others)}; name a "
             "new or an empty folder"
         )
+    from colonnade.launcher.checkpoint import newest  # imports torch, which takes seconds
+
     with locked(folder):
         if (folder / RECIPE).is_file() and newest(folder / CHECKPOINTS):
             check_resumable(saved_recipe(folder), recipe)
@@ -118,8 +119,9 @@ def open_existing(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
 
 def run_of(path: Path) -> tuple[Path, str | None]:
     """Returns the run's folder of a path, and the checkpoint in it if the path is that of one."""
-    if step_of(path) is not None and path.absolute().parent.name == CHECKPOINTS:
-        return path.absolute().parent.parent, str(path.absolute())
+    folder = path.absolute().parent
+    if folder.name == CHECKPOINTS:
+        return folder.parent, str(path.absolute())
     return path, None
 
 

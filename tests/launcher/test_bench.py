@@ -21,7 +21,7 @@ from colonnade.bench import (
     step,
 )
 from colonnade.bench.timing import alternate, median_ratio
-from colonnade.launcher.cli import build_parser
+from colonnade.launcher.cli.parser import build_parser
 from colonnade.launcher.cluster.doctor import doctor
 from colonnade.launcher.errors import UserError
 from colonnade.models.config import CARDS

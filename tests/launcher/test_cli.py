@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from colonnade import load_recipe, resume, train
-from colonnade.launcher.cli import build_parser, main, parse
+from colonnade.launcher.cli import main
+from colonnade.launcher.cli.parser import build_parser, parse
 
 TINY = [
     "model.pattern=M*E",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colonnade.launcher.cli import reporting
+from colonnade.launcher.cli.report import reporting
 
 PRINTS = """
 import subprocess, sys

@@ -1,0 +1,178 @@
+"""The verbs of the command line, their options, and the parser of both."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from colonnade.launcher.cli import verbs
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def positive(text: str) -> int:
+    """Parses an integer from 1 to 2²⁰, more than any number of ranks or of generated tokens."""
+    if not 1 <= (number := int(text)) <= 2**20:
+        raise argparse.ArgumentTypeError("must be at least 1 and at most 1048576")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """Parses a number of at least 0."""
+    if not (number := float(text)) >= 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="colonnade",
+        description="Train language models on anything from a laptop to a cluster.",
+    )
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, run: Verb) -> argparse.ArgumentParser:
+        verb = subparsers.add_parser(name, help=VERBS[name], description=VERBS[name])
+        verb.set_defaults(action=run)
+        return verb
+
+    train = add("train", verbs.run_train)
+    train.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
+    train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. train.steps=20")
+    train.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
+    train.add_argument("--run", metavar="DIR", help="the run's folder: made, or gone on with")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run, or from one of its checkpoints; with --run, `auto`: from the "
+        "newest that is whole",
+    )
+    train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
+    train.add_argument("--runs", help="folder for run folders (default: runs)")
+
+    train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")
+
+    rank = subparsers.add_parser("_rank")
+    rank.set_defaults(action=verbs.run_rank)
+    rank.add_argument("function", help="module:function")
+    rank.add_argument("arguments", help="its keyword arguments as JSON")
+
+    verify = add("verify", verbs.run_verify)
+    verify.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
+    verify.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. model.repeat=1")
+    verify.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
+    verify.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="tp=2,…",
+        help="fields of [parallel], residual and recompute; may be given several times (default: a "
+        "set that has every pair of axes and options that is valid)",
+    )
+    verify.add_argument(
+        "--all",
+        action="store_true",
+        help="four small recipes instead (dense, mixture, hybrid, hybrid mixture), in fp64 alone "
+        "and with 2 steps, so that it is affordable (one recipe: fp64 and fp32, 3 steps)",
+    )
+    verify.add_argument("--sample", type=positive, metavar="K", help="K cases of each set only")
+    verify.add_argument("--seed", type=int, default=0, help="draws the sample (default: 0)")
+    verify.add_argument("--table", metavar="FILE", help="with --all: what it proved, in Markdown")
+
+    plan = add("plan", verbs.run_plan)
+    plan.add_argument("recipe", help="a path, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. parallel.tp=8")
+    plan.add_argument("--gpus", type=positive, required=True, help="ranks of the job")
+    plan.add_argument(
+        "--dry-run", action="store_true", help="run one rank of it here, without data"
+    )
+
+    plan.add_argument("--device", help="refuse what it cannot hold: h100, …, or 80GiB")
+
+    generate = add("generate", verbs.run_generate)
+    generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--tokens", type=positive, default=200, help="largest number of tokens")
+    generate.add_argument(
+        "--temperature", type=not_negative, default=0.8, help="0: the likeliest token"
+    )
+    generate.add_argument("--top-k", type=positive, help="sample among the k likeliest tokens only")
+    generate.add_argument("--seed", type=int, default=0)
+
+    data = add("data", verbs.run_data)
+    data.add_argument("source", help="file, folder or glob; hub: the name of the data set")
+    data.add_argument("destination", help="prefix of the .bin and .idx to write")
+    data.add_argument(
+        "--format",
+        choices=["text", "jsonl", "parquet", "hub", "stdlib"],
+        help="default: detected by the files",
+    )
+    data.add_argument(
+        "--tokenizer", default="bytes", help="`bytes`, a tokenizer.json, or its folder"
+    )
+    data.add_argument("--column", default="text", help="column that holds the text")
+    data.add_argument("--prompt", help="column put before the text, without loss")
+    data.add_argument("--eod", metavar="TOKEN", help="ends a document (default: the tokenizer's)")
+    data.add_argument("--bos", metavar="TOKEN", help="put before every document (default: none)")
+    data.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="the spelling of a special token in a text becomes that token",
+    )
+    data.add_argument("--overwrite", action="store_true")
+
+    inspect = add("inspect", verbs.run_inspect)
+    inspect.add_argument(
+        "checkpoint", help="a checkpoint, a run (its newest), or a Hugging Face folder"
+    )
+    inspect.add_argument("other", nargs="?", help="compare with this one")
+
+    doctor = add("doctor", verbs.run_doctor)
+    bench = add("bench", verbs.run_bench)
+    bench.add_argument("name", choices=list(verbs.benchmarks().BENCHMARKS))
+    bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
+    for verb in (train, verify, plan, data, inspect, doctor, bench):
+        verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
+    return parser
+
+
+# The verbs with their descriptions, and those that are planned.
+VERBS = {
+    "train": "train a recipe, or resume a run",
+    "verify": "compare parallel layouts with one process, at test size",
+    "plan": "show what each rank of a job of any size holds and sends",
+    "generate": "sample text from a trained model",
+    "data": "convert text to packed tokens in Megatron's .bin/.idx format",
+    "inspect": "show what a checkpoint holds and check its files, or compare two",
+    "doctor": "show devices, backends, and which kernel serves each operator",
+    "bench": "run a benchmark beside its reference",
+}
+PLANNED = ("convert", "logs", "report", "status", "submit", "sweep")
+
+
+def unknown_verb(word: str) -> str:
+    """Returns the message for a verb that does not exist."""
+    if word in PLANNED:
+        hint = f"`{word}` is planned and not built yet."
+    elif near := difflib.get_close_matches(word, [*VERBS, *PLANNED], 1):
+        planned = ", which is planned and not built yet" if near[0] in PLANNED else ""
+        hint = f"there is no verb `{word}`; did you mean `{near[0]}`{planned}?"
+    else:
+        hint = f"there is no verb `{word}`."
+    return f"{hint} The verbs are {', '.join(VERBS)}; --help describes each."
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the arguments; overrides of a recipe may come before or after options."""
+    parser = build_parser()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
+        parser.error(unknown_verb(words[0]))
+    parsed, unparsed = parser.parse_known_args(arguments)
+    has_overrides = parsed.verb in ("train", "verify", "plan")
+    if unparsed and (not has_overrides or any(word.startswith("-") for word in unparsed)):
+        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
+    if unparsed:
+        parsed.overrides = [*parsed.overrides, *unparsed]
+    return parsed
