@@ -4,17 +4,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cluster.environment import cache_folder
+from colonnade.launcher.data.content import print_progress
 from colonnade.launcher.data.documents import Document, document_chunks, encode_documents
 from colonnade.launcher.data.files import (
     resolve_format,
@@ -22,13 +23,17 @@ from colonnade.launcher.data.files import (
     source_name,
     stdlib_folder,
 )
-from colonnade.launcher.data.indexed import IndexedWriter, token_dtype, token_files
+from colonnade.launcher.data.indexed import IndexedWriter, read_indexed, token_dtype, token_files
+from colonnade.launcher.data.record import DamagedTokensError, record_path
+from colonnade.launcher.data.rows import Tokens
 from colonnade.launcher.data.sources import open_reader
 from colonnade.launcher.data.tokenizer import Tokenizer, open_tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import DataConfig, SourceConfig
 
 _FORMAT_VERSION = 2  # increased whenever the same text would be written differently
+_CACHE_REMEDY = "remove the folder, which is then written again"
+_REPLACED_AGE = 30 * 24 * 3600  # seconds after which a damaged folder is deleted
 _PROGRESS_INTERVAL = 5.0  # seconds between lines of progress
 
 
@@ -63,45 +68,89 @@ def tokenise(
     return Summary(writer.documents, writer.tokens)
 
 
-def cached_tokens(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> Path:
-    """Returns the cache's folder for a source; writes its `train` and `validation` if missing.
+def cached_tokens(
+    source: SourceConfig, data: DataConfig, tokenizer: Tokenizer
+) -> tuple[Tokens, Tokens]:
+    """Opens a source's tokens to train and to validate on; writes them if the cache lacks them.
 
     A hash of the document's index or file name selects the documents held out for validation. The
     first document always trains, so that a source of a single document trains at all.
 
     The folder is keyed by the content of the files, whatever their paths. Hashing takes about a
-    second a gigabyte, a hundredth of the time that tokenising takes; files whose path, size and
-    time of change are unchanged are not hashed again. If several processes of a host ask at the
-    same time, one tokenises and the others wait; the folder appears complete or not at all.
+    second a gigabyte, a hundredth of the time that tokenising takes; files whose path, size, inode
+    and times of change are unchanged are not hashed again. If several processes of a host ask at
+    the same time, one tokenises and the others wait; the folder appears complete or not at all.
+
+    A folder whose files are missing or changed is written again, after a line that says so.
     """
     source = resolve_format(source)
     root, files = _cache_root(data), source_files(source)
     # A small file, keyed by paths, sizes and times, that holds the name of the source's folder.
     pointer = root / "known" / _digest(_stat_key(source, data, tokenizer, files))
-    if (entry := _pointed_entry(root, pointer)) is not None:
-        return entry
+    if (tokens := _pointed_tokens(root, pointer)) is not None:
+        return tokens
     with _write_errors_as_user_errors(root, "set data.cache to a folder with room"):
         pointer.parent.mkdir(parents=True, exist_ok=True)
         with _host_lock(Path(f"{pointer}.lock"), source):
             # Another process may have written it while this one waited for the lock.
-            if (entry := _pointed_entry(root, pointer)) is not None:
-                return entry
+            if (tokens := _pointed_tokens(root, pointer)) is not None:
+                return tokens
             key = _content_key(source, data, tokenizer, files)
             entry = root / _digest(key)
-            if not entry.exists():
-                _write_entry(entry, source, data, tokenizer, key)
+            # Processes that read the same content at other paths hold other locks than this one.
+            with _host_lock(pointer.with_name(f"{entry.name}.entry.lock"), source):
+                tokens = _open_or_write(entry, source, data, tokenizer, key)
             temporary = Path(f"{pointer}.{uuid.uuid4().hex[:8]}.tmp")
             temporary.write_text(entry.name)
             os.replace(temporary, pointer)
-    return entry
+    return tokens
 
 
-def _pointed_entry(root: Path, pointer: Path) -> Path | None:
-    """Returns the folder whose name the file `pointer` holds; None if either is missing."""
-    if not pointer.exists():
+def _pointed_tokens(root: Path, pointer: Path) -> tuple[Tokens, Tokens] | None:
+    """Opens the folder whose name the file `pointer` holds; None if one is missing or damaged."""
+    try:
+        name = pointer.read_text(errors="replace")
+        return _open_entry(root / name) if re.fullmatch("[0-9a-f]{32}", name) else None
+    except (FileNotFoundError, DamagedTokensError):
         return None
-    entry = root / pointer.read_text()
-    return entry if entry.exists() else None
+
+
+def _open_or_write(
+    entry: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, key: dict[str, Any]
+) -> tuple[Tokens, Tokens]:
+    """Opens an entry's tokens; writes them first if it is missing or damaged."""
+    if entry.exists():
+        try:
+            return _open_entry(entry)
+        except DamagedTokensError as error:
+            print_progress(
+                f"the cache of {source_name(source)} is damaged and is made again: {error.problem}"
+            )
+    _write_entry(entry, source, data, tokenizer, key)
+    return _open_entry(entry)
+
+
+def _open_entry(entry: Path) -> tuple[Tokens, Tokens]:
+    """Opens and verifies an entry's `train` and `validation`; raises DamagedTokensError."""
+    try:
+        key = json.loads((entry / "source.json").read_text())
+    except (OSError, ValueError):
+        key = None
+    if key is None or _digest(key) != entry.name:
+        raise DamagedTokensError(f"{entry / 'source.json'} is missing or changed", _CACHE_REMEDY)
+    splits = []
+    for split in ("train", "validation"):
+        try:
+            tokens = read_indexed(entry / split, verify=True)
+        except DamagedTokensError:
+            raise
+        except (OSError, UserError) as error:  # another process may have renamed the folder
+            raise DamagedTokensError(str(error), _CACHE_REMEDY) from error
+        if tokens.record is None or tokens.record.fingerprint != key["encoding"]["tokenizer"]:
+            path = record_path(entry / split)
+            raise DamagedTokensError(f"{path} is missing or changed", _CACHE_REMEDY)
+        splits.append(tokens)
+    return splits[0], splits[1]
 
 
 @contextmanager
@@ -111,7 +160,7 @@ def _host_lock(path: Path, source: SourceConfig) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _print_progress(f"waiting for another process that tokenises {source_name(source)}")
+            print_progress(f"waiting for another process that tokenises {source_name(source)}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -119,27 +168,40 @@ def _host_lock(path: Path, source: SourceConfig) -> Iterator[None]:
 def _write_entry(
     entry: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, key: dict[str, Any]
 ) -> None:
-    """Tokenises a source into a temporary folder and renames it to `entry`."""
+    """Tokenises a source into a temporary folder and renames it to `entry`.
+
+    A folder that is there already is renamed, and deleted a month later: another process may read
+    it, perhaps over a network, where an open file is lost if another host deletes it.
+    """
     begin = time.monotonic()
-    _print_progress(f"tokenising {source_name(source)} into {entry}")
+    print_progress(f"tokenising {source_name(source)} into {entry}")
     temporary = Path(f"{entry}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
         summary = _write_split(source, data.validation, tokenizer, temporary)
         (temporary / "source.json").write_text(json.dumps(key, indent=1))
-        try:
-            os.rename(temporary, entry)
-        except OSError:
-            # A process that reads the same content at another path holds another lock, and may
-            # have written the folder first.
-            if not entry.exists():
-                raise
+        _replace_entry(entry, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.monotonic() - begin
-    _print_progress(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens in {seconds:.1f} s"
-    )
+    print_progress(f"{summary.documents:,} documents, {summary.tokens:,} tokens in {seconds:.1f} s")
+
+
+def _replace_entry(entry: Path, temporary: Path) -> None:
+    """Renames `temporary` to `entry`, and an `entry` that exists to a name of its own."""
+    for old in entry.parent.glob("*.damaged"):
+        with suppress(FileNotFoundError):  # another host may have deleted it
+            if time.time() - old.stat().st_mtime > _REPLACED_AGE:
+                shutil.rmtree(old, ignore_errors=True)
+    if entry.exists():
+        os.utime(entry)  # its age counts from now
+        os.rename(entry, f"{entry}.{uuid.uuid4().hex[:8]}.damaged")
+    try:
+        os.rename(temporary, entry)
+    except OSError:
+        # A process of another host, where it does not see the lock, may have written it first.
+        if not entry.exists():
+            raise
 
 
 def _write_split(
@@ -177,15 +239,10 @@ def _write_documents(
         if (now := time.monotonic()) - last_print >= _PROGRESS_INTERVAL:
             last_print, progress = now, reader.progress()
             percent = "" if progress is None else f", {progress:.0%}"
-            _print_progress(
+            print_progress(
                 f"tokenising {source_name(source)}: {document_count:,} documents, "
                 f"{token_count:,} tokens, {token_count / (now - begin):,.0f} tokens/s{percent}"
             )
-
-
-def _print_progress(line: str) -> None:
-    """Prints a line to stderr at once; stdout is for reports."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _refuse_empty(source: SourceConfig, writer: IndexedWriter) -> None:
@@ -217,7 +274,7 @@ def _cache_root(data: DataConfig) -> Path:
     return cache_folder()
 
 
-def _digest(key: dict[str, Any]) -> str:
+def _digest(key: object) -> str:
     """Hashes JSON-able values to a file name."""
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
@@ -230,7 +287,10 @@ def _stat_key(
     return {
         "format": _FORMAT_VERSION,
         "source": source.model_dump(exclude={"weight", "stream"}),
-        "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+        "files": [
+            (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            for path, stat in stats
+        ],
         "encoding": tokenizer.encoding,
         "validation": data.validation,
     }

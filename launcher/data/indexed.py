@@ -6,6 +6,7 @@ number one more than the documents. `.bin` holds the tokens without a header. `.
 file that Megatron does not have, holds one byte a token: 1 if it has a loss as a label, else 0.
 """
 
+import dataclasses
 import hashlib
 import os
 import struct
@@ -15,7 +16,13 @@ from types import TracebackType
 
 import numpy as np
 
-from colonnade.launcher.data.record import read_record, record_path, write_record
+from colonnade.launcher.data.content import FileContent, hash_files, hashes_whole, read_contents
+from colonnade.launcher.data.record import (
+    DamagedTokensError,
+    read_record,
+    record_path,
+    write_record,
+)
 from colonnade.launcher.data.rows import Tokens
 from colonnade.launcher.data.tokenfile import FileArray
 from colonnade.launcher.data.tokenizer import Tokenizer
@@ -37,26 +44,31 @@ def token_dtype(size: int) -> np.dtype:
     return np.dtype("<u2" if size <= 2**16 else "<i4")
 
 
-def _damaged(path: Path, problem: str) -> UserError:
+def _damaged(path: Path, problem: str) -> DamagedTokensError:
     """Returns the error for the file `path`; its message is the sentence "PATH PROBLEM"."""
-    return UserError(f"{path} {problem}: copy the file again, or write it with `colonnade data`")
+    return DamagedTokensError(
+        f"{path} {problem}", "copy the file again, or write it with `colonnade data`"
+    )
 
 
 def _file_size(path: Path) -> int:
-    """Returns the bytes of a file; raises UserError if it does not exist."""
+    """Returns the bytes of a file; raises DamagedTokensError if it cannot be opened."""
     try:
-        return path.stat().st_size
+        with path.open("rb"):
+            return path.stat().st_size
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}: give the prefix of a .bin and an .idx file, "
-            "without the ending"
+        raise DamagedTokensError(
+            f"cannot read {path}: {error.strerror}",
+            "give the prefix of a .bin and an .idx file, without the ending",
         ) from error
 
 
-def read_indexed(prefix: Path) -> Tokens:
+def read_indexed(prefix: Path, verify: bool = False) -> Tokens:
     """Opens `PREFIX.bin` (and `.mask`), keeping only the document starts in memory.
 
-    Raises UserError if a file is missing, truncated or not a token file, or if the files disagree.
+    With `verify`, hashes the files, and compares them with their record if they have one.
+    Raises DamagedTokensError if a file is missing, truncated or not a token file, or if the files
+    disagree; UserError if one cannot be opened.
     """
     bin_path, idx_path, mask_path = token_files(prefix)
     dtype, lengths, offsets, bounds = _read_index(idx_path)
@@ -79,7 +91,45 @@ def read_indexed(prefix: Path) -> Tokens:
             raise _damaged(mask_path, f"has {size} bytes for {total} tokens")
         mask = FileArray(mask_path, "u1", total)
     record = read_record(prefix, total)
-    return Tokens(str(bin_path), FileArray(bin_path, dtype, total), starts, mask, record)
+    tokens = Tokens(str(bin_path), FileArray(bin_path, dtype, total), starts, mask, record)
+    return _verified(prefix, tokens, lengths, bounds) if verify else tokens
+
+
+def _verified(prefix: Path, tokens: Tokens, lengths: np.ndarray, bounds: np.ndarray) -> Tokens:
+    """Returns `tokens` with the contents of their files, which match the record if there is one."""
+    paths = [path for path in token_files(prefix) if path.suffix != ".mask" or path.exists()]
+    files = [
+        content._replace(name=path.suffix)
+        for path, content in zip(paths, read_contents(paths), strict=True)
+    ]
+    for array in (tokens.tokens, tokens.mask):
+        if isinstance(array, FileArray) and not array.is_current():
+            raise _damaged(array.path, "was replaced while it was read")
+    record = tokens.record
+    if record is None:
+        return dataclasses.replace(tokens, files=tuple(files))
+    content = _content_hash(lengths, [file for file in files if file.name != ".idx"])
+    # Records did not hold the hash of samples at first.
+    expected = record.content if all(file.whole for file in files) else record.sampled or content
+    # Every document of a file with a record is one sequence.
+    if content != expected or not np.array_equal(bounds, np.arange(record.documents + 1)):
+        raise DamagedTokensError(
+            f"{prefix}.bin, .idx or .mask has changed since {record_path(prefix).name} was written "
+            "beside it",
+            "copy the files again, write them with `colonnade data`, or, if the change is "
+            "intended, remove the record",
+        )
+    return dataclasses.replace(tokens, files=tuple(files))
+
+
+def _content_hash(lengths: np.ndarray, files: list[FileContent]) -> str:
+    """Hashes lengths and the contents of a `.bin` and perhaps a `.mask`, as records hold it."""
+    content = hashlib.blake2b(np.ascontiguousarray(lengths, "<i4").data, digest_size=16)
+    for file in files:
+        content.update(file.digest)
+    if len(files) == 1:
+        content.update(hashlib.blake2b(digest_size=16).digest())  # of no mask
+    return content.hexdigest()
 
 
 def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
@@ -172,17 +222,27 @@ class IndexedWriter:
 
     def _write_record(self, tokenizer: Tokenizer) -> None:
         """Writes the temporary record; its content hash covers lengths, tokens and mask."""
-        content = hashlib.blake2b(np.asarray(self._lengths, "<i4").data, digest_size=16)
-        content.update(self._token_hash.digest())
-        content.update(self._mask_hash.digest())
+        lengths = np.asarray(self._lengths, "<i4")
+        whole = [
+            FileContent("", 0, part.hexdigest()) for part in (self._token_hash, self._mask_hash)
+        ]
         write_record(
             self._temporary[3],
             tokenizer,
             self.documents,
             self.tokens,
             self._largest_id,
-            content.hexdigest(),
+            _content_hash(lengths, whole),
+            self._sampled_hash(lengths),
         )
+
+    def _sampled_hash(self, lengths: np.ndarray) -> str | None:
+        """Hashes blocks of the written files as `_verified` does; None if it hashes them whole."""
+        paths = [path for path in self._temporary[:3] if path.exists()]
+        if hashes_whole(sum(path.stat().st_size for path in paths)):
+            return None
+        files = zip(paths, hash_files(paths), strict=True)
+        return _content_hash(lengths, [file for path, file in files if path.suffix != ".idx"])
 
     def __enter__(self) -> "IndexedWriter":
         return self

@@ -45,13 +45,14 @@ class Data:
 def prepare_data(recipe: Recipe) -> None:
     """Tokenises the sources that the cache lacks, before ranks start; raises as `open_data`.
 
-    One process of every host must call it. Several may at the same time: one of them tokenises.
+    It also hashes the files that are read, which ranks then need not do again. One process of every
+    host must call it. Several may at the same time: one of them tokenises.
     """
     open_data(recipe)
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Checks data, tokenizer and vocabulary without tokenising; returns a line on each source.
+    """Checks data, tokenizer and vocabulary, tokenising nothing; returns a line on each source.
 
     Reads the first document of every source of text, and the index and samples of token files, but
     opens no data set of the hub. A tokenizer or source that is not on this machine is reported and
@@ -88,7 +89,8 @@ def open_data(recipe: Recipe) -> Data:
     Training rows are a mixture by weight, shuffled by train.seed (streams: in stream order).
     Validation rows are in file order, source after source; streams have none. Raises UserError if a
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
-    smaller than the tokenizer.
+    smaller than the tokenizer. Token files that do not match the record beside them are refused; of
+    the cache they are written again.
     """
     tokenizer = _tokenizer(recipe)
     opened = [_open(recipe, i, tokenizer) for i in range(len(recipe.data.sources))]
@@ -116,15 +118,13 @@ def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows
     source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
     shuffle = (recipe.train.seed, index)
     if source.format == "tokens":
-        return _open_tokens(recipe, index, tokenizer)
+        return _open_tokens(recipe, index, tokenizer, verify=True)
     assert tokenizer is not None  # the default for text is `bytes`
     if source.stream and source.format != "stdlib":
         return StreamRows(source, tokenizer, S, vocab), None
-    entry = cached_tokens(source, recipe.data, tokenizer)
-    name = source_name(source)
     train, held_out = (
-        dataclasses.replace(read_indexed(entry / split), name=name)
-        for split in ("train", "validation")
+        dataclasses.replace(tokens, name=source_name(source))
+        for tokens in cached_tokens(source, recipe.data, tokenizer)
     )
     rows_class = _rows_class(recipe)
     rows = rows_class(train, S, vocab, shuffle=shuffle)
@@ -139,15 +139,15 @@ def _rows_class(recipe: Recipe) -> type[IndexedRows]:
 
 
 def _open_tokens(
-    recipe: Recipe, index: int, tokenizer: Tokenizer | None
+    recipe: Recipe, index: int, tokenizer: Tokenizer | None, verify: bool = False
 ) -> tuple[Rows, Rows | None]:
-    """Opens token files: (training rows, validation rows or None).
+    """Opens token files: (training rows, validation rows or None); `verify` as `read_indexed`.
 
     Holds out the last `data.validation` of the documents, or more of them if those are shorter than
     a row, or none if then too few tokens remain to train on.
     """
     source, shuffle = recipe.data.sources[index], (recipe.train.seed, index)
-    tokens = read_indexed(source_path(source))
+    tokens = read_indexed(source_path(source), verify)
     _check_tokens(recipe, tokens, tokenizer)
     S, vocab = recipe.train.seq_len, recipe.model.vocab
     size, rows_class = None if tokenizer is None else tokenizer.size, _rows_class(recipe)

@@ -1,11 +1,13 @@
 """Reads the documents of a source's files, by format, from the start or from a saved position."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colonnade.launcher.data.content import FileContent, read_contents
 from colonnade.launcher.data.documents import Document, Fields, fields_of, option_name, text_of
 from colonnade.launcher.data.files import (
     BOM,
@@ -87,6 +89,14 @@ class FileReader:
             "records": self._position.records,
             "offset": self._position.offset,
         }
+
+    def contents(self) -> list[FileContent]:
+        """Returns the contents of all files, in order, by their path below the folder of all."""
+        folder = os.path.commonpath([file.parent for file in self._files])
+        return [
+            content._replace(name=file.relative_to(folder).as_posix())
+            for file, content in zip(self._files, read_contents(self._files), strict=True)
+        ]
 
     def progress(self) -> float:
         """Returns the fraction of the files' bytes that has been read."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from colonnade.kernels.loss import IGNORED
+from colonnade.launcher.data.content import FileContent
 from colonnade.launcher.data.mixture import Permutation, locate, split_fractions
 from colonnade.launcher.data.record import TokenFileRecord
 from colonnade.launcher.data.tokenfile import FileArray
@@ -61,7 +62,7 @@ class Tokens:
     `tokens` is an integer array [T], in memory or on disk. `starts`, int64 and ascending, holds the
     index of the first token of each document that has any. `mask`, uint8 [T] or None for all ones,
     is 1 at the tokens that have a loss as labels. `record` describes the tokenizer that made the
-    tokens, if it is known.
+    tokens, if it is known, and `files` the content of the files, if they were verified.
     """
 
     name: str
@@ -69,12 +70,13 @@ class Tokens:
     starts: np.ndarray
     mask: np.ndarray | FileArray | None = None
     record: TokenFileRecord | None = None
+    files: tuple[FileContent, ...] | None = None
 
     @cached_property
     def content(self) -> str:
         """A hash that detects changed tokens: the record's, else of 64 blocks and all starts.
 
-        Hashing all tokens of a corpus of terabytes would take hours.
+        States have held it before they held `files`, so that it must not change.
         """
         if self.record is not None:
             return self.record.content
@@ -169,6 +171,18 @@ def beyond_tokenizer_message(name: str, largest: int, size: int) -> str:
     )
 
 
+def changed_tokens(saved: dict[str, Any], tokens: Tokens) -> str | None:
+    """Says which parts of `tokens` differ from those of a saved state; None if none does."""
+    parts = {".bin": "tokens", ".idx": "documents", ".mask": "loss masks"}
+    if tokens.files is not None and "files" in saved:
+        before = {name: (size, digest) for name, size, digest in saved["files"]}
+        now = {file.name: (file.size, file.hash) for file in tokens.files}
+        changed = [part for end, part in parts.items() if before.get(end) != now.get(end)]
+        if changed or all(file.whole for file in tokens.files):
+            return " and ".join(changed) or None
+    return "tokens" if saved.get("content", tokens.content) != tokens.content else None
+
+
 class IndexedRows:
     """Rows of a range [first, last) of `tokens`, in file order or shuffled by a seed.
 
@@ -229,18 +243,31 @@ class IndexedRows:
         return slice_rows(self._tokens, offsets, self._seq_len, self._vocab, self._tokenizer_size)
 
     def state(self) -> dict[str, Any]:
-        """Returns the number of rows and a hash of the tokens, which detect changed data."""
-        return {"rows": self.rows, "content": self._tokens.content}
+        """Returns the number of rows and hashes of data and tokenizer, which detect changes."""
+        state: dict[str, Any] = {"rows": self.rows, "content": self._tokens.content}
+        if self._tokens.record is not None:
+            state["tokenizer"] = self._tokens.record.fingerprint
+        if self._tokens.files is not None:
+            state["files"] = [list(file) for file in self._tokens.files]
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores nothing; raises UserError if the tokens, packing or number of rows changed."""
-        current = self.state()
-        # A state that was saved before `content` existed has none.
-        changed = state.get("content", current["content"]) != current["content"]
-        if changed and state["rows"] == self.rows:
+        """Restores nothing; raises UserError if tokens, tokenizer, packing or rows changed.
+
+        Older states lack `files`, `tokenizer` or `content`, which are then not compared.
+        """
+        current, record = self.state(), self._tokens.record
+        if record and state.get("tokenizer", record.fingerprint) != record.fingerprint:
             raise UserError(
-                f"{self._tokens.name} holds other tokens than when the run was saved: restore the "
-                "data and data.tokenizer (their paths do not matter), or start a new run"
+                f"{self._tokens.name} was tokenised by another tokenizer when the run was saved, "
+                f"now by {record.name!r}: restore data.tokenizer (its path does not matter), or "
+                "start a new run"
+            )
+        changed = changed_tokens(state, self._tokens)
+        if changed and state.get("rows") == self.rows:
+            raise UserError(
+                f"{self._tokens.name} holds other {changed} than when the run was saved: restore "
+                "the data and data.tokenizer (their paths do not matter), or start a new run"
             )
         if state.get("packing") != current.get("packing"):
             raise UserError(

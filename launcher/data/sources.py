@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from colonnade.launcher.data.content import FileContent, read_contents
 from colonnade.launcher.data.documents import Document, fields_of, text_of
 from colonnade.launcher.data.files import read_error, source_files, source_name
 from colonnade.launcher.data.readers import FileReader
@@ -19,6 +20,9 @@ class Reader(Protocol):
 
     def position(self) -> dict[str, Any]:
         """Returns the position after the last document yielded; JSON-able."""
+
+    def contents(self) -> list[FileContent]:
+        """Returns the contents of the files that it reads; none for files of the hub."""
 
     def progress(self) -> float | None:
         """Returns the fraction of the source that has been read; None if that is unknown."""
@@ -67,6 +71,10 @@ class HubReader:
     def position(self) -> dict[str, Any]:
         """See `Reader.position`."""
         return self._dataset.state_dict()
+
+    def contents(self) -> list[FileContent]:
+        """See `Reader.contents`; the files of a local folder have some."""
+        return read_contents(source_files(self._source))
 
     def progress(self) -> float | None:
         """See `Reader.progress`."""

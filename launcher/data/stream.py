@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from colonnade.launcher.data.content import file_change
 from colonnade.launcher.data.documents import document_chunks, encode_documents
 from colonnade.launcher.data.files import source_name
 from colonnade.launcher.data.rows import Batch, Tokens, slice_rows
@@ -38,7 +39,8 @@ class StreamRows:
 
     The state holds the reader's position before the chunk of documents in which the next row
     begins, the number of that chunk's tokens before the row, and the row's index: resuming
-    tokenises that one chunk again. Any rank may resume from the state with later rows.
+    tokenises that one chunk again. Any rank may resume from the state with later rows. It also
+    holds the contents that all files had when the stream was opened, and the tokenizer's encoding.
     """
 
     rows = None
@@ -49,15 +51,22 @@ class StreamRows:
         self._source, self._tokenizer = source, tokenizer
         self._seq_len, self._vocab = seq_len, vocab
         self._reader = open_reader(source, resumable=True)
+        self._contents = self._reader.contents()
+        self._files = [list(content) for content in self._contents]  # as JSON holds them
         self.load_state({"stream": None, "skip": 0, "row": 0})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resumes from the row where `state` was taken; raises UserError on another tokenizer."""
-        if state.get("encoding", self._tokenizer.encoding) != self._tokenizer.encoding:
+        """Resumes from the row where `state` was taken.
+
+        Raises UserError if the tokenizer or any file has changed, also a file that was read to its
+        end or is still to come. Older states lack `files` or `encoding`, which are then not
+        compared; when reading begins, their position compares the current file's name and size.
+        """
+        self._check_tokenizer(state.get("encoding", self._tokenizer.encoding))
+        if change := file_change(state.get("files", self._files), self._contents):
             raise UserError(
-                f"{source_name(self._source)} was read by another tokenizer (data.tokenizer, "
-                "data.eod, data.bos, data.special_tokens) when the run was saved: restore it, or "
-                "start a new run"
+                f"data.sources: {source_name(self._source)} is no longer what the run read when it "
+                f"was saved ({change}): restore the data, or start a new run"
             )
         self._row: int = state["row"]
         self._chunks: deque[_Chunk] = deque()
@@ -65,6 +74,24 @@ class StreamRows:
         self._skip: int = state["skip"]  # how many of them precede the current row
         self._position: dict[str, Any] | None = state["stream"]  # before the next chunk
         self._chunk_iterator = self._read(self._position)
+
+    def _check_tokenizer(self, saved: dict[str, Any]) -> None:
+        """Raises UserError if the encoding of a state is not that of the tokenizer."""
+        current = self._tokenizer.encoding
+        if saved == current:
+            return
+        read = f"the one that read {source_name(self._source)} when the run was saved"
+        if saved.get("tokenizer") != current["tokenizer"]:
+            raise UserError(
+                f"data.tokenizer = {self._tokenizer.name!r} has other content than {read}: restore "
+                "it (its path does not matter), or start a new run"
+            )
+        fields = [key for key in current if saved.get(key) != current[key]]
+        values = ", ".join(f"{key} {saved.get(key)} then, {current[key]} now" for key in fields)
+        raise UserError(
+            f"data.{fields[0]} of data.tokenizer = {self._tokenizer.name!r} differs from that of "
+            f"{read} ({values}): restore it, or start a new run"
+        )
 
     def state(self) -> dict[str, Any]:
         """Returns the state, described at the class, of the row after the last one returned."""
@@ -74,6 +101,7 @@ class StreamRows:
             "skip": self._skip,
             "row": self._row,
             "encoding": self._tokenizer.encoding,
+            "files": self._files,
         }
 
     def batch(self, samples: Sequence[int]) -> Batch:

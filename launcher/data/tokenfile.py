@@ -30,6 +30,13 @@ class FileArray:
     def __len__(self) -> int:
         return self._count
 
+    def is_current(self) -> bool:
+        """Returns whether the open file is still the one at its path, not replaced or removed."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            return False
+
     def __getitem__(self, index: slice) -> np.ndarray:
         """Reads the items of a slice with step 1."""
         first, last, step = index.indices(self._count)

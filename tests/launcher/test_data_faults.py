@@ -59,7 +59,9 @@ precision = "fp64"
     return lambda *overrides: load_recipe(path, overrides, None)
 
 
-def job_error(rank: int, size: int, recipe: Recipe, run: Path, damage: str, file: Path) -> str:
+def job_error(
+    rank: int, size: int, recipe: Recipe, run: Path, damage: str, file: Path, resume: bool = False
+) -> str:
     """Runs a rank's job and returns its error; rank 0 damages `file` after the second step."""
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def job_error(rank: int, size: int, recipe: Recipe, run: Path, damage: str, file
     if damage:
         Monitor.step = step  # type: ignore[method-assign]
     try:
-        run_job(recipe, run, World(rank, size, torch.device("cpu")))
+        run_job(recipe, run, World(rank, size, torch.device("cpu")), resume)
     except UserError as error:
         return str(error)
     finally:
@@ -129,15 +131,39 @@ def test_validation_tokens_that_cannot_be_read(ranks2: Ranks, make: Make, tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
 
 
-def test_a_stream_whose_file_is_deleted(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+def stream_recipe(make: Make, folder: Path, steps: int) -> Recipe:
+    """Writes two files, and returns a recipe that streams them."""
     for name in ("a", "b"):
         text = json.dumps({"text": name * 100}) + "\n"
-        (tmp_path / f"{name}.jsonl").write_text(text * (1 if name == "b" else 3))
-    recipe = make(
-        *("data.sources.0.format=jsonl", f"data.sources.0.path={tmp_path}/*.jsonl"),
+        (folder / f"{name}.jsonl").write_text(text * (1 if name == "b" else 3))
+    return make(
+        *("data.sources.0.format=jsonl", f"data.sources.0.path={folder}/*.jsonl"),
         *("data.sources.0.stream=true", "data.validation=", "model.vocab=264"),
-        *("train.validate_rows=", "train.steps=40"),
+        *("train.validate_rows=", f"train.steps={steps}"),
     )
+
+
+def test_files_that_changed_since_the_save(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    none = tmp_path / "none"
+    recipes = {
+        "tokens.bin": lambda steps: make(f"train.steps={steps}"),
+        "b.jsonl": lambda steps: stream_recipe(make, tmp_path, steps),
+    }
+    for name, recipe_of in recipes.items():
+        run, file = tmp_path / f"run-{name}", tmp_path / name
+        assert ranks2.run(job_error, recipe_of(2), run, "", none) == ["", ""]
+        longer, stat = recipe_of(4), file.stat()
+        file.write_bytes(bytes([*file.read_bytes()[:20], 65, *file.read_bytes()[21:]]))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        messages = set(ranks2.run(job_error, longer, run, "", none, True))
+        [message] = messages
+        assert name in message
+        assert "when the run was saved" in message or "when it was saved" in message
+
+
+def test_a_stream_whose_file_is_deleted(ranks2: Ranks, make: Make, tmp_path: Path) -> None:
+    recipe = stream_recipe(make, tmp_path, 40)
     file = tmp_path / "b.jsonl"
     message, step = run_ranks(ranks2, recipe, tmp_path / "run", "unlink", file)
     assert f"cannot read {file}: No such file" in message
