@@ -121,6 +121,13 @@ def bench_pipeline() -> dict[str, Any]:
     return run()
 
 
+def bench_checkpoint() -> dict[str, Any]:
+    """A checkpoint saved while a step runs beside torch.save; its check; writes of the disk."""
+    from colonnade.bench.checkpoint import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -134,6 +141,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "experts": bench_experts,
     "context": bench_context,
     "pipeline": bench_pipeline,
+    "checkpoint": bench_checkpoint,
 }
 
 

@@ -41,7 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="?", help="a path, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. train.steps=20")
     train.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
-    train.add_argument("--run", metavar="DIR", help="the run's folder: made, or gone on with")
+    train.add_argument(
+        "--run",
+        "--run-dir",  # torchrun takes `--run` for an abbreviation of an option of its own
+        metavar="DIR",
+        help="the run's folder: made, or gone on with (under torchrun: --run-dir)",
+    )
     train.add_argument(
         "--resume",
         metavar="RUN",

@@ -22,7 +22,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     a, overrides = arguments, list(arguments.overrides)
     automatic = a.resume == "auto"
     order: dict[str, Any] = {"nproc": a.nproc, "until": a.until, "automatic": automatic}
-    continued = a.run if a.recipe is None else None  # a run that goes on with its own recipe
+    if a.run and a.recipe and "=" in a.recipe:  # the first override, of the run's own recipe
+        overrides.insert(0, a.recipe)
+        a.recipe = None
+    continued = a.run if a.recipe is None else None
     if a.resume is not None and not automatic:
         unused = [name for name in ("dry_run", "runs", "run") if getattr(a, name)]
         if unused:

@@ -99,7 +99,7 @@ def train(
     if run is None and environment is not None and environment.restarts:
         raise UserError(
             f"this job has been started again (restart {environment.restarts}), and would begin "
-            "anew: name its run with --run DIR, so that a restart goes on with it"
+            "anew: name its run with --run-dir DIR, so that a restart goes on with it"
         )
     from colonnade.launcher.train.start import Order, start
 
