@@ -90,7 +90,7 @@ class Saver:
     def __init__(
         self,
         asynchronous: bool = False,
-        committed: Callable[[Save], object] | None = None,
+        committed: Callable[[Save], None] | None = None,
     ) -> None:
         self.committed = committed
         self.plan: WritePlan | None = None
@@ -137,9 +137,7 @@ class Saver:
         """
         start = time.perf_counter()
         self.finish()
-        # a bad state leaves the disk untouched
-        state_json = json.dumps(state, allow_nan=False)
-        plan = self._plan_of(tensors)
+        plan, state_json = self._agree(tensors, state)
         chunks = plan.chunks(tensors)
         save = Save(folder, plan.bytes)
         if self.stage is None:
@@ -211,16 +209,19 @@ class Saver:
             if self.stage is not None:
                 self.stage.staged.set()  # also where nothing was copied: `wait` must not hang
 
-    def _plan_of(self, tensors: Tensors) -> WritePlan:
-        """Returns the plan of the last checkpoint, or a new one where any rank's tensors differ."""
+    def _agree(self, tensors: Tensors, state: dict[str, Any]) -> tuple[WritePlan, str]:
+        """Returns the plan of the last checkpoint, or a new one where any rank's tensors differ,
+        and the state as text; all ranks raise where one of them cannot be saved."""
+        texts: list[str] = []
 
         def changed() -> bool:
             check_savable(tensors)
+            texts.append(json.dumps(state, allow_nan=False))
             return signature(tensors) != self.signature
 
         if any(on_all_ranks(changed)) or self.plan is None:
             self.plan, self.signature = make_plan(tensors), signature(tensors)
-        return self.plan
+        return self.plan, texts[0]
 
     def _write(self, save: Save, content: Content, start: float) -> None:
         """Writes this rank's file and, on rank 0, the rest. Collective over the group of saves.
@@ -228,7 +229,9 @@ class Saver:
         Raises:
             UserError: the disk refused; `folder.partial` is removed then.
         """
-        partial, chunks = folders.partial(save.folder), content.chunks()
+        partial, chunks = folders.partial(save.folder), dict[str, torch.Tensor]()
+        # first of all, because training waits for the copies before it may change the tensors
+        on_all_ranks(lambda: chunks.update(content.chunks()), group=self.group)
         try:
             on_rank_zero(lambda: folders.prepare(save.folder), self.group)
             written = on_all_ranks(lambda: write_chunks(partial, chunks), group=self.group)
@@ -242,7 +245,7 @@ class Saver:
         save.seconds = time.perf_counter() - start
         if self.committed is not None:
             committed = self.committed
-            on_rank_zero(lambda: committed(save) and None, self.group)
+            on_rank_zero(lambda: committed(save), self.group)
 
 
 def write_chunks(folder: Path, chunks: dict[str, torch.Tensor]) -> dict[str, FileRecord]:
