@@ -26,7 +26,7 @@ from colonnade.launcher.train.job import build_engine
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.engine import Engine
-from colonnade.parallel.world import open_world
+from colonnade.parallel.world import World, open_world
 
 MODEL = ModelConfig(
     pattern="*-", repeat=12, hidden=768, heads=12, ffn=2048, vocab=16384, residual="standard"
@@ -91,24 +91,31 @@ def check(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def run(model: ModelConfig = MODEL, seq_len: int = SEQ_LEN, rounds: int = 5) -> dict[str, Any]:
-    """Seconds and rates of saves and checks, medians over rounds, and ratios to their floors."""
+def run() -> dict[str, Any]:
+    """Seconds and rates of saves and checks in the working directory, medians over rounds, and
+    ratios to their floors."""
+    with (
+        open_world(0, 1, torch.device("cpu")) as world,
+        tempfile.TemporaryDirectory(dir=".") as folder,
+    ):
+        return measure(world, Path(folder), MODEL, SEQ_LEN, rounds=5)
+
+
+def measure(
+    world: World, folder: Path, model: ModelConfig, seq_len: int, rounds: int
+) -> dict[str, Any]:
+    """Measures saves and checks of a model's state in a folder."""
     seconds: dict[str, list[float]] = {}
 
     def measured(**found: float) -> None:
         for name, value in found.items():
             seconds.setdefault(name, []).append(value)
 
-    size = 0
-    with (
-        open_world(0, 1, torch.device("cpu")) as world,
-        tempfile.TemporaryDirectory(dir=".") as temporary,
-        Saver(asynchronous=True) as saver,
-    ):
-        folder = Path(temporary)
-        engine = build_engine(recipe_of(model, seq_len, ParallelConfig()), world)
+    size, engine = 0, build_engine(recipe_of(model, seq_len, ParallelConfig()), world)
+    with Saver(asynchronous=True) as saver:
         engine.update(gradients(engine, seq_len, MICRO_BATCHES), 1e-4, 1.0)
         threaded(saver, engine, step_folder(folder, 0), seq_len)  # plans, and allocates copies
+        shutil.rmtree(step_folder(folder, 0))
         for number in range(1, rounds + 1):
             step = step_folder(folder, number)
             measured(torch_save=torch_save(engine, folder))
@@ -120,14 +127,22 @@ def run(model: ModelConfig = MODEL, seq_len: int = SEQ_LEN, rounds: int = 5) -> 
             shutil.rmtree(step)
             measured(waited_for=waited_for(engine, step))
             shutil.rmtree(step)
+    return figures(seconds, size, len(named_tensors(engine.model, engine.optimizer)))
+
+
+def figures(seconds: dict[str, list[float]], size: int, tensors: int) -> dict[str, Any]:
+    """Returns medians, rates and ratios of what was measured in every round."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {name: size / 1e9 / medians[name] for name in ("thread", "plain_write", "check")}
+    timed = ("thread", "waited_for", "plain_write", "check", "plain_read")
+    rates = {name: size / 1e9 / medians[name] for name in timed}
+    written = seconds["plain_write"]
     return {
         "threads": torch.get_num_threads(),
-        "state": f"{size:,} bytes in {len(named_tensors(engine.model, engine.optimizer))} tensors",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "state": f"{size:,} bytes in {tensors} tensors",
         **{f"{name.replace('_', ' ')} s": value for name, value in medians.items()},
         "torch.save / blocked": median_ratio(seconds["torch_save"], seconds["blocked"]),
         **{f"{name.replace('_', ' ')} GB/s": value for name, value in rates.items()},
-        "plain write / thread": median_ratio(seconds["plain_write"], seconds["thread"]),
-        "plain read GB/s": size / 1e9 / medians["plain_read"],
+        "plain write / thread": median_ratio(written, seconds["thread"]),
+        "plain write / waited for": median_ratio(written, seconds["waited_for"]),
     }
