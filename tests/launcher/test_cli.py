@@ -181,6 +181,7 @@ def test_a_user_error_that_only_a_rank_can_detect(tmp_path: Path) -> None:
     content = bytearray(Path("tokens.bin").read_bytes())
     content[3000:3002] = (999).to_bytes(2, "little")
     Path("tokens.bin").write_bytes(content)
+    Path("tokens.record.json").unlink()  # it would show that the file has changed
     overrides = ["data.sources.0.format=tokens", "data.sources.0.path=tokens", "train.steps=200"]
     overrides.append("data.tokenizer=bytes")
     process = command(*quick(*overrides, "--nproc", "2"))

@@ -148,7 +148,7 @@ def test_the_remedy_for_an_unknown_field_is_the_nearest(
 
 def test_the_remedy_for_an_unknown_field_without_a_similar_one_lists_all(faults: Faults) -> None:
     (fault,) = faults("checkpoint.zzz=1")
-    assert "[checkpoint] are every, keep" in fault.remedy
+    assert "[checkpoint] are every, minutes, keep" in fault.remedy
     (fault,) = faults(text="[trian]\nsteps = 4")
     assert (fault.field, fault.value) == ("trian", {"steps": 4})
     assert "did you mean train?" in fault.remedy
