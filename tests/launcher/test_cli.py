@@ -176,7 +176,7 @@ def test_five_faults_are_reported_at_once() -> None:
 
 
 def test_a_user_error_that_only_a_rank_can_detect(tmp_path: Path) -> None:
-    """A token beyond the vocabulary, far into a file: reported once, with status 2."""
+    """A token that the tokenizer does not have, far into a file: reported once, with status 2."""
     assert main(["data", "corpus.txt", "tokens"]) == 0
     content = bytearray(Path("tokens.bin").read_bytes())
     content[3000:3002] = (999).to_bytes(2, "little")
@@ -188,7 +188,7 @@ def test_a_user_error_that_only_a_rank_can_detect(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=90)
     assert process.returncode == 2, err
     assert err.count("999") == 1
-    assert "model.vocab" in err
+    assert "set data.tokenizer to the tokenizer that made them" in err
     assert "Traceback" not in err
 
 
