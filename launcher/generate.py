@@ -15,6 +15,7 @@ from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
 from colonnade.models.cache import Cache
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -78,10 +79,10 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     Raises:
         UserError: there is no complete checkpoint, or the recipe names no tokenizer.
     """
-    folder = run if step_of(run) is not None else newest(run / "checkpoints")
+    folder = run if step_of(run) is not None else newest(run / CHECKPOINTS)
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
-    recipe = load_recipe(folder.parent.parent / "recipe.toml")
+    recipe = load_recipe(folder.parent.parent / RECIPE)
     tokenizer = tokenizer_of(recipe.data)
     if tokenizer is None:
         raise UserError(

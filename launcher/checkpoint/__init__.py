@@ -16,7 +16,7 @@ files are on the disk.
 
 folders   names, the atomic commit, what is deleted
 plan      which rank writes which chunk
-stage     copies to the host's memory
+copies    of what a rank writes, in the host's memory
 saver     writes, at once or in a thread
 manifest  sizes and checksums
 catalog   dtype, shape and chunks of every tensor

@@ -38,7 +38,10 @@ def is_checkpoint(folder: Path) -> bool:
     A folder gets its name only once all of its files are on the disk, so any file makes it one: a
     checkpoint that lost files must be reported, not passed over.
     """
-    return folder.is_dir() and any(folder.iterdir())
+    try:
+        return any(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # also where it is deleted in this moment
+        return False
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -69,6 +72,7 @@ def set_aside(folder: Path) -> Path:
 
     It is one that is damaged, or that a run which went back to an earlier step made in vain.
     """
+    finish_replacement(folder)  # an older copy would take its place
     names = (f"{folder.name}.aside{number or ''}" for number in itertools.count())
     target = next(path for name in names if not (path := folder.with_name(name)).exists())
     return folder.rename(target)
@@ -161,12 +165,21 @@ def missing_error(folder: Path) -> UserError:
     return UserError(f"checkpoint {folder} {problem}: {remedy}")
 
 
-def damaged_error(path: Path, reason: str) -> UserError:
+class DamagedError(UserError):
+    """A checkpoint lacks a file, or has one that is not what was written."""
+
+
+def unreadable_error(path: Path, error: OSError) -> UserError:
+    """Returns the error for a file that cannot be read now, which says nothing of its content."""
+    return UserError(f"{path} cannot be read ({error.strerror}): make it readable, then try again")
+
+
+def damaged_error(path: Path, reason: str) -> DamagedError:
     """Returns the error for the file `path` of a checkpoint that is unreadable or altered."""
     earlier = newest_before(path.parent)
     remedy = (
-        f"resume from an earlier checkpoint: --resume {earlier}, or --resume auto"
+        f"go on from an earlier checkpoint: --resume {earlier}, or --run RUN --resume auto"
         if earlier
         else "there is no earlier checkpoint beside it; restore the file from a copy, or start anew"
     )
-    return UserError(f"{path} is damaged ({reason}): {remedy}")
+    return DamagedError(f"{path} is damaged ({reason}): {remedy}")

@@ -14,7 +14,14 @@ from torch.distributed.checkpoint import CheckpointException
 
 from colonnade.launcher.checkpoint.catalog import read_catalog
 from colonnade.launcher.checkpoint.check import check_fits, check_savable
-from colonnade.launcher.checkpoint.folders import STATE, checkpoints, damaged_error, newest
+from colonnade.launcher.checkpoint.folders import (
+    STATE,
+    TENSORS,
+    DamagedError,
+    checkpoints,
+    damaged_error,
+    newest,
+)
 from colonnade.launcher.checkpoint.manifest import (
     Manifest,
     block_faults,
@@ -64,14 +71,17 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], partial: bool = False) 
         UserError: the same on every rank, where they differ or where a file is missing or damaged;
             no tensor is changed then.
     """
-    verify(folder)
+    manifest = verify(folder)
     saved, state = on_rank_zero(lambda: (read_catalog(folder), read_state(folder)))
+    unlisted = {c.file for e in saved.tensors.values() for c in e.chunks} - set(manifest.files)
+    if unlisted:
+        raise damaged_error(folder / TENSORS, f"{min(unlisted)} has no checksums")
     on_all_ranks(lambda: check_savable(tensors))
     check_fits(folder, saved, tensors, partial)
     reader = SafetensorsReader(folder, saved)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _no_group_warning_ignored(), torch.no_grad():
+        with without_group_warning(), torch.no_grad():
             dcp.load(dict(tensors), storage_reader=reader, planner=planner)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
@@ -115,7 +125,7 @@ def choose(run: Path, damaged_pass: bool) -> Choice:
     for folder in reversed(on_rank_zero(lambda: checkpoints(run))):
         try:
             verify(folder)
-        except UserError as error:
+        except DamagedError as error:
             passed[folder] = str(error).partition(": ")[0]
         else:
             return Choice(folder, passed)
@@ -126,7 +136,7 @@ def choose(run: Path, damaged_pass: bool) -> Choice:
 
 
 @contextmanager
-def _no_group_warning_ignored() -> Iterator[None]:
+def without_group_warning() -> Iterator[None]:
     """Ignores torch's warning that there is no process group: one process is a valid layout."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

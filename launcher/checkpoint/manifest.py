@@ -6,6 +6,7 @@ check a checkpoint together, and damage is named with its place. CRC-32 finds ev
 text before it.
 """
 
+import errno
 import json
 import os
 import zlib
@@ -14,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from colonnade.launcher.checkpoint.folders import (
     MANIFEST,
+    STATE,
     TENSORS,
     damaged_error,
     missing_error,
+    unreadable_error,
     write_durably,
 )
 from colonnade.launcher.cluster.environment import cores
@@ -38,6 +41,13 @@ class FileRecord(BaseModel, frozen=True, extra="forbid"):
     size: int
     crc32: tuple[int, ...]
 
+    @model_validator(mode="after")
+    def _has_all_checksums(self) -> "FileRecord":
+        """Refuses a record without a checksum for each block."""
+        if len(self.crc32) != -(-self.size // BLOCK):
+            raise ValueError("a block has no checksum")
+        return self
+
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The content of `manifest.json`.
@@ -51,6 +61,14 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     format: Literal[3] = FORMAT
     about: dict[str, Any]
     files: dict[str, FileRecord]
+
+    @field_validator("files")
+    @classmethod
+    def _lists_own_files(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        """Refuses files of other folders, and a list without catalog or state."""
+        if any(Path(name).name != name for name in files) or not {TENSORS, STATE} <= set(files):
+            raise ValueError("not the files of a checkpoint")
+        return files
 
     def text(self) -> str:
         """Returns the file's text, which ends with the checksum of what comes before."""
@@ -83,8 +101,10 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes().decode()
     except FileNotFoundError:
         raise _error_without_manifest(folder) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise damaged_error(path, str(error)) from None
+    except OSError as error:
+        raise damaged_error(path, reason_of(path, error)) from None
     try:
         fields = json.loads(text)
         fields.pop("crc32")
@@ -162,10 +182,18 @@ def size_faults(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            yield name, error.strerror or str(error)
+            yield name, reason_of(folder / name, error)
             continue
         if size != record.size:
             yield name, f"{size:,} bytes instead of {record.size:,}"
+
+
+def reason_of(path: Path, error: OSError) -> str:
+    """Returns why a file that cannot be read is damaged; raises UserError where it may be whole,
+    as without permission."""
+    if error.errno not in (errno.ENOENT, errno.EIO):
+        raise unreadable_error(path, error)
+    return error.strerror or str(error)
 
 
 def block_faults(
@@ -185,7 +213,7 @@ def block_faults(
             with (folder / block.name).open("rb", buffering=0) as file:
                 crc = _crc_of(file.fileno(), block.start, block.start + block.size)
         except OSError as error:
-            return error.strerror or str(error)
+            return reason_of(folder / block.name, error)
         if crc == block.crc32:
             return None
         end = block.start + block.size

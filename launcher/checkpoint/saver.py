@@ -28,16 +28,16 @@ from safetensors.torch import save_file
 
 from colonnade.launcher.checkpoint import folders
 from colonnade.launcher.checkpoint.check import check_savable
+from colonnade.launcher.checkpoint.copies import HostCopies, on_host
 from colonnade.launcher.checkpoint.folders import STATE, TENSORS, fsync, write_durably
 from colonnade.launcher.checkpoint.manifest import FileRecord, checksums, write_manifest
 from colonnade.launcher.checkpoint.plan import Tensors, WritePlan, file_of, make_plan, signature
-from colonnade.launcher.checkpoint.stage import Stage, on_host
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero, rank
 from colonnade.launcher.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A slow disk is no fault; the death of a rank breaks the connections.
-WRITE_TIMEOUT = timedelta(days=1)
+# A slow disk is no fault for an hour; the death of a rank breaks the connections at once.
+WRITE_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass
@@ -85,17 +85,20 @@ class Saver:
         asynchronous: save in a thread, from copies in the host's memory, which are as large as what
             this rank writes. Otherwise `begin` returns when the checkpoint is complete.
         committed: rank 0 calls it once a checkpoint is complete, in the thread.
+        patience: seconds for which a save in flight is awaited after training has failed: a host
+            that was lost breaks no connections.
     """
 
     def __init__(
         self,
         asynchronous: bool = False,
         committed: Callable[[Save], None] | None = None,
+        patience: float | None = None,
     ) -> None:
-        self.committed = committed
+        self.committed, self.patience = committed, patience
         self.plan: WritePlan | None = None
         self.signature: tuple[tuple[object, ...], ...] | None = None
-        self.stage = Stage() if asynchronous else None
+        self.copies = HostCopies() if asynchronous else None
         self.group: dist.ProcessGroup | None = None  # None: the default one
         self.in_flight: Save | None = None
 
@@ -107,8 +110,8 @@ class Saver:
     @property
     def copying(self) -> bool:
         """Whether the save in flight still reads tensors, so that they must not change."""
-        in_flight = self.in_flight is not None and self.stage is not None
-        return in_flight and not cast(Stage, self.stage).staged.is_set()
+        in_flight = self.in_flight is not None and self.copies is not None
+        return in_flight and not cast(HostCopies, self.copies).complete.is_set()
 
     def begin(
         self,
@@ -140,31 +143,31 @@ class Saver:
         plan, state_json = self._agree(tensors, state)
         chunks = plan.chunks(tensors)
         save = Save(folder, plan.bytes)
-        if self.stage is None:
+        if self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            # the thread must not use the groups of training, nor writing their time-out
+            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        if self.copies is None:
             content = Content(plan, state_json, about or {}, lambda: on_host(chunks))
             save.waiting = start
             self._write(save, content, start)
             save.blocked, save.waiting = save.seconds, None
             return save
-        if self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            # the thread must not use the groups of training
-            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         at_once = {key for key in chunks if key.partition("@")[0] in set(changing)}
-        self.stage.begin(chunks, at_once)
-        content = Content(plan, state_json, about or {}, self.stage.finish)
+        self.copies.begin(chunks, at_once)
+        content = Content(plan, state_json, about or {}, self.copies.finish)
         save.thread = threading.Thread(
             target=self._in_thread, args=(save, content, start), name="save", daemon=True
         )
         self.in_flight = save
-        save.thread.start()
         save.blocked = time.perf_counter() - start
+        save.thread.start()
         return save
 
     def wait(self) -> None:
         """Returns when the tensors of the save in flight may change. Not collective."""
-        if self.in_flight is not None and self.stage is not None:
+        if self.in_flight is not None and self.copies is not None:
             start = time.perf_counter()
-            self.stage.wait()
+            self.copies.wait()
             self.in_flight.blocked += time.perf_counter() - start
 
     def finish(self) -> None:
@@ -195,9 +198,12 @@ class Saver:
                 dist.destroy_process_group(self.group)
                 self.group = None
         elif save is not None and save.thread is not None:
-            save.thread.join()
-            if save.failure is not None:
-                print(f"colonnade: {save.failure}", file=sys.stderr)
+            save.thread.join(self.patience)
+            failure: object = save.failure
+            if save.thread.is_alive():
+                failure = f"the checkpoint {save.folder} was given up: it is not complete"
+            if failure is not None:
+                print(f"colonnade: {failure}", file=sys.stderr)
 
     def _in_thread(self, save: Save, content: Content, start: float) -> None:
         """Copies and writes; keeps a failure for `finish`, which raises it."""
@@ -206,8 +212,8 @@ class Saver:
         except Exception as failure:
             save.failure = failure
         finally:
-            if self.stage is not None:
-                self.stage.staged.set()  # also where nothing was copied: `wait` must not hang
+            if self.copies is not None:
+                self.copies.complete.set()  # also where nothing was copied: `wait` must not hang
 
     def _agree(self, tensors: Tensors, state: dict[str, Any]) -> tuple[WritePlan, str]:
         """Returns the plan of the last checkpoint, or a new one where any rank's tensors differ,

@@ -3,11 +3,13 @@
 import argparse
 import importlib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cli.report import write_text
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.run_files import RECIPE
 
 
 def benchmarks() -> Any:
@@ -38,6 +40,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         raise UserError("train --resume auto needs a run to choose from: add --run DIR")
     if a.run and a.runs:
         raise UserError("--run names the run's folder, and --runs one for new runs: leave one out")
+    if continued is not None and a.dry_run:
+        a.report(describe(Path(continued) / RECIPE, overrides, nproc=a.nproc))
+        return 0
     if continued is not None:
         run = resume(continued, overrides, **order)
     elif a.recipe is None:

@@ -64,6 +64,6 @@ def parse_device(text: str) -> Device:
 def peak_flops(driver_name: str) -> float | None:
     """Returns the bf16 peak of a GPU in FLOP/s, None for one that is not in DEVICES."""
     for device in DEVICES:
-        if device.driver_name in driver_name:
+        if re.search(rf"\b{re.escape(device.driver_name)}\b", driver_name):
             return device.peak_flops
     return None

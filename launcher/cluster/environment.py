@@ -29,7 +29,6 @@ class RankEnvironment:
         local_rank: index of this process among the ranks of its host.
         local_size: the number of ranks on its host.
         from_srun: srun started the process, not torchrun.
-        restarts: how often torchrun, or SLURM by a requeue, has started this job again.
     """
 
     rank: int
@@ -37,7 +36,6 @@ class RankEnvironment:
     local_rank: int
     local_size: int
     from_srun: bool = False
-    restarts: int = 0
 
     @classmethod
     def on_one_host(cls, rank: int, size: int) -> "RankEnvironment":
@@ -58,7 +56,6 @@ class RankEnvironment:
                 size=int(environment["WORLD_SIZE"]),
                 local_rank=int(environment.get("LOCAL_RANK", 0)),
                 local_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
-                restarts=_restarts(),
             )
         return cls._from_srun()
 
@@ -79,7 +76,6 @@ class RankEnvironment:
             local_rank=int(environment["SLURM_LOCALID"]),
             local_size=_tasks_on_this_node(size),
             from_srun=True,
-            restarts=_restarts(),
         )
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_node(environment.get("SLURM_STEP_NODELIST"))
@@ -91,8 +87,8 @@ class RankEnvironment:
         return rank_environment
 
 
-def _restarts() -> int:
-    """How often torchrun or SLURM has started this job again."""
+def restarts() -> int:
+    """How often torchrun, or SLURM by a requeue, has started this job again."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in names)
 

@@ -25,6 +25,7 @@ from colonnade.launcher.checkpoint.manifest import (
 from colonnade.launcher.checkpoint.read import read_tensor
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, read_json
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.run_files import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def open_contents(path: Path) -> Contents:
     if (path / CONFIG).is_file():
         return open_huggingface(path)
     if step_of(path) is None and not (path / STATE).is_file():
-        folder = newest(path / "checkpoints")
+        folder = newest(path / CHECKPOINTS)
         if folder is None:
             raise UserError(
                 f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face folder "

@@ -103,13 +103,17 @@ def difference_of(name: str, first: Contents, second: Contents) -> dict[str, Any
     a, b = first.read(name), second.read(name)
     if not found and torch.equal(bits(a), bits(b)):
         return None
-    a, b = a.double(), b.double()
+    if a.is_floating_point() or b.is_floating_point():
+        a, b = a.double(), b.double()
+    else:
+        a, b = a.long(), b.long()
     difference = (a - b).abs()
     if strange := int(difference.isnan().sum()):
         return {**found, "not_a_number": strange}
     if not found and not difference.any():
         return {"bits_only": True}
-    norm, largest = float(a.norm()), float(difference.max()) if difference.numel() else 0.0
+    difference = difference.double()
+    norm, largest = float(a.double().norm()), float(difference.max()) if difference.numel() else 0.0
     relative = float(difference.norm()) / norm if norm else None
     elements = int((difference != 0).sum())
     return {**found, "elements": elements, "largest": largest, "relative": relative}

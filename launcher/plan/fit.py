@@ -1,6 +1,7 @@
 """Compares a plan with the memory of a device, and finds the smallest changes that make it fit."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 
 Change = tuple[str, ...]  # overrides of the recipe
-STATE = ("parameters", "gradients", "optimizer")
+HELD = ("parameters", "gradients", "optimizer")
 RECOMPUTE = ("none", "selective", "block")  # from the most memory to the least
 DOUBLINGS = 4  # a degree is tried up to 16 times as large
 
@@ -46,8 +47,8 @@ def require_fit(
     held = report["memory"]
     if held["peak"] <= device.usable:
         return
-    state = sum(held[kind] for kind in STATE)
-    parts = ", ".join(f"{kind} {size(held[kind])}" for kind in STATE)
+    state = sum(held[kind] for kind in HELD)
+    parts = ", ".join(f"{kind} {size(held[kind])}" for kind in HELD)
     what = (
         f"plan: {job}: rank {report['rank']:,} holds {size(held['peak'])} ({parts}, passes "
         f"{size(held['peak'] - state)}), and {device.name} has {size(device.usable)} to give: "
@@ -70,12 +71,12 @@ def require_fit(
 
 
 def ranks_for_state(report: dict[str, Any], device: Device) -> int:
-    """Returns how many devices hold parameters, gradients and optimizer state once."""
-    copies = report["layout"].get("pp", 1) * report["layout"].get("dp_replicate", 1)
-    one_rank_of_each_stage = sum(
-        stage["memory"][kind] for stage in report["stages"] for kind in STATE
-    )
-    return -(-one_rank_of_each_stage * (report["ranks"] // copies) // device.usable)
+    """Returns how many devices hold parameters, gradients and optimizer state once, without the
+    copies that layouts make of some parameters."""
+    held = report["memory"]
+    itemsize = {"fp64": 8}.get(report["precision"], 4)  # in bf16 weights at rest are fp32
+    once = report["parameters"] * itemsize * sum(held[kind] for kind in HELD) / held["parameters"]
+    return math.ceil(once / device.usable)
 
 
 def nearest_fits(

@@ -23,10 +23,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from colonnade.launcher.run_files import EVENTS, METRICS
 from colonnade.launcher.train.lines import Lines, read_lines, without_nan
-from colonnade.launcher.train.metrics import METRICS, attempt_of, current_rows, read_metrics
+from colonnade.launcher.train.metrics import attempt_of, current_rows, read_metrics
 
-EVENTS = "events.jsonl"
 STARTS = ("start", "restart")
 
 

@@ -1,6 +1,7 @@
 """Makes and opens a run's folder, and checks which recipe fields may change on resumption."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,11 @@ from typing import NamedTuple
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.lock import LOCK, locked
-
-RECIPE = "recipe.toml"
-CHECKPOINTS = "checkpoints"
-COMING = "recipe.coming.toml"  # the new recipe of a resumed run, until its checkpoint is loaded
-SAVE = "save"  # a file that asks the run for a checkpoint; rank 0 deletes it
+from colonnade.launcher.run_files import CHECKPOINTS, COMING, LOCK, RECIPE, SAVE
+from colonnade.launcher.train.lock import locked
 
 
-class Source(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a run goes on.
 
     Attributes:
@@ -30,7 +27,7 @@ class Source(NamedTuple):
     automatic: bool = False
 
 
-NEWEST = Source()
+NEWEST = ResumePoint()
 
 
 class OpenRun(NamedTuple):
@@ -86,13 +83,7 @@ def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
-    # a job that was killed early has left no more than these
-    others = {path.name for path in folder.iterdir()} - {LOCK, CHECKPOINTS, f"{RECIPE}.new"}
-    if others and not (folder / RECIPE).is_file():
-        raise UserError(
-            f"--run {folder}: it is no run ({RECIPE} is missing) and holds {min(others)}; name a "
-            "new or an empty folder"
-        )
+    check_new_or_run(folder)
     from colonnade.launcher.checkpoint import newest  # imports torch, which takes seconds
 
     with locked(folder):
@@ -104,6 +95,23 @@ def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
         write_recipe(recipe, folder / RECIPE)
         yield OpenRun(folder, False)
+
+
+def check_new_or_run(folder: Path) -> None:
+    """Raises UserError unless a folder is a run, or empty but for what a job that was killed before
+    it wrote its recipe has left."""
+    if (folder / RECIPE).is_file():
+        return
+    own = {CHECKPOINTS, SAVE, f"{RECIPE}.new"}
+    others = [path.name for path in folder.iterdir() if path.name not in own]
+    others = [name for name in others if not name.startswith(LOCK)]
+    if (folder / CHECKPOINTS).is_dir():
+        others += [path.name for path in (folder / CHECKPOINTS).iterdir()]
+    if others:
+        raise UserError(
+            f"--run {folder}: it is no run ({RECIPE} is missing) and holds {min(others)}; name a "
+            "new or an empty folder"
+        )
 
 
 @contextmanager
@@ -118,11 +126,20 @@ def open_existing(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
 
 
 def run_of(path: Path) -> tuple[Path, str | None]:
-    """Returns the run's folder of a path, and the checkpoint in it if the path is that of one."""
+    """Returns the run's folder of a path, and the checkpoint in it if the path is that of one.
+
+    Raises:
+        UserError: the checkpoint was set aside.
+    """
     folder = path.absolute().parent
-    if folder.name == CHECKPOINTS:
-        return folder.parent, str(path.absolute())
-    return path, None
+    if folder.name != CHECKPOINTS or (path / RECIPE).is_file():
+        return path, None
+    if not re.fullmatch(r"step-\d+", path.name):
+        raise UserError(
+            f"--resume {path}: a run goes on from a folder step-N; rename it to that, if it is to "
+            "take the place of what the run has"
+        )
+    return folder.parent, str(path.absolute())
 
 
 def adopt(folder: Path) -> None:
@@ -135,7 +152,10 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes a recipe, defaults included; the file is whole or is the one that was there."""
     new = path.with_name(f"{path.name}.new")
     try:
-        new.write_text(dump_recipe(recipe), encoding="utf-8")
+        with new.open("w", encoding="utf-8") as file:
+            file.write(dump_recipe(recipe))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from error

@@ -23,8 +23,9 @@ from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.run_files import CHECKPOINTS
 from colonnade.launcher.train.events import Events
-from colonnade.launcher.train.folder import CHECKPOINTS, NEWEST, Source, adopt
+from colonnade.launcher.train.folder import NEWEST, ResumePoint, adopt
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.saves import open_saver, restore, save, save_is_due, wait_for_copies
@@ -135,7 +136,7 @@ def run_job(
     resume: bool = False,
     until: int | None = None,
     announce: bool = False,
-    source: Source = NEWEST,
+    source: ResumePoint = NEWEST,
 ) -> int:
     """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
 
@@ -246,7 +247,12 @@ def sync_status(
         upcoming = micro_batches(job.recipe.train, job.step, *data_rank(job.mesh))
         with job.timer.part("data"):
             read_error = job.reader.upcoming_error(len(upcoming))
-    wanted, stop.save = stop.save or (job.world.is_rank_zero and save_is_due(job)), False
+    wanted, stop.save = stop.save, False  # before all else, as a signal may come at any moment
+    if job.world.is_rank_zero:
+        try:
+            wanted = save_is_due(job) or wanted
+        except UserError as error:
+            write_error = write_error or error
     flags = (write_error is not None, read_error is not None, job.saver.failed, wanted)
     status = [float(stop.number), *map(float, flags)]
     number, write_failed, read_failed, save_failed, save_wanted = all_reduced(

@@ -63,7 +63,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_bytes()
-    return [json.loads(line) for line in text[: length_of_lines(text)].split(b"\n") if line]
+    rows = []
+    for number, line in enumerate(text[: length_of_lines(text)].split(b"\n"), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error}); mend or remove that line"
+            ) from None
+    return rows
 
 
 def write_below(path: Path, action: Callable[[], object]) -> None:

@@ -6,19 +6,20 @@ see signs of life instead: the holder touches the file every few seconds.
 
 import fcntl
 import os
+import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from colonnade.launcher.cluster.environment import scheduler_job
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.run_files import LOCK
 
-LOCK = ".lock"
 BEAT = 5.0  # seconds between two signs of life
 
 
@@ -36,12 +37,12 @@ def locked(folder: Path, beat: float = BEAT) -> Iterator[None]:
     try:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder}: cannot write in the run's folder: {error.strerror}") from error
+        raise unwritable_error(folder, error) from error
     with file:
-        take(folder, file, beat)
-        file.truncate(0)
-        file.write(f"{describe_holder()}\n")
-        file.flush()
+        try:
+            take(folder, file, beat)
+        except OSError as error:
+            raise unwritable_error(folder, error) from error
         ended = threading.Event()
         pulse = threading.Thread(target=show_life, args=(path, beat, ended), daemon=True)
         pulse.start()
@@ -54,7 +55,8 @@ def locked(folder: Path, beat: float = BEAT) -> Iterator[None]:
 
 
 def take(folder: Path, file: TextIO, beat: float) -> None:
-    """Takes the lock; raises UserError where a living job has it."""
+    """Takes the lock, and writes this process into it; raises UserError where a living job has it,
+    OSError where the disk refuses."""
     shared = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,9 +70,30 @@ def take(folder: Path, file: TextIO, beat: float) -> None:
         )
         shared = False
     holder = read(file)
-    on_this_host = f" on {socket.gethostname()}" in holder
+    on_this_host = host_of(holder) == socket.gethostname()
     if holder and not (shared and on_this_host) and shows_life(folder / LOCK, beat):
         raise held_error(folder, holder)
+    file.truncate(0)
+    file.write(f"{describe_holder()}\n")
+    file.flush()
+    if not shared:  # of two jobs that start at the same moment, the one that wrote last has it
+        time.sleep(beat / 5)
+        if (holder := read(file)) != describe_holder():
+            raise held_error(folder, holder)
+
+
+def unwritable_error(folder: Path, error: OSError) -> UserError:
+    """Returns the error for a run's folder that cannot be written to."""
+    return UserError(
+        f"{folder}: cannot write in the run's folder: {error.strerror}; free space, or make it "
+        "writable"
+    )
+
+
+def host_of(holder: str) -> str | None:
+    """Returns the host in the text of a lock, which `describe_holder` wrote."""
+    found = re.match(r"process \d+ on (\S+)", holder)
+    return found[1] if found else None
 
 
 def describe_holder() -> str:
@@ -94,7 +117,7 @@ def read(file: TextIO) -> str:
 
 
 def shows_life(path: Path, beat: float) -> bool:
-    """Whether the file is touched within three beats; at once, if the last time was long ago.
+    """Returns whether the file is touched within three beats; no, at once, if it was not for long.
 
     Times are those of the file system's clock, on which hosts need not agree.
     """
@@ -115,8 +138,9 @@ def shows_life(path: Path, beat: float) -> bool:
 
 
 def show_life(path: Path, beat: float, ended: threading.Event) -> None:
-    """Touches the file every `beat` seconds until `ended` is set or the file is gone."""
+    """Touches the file every `beat` seconds until `ended` is set."""
     while not ended.wait(beat):
-        if not path.exists():
-            return  # the folder was removed: the run itself reports it
-        os.utime(path)
+        # a beat that a file system in trouble refuses is one beat less: the next may come through,
+        # and the run itself reports a folder that is gone
+        with suppress(OSError):
+            os.utime(path)

@@ -11,7 +11,6 @@ from typing import Any
 
 from colonnade.launcher.train.lines import read_lines
 
-METRICS = "metrics.jsonl"
 NOT_SHOWN = ("step", "attempt", "time")  # they place a row, and are no curves themselves
 
 

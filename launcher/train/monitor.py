@@ -13,9 +13,10 @@ from colonnade.launcher.cluster.devices import peak_flops
 from colonnade.launcher.cluster.memory import peak_gib
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.lines import Lines, without_nan
 from colonnade.launcher.train.loads import LoadWatch
-from colonnade.launcher.train.metrics import METRICS, curves
+from colonnade.launcher.train.metrics import curves
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 

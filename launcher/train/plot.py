@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.metrics import read_metrics
 
 COLUMNS = 200  # of a heat map, at most: loads of neighbouring steps are added
@@ -29,7 +30,7 @@ def plot_loss(run: Path) -> Path | None:
     plt = pyplot()
     if plt is None:
         return None
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / METRICS)
     train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
     validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -53,7 +54,7 @@ def plot_loads(run: Path) -> Path | None:
     Returns:
         its path, or None without matplotlib or without recorded loads.
     """
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / METRICS)
     records = [row for row in rows if row.get("loads")]
     plt = pyplot()
     if plt is None or not records:

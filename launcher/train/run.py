@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.environment import RankEnvironment, restarts
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.run_files import METRICS, RECIPE
 from colonnade.launcher.train.folder import (
-    RECIPE,
-    Source,
+    ResumePoint,
     check_resumable,
     open_existing,
     open_named,
@@ -40,7 +40,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: one object per step, and one per validation."""
-        return read_metrics(self.path / "metrics.jsonl")
+        return read_metrics(self.path / METRICS)
 
     @property
     def losses(self) -> list[float]:
@@ -96,9 +96,9 @@ def train(
     """
     environment = RankEnvironment.from_environment()
     valid = valid_recipe(recipe, overrides, environment, nproc)
-    if run is None and environment is not None and environment.restarts:
+    if run is None and restarts():
         raise UserError(
-            f"this job has been started again (restart {environment.restarts}), and would begin "
+            f"this job has been started again (restart {restarts()}), and would begin "
             "anew: name its run with --run-dir DIR, so that a restart goes on with it"
         )
     from colonnade.launcher.train.start import Order, start
@@ -107,7 +107,7 @@ def train(
     opened = (
         partial(open_new, valid, Path(runs)) if named is None else partial(open_named, valid, named)
     )
-    return start(valid, environment, nproc, opened, Order(Source(None, automatic), until))
+    return start(valid, environment, nproc, opened, Order(ResumePoint(None, automatic), until))
 
 
 def resume(
@@ -131,13 +131,15 @@ def resume(
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
     folder, checkpoint = run_of(Path(run))
+    if restarts():
+        checkpoint = None  # the job went back to it at its first start, and goes on since
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc)
     check_resumable(saved, recipe)
     from colonnade.launcher.train.start import Order, start
 
-    order = Order(Source(checkpoint, automatic), until)
+    order = Order(ResumePoint(checkpoint, automatic), until)
     return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)
 
 

@@ -22,8 +22,9 @@ from colonnade.launcher.checkpoint.tensors import changing_names, named_tensors
 from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.run_files import CHECKPOINTS, SAVE
 from colonnade.launcher.train.events import Events
-from colonnade.launcher.train.folder import CHECKPOINTS, SAVE, Source
+from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.lines import write_below
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def open_saver(recipe: Recipe, run: Path, events: Events) -> Saver:
         write_below(run, lambda: events.save(step, waited, save.seconds, save.bytes))
         write_below(folder, lambda: prune(folder, settings.keep, settings.keep_every))
 
-    return Saver(settings.asynchronous, committed)
+    return Saver(settings.asynchronous, committed, recipe.parallel.timeout)
 
 
 def save(job: "Job", wait: bool) -> None:
@@ -77,17 +78,21 @@ def wait_for_copies(job: "Job") -> None:
 
 
 def save_is_due(job: "Job") -> bool:
-    """Whether somebody asked for a checkpoint by the file `SAVE`, which is deleted then, or
-    `checkpoint.minutes` are over since the last one. Rank 0 calls it."""
+    """Returns whether somebody asked for a checkpoint by the file `SAVE`, which is deleted then, or
+    `checkpoint.minutes` are over since the last one. Rank 0 calls it.
+
+    Raises:
+        UserError: the file cannot be deleted.
+    """
     asked = job.run / SAVE
-    if asked.exists():
-        asked.unlink()
+    if asked.is_file():
+        write_below(job.run, lambda: asked.unlink(missing_ok=True))
         return True
     seconds = 60 * job.recipe.checkpoint.minutes
     return 0 < seconds <= time.monotonic() - job.last_save
 
 
-def restore(job: "Job", source: Source) -> None:
+def restore(job: "Job", source: ResumePoint) -> None:
     """Loads a checkpoint, and sets later ones aside, which the run will make again. Collective.
 
     Raises:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.folder import CHECKPOINTS, NEWEST, SAVE, OpenRun, Source
+from colonnade.launcher.run_files import CHECKPOINTS, SAVE
+from colonnade.launcher.train.folder import NEWEST, OpenRun, ResumePoint
 from colonnade.launcher.train.job import run_job
 from colonnade.launcher.train.run import Run
 from colonnade.parallel.world import open_world
@@ -33,7 +35,7 @@ OpenFolder = Callable[[], AbstractContextManager[OpenRun]]  # opens and locks a 
 class Order(NamedTuple):
     """What a job is asked for: where it goes on, and after which step it stops (None: the last)."""
 
-    source: Source = NEWEST
+    source: ResumePoint = NEWEST
     until: int | None = None
 
 
@@ -79,11 +81,19 @@ def start(
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"
-        on_usr1 = (run.path / SAVE).touch if saves else None
+        on_usr1 = partial(ask_for_save, run.path) if saves else None
         status = start_ranks(train_started_rank, arguments, nproc, on_usr1)
         if status and newest(checkpoints) == last_checkpoint:
             print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
     return Run(run.path, status)
+
+
+def ask_for_save(run: Path) -> None:
+    """Asks the ranks of a run for a checkpoint; they look for the file after every step."""
+    try:
+        (run / SAVE).touch()
+    except OSError as error:  # an exception of a signal handler would end the job
+        print(f"colonnade: cannot ask for a checkpoint: {error}", file=sys.stderr)
 
 
 def train_as_rank(
@@ -126,5 +136,5 @@ def train_started_rank(
     opened = OpenRun(Path(run), resume)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
     recipe = load_recipe(opened.recipe, world_size=environment.size)
-    order = Order(Source(*source), until)
+    order = Order(ResumePoint(*source), until)
     train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

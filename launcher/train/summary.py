@@ -9,8 +9,9 @@ import torch
 from colonnade.launcher.cluster.doctor import version
 from colonnade.launcher.data import Data
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.events import STARTS, goodput, read_events
-from colonnade.launcher.train.metrics import METRICS, read_metrics
+from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.plot import plot_loads, plot_loss
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World

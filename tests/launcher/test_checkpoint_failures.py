@@ -310,13 +310,86 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         checkpoint.choose(tmp_path, True)
 
 
+def test_what_is_not_damaged_is_not_passed_over(tmp_path: Path) -> None:
+    """A newer version's checkpoint, or one without permission, may be whole."""
+    for step in (10, 20):
+        checkpoint.save(step_folder(tmp_path, step), values(step), STATE)
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "tensors.json" and "20" in path.parent.name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, **options)
+
+    with (
+        mock.patch.object(Path, "stat", refuse),
+        pytest.raises(UserError, match=r"tensors\.json cannot be read"),
+    ):
+        checkpoint.choose(tmp_path, True)
+    with mock.patch.object(manifest.Manifest, "model_dump", return_value={"format": 4}):
+        manifest.write_manifest(step_folder(tmp_path, 20), {}, LISTED)
+    with pytest.raises(UserError, match="has format 4"):
+        checkpoint.choose(tmp_path, True)
+
+
+RECORD = manifest.FileRecord(size=0, crc32=())
+LISTED = {"tensors.json": RECORD, "state.json": RECORD}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tensors.json": RECORD},
+        {**LISTED, "../../other.json": RECORD},
+        {**LISTED, "rank-00000.safetensors": RECORD.model_construct(size=5, crc32=())},
+    ],
+)
+def test_a_manifest_that_leaves_something_out_is_refused(
+    tmp_path: Path, files: dict[str, manifest.FileRecord]
+) -> None:
+    """Its own checksum is right."""
+    folder = step_folder(tmp_path, 10)
+    checkpoint.save(folder, values(1), STATE)
+    unchecked = manifest.Manifest.model_construct(format=3, about={}, files=files)
+    (folder / "manifest.json").write_text(unchecked.text())
+    with pytest.raises(UserError, match=r"manifest.json is damaged \(files"):
+        checkpoint.load(folder, values(2))
+
+
+def test_a_file_of_the_catalog_that_the_manifest_leaves_out(tmp_path: Path) -> None:
+    folder = step_folder(tmp_path, 10)
+    checkpoint.save(folder, values(1), STATE)
+    listed = dict(manifest.read_manifest(folder).files)
+    del listed["rank-00000.safetensors"]
+    manifest.write_manifest(folder, {}, listed)
+    with pytest.raises(UserError, match=r"rank-00000\.safetensors has no checksums"):
+        checkpoint.load(folder, values(2))
+
+
+def test_listing_while_checkpoints_are_deleted(tmp_path: Path) -> None:
+    """A run prunes in its thread; `generate` and others look for its newest checkpoint."""
+    gone, iterdir = step_folder(tmp_path, 10), Path.iterdir
+    for step in (10, 20):
+        checkpoint.save(step_folder(tmp_path, step), values(1), STATE)
+
+    def vanish(path: Path) -> object:
+        if path == gone:
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        return iterdir(path)
+
+    with mock.patch.object(Path, "iterdir", vanish):
+        assert newest(tmp_path) == step_folder(tmp_path, 20)
+
+
 def test_a_checkpoint_that_is_set_aside(tmp_path: Path) -> None:
     for step in (10, 20):
         checkpoint.save(step_folder(tmp_path, step), values(1), STATE)
     assert checkpoint.set_aside(step_folder(tmp_path, 20)).name == "step-00000020.aside"
     assert newest(tmp_path) == step_folder(tmp_path, 10)
     checkpoint.save(step_folder(tmp_path, 20), values(1), STATE)
+    shutil.copytree(step_folder(tmp_path, 20), tmp_path / "step-00000020.replaced")
     assert checkpoint.set_aside(step_folder(tmp_path, 20)).name == "step-00000020.aside1"
+    assert newest(tmp_path) == step_folder(tmp_path, 10)
 
 
 def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
@@ -338,7 +411,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, found: int) -
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": found}))
     else:
         with mock.patch.object(manifest.Manifest, "model_dump", return_value={"format": found}):
-            manifest.write_manifest(folder, {}, {})
+            manifest.write_manifest(folder, {}, LISTED)
     remedy = "update colonnade" if found > 3 else "read it with the version that wrote it"
     with pytest.raises(UserError, match=f"has format {found}, and this .* format 3: {remedy}"):
         checkpoint.load(folder, values(2))

@@ -159,9 +159,9 @@ def test_the_rows_of_a_run(ranks2: Ranks, recipe: Callable[..., Recipe], tmp_pat
     assert [row["step"] for row in rows if "save" in row["parts"]] == [3, 5]
     assert [row["step"] for row in rows if "validation" in row["parts"]] == [4]
     saves = [e["blocked_seconds"] for e in read_events(tmp_path) if e["event"] == "save"]
-    assert [r["parts"]["save"] for r in rows if "save" in r["parts"]] == pytest.approx(
-        saves[:2], abs=1e-3
-    )
+    parts = [row["parts"]["save"] for row in rows if "save" in row["parts"]]
+    # an event is written at the commit, which may come before training has waited for all
+    assert all(0 < saved <= part + 1e-3 for saved, part in zip(saves, parts, strict=False))
     for before, row in itertools.pairwise(rows):  # a step has no time of saves and validations
         between = sum(row["parts"].get(name, 0.0) for name in ("save", "validation"))
         assert row["time"] - before["time"] >= row["seconds"] + between - 0.01

@@ -119,6 +119,24 @@ def test_going_back_to_a_checkpoint() -> None:
     assert resume("mine").losses == expected
 
 
+def test_a_restart_does_not_go_back_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's command names a checkpoint, to which its first start went back."""
+    train("quickstart", [*RECIPE[1:], "train.steps=5"], run="mine")
+    resume("mine/checkpoints/step-00000003", until=4)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    resume("mine/checkpoints/step-00000003")
+    events = read_events(Path("mine"))
+    assert [event["step"] for event in events if event["event"] == "restart"] == [3, 4]
+
+
+def test_a_dry_run_of_a_run_trains_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    train("quickstart", [*RECIPE[1:], "train.steps=5"], run="mine", until=2)
+    capfd.readouterr()
+    assert main(["train", "--run", "mine", "--dry-run"]) == 0
+    assert "parameters" in capfd.readouterr().out
+    assert step_of_newest(Path("mine")) == 2
+
+
 def test_the_newest_whole_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
     train("quickstart", [*RECIPE[1:], "train.steps=5"], run="mine")
     path = Path("mine/checkpoints/step-00000005/rank-00000.safetensors")
@@ -152,8 +170,7 @@ def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixtu
 
 def test_a_restart_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would begin anew, and lose what the job has trained."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # also of a batch script, without ranks
     with pytest.raises(UserError, match=r"started again \(restart 1\).*--run-dir DIR"):
         train("quickstart", RECIPE[1:])
     assert os.listdir() == ["corpus.txt"]

@@ -1,5 +1,6 @@
 """Plans compared with the memory of a device."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -51,6 +52,7 @@ def test_unknown_devices(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_peaks_by_the_names_of_drivers() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == peak_flops("NVIDIA A100 80GB PCIe") == 312e12
+    assert peak_flops("NVIDIA GH200 480GB") is None  # a name that holds that of another one
     assert peak_flops("NVIDIA GeForce GTX 1080") is None
 
 
@@ -69,21 +71,33 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "left of 0.0045GiB" in accepted.stdout
 
 
-def report(peak: int, parameters: int, ranks: int = 8, **layout: int) -> dict[str, Any]:
+def report(peak: int, parameters: int, ranks: int = 8, precision: str = "bf16") -> dict[str, Any]:
+    """A plan of a rank that holds an eighth of the parameters, of four bytes each."""
     state = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
     memory = {**state, "peak": peak}
-    stages = [{"memory": memory}] * layout.get("pp", 1)
-    return {"rank": 3, "ranks": ranks, "layout": layout, "memory": memory, "stages": stages}
+    return {"rank": 3, "ranks": ranks, "memory": memory, "parameters": 8 * parameters // 4,
+            "precision": precision}  # fmt: skip
 
 
 def test_state_that_no_layout_shards_enough() -> None:
-    """Two pipeline ranks, four copies of one shard each: 2 x 4 x 10 GiB once."""
+    """A rank holds four times 10 GiB; once, that is 320 GiB, of which a device has 73.6."""
     device = Device("80GiB", 80 * GIB)
-    plan = report(100 * GIB, 10 * GIB, 8, pp=2, dp_replicate=4)
-    assert ranks_for_state(plan, device) == 2  # 80 GiB, of which a device has 73.6
-    large = report(1000 * GIB, 240 * GIB, 8, pp=2, dp_shard=4)
+    assert ranks_for_state(report(100 * GIB, 10 * GIB), device) == 5
+    assert ranks_for_state(report(100 * GIB, 10 * GIB, precision="fp64"), device) == 9
+    large = report(1000 * GIB, 240 * GIB)
     with pytest.raises(UserError, match=r"No layout of 8 ranks fits: .* need 105 such devices"):
         require_fit(large, device, "a job", lambda: pytest.fail("nothing to search"))
+
+
+def test_copies_of_parameters_do_not_count() -> None:
+    """Two stages both hold a tied embedding: no more devices are needed for that."""
+    tied = ["quickstart", "--gpus", "8", "model.tied=true", "model.pattern=*-", "model.repeat=1"]
+    counts = []
+    for layout in ("parallel.pp=1", "parallel.pp=2"):
+        result = plan(*tied[1:], layout, "train.micro_batch=1", "--json", "-")
+        assert result.returncode == 0, result.stderr
+        counts.append(ranks_for_state(json.loads(result.stdout), Device("tiny", 50_000)))
+    assert counts[0] == counts[1] > 8
 
 
 def test_nothing_fits() -> None:

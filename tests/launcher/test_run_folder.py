@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import itertools
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from colonnade.launcher.checkpoint import save, step_folder
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
+from colonnade.launcher.run_files import LOCK
 from colonnade.launcher.train.folder import (
     CHECKPOINTS,
     COMING,
@@ -25,7 +28,7 @@ from colonnade.launcher.train.folder import (
     open_new,
     run_of,
 )
-from colonnade.launcher.train.lock import LOCK, locked, show_life
+from colonnade.launcher.train.lock import host_of, locked, show_life
 from colonnade.models.config import ModelConfig
 
 RESUMES = """
@@ -121,6 +124,55 @@ def test_a_living_job_of_another_host_is_noticed(tmp_path: Path) -> None:
         pulse.join()
 
 
+def test_hosts_whose_names_begin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`node1` must look for the signs of life of `node10`."""
+    assert host_of("process 7 on node10 (SLURM job 3)") == "node10"
+    assert host_of("") is None
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewher")
+    lock, stopped = of_other_host(tmp_path, 0), threading.Event()
+    pulse = threading.Thread(target=show_life, args=(lock, 0.05, stopped))
+    pulse.start()
+    try:
+        with pytest.raises(UserError, match="on elsewhere"), locked(tmp_path, beat=0.2):
+            pass
+    finally:
+        stopped.set()
+        pulse.join()
+
+
+def test_a_beat_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, utime = itertools.count(), os.utime
+
+    def fail_once(path: Path) -> None:
+        if next(beats) == 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", fail_once)
+    with locked(tmp_path, beat=0.02):
+        first = (tmp_path / LOCK).stat().st_mtime_ns
+        end = time.monotonic() + 10
+        while (tmp_path / LOCK).stat().st_mtime_ns == first:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_of_two_that_start_together_without_locks_one_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the lock free; the one that wrote last has it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(
+        time, "sleep", lambda _: (tmp_path / LOCK).write_text("process 7 on elsewhere\n")
+    )
+    with pytest.raises(UserError, match="process 7 on elsewhere trains"), locked(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("age", [0, 3600])
 def test_the_lock_of_a_dead_job_is_free(tmp_path: Path, age: float) -> None:
     of_other_host(tmp_path, age)
@@ -183,7 +235,27 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_checkpoints_of_a_run_without_recipe_are_not_trained_over(tmp_path: Path) -> None:
+    save(step_folder(tmp_path / CHECKPOINTS, 6), {}, {})
+    with pytest.raises(UserError, match="holds step-00000006"), open_named(Recipe(), tmp_path):
+        pass
+
+
+def test_what_an_early_kill_leaves_is_no_hindrance(tmp_path: Path) -> None:
+    for name in (LOCK, f"{LOCK}.node1.77", "save", "recipe.toml.new"):
+        (tmp_path / name).touch()
+    (tmp_path / CHECKPOINTS).mkdir()
+    with open_named(Recipe(), tmp_path) as opened:
+        assert opened.resume is False
+
+
 def test_the_run_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = step_folder(tmp_path / CHECKPOINTS, 3)
     assert run_of(checkpoint) == (tmp_path, str(checkpoint))
     assert run_of(tmp_path) == (tmp_path, None)
+    inside = tmp_path / CHECKPOINTS / "mine"  # a run in a folder of this name
+    inside.mkdir(parents=True)
+    (inside / RECIPE).touch()
+    assert run_of(inside) == (inside, None)
+    with pytest.raises(UserError, match="rename it to that"):
+        run_of(tmp_path / CHECKPOINTS / "step-00000003.aside")

@@ -20,11 +20,12 @@ from colonnade.launcher import checkpoint
 from colonnade.launcher.checkpoint import Saver, folders, newest, saver, step_folder
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.folder import Source
+from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.job import run_job
 from colonnade.parallel.world import World
 
 MakeRecipe = Callable[..., Recipe]
+Capture = pytest.CaptureFixture[str]
 
 
 def steps(run: Path) -> list[int]:
@@ -57,14 +58,14 @@ def slow_copies(rank: int, size: int, recipe: Recipe, run: Path) -> list[bool]:
     """Runs a job whose copies begin only when the step after is about to update; returns for each
     update whether the copies were complete then."""
     copied: list[bool] = []
-    begin, finish, wait = Saver.begin, saver.Stage.finish, Saver.wait
+    begin, finish, wait = Saver.begin, saver.HostCopies.finish, Saver.wait
     about_to_update = threading.Event()
 
     def slow_begin(self: Saver, *arguments: object, **named: object) -> object:
         about_to_update.clear()
         return begin(self, *arguments, **named)  # type: ignore[arg-type]
 
-    def slow_finish(self: saver.Stage) -> dict[str, torch.Tensor]:
+    def slow_finish(self: saver.HostCopies) -> dict[str, torch.Tensor]:
         about_to_update.wait(5)
         return finish(self)
 
@@ -76,7 +77,7 @@ def slow_copies(rank: int, size: int, recipe: Recipe, run: Path) -> list[bool]:
 
     with (
         mock.patch.object(Saver, "begin", slow_begin),
-        mock.patch.object(saver.Stage, "finish", slow_finish),
+        mock.patch.object(saver.HostCopies, "finish", slow_finish),
         mock.patch.object(Saver, "wait", watched_wait),
     ):
         job(rank, size, recipe, run)
@@ -173,7 +174,7 @@ def test_usr1_saves_and_goes_on_where_asked(
 
 
 def resume_from(
-    rank: int, size: int, recipe: Recipe, run: Path, source: Source, until: int | None = None
+    rank: int, size: int, recipe: Recipe, run: Path, source: ResumePoint, until: int | None = None
 ) -> int:
     world = World(rank, size, torch.device("cpu"))
     return run_job(recipe, run, world, True, until, source=source)
@@ -186,7 +187,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
     settings = recipe("checkpoint.every=2", "checkpoint.keep=99")
     ranks2.run(job, settings, tmp_path)
     expected = losses(tmp_path)
-    source = Source(str(step_folder(tmp_path / "checkpoints", 4)))
+    source = ResumePoint(str(step_folder(tmp_path / "checkpoints", 4)))
     ranks2.run(resume_from, settings, tmp_path, source, 5)
     assert steps(tmp_path) == [2, 4, 5]
     aside = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.aside*"))
@@ -201,16 +202,72 @@ def test_a_damaged_newest_checkpoint(ranks2: Ranks, recipe: MakeRecipe, tmp_path
     ranks2.run(job, settings, tmp_path)
     expected = losses(tmp_path)
     flip(step_folder(tmp_path / "checkpoints", 8) / "rank-00001.safetensors")
-    with pytest.raises(RankError, match=r"--resume .*step-00000006, or --resume auto"):
+    with pytest.raises(RankError, match=r"--resume .*step-00000006, or --run RUN --resume auto"):
         ranks2.run(job, settings, tmp_path, True)
     assert steps(tmp_path) == [3, 6, 8]
-    ranks2.run(resume_from, settings, tmp_path, Source(automatic=True))
+    ranks2.run(resume_from, settings, tmp_path, ResumePoint(automatic=True))
     assert steps(tmp_path) == [3, 6, 8]
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.aside")] == [
         "step-00000008.aside"
     ]
     assert losses(tmp_path) == expected
     checkpoint.verify(newest(tmp_path / "checkpoints") or tmp_path)
+
+
+def save_and_fail(one: Saver, folder: Path) -> None:
+    """Trains until a failure, with a save in flight."""
+    with one:
+        one.begin(folder, {"w": torch.zeros(3)}, {})
+        raise ArithmeticError("training failed")
+
+
+def test_a_save_that_hangs_does_not_hold_a_failed_run(tmp_path: Path, capsys: Capture) -> None:
+    """As when a host is lost: the thread waits for ranks that will never come."""
+    forever = threading.Event()
+    hangs = mock.patch.object(saver, "write_chunks", side_effect=lambda *_: forever.wait())
+    with hangs, pytest.raises(ArithmeticError):
+        save_and_fail(Saver(asynchronous=True, patience=0.2), step_folder(tmp_path, 1))
+    forever.set()
+    assert "step-00000001 was given up" in capsys.readouterr().err
+
+
+def test_the_end_of_a_save_is_awaited_when_training_fails(tmp_path: Path) -> None:
+    with pytest.raises(ArithmeticError):
+        save_and_fail(Saver(asynchronous=True, patience=60), step_folder(tmp_path, 1))
+    checkpoint.verify(step_folder(tmp_path, 1))
+
+
+def fail_to_copy(rank: int, size: int, folder: Path) -> str:
+    """Saves, and rank 1 has no memory for its copies."""
+    with Saver(asynchronous=True) as one:
+        finish = saver.HostCopies.finish
+
+        def fail(self: saver.HostCopies) -> dict[str, torch.Tensor]:
+            if rank == 1:
+                raise MemoryError("no memory")
+            return finish(self)
+
+        with mock.patch.object(saver.HostCopies, "finish", fail):
+            one.begin(folder, {f"w{rank}": torch.zeros(3)}, {})
+            one.wait()
+            try:
+                one.finish()
+            except MemoryError as error:
+                return str(error)
+    return ""
+
+
+def test_a_rank_that_cannot_copy_fails_on_all(ranks2: Ranks, tmp_path: Path) -> None:
+    assert ranks2.run(fail_to_copy, step_folder(tmp_path, 1)) == ["no memory"] * 2
+    assert newest(tmp_path) is None
+
+
+def test_a_folder_called_save_is_left_alone(
+    ranks1: Ranks, recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "save").mkdir()
+    ranks1.run(job, recipe("train.steps=2"), tmp_path)
+    assert steps(tmp_path) == [2]
 
 
 def test_a_bad_state_leaves_the_saver_usable(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ gradients map as weights do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,44 @@ class Entry:
         native = grouped.split(self.widths(shapes), dim=self.dim + 1)
         flat = (tensor.flatten(self.dim, self.dim + 1) for tensor in native)
         return dict(zip(self.native_names, flat, strict=True))
+
+    def read(
+        self, name: str, box: tuple[slice, ...], shapes: Shapes, sources: Mapping[str, Any]
+    ) -> Tensor:
+        """Reads a box of one native tensor, and of each Hugging Face tensor no more than it needs
+        where its rows are in the native order; otherwise it splits whole ones.
+
+        Args:
+            name: of the native tensor.
+            box: a slice of each of its dimensions, with start and stop.
+            shapes: of the native tensors.
+            sources: by Hugging Face name, what gives a tensor for a tuple of slices (`get_slice` of
+                safetensors).
+        """
+        if len(self.hf_names) > 1:  # experts: only those in the box
+            one = replace(self, hf_names=self.hf_names[:1], dim=max(0, self.dim - 1))
+            inner = {n: torch.Size(shapes[n][1:]) for n in self.native_names}
+            experts = range(*box[0].indices(len(self.hf_names)))
+            first = self.hf_names[0]
+            return torch.stack(
+                [
+                    one.read(name, box[1:], inner, {first: sources[self.hf_names[e]]})
+                    for e in experts
+                ]
+            )
+        source = sources[self.hf_names[0]]
+        in_order = self.order is None and (self.groups == 1 or len(self.native_names) == 1)
+        if not in_order or self.squeeze is not None:
+            whole = source[(slice(None),) * len(self.shape(shapes))]
+            tensor: Tensor = self.split([whole], shapes)[name][box]
+            return tensor
+        if len(self.native_names) > 1:  # they follow each other along `dim`
+            before = self.native_names[: self.native_names.index(name)]
+            start, at = sum(shapes[n][self.dim] for n in before), box[self.dim]
+            moved = slice(at.start + start, at.stop + start)
+            box = (*box[: self.dim], moved, *box[self.dim + 1 :])
+        part: Tensor = source[box]
+        return part
 
     def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Joins native tensors into the Hugging Face tensors of this entry, by name."""
@@ -295,15 +333,8 @@ def from_hf(
             and does not. The error's field is the tensor's name.
     """
     shapes = shapes_of(config, state)
-    prefixes = tuple(prefix for prefix, _ in family.unread)
-    remaining = {
-        n for n in hf_tensors if not n.endswith(family.ignored) and not n.startswith(prefixes)
-    }
-    for name, original in family.copies(config).items():
-        both = name in remaining and original in remaining
-        if both and not torch.equal(hf_tensors[name], hf_tensors[original]):
-            raise Unsupported(name, "different weights", f"should be equal to {original}")
-        remaining.discard(name)
+    check_copies(family, config, hf_tensors)
+    remaining = weights_among(family, config, hf_tensors)
     native: dict[str, Tensor] = {}
     for e in entries_of(family, config, shapes, is_packed(family, config, remaining)):
         shape = e.shape(shapes)
@@ -313,6 +344,45 @@ def from_hf(
         hf_tensors, remaining, f"not a tensor of {family.architecture} with this config"
     )
     return native
+
+
+def check_copies(family: Family, config: ModelConfig, hf_tensors: Mapping[str, Tensor]) -> None:
+    """Raises Unsupported if a tensor differs from another one that it should equal."""
+    for name, original in family.copies(config).items():
+        both = name in hf_tensors and original in hf_tensors
+        if both and not torch.equal(hf_tensors[name], hf_tensors[original]):
+            raise Unsupported(name, "different weights", f"should be equal to {original}")
+
+
+def weights_among(family: Family, config: ModelConfig, names: Iterable[str]) -> set[str]:
+    """Returns the names of tensors that have weights of the model, without copies of others."""
+    prefixes, copies = tuple(prefix for prefix, _ in family.unread), family.copies(config)
+    return {
+        n
+        for n in names
+        if not n.endswith(family.ignored) and not n.startswith(prefixes) and n not in copies
+    }
+
+
+def check_shapes(
+    family: Family, config: ModelConfig, hf_shapes: Mapping[str, tuple[int, ...]]
+) -> list[Entry]:
+    """Checks the names and shapes of Hugging Face tensors, without reading them.
+
+    Returns:
+        the entries of all native tensors.
+
+    Raises:
+        Unsupported: a tensor is missing, unknown, or has the wrong shape.
+    """
+    empty = {n: torch.empty(shape, device="meta") for n, shape in hf_shapes.items()}
+    shapes, remaining = shapes_of(config), weights_among(family, config, empty)
+    entries = entries_of(family, config, shapes, is_packed(family, config, remaining))
+    for e in entries:
+        for name in e.hf_names:
+            take(empty, remaining, name, e.shape(shapes))
+    check_all_taken(empty, remaining, f"not a tensor of {family.architecture} with this config")
+    return entries
 
 
 def take(

@@ -80,6 +80,10 @@ class Shards(Mapping[str, Tensor]):
             )
         return tensor
 
+    def slice(self, name: str) -> Any:
+        """Returns what gives boxes of a tensor, with `get_shape` and `get_dtype`."""
+        return self.files[self.file_of[name]].get_slice(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
 

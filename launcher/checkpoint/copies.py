@@ -10,7 +10,7 @@ Chunks = Mapping[str, torch.Tensor]
 
 
 @dataclass
-class Stage:
+class HostCopies:
     """Memory of the host for the chunks that a rank writes, used again by every checkpoint.
 
     From `begin` to `finish` the chunks must not change, but for those that `begin` copies at once.
@@ -20,18 +20,20 @@ class Stage:
     Attributes:
         copies: by key.
         pending: chunks that `finish` will copy on the CPU.
-        staged: is set when no chunk will be read any more.
+        complete: is set when no chunk will be read any more.
         copied: recorded behind the copies on a GPU.
+        device: the GPU.
     """
 
     copies: dict[str, torch.Tensor] = field(default_factory=dict)
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
-    staged: threading.Event = field(default_factory=threading.Event)
+    complete: threading.Event = field(default_factory=threading.Event)
     copied: torch.cuda.Event | None = None
+    device: torch.device | None = None
 
     def begin(self, chunks: Chunks, at_once: Collection[str]) -> None:
         """Copies the chunks whose keys are in `at_once`, and begins to copy the others."""
-        self.staged.clear()
+        self.complete.clear()
         self.allocate(chunks)
         devices = {chunk.device for chunk in chunks.values() if chunk.device.type == "cuda"}
         if devices:
@@ -53,14 +55,14 @@ class Stage:
                     chunks[key].record_stream(stream)
                 if key in at_once:
                     current.wait_event(stream.record_event())
-        self.copied = stream.record_event()
+        self.copied, self.device = stream.record_event(), device
 
     def wait(self) -> None:
         """Returns when the chunks may change: on a GPU, for work that the current stream does."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         else:
-            self.staged.wait()
+            self.complete.wait()
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Returns the copies, once they are complete."""
@@ -68,10 +70,11 @@ class Stage:
             for key, chunk in self.pending.items():
                 self.copies[key].copy_(chunk)
             if self.copied is not None:
+                torch.cuda.set_device(self.device)  # of this thread
                 self.copied.synchronize()
         finally:
             self.pending = {}
-            self.staged.set()
+            self.complete.set()
         return self.copies
 
     def allocate(self, chunks: Chunks) -> None:

@@ -1,0 +1,9 @@
+"""Names of the files in a run's folder."""
+
+RECIPE = "recipe.toml"
+COMING = "recipe.coming.toml"  # the new recipe of a resumed run, until its checkpoint is loaded
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+LOCK = ".lock"  # names the job that trains the run
+SAVE = "save"  # asks the run for a checkpoint; rank 0 deletes it

@@ -1,0 +1,6 @@
+"""Weights from elsewhere: a run, a checkpoint or a Hugging Face folder, read box by box.
+
+source   one interface to tensors by canonical name, whatever their files
+fill     fills a sharded model from a source; no rank holds the whole model
+convert  the verb: writes a source in the other format
+"""

@@ -1,0 +1,205 @@
+"""Sources of weights: tensors by canonical name, of which any box can be read alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from colonnade.launcher.checkpoint import newest, verify
+from colonnade.launcher.checkpoint.catalog import Catalog, Entry, read_catalog
+from colonnade.launcher.checkpoint.folders import step_of
+from colonnade.launcher.convert.huggingface.family import (
+    Entry as FamilyEntry,
+)
+from colonnade.launcher.convert.huggingface.family import (
+    Shapes,
+    Unsupported,
+    check_copies,
+    check_shapes,
+    shapes_of,
+    unread_tensors,
+    without_absent_mtp,
+)
+from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, family_in, read_json
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.unused import without_unused
+from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
+from colonnade.models.config import ModelConfig
+
+Box = tuple[slice, ...]  # a slice of each dimension, with start and stop
+Notify = Callable[[str], object]
+# safetensors' names of dtypes
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights(ABC):
+    """Weights of a model on disk.
+
+    Attributes:
+        folder: where they are.
+        config: of the model, valid as the `[model]` table of a recipe.
+        shapes: by canonical name, of parameters and buffers.
+    """
+
+    folder: Path
+    config: ModelConfig
+    shapes: Shapes
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor on disk."""
+
+    @abstractmethod
+    def read(self, name: str, box: Box) -> Tensor:
+        """Returns a box of a tensor, in its dtype on disk."""
+
+    def whole(self, name: str) -> Tensor:
+        """Returns a whole tensor."""
+        return self.read(name, tuple(slice(0, size) for size in self.shapes[name]))
+
+
+@contextmanager
+def open_weights(path: Path, notify: Notify, check: bool = True) -> Iterator[Weights]:
+    """Opens a run (its newest checkpoint), one of its checkpoints, or a Hugging Face folder.
+
+    Args:
+        path: of it.
+        notify: is called with a sentence on each thing that is left out.
+        check: check the checksums of a checkpoint, and copies within a Hugging Face folder; as
+            `verify`, collective.
+
+    Raises:
+        UserError: it is none of these, is damaged, or has what the model cannot represent.
+    """
+    with ExitStack() as stack:
+        if (path / CONFIG).is_file():
+            yield HuggingFaceWeights(path, stack, notify, check)
+            return
+        folder = path if step_of(path) is not None else newest(path / CHECKPOINTS)
+        if folder is None:
+            raise UserError(
+                f"{path}: neither a run with a checkpoint, nor a checkpoint, nor a Hugging Face "
+                f"folder ({CONFIG} is missing); name such a folder"
+            )
+        if check:
+            verify(folder)
+        yield CheckpointWeights(folder, stack)
+
+
+def config_in(path: Path) -> ModelConfig:
+    """Returns the model of a run, a checkpoint or a Hugging Face folder, without its weights."""
+    with open_weights(path, lambda sentence: None, check=False) as weights:
+        return weights.config
+
+
+class CheckpointWeights(Weights):
+    """Weights of one of our checkpoints. The optimizer's state is left out."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        recipe = folder.absolute().parent.parent / RECIPE
+        if not recipe.is_file():
+            raise UserError(
+                f"checkpoint {folder}: {recipe} is missing, which describes its model; name a "
+                "checkpoint in the folder of its run"
+            )
+        self.folder, self.config = folder, load_recipe(recipe).model
+        self.catalog: Catalog = read_catalog(folder)
+        self.shapes = shapes_of(self.config)
+        absent = sorted(set(self.shapes) - set(self.catalog.tensors))
+        if absent:
+            raise UserError(
+                f"checkpoint {folder} has no {absent[0]} ({len(absent)} such tensors), which its "
+                f"recipe {recipe} has; the recipe is of another run"
+            )
+        self.stack = stack
+        self.files: dict[str, Any] = {}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entry(name).torch_dtype
+
+    def entry(self, name: str) -> Entry:
+        """Returns the catalog's entry of a tensor."""
+        return self.catalog.tensors[name]
+
+    def file(self, name: str) -> Any:
+        """Returns an open file."""
+        if name not in self.files:
+            opened = safe_open(self.folder / name, framework="pt")
+            self.files[name] = self.stack.enter_context(opened)
+        return self.files[name]
+
+    def read(self, name: str, box: Box) -> Tensor:
+        found = torch.empty([at.stop - at.start for at in box], dtype=self.dtype(name))
+        for chunk in self.entry(name).chunks:
+            ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
+            common = [(max(b.start, o), min(b.stop, o + size)) for b, o, size in ends]
+            if any(start >= stop for start, stop in common):
+                continue
+            inner = zip(common, chunk.offsets, box, strict=True)
+            bounds = [((a - o, b - o), (a - at.start, b - at.start)) for (a, b), o, at in inner]
+            stored, target = (tuple(slice(*pair[i]) for pair in bounds) for i in (0, 1))
+            found[target] = self.file(chunk.file).get_slice(chunk.key)[stored]
+        return found
+
+
+@dataclass(frozen=True)
+class Slices(Mapping[str, Any]):
+    """What gives boxes of Hugging Face tensors, by their names."""
+
+    shards: Shards
+
+    def __getitem__(self, name: str) -> Any:
+        return self.shards.slice(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+class HuggingFaceWeights(Weights):
+    """Weights of a Hugging Face folder."""
+
+    def __init__(self, folder: Path, stack: ExitStack, notify: Notify, check: bool) -> None:
+        fields = read_json(folder / CONFIG)
+        family = family_in(folder, fields)
+        try:
+            config = family.config_from_hf(fields, notify)
+            shards = Shards(folder, stack)
+            config = without_absent_mtp(family, config, shards, notify)
+            shapes = {name: tuple(shards.slice(name).get_shape()) for name in shards}
+            entries = check_shapes(family, config, shapes)
+            if check:
+                check_copies(family, config, shards)
+        except Unsupported as error:
+            raise UserError(f"{folder}: {error}") from None
+        for sentence in unread_tensors(family, shards):
+            notify(sentence)
+        self.folder, self.config, self.shapes = folder, without_unused(config), shapes_of(config)
+        self.slices = Slices(shards)
+        self.entry_of: dict[str, FamilyEntry] = {n: e for e in entries for n in e.native_names}
+        self.check_dtypes()
+
+    def check_dtypes(self) -> None:
+        """Raises UserError for a tensor whose dtype is not read."""
+        for one in self.entry_of.values():
+            for name in one.hf_names:
+                if (dtype := self.slices[name].get_dtype()) not in DTYPES:
+                    raise UserError(
+                        f"{self.folder}: {name} is {dtype}; only 16, 32 and 64 bit floating point "
+                        "is read: dequantise it first"
+                    )
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.slices[self.entry_of[name].hf_names[0]].get_dtype()]
+
+    def read(self, name: str, box: Box) -> Tensor:
+        return self.entry_of[name].read(name, box, self.shapes, self.slices)
