@@ -30,6 +30,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     notify: Callable[[str], object] | None = None,
+    fields_of: Callable[[str], dict[str, dict[str, Any]]] | None = None,
 ) -> Recipe:
     """Loads a recipe from a TOML file, or the shipped one of that name, and applies overrides.
 
@@ -45,6 +46,8 @@ def load_recipe(
         world_size: number of ranks, as in `validate`.
         notify: is called with one line about the fields that were removed, and with one about those
             that were shortened.
+        fields_of: returns the tables of `train.init`, with which fields are filled that the recipe
+            leaves open. None: they stay open, as in the recipe of a run, which was filled already.
 
     Raises:
         RecipeError: the recipe is invalid; lists all faults at once.
@@ -57,6 +60,8 @@ def load_recipe(
     steps_in_file = _integer(document, "train", "steps")
     overridden = [_override(document, text, faulty_fields) for text in overrides]
     shortened = _shorten_schedules(document, steps_in_file, {f for f in overridden if f})
+    if fields_of is not None:
+        used_in_file |= _fill(document, fields_of)
     # An override that is unused is a fault, also where the file set the same field.
     used_in_file -= {
         f for f in used_in_file for o in overridden if o and f"{f}.".startswith(f"{o}.")
@@ -197,6 +202,24 @@ def _without_unused(
         removed += unused
         recipe = Recipe.model_validate(document)
     return recipe, removed
+
+
+def _fill(
+    document: dict[str, Any], fields_of: Callable[[str], dict[str, dict[str, Any]]]
+) -> set[str]:
+    """Fills the fields that a document leaves open from `train.init`; returns their names."""
+    train = document.get("train")
+    init = train.get("init") if isinstance(train, dict) else None
+    if not isinstance(init, str):
+        return set()
+    filled = set()
+    for table, fields in fields_of(init).items():
+        known = document.setdefault(table, {})
+        if isinstance(known, dict):
+            missing = {name: value for name, value in fields.items() if name not in known}
+            known.update(missing)
+            filled |= {f"{table}.{name}" for name in missing}
+    return filled
 
 
 def _integer(document: dict[str, Any], table: str, name: str) -> int | None:

@@ -135,6 +135,17 @@ class TrainConfig(Table):
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="of initial weights, data order and random draws"
     )
+    init: str | None = Field(
+        None,
+        description="a run, one of its checkpoints, or a Hugging Face folder, from whose weights "
+        "the run starts, and which fills fields of [model] that are left open; default: random",
+    )
+    init_only: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="names of tensors to start from, as patterns of a shell; default: all"
+    )
+    init_skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="names of tensors that stay random, as patterns; default: none"
+    )
     validate_every: int = Field(
         0, ge=0, le=2**40, description="steps between validations; 0: at the end"
     )

@@ -58,6 +58,8 @@ CONDITIONS = (
            "with parallel.tp = 1", "parallel.tp"),
     UsedIf("parallel.schedule parallel.stages_per_rank parallel.stages",
            lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
+    UsedIf("train.init_only train.init_skip", lambda r: r.train.init is not None,
+           "without train.init", "train.init"),
     UsedIf("train.timeline", lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
     UsedIf("train.timeline", lambda r: (r.train.timeline or 0) <= r.train.steps,
            "beyond train.steps: the run ends before that step", "train.steps"),

@@ -28,7 +28,14 @@ from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import NEWEST, ResumePoint, adopt
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.saves import open_saver, restore, save, save_is_due, wait_for_copies
+from colonnade.launcher.train.saves import (
+    open_saver,
+    restore,
+    save,
+    save_is_due,
+    start_from_weights,
+    wait_for_copies,
+)
 from colonnade.launcher.train.schedule import batch_size, micro_batches, reading_plan
 from colonnade.launcher.train.step import (
     Result,
@@ -154,6 +161,8 @@ def run_job(
             restore(job, source)
             # only after the checkpoint was loaded under the new recipe may that replace the old one
             on_rank_zero(lambda: adopt(run))
+        elif recipe.train.init is not None:
+            start_from_weights(job)
         monitor = open_monitor(job)
         # within, because a rank that lost its peer after a signal is ended by `stop_signal`
         with stop_signal(world.size, announce, saving) as stop, events.errors_recorded(), job.saver:

@@ -135,7 +135,7 @@ def resume(
         checkpoint = None  # the job went back to it at its first start, and goes on since
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
-    recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc)
+    recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, resumed=True)
     check_resumable(saved, recipe)
     from colonnade.launcher.train.start import Order, start
 
@@ -148,8 +148,10 @@ def valid_recipe(
     overrides: Sequence[str],
     environment: RankEnvironment | None,
     nproc: int,
+    resumed: bool = False,
 ) -> Recipe:
-    """Loads and validates a recipe for the ranks of this job, or for `nproc` ranks to be started.
+    """Loads and validates a recipe for the ranks of this job, or for `nproc` ranks to be started;
+    fields that it leaves open are those of `train.init`, unless it is that of a `resumed` run.
 
     Rank 0 prints to stderr which fields of the file the overrides leave without effect, and which
     were changed in proportion to `train.steps`.
@@ -161,12 +163,19 @@ def valid_recipe(
     if not isinstance(recipe, Recipe):
         first = environment is None or environment.rank == 0
         report = partial(print, file=sys.stderr) if first else None
-        return load_recipe(recipe, overrides, size, report)
+        return load_recipe(recipe, overrides, size, report, None if resumed else fields_of_init)
     if overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     if faults := validate(recipe, size):
         raise RecipeError(faults)
     return recipe
+
+
+def fields_of_init(init: str) -> dict[str, dict[str, Any]]:
+    """Returns the tables of a recipe that follow from `train.init`."""
+    from colonnade.launcher.weights.source import fields_of  # imports torch, which takes seconds
+
+    return fields_of(Path(init))
 
 
 def describe(

@@ -26,6 +26,8 @@ from colonnade.launcher.run_files import CHECKPOINTS, SAVE
 from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.lines import write_below
+from colonnade.launcher.weights.fill import fill
+from colonnade.launcher.weights.source import open_weights
 
 if TYPE_CHECKING:
     from colonnade.launcher.train.job import Job
@@ -90,6 +92,20 @@ def save_is_due(job: "Job") -> bool:
         return True
     seconds = 60 * job.recipe.checkpoint.minutes
     return 0 < seconds <= time.monotonic() - job.last_save
+
+
+def start_from_weights(job: "Job") -> None:
+    """Fills the model from `train.init`, and says on rank 0 what was not loaded. Collective."""
+    train = job.recipe.train
+    sentences: list[str] = []
+    with open_weights(Path(cast(str, train.init)), sentences.append) as weights:
+        kept = fill(job.model, weights, train.init_only, train.init_skip)
+        sentences.append(
+            f"weights of {weights.folder}; "
+            + (f"random: {', '.join(kept)}" if kept else "no tensor is random")
+        )
+    if job.world.is_rank_zero:
+        print("\n".join(sentences), flush=True)
 
 
 def restore(job: "Job", source: ResumePoint) -> None:

@@ -1,5 +1,6 @@
 """Sources of weights: tensors by canonical name, of which any box can be read alone."""
 
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,11 +29,13 @@ from colonnade.launcher.convert.huggingface.family import (
 )
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, family_in, read_json
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
 from colonnade.models.config import ModelConfig
 
+TOKENIZER = "tokenizer.json"
 Box = tuple[slice, ...]  # a slice of each dimension, with start and stop
 Notify = Callable[[str], object]
 # safetensors' names of dtypes
@@ -99,11 +102,29 @@ def config_in(path: Path) -> ModelConfig:
         return weights.config
 
 
+def fields_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the tables of a recipe that follow from weights: `[model]`, and of `[data]` the
+    tokenizer, where the folder has one or its recipe names one."""
+    model = tomllib.loads(dump_recipe(Recipe(model=config_in(path))))["model"]
+    tables: dict[str, dict[str, Any]] = {"model": model}
+    if (path / TOKENIZER).is_file():
+        tables["data"] = {"tokenizer": str(path)}
+    elif (recipe := recipe_of(path)).is_file():
+        name = load_recipe(recipe).data.tokenizer
+        tables |= {} if name is None else {"data": {"tokenizer": name}}
+    return tables
+
+
+def recipe_of(path: Path) -> Path:
+    """Returns the recipe of a run, or of the run of a checkpoint."""
+    return (path if step_of(path) is None else path.absolute().parent.parent) / RECIPE
+
+
 class CheckpointWeights(Weights):
     """Weights of one of our checkpoints. The optimizer's state is left out."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        recipe = folder.absolute().parent.parent / RECIPE
+        recipe = recipe_of(folder)
         if not recipe.is_file():
             raise UserError(
                 f"checkpoint {folder}: {recipe} is missing, which describes its model; name a "
