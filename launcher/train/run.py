@@ -175,7 +175,10 @@ def fields_of_init(init: str) -> dict[str, dict[str, Any]]:
     """Returns the tables of a recipe that follow from `train.init`."""
     from colonnade.launcher.weights.source import fields_of  # imports torch, which takes seconds
 
-    return fields_of(Path(init))
+    try:
+        return fields_of(Path(init))
+    except UserError as mistake:
+        raise UserError(f"train.init = {init!r}: {mistake}") from None
 
 
 def describe(

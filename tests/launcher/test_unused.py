@@ -206,6 +206,8 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("", "parallel.stages=[1,1]", "parallel.pp=2"),
     ("model.repeat=2", "parallel.stages_per_rank=2", "parallel.pp=2 parallel.schedule=bfs"),
     ("parallel.pp=2", "parallel.stages_per_rank=1", "parallel.schedule=bfs"),
+    ("", "train.init_only=['*']", "train.init=somewhere"),
+    ("", "train.init_skip=['*']", "train.init=somewhere"),
     ("", "train.timeline=3", "parallel.pp=2"),
     ("parallel.pp=2 train.steps=3", "train.timeline=4", "train.steps=4"),
     ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),
