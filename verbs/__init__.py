@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from colonnade.launcher.train.run import resume as resume
     from colonnade.launcher.train.run import train as train
     from colonnade.launcher.verify.run import verify as verify
+    from colonnade.launcher.weights.convert import convert as convert
 
 _MODULES = {
+    "convert": "launcher.weights.convert",
     "data": "launcher.data",
     "doctor": "launcher.cluster.doctor",
     "generate": "launcher.generate",
@@ -30,7 +32,8 @@ _MODULES = {
     "verify": "launcher.verify.run",
 }
 __all__ = [
-    "data", "doctor", "generate", "inspect", "load_recipe", "plan", "resume", "train", "verify",
+    "convert", "data", "doctor", "generate", "inspect", "load_recipe", "plan", "resume", "train",
+    "verify",
 ]  # fmt: skip
 
 

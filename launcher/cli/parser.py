@@ -127,6 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--overwrite", action="store_true")
 
+    convert = add("convert", verbs.run_convert)
+    convert.add_argument("source", help="a run, a checkpoint, or a Hugging Face folder")
+    convert.add_argument("destination", help="the folder to write; it must not exist")
+    convert.add_argument("--to", choices=["hf", "native"], required=True)
+    convert.add_argument(
+        "--dtype", choices=["fp64", "fp32", "bf16", "fp16"], help="default: of each tensor"
+    )
+    convert.add_argument("--family", help="Hugging Face's class (default: the first that fits)")
+
     inspect = add("inspect", verbs.run_inspect)
     inspect.add_argument(
         "checkpoint", help="a checkpoint, a run (its newest), or a Hugging Face folder"
@@ -137,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", verbs.run_bench)
     bench.add_argument("name", choices=list(verbs.benchmarks().BENCHMARKS))
     bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
-    for verb in (train, verify, plan, data, inspect, doctor, bench):
+    for verb in (train, verify, plan, data, convert, inspect, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 
@@ -149,11 +158,12 @@ VERBS = {
     "plan": "show what each rank of a job of any size holds and sends",
     "generate": "sample text from a trained model",
     "data": "convert text to packed tokens in Megatron's .bin/.idx format",
+    "convert": "write weights of a run as a Hugging Face folder, or the reverse",
     "inspect": "show what a checkpoint holds and check its files, or compare two",
     "doctor": "show devices, backends, and which kernel serves each operator",
     "bench": "run a benchmark beside its reference",
 }
-PLANNED = ("convert", "logs", "report", "status", "submit", "sweep")
+PLANNED = ("logs", "report", "status", "submit", "sweep")
 
 
 def unknown_verb(word: str) -> str:

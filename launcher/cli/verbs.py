@@ -149,6 +149,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Runs `colonnade convert`; returns the exit status."""
+    from colonnade.launcher.weights.convert import convert
+
+    a = arguments
+    report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+    a.report(asdict(report))
+    return 0
+
+
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs `colonnade inspect`; returns the exit status, 1 if a file is damaged or two differ."""
     from colonnade.launcher.inspect.run import inspect

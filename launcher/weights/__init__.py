@@ -2,5 +2,8 @@
 
 source   one interface to tensors by canonical name, whatever their files
 fill     fills a sharded model from a source; no rank holds the whole model
-convert  the verb: writes a source in the other format
+convert  the verb: writes a source in another format
+target   what a format is to `convert`
+hf       Hugging Face folders as a target
+native   our own checkpoints as a target
 """

@@ -115,6 +115,18 @@ def fields_of(path: Path) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def tokenizer_folder(path: Path) -> Path | None:
+    """Returns the folder of the tokenizer that goes with weights; None: there is none, or it is
+    that of bytes."""
+    if (path / TOKENIZER).is_file():
+        return path
+    if not (recipe := recipe_of(path)).is_file():
+        return None
+    name = load_recipe(recipe).data.tokenizer
+    folder = None if name in (None, "bytes") else Path(name)
+    return folder.parent if folder is not None and folder.is_file() else folder
+
+
 def recipe_of(path: Path) -> Path:
     """Returns the recipe of a run, or of the run of a checkpoint."""
     return (path if step_of(path) is None else path.absolute().parent.parent) / RECIPE

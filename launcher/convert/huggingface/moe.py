@@ -301,7 +301,7 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
     """Writes a DeepSeek-V3 config."""
     c, width = config, config.expert_ffn
     shared, remainder = divmod(c.shared_ffn, width)
-    if remainder or not shared:
+    if c.has("E") and (remainder or not shared):
         remedy = f"only a multiple of an expert's width {width} can be represented"
         raise Unsupported("shared_ffn", c.shared_ffn, remedy)
     return {
@@ -316,7 +316,7 @@ def write_deepseek(config: ModelConfig) -> dict[str, Any]:
         "first_k_dense_replace": c.symbols.count("-"),
         "num_nextn_predict_layers": c.mtp,
         "intermediate_size": c.ffn,
-        "n_shared_experts": shared,
+        "n_shared_experts": max(1, shared),
         **write_biased_router(c),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

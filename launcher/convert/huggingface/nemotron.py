@@ -140,6 +140,14 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
     if c.has("-", "E") and c.activation not in hidden_acts:
         remedy = f"only {', '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)
+    mamba = {
+        "mamba_num_heads": c.mamba_heads,
+        "mamba_head_dim": c.mamba_head_dim,
+        "ssm_state_size": c.mamba_state,
+        "n_groups": c.mamba_groups,
+        "conv_kernel": c.mamba_conv,
+        "chunk_size": c.mamba_chunk,
+    }
     experts = {
         "moe_shared_expert_intermediate_size": c.shared_ffn,
         "n_shared_experts": 1,
@@ -158,12 +166,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": c.ffn,
         "mlp_hidden_act": hidden_acts.get(c.activation, "relu2"),
         "mlp_bias": False,
-        "mamba_num_heads": c.mamba_heads,
-        "mamba_head_dim": c.mamba_head_dim,
-        "ssm_state_size": c.mamba_state,
-        "n_groups": c.mamba_groups,
-        "conv_kernel": c.mamba_conv,
-        "chunk_size": c.mamba_chunk,
+        **(mamba if c.mamba_heads else {}),  # 0: none, and no field of Hugging Face
         "mamba_hidden_act": "silu",
         "use_bias": False,
         "use_conv_bias": True,

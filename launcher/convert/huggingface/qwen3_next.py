@@ -99,17 +99,20 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     if c.has("*"):
         check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
     kinds = {symbol: kind for kind, symbol in QWEN3_NEXT.items()}
+    delta = {
+        "linear_num_value_heads": c.delta_heads,
+        "linear_num_key_heads": c.delta_key_heads,
+        "linear_key_head_dim": c.delta_key_dim,
+        "linear_value_head_dim": c.delta_value_dim,
+        "linear_conv_kernel_dim": c.delta_conv,
+    }
     experts = {**write_experts(c), "shared_expert_intermediate_size": c.shared_ffn}
     return {
         **write_common(c),
         **write_heads(c),
         "partial_rotary_factor": c.rope_fraction,
         "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
-        "linear_num_value_heads": c.delta_heads,
-        "linear_num_key_heads": c.delta_key_heads,
-        "linear_key_head_dim": c.delta_key_dim,
-        "linear_value_head_dim": c.delta_value_dim,
-        "linear_conv_kernel_dim": c.delta_conv,
+        **(delta if c.delta_heads else {}),  # 0: none, and no field of Hugging Face
         "intermediate_size": c.ffn,
         "num_experts": c.experts if c.has("E") else 0,
         "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],

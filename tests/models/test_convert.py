@@ -1,0 +1,198 @@
+"""`convert` in both directions: bit-exact, interrupted and repeated, in bounded memory."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from oracle import Case
+from safetensors.torch import load_file
+from test_hf_families import ALL
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from colonnade.launcher.checkpoint import load, verify
+from colonnade.launcher.checkpoint.tensors import named_tensors
+from colonnade.launcher.cli import main
+from colonnade.launcher.convert.huggingface.folder import read_hf
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.weights import convert as module
+from colonnade.launcher.weights.convert import convert
+from colonnade.launcher.weights.source import open_weights
+from colonnade.models.context import Context
+
+
+def ignore(sentence: str) -> None:
+    """Takes no notice."""
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of all safetensors files of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
+    """Hugging Face to native to Hugging Face, in files of a kilobyte: every bit is as before, and
+    what is read box by box is what is read whole."""
+    with oracle.fp64():
+        model = case.build()
+    oracle.randomise(model, seed=5)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="3KB")
+    with mock.patch.object(torch, "load", side_effect=AssertionError):
+        convert(tmp_path / "hf", tmp_path / "native", "native", file_bytes=1024, report=ignore)
+    config, expected = read_hf(tmp_path / "hf", ignore)
+    with open_weights(tmp_path / "native", ignore) as weights:
+        assert weights.config == config
+        assert set(weights.shapes) == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(weights.whole(name), tensor), name
+    family = type(model).__name__
+    convert(
+        tmp_path / "native", tmp_path / "back", "hf", family=family, file_bytes=1024, report=ignore
+    )
+    before, after = tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")
+    copies = oracle.family(model).copies(config)
+    assert set(before) - set(after) <= set(copies)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor.dtype == before[name].dtype
+
+
+def test_transformers_loads_it_and_gives_our_logits(llama: Path, tmp_path: Path) -> None:
+    """By the command line, in another dtype; our own checkpoint fills our own decoder."""
+    native, back = str(tmp_path / "native"), str(tmp_path / "back")
+    assert main(["convert", str(llama), native, "--to", "native", "--dtype", "fp64"]) == 0
+    assert main(["convert", native, back, "--to", "hf"]) == 0
+    recipe = load_recipe(Path(native) / "recipe.toml")
+    model = oracle.empty(recipe.model)
+    load(Path(native) / "checkpoints" / "step-00000000", named_tensors(model, None))
+    hf_model = AutoModelForCausalLM.from_pretrained(back)
+    assert hf_model.dtype == torch.float64
+    tokens = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(1))
+    ours = model(tokens.T, Context(torch.arange(9)[:, None]))[:, 0]
+    with oracle.fp64(), torch.no_grad():
+        theirs = hf_model(tokens).logits[0]
+    assert (ours - theirs).abs().max() < 1e-9 * theirs.abs().max()
+
+
+def test_an_interrupted_conversion_goes_on(llama: Path, tmp_path: Path) -> None:
+    save, written = module.save_file, []
+
+    def fail_at_the_third(tensors: Any, path: Path, metadata: Any = None) -> None:
+        if len(written) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path.name)
+        save(tensors, path, metadata)
+
+    options = {"to": "native", "file_bytes": 2048, "report": ignore}
+    with (
+        mock.patch.object(module, "save_file", fail_at_the_third),
+        pytest.raises(UserError, match=r"No space left.*goes on behind the finished files"),
+    ):
+        convert(llama, tmp_path / "native", **options)
+    assert not (tmp_path / "native").exists()
+    with pytest.raises(UserError, match="another conversion"):
+        convert(llama, tmp_path / "native", **(options | {"dtype": "bf16"}))
+    done = convert(llama, tmp_path / "native", **options)
+    assert done.kept == 2
+    assert done.files > 4
+    whole = convert(llama, tmp_path / "whole", **options)
+    assert whole.kept == 0
+    folder = Path("checkpoints") / "step-00000000"
+    for path in (tmp_path / "whole" / folder).glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "native" / folder / path.name).read_bytes()
+    verify(tmp_path / "native" / folder)
+    assert not list(tmp_path.glob("*.coming"))
+
+
+def test_a_finished_file_that_changed_is_written_again(llama: Path, tmp_path: Path) -> None:
+    options = {"to": "hf", "file_bytes": 2048, "report": ignore}
+    checks = module.Progress.verify
+
+    def damage_first(self: module.Progress) -> None:
+        path = self.folder / min(self.files)
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        checks(self)
+
+    with (
+        mock.patch.object(module.Progress, "verify", damage_first),
+        pytest.raises(UserError, match="is not what was written"),
+    ):
+        convert(llama, tmp_path / "copy", **options)
+    done = convert(llama, tmp_path / "copy", **options)
+    assert done.kept == done.files - 1
+    assert tensors_in(tmp_path / "copy").keys() == tensors_in(llama).keys()
+
+
+def test_memory_is_that_of_a_file(llama: Path, tmp_path: Path) -> None:
+    """No more pieces are in memory than one file holds."""
+    held: list[int] = []
+    save = module.save_file
+
+    def measured(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
+        save(tensors, path, metadata)
+
+    with mock.patch.object(module, "save_file", measured):
+        convert(llama, tmp_path / "native", "native", file_bytes=4096, report=ignore)
+    assert max(held) <= 4096
+    assert len(held) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent", "out", "--to", "hf"], "neither a run with a checkpoint"),
+        (["llama", "llama", "--to", "hf"], "exists already"),
+        (["llama", "out", "--to", "hf", "--family", "MambaForCausalLM"], "must be one of 'm'"),
+        (["llama", "out", "--to", "native", "--family", "LlamaForCausalLM"], "leave it out"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], message: str, llama: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert not Path("out.coming").exists()
+
+
+def test_what_no_class_has_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    """A gate of attention is an option that no family has."""
+    convert(llama, tmp_path / "native", "native", report=ignore)
+    recipe = tmp_path / "native" / "recipe.toml"
+    text = recipe.read_text()
+    assert "attention_cap" not in text
+    recipe.write_text(text.replace("[model]", "[model]\nattention_cap = 5.0"))
+    with pytest.raises(UserError, match=r"(?s)none can represent .*attention_cap = 5"):
+        convert(tmp_path / "native", tmp_path / "out", "hf", report=ignore)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_tokenizer_goes_along(llama: Path, tmp_path: Path) -> None:
+    (llama / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    convert(llama, tmp_path / "native", "native", report=ignore)
+    recipe = load_recipe(tmp_path / "native" / "recipe.toml")
+    assert recipe.data.tokenizer == str(tmp_path / "native" / "tokenizer")
+    convert(tmp_path / "native", tmp_path / "back", "hf", report=ignore)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"version": "1.0"}'
