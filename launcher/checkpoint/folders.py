@@ -103,13 +103,13 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
 def prepare(folder: Path) -> None:
     """Makes the empty `folder.partial`, after it has cleaned up after a crashed save."""
     run = folder.parent
-    run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(exist_ok=True)  # not its parents: a run whose folder was removed must not come back
     finish_replacement(folder)
     if folder.exists() and not is_checkpoint(folder):
         raise UserError(f"{folder} exists and is not a checkpoint: move it away, then save again")
     for path in run.iterdir():
         if path == partial(folder) or _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     partial(folder).mkdir()
 
 
@@ -178,7 +178,7 @@ def damaged_error(path: Path, reason: str) -> DamagedError:
     """Returns the error for the file `path` of a checkpoint that is unreadable or altered."""
     earlier = newest_before(path.parent)
     remedy = (
-        f"go on from an earlier checkpoint: --resume {earlier}, or --run RUN --resume auto"
+        f"go on from an earlier checkpoint: --resume {earlier}, or --run DIR --resume auto"
         if earlier
         else "there is no earlier checkpoint beside it; restore the file from a copy, or start anew"
     )

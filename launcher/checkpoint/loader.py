@@ -131,7 +131,7 @@ def choose(run: Path, damaged_pass: bool) -> Choice:
             return Choice(folder, passed)
     if passed:
         reasons = "; ".join(passed.values())
-        raise UserError(f"{run}: no checkpoint is whole: {reasons}; train anew")
+        raise UserError(f"{run}: no checkpoint is whole: {reasons}; start a new run")
     return Choice(None, {})
 
 

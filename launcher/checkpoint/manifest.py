@@ -109,15 +109,16 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads(text)
         fields.pop("crc32")
         found = fields["format"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise damaged_error(path, f"not a manifest: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise damaged_error(path, "it is no manifest") from None
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         if found != FORMAT and isinstance(found, int) and not _is_altered(text):
             raise other_format_error(folder, found) from None
         first = error.errors(include_url=False)[0]
-        raise damaged_error(path, f"{first['loc'][0]}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise damaged_error(path, f"{field} is missing, or is not what it should be") from None
     if manifest.text() != text:
         raise damaged_error(path, "its checksum differs")
     return manifest

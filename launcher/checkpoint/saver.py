@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -305,9 +306,11 @@ def os_error(error: SafetensorError, path: Path) -> OSError:
 
 def clean_up_and_explain(folder: Path, failure: OSError, needed_bytes: int) -> str:
     """Removes the partial folder of a failed save and returns the user's message (rank 0)."""
-    folders.finish_replacement(folder)
-    if folders.partial(folder).exists():
-        shutil.rmtree(folders.partial(folder))
+    # A disk that refuses this as well keeps the partial folder, which the next save removes.
+    with suppress(OSError):
+        folders.finish_replacement(folder)
+        if folders.partial(folder).exists():
+            shutil.rmtree(folders.partial(folder))
     run = next(path for path in folder.absolute().parents if path.exists())
     space = ""
     if failure.errno in _DISK_FULL:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from colonnade.launcher.checkpoint.catalog import read_catalog
-from colonnade.launcher.checkpoint.folders import STATE, newest, step_of
+from colonnade.launcher.checkpoint.folders import STATE, TENSORS, newest, step_of
 from colonnade.launcher.checkpoint.loader import read_state
 from colonnade.launcher.checkpoint.manifest import (
     FileRecord,
@@ -88,13 +88,13 @@ def open_contents(path: Path) -> Contents:
 
 
 def open_checkpoint(folder: Path) -> Contents:
-    """Opens one of our checkpoints; where files are damaged, its tensors are not listed."""
+    """Opens one of our checkpoints; where the catalog is damaged, no tensors are listed."""
     manifest = read_manifest(folder)
     damage = dict(size_faults(folder, manifest))
     share = [block for block in blocks(manifest) if block.name not in damage]
     for name, reason in block_faults(folder, share):
         damage.setdefault(name, reason)
-    catalog = None if damage else read_catalog(folder)
+    catalog = None if TENSORS in damage else read_catalog(folder)
     entries = {} if catalog is None else catalog.tensors
     return Contents(
         folder,

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from colonnade.launcher.checkpoint.folders import step_of
 
 OPTIMIZER = "optimizer."
 
@@ -16,6 +19,9 @@ def heading(report: dict[str, Any]) -> Iterator[str]:
     """Yields the lines on the checkpoint as a whole."""
     about = dict(report["about"])
     yield report["checkpoint"]
+    named = step_of(Path(report["checkpoint"]))
+    if named is not None and "step" in about and about["step"] != named:
+        yield f"  the folder is named as step {named}, and holds step {about['step']}"
     if layout := about.pop("layout", None):
         about["layout"] = ", ".join(f"{a} {d}" for a, d in layout.items() if d > 1) or "one rank"
     if (seconds := about.pop("time", None)) is not None:

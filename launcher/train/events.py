@@ -119,7 +119,7 @@ class Events:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run, in order; none where it has no file of them."""
-    return read_lines(run / EVENTS)
+    return read_lines(run / EVENTS, "event", "time", "step")
 
 
 @dataclass(frozen=True)

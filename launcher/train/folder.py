@@ -158,7 +158,10 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from error
+        raise UserError(
+            f"{path}: cannot write the recipe: {error.strerror}; free space, or make "
+            "the folder writable"
+        ) from error
 
 
 def saved_recipe(folder: Path) -> Recipe:
@@ -179,7 +182,9 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         train = ("seed", "seq_len", "global_batch", "ramp_batch", "ramp_steps")
         may_change = {"path", "column"}
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
-        fields |= {f"model.{f}": value for f, value in recipe.model.model_dump().items()}
+        model = recipe.model.model_dump()
+        fields |= {f"model.{f}": v for f, v in model.items() if recipe.model.unused(f) is None}
+        fields["train.precision"] = "fp64" if recipe.train.precision == "fp64" else "fp32 or bf16"
         # Fields that follow from others do so in muP's base as well: a field that is given at the
         # value it had by default changes the base alone.
         if base := recipe.model.base():
@@ -187,7 +192,10 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         fields["optimizer.name"] = recipe.optimizer.name
         fields["data.validation"] = recipe.data.validation
         fields["data.packing"] = recipe.data.packing
-        fields["data.sources"] = [s.model_dump(exclude=may_change) for s in recipe.data.sources]
+        fields["data.sources"] = len(recipe.data.sources)
+        for number, source in enumerate(recipe.data.sources):
+            known = source.model_dump(exclude=may_change).items()
+            fields |= {f"data.sources.{number}.{f}": value for f, value in known}
         return fields
 
     required = fixed_fields(saved)

@@ -29,6 +29,8 @@ from colonnade.launcher.train.folder import NEWEST, ResumePoint, adopt
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.saves import (
+    check_folder,
+    lock_of,
     open_saver,
     restore,
     save,
@@ -69,6 +71,7 @@ class Job:
     data: Data
     saver: Saver
     events: Events  # written by rank 0 alone
+    lock: tuple[int, int] | None = None  # the file that this job has locked
     reader: Prefetcher | None = None
     step: int = 0  # completed steps
     bad_steps: int = 0  # consecutive non-finite steps up to now
@@ -133,7 +136,7 @@ def build(recipe: Recipe, run: Path, world: World, events: Events | None = None)
     events = events or Events()
     engine, data = build_engine(recipe, world), open_data(recipe)
     saver = open_saver(recipe, run, events)
-    return Job(recipe, run, world, engine, data, saver, events)
+    return Job(recipe, run, world, engine, data, saver, events, lock_of(run))
 
 
 def run_job(
@@ -259,6 +262,7 @@ def sync_status(
     wanted, stop.save = stop.save, False  # before all else, as a signal may come at any moment
     if job.world.is_rank_zero:
         try:
+            check_folder(job)
             wanted = save_is_due(job) or wanted
         except UserError as error:
             write_error = write_error or error

@@ -58,19 +58,29 @@ def length_of_lines(text: bytes) -> int:
     return text.rfind(b"\n") + 1
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file, without a last line that a crash truncated; none without it."""
+def read_lines(path: Path, *names: str) -> list[dict[str, Any]]:
+    """Returns all complete lines of a file, without a last line that a crash truncated; none if
+    there is no file.
+
+    Raises:
+        UserError: a line is no object with these names.
+    """
     if not path.exists():
         return []
-    text = path.read_bytes()
-    rows = []
+    text, rows = path.read_bytes(), []
     for number, line in enumerate(text[: length_of_lines(text)].split(b"\n"), 1):
+        if not line:
+            continue
         try:
-            rows += [json.loads(line)] if line else []
-        except ValueError as error:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or any(name not in row for name in names):
             raise UserError(
-                f"{path}, line {number}: not JSON ({error}); mend or remove that line"
-            ) from None
+                f"{path}, line {number}: not an object with {', '.join(names)}; mend or remove "
+                "that line"
+            )
+        rows.append(row)
     return rows
 
 

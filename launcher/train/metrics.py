@@ -21,7 +21,7 @@ def read_metrics(path: Path, superseded: bool = False) -> list[dict[str, Any]]:
         path: the file; a last line that a crash truncated is left out.
         superseded: return all rows, those of steps that a later attempt repeated, too.
     """
-    rows = read_lines(path)
+    rows = read_lines(path, "step")
     return rows if superseded else current_rows(rows)
 
 

@@ -4,7 +4,9 @@ Torch is imported when a run starts, so that a mistake in a recipe is reported a
 """
 
 import math
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +98,7 @@ def train(
     """
     environment = RankEnvironment.from_environment()
     valid = valid_recipe(recipe, overrides, environment, nproc)
+    ignore_early_requests(valid)
     if run is None and restarts():
         raise UserError(
             f"this job has been started again (restart {restarts()}), and would begin "
@@ -137,10 +140,19 @@ def resume(
     environment = RankEnvironment.from_environment()
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, resumed=True)
     check_resumable(saved, recipe)
+    ignore_early_requests(recipe)
     from colonnade.launcher.train.start import Order, start
 
     order = Order(ResumePoint(checkpoint, automatic), until)
     return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)
+
+
+def ignore_early_requests(recipe: Recipe) -> None:
+    """Ignores SIGUSR1 outside of training where it asks for a checkpoint: it must not end a job
+    that is starting or drawing its plots."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if recipe.checkpoint.usr1 == "save" and in_main_thread:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def valid_recipe(

@@ -22,7 +22,7 @@ from colonnade.launcher.checkpoint.tensors import changing_names, named_tensors
 from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import CHECKPOINTS, SAVE
+from colonnade.launcher.run_files import CHECKPOINTS, LOCK, SAVE
 from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.lines import write_below
@@ -77,6 +77,24 @@ def wait_for_copies(job: "Job") -> None:
     if job.saver.copying:
         with job.timer.part("save"):
             job.saver.wait()
+
+
+def lock_of(run: Path) -> tuple[int, int] | None:
+    """Returns what identifies the lock's file, whatever its path; None where there is none."""
+    try:
+        stat = (run / LOCK).stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def check_folder(job: "Job") -> None:
+    """Raises UserError if the run's folder is no longer the one that this job has locked."""
+    if lock_of(job.run) != job.lock:
+        raise UserError(
+            f"{job.run}: the run's folder was removed, renamed or replaced while it trained; the "
+            "run ends. Where it was renamed, resume it under its new name"
+        )
 
 
 def save_is_due(job: "Job") -> bool:

@@ -82,7 +82,13 @@ def start(
         }
         saves = recipe.checkpoint.usr1 == "save"
         on_usr1 = partial(ask_for_save, run.path) if saves else None
-        status = start_ranks(train_started_rank, arguments, nproc, on_usr1)
+        try:
+            status = start_ranks(train_started_rank, arguments, nproc, on_usr1)
+        except SystemExit:
+            if last := newest(checkpoints):
+                again = f"colonnade train --resume {run.path} --nproc {nproc}"
+                print(f"colonnade: go on from {last.name} with: {again}", file=sys.stderr)
+            raise
         if status and newest(checkpoints) == last_checkpoint:
             print("colonnade: stopped before a new checkpoint was complete", file=sys.stderr)
     return Run(run.path, status)

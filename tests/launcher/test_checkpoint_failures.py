@@ -87,6 +87,21 @@ def test_a_disk_that_fills_at_the_commit(tmp_path: Path, step: int) -> None:
     check_in_one_process(step_folder(tmp_path, 1))
 
 
+def test_a_disk_that_refuses_the_cleaning_as_well(tmp_path: Path) -> None:
+    """As where a file system turns read-only: one sentence, and the next save cleans up."""
+    checkpoint.save(step_folder(tmp_path, 1), values(1), STATE)
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
+    with (
+        mock.patch.object(saver, "write_chunks", side_effect=refused),
+        mock.patch("shutil.rmtree", side_effect=refused),
+        pytest.raises(UserError, match=r"Read-only.*step-00000001, is intact"),
+    ):
+        checkpoint.save(step_folder(tmp_path, 2), values(2), {})
+    (tmp_path / "step-00000009.partial").write_text("a file of this name")
+    checkpoint.save(step_folder(tmp_path, 2), values(2), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_an_unusable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"could not save the checkpoint .*none before it"):

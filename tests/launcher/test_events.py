@@ -387,3 +387,11 @@ def test_goodput_of_a_history_reckoned_by_hand() -> None:
 def test_goodput_is_unknown_without_a_start() -> None:
     assert goodput([], [{"step": 1, "loss": 1.0}]) is None
     assert json.dumps(goodput([], [])) == "null"
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"step": 7, "lo\0\0'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text(f'{{"step": 1, "time": 1.0, "event": "start"}}\n{line}\n')
+    with pytest.raises(UserError, match=rf"{name}, line 2: not an object with .*step"):
+        Events().open(tmp_path)

@@ -176,6 +176,17 @@ def test_a_restart_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert os.listdir() == ["corpus.txt"]
 
 
+def test_early_requests_for_a_checkpoint_do_not_end_a_job() -> None:
+    """SIGUSR1 that comes while the job starts: there is nothing to save yet."""
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        overrides = [*RECIPE[1:], "train.steps=2", "checkpoint.usr1=save"]
+        train("quickstart", overrides, run="mine")
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_rank_whose_launcher_has_ended(tmp_path: Path) -> None:
     """It ends before it trains: nobody would wait for it."""
     arguments = (

@@ -16,7 +16,7 @@ import pytest
 from colonnade.launcher.checkpoint import save, step_folder
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
-from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe
+from colonnade.launcher.recipe.tables import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.run_files import LOCK
 from colonnade.launcher.train.folder import (
     CHECKPOINTS,
@@ -85,6 +85,26 @@ def test_a_size_that_only_the_base_model_takes_over_may_not_change() -> None:
     check_resumable(recipe(), recipe())
     with pytest.raises(RecipeError, match=r"mup_base\.head_dim = 64: the run began with 32"):
         check_resumable(recipe(), recipe(head_dim=64))
+
+
+def test_only_what_changed_is_named() -> None:
+    """Not sizes of sub-blocks that the model lacks, nor the sources that stayed."""
+
+    def recipe(hidden: int, column: str, weight: float, precision: str = "fp32") -> Recipe:
+        sources = [{"path": "a", "column": column}, {"path": "b", "weight": weight}]
+        return Recipe(
+            model=ModelConfig(pattern="*-", hidden=hidden),
+            data=DataConfig(sources=sources),
+            train=TrainConfig(precision=precision),
+        )
+
+    check_resumable(recipe(64, "text", 1.0), recipe(64, "other", 1.0, "bf16"))
+    with pytest.raises(RecipeError) as error:
+        check_resumable(recipe(64, "text", 1.0), recipe(128, "text", 2.0, "fp64"))
+    fields = {fault.field for fault in error.value.faults}
+    assert {"model.hidden", "train.precision", "data.sources.1.weight"} <= fields
+    assert not [f for f in fields if "mamba" in f or "delta" in f or "s4d" in f]
+    assert not [f for f in fields if f.startswith("data") and not f.endswith("weight")]
 
 
 def test_the_kind_of_optimizer_stays() -> None:

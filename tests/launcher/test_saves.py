@@ -22,6 +22,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.metrics import read_metrics
 from colonnade.parallel.world import World
 
 MakeRecipe = Callable[..., Recipe]
@@ -202,7 +203,7 @@ def test_a_damaged_newest_checkpoint(ranks2: Ranks, recipe: MakeRecipe, tmp_path
     ranks2.run(job, settings, tmp_path)
     expected = losses(tmp_path)
     flip(step_folder(tmp_path / "checkpoints", 8) / "rank-00001.safetensors")
-    with pytest.raises(RankError, match=r"--resume .*step-00000006, or --run RUN --resume auto"):
+    with pytest.raises(RankError, match=r"--resume .*step-00000006, or --run DIR --resume auto"):
         ranks2.run(job, settings, tmp_path, True)
     assert steps(tmp_path) == [3, 6, 8]
     ranks2.run(resume_from, settings, tmp_path, ResumePoint(automatic=True))
@@ -260,6 +261,43 @@ def fail_to_copy(rank: int, size: int, folder: Path) -> str:
 def test_a_rank_that_cannot_copy_fails_on_all(ranks2: Ranks, tmp_path: Path) -> None:
     assert ranks2.run(fail_to_copy, step_folder(tmp_path, 1)) == ["no memory"] * 2
     assert newest(tmp_path) is None
+
+
+def job_that_loses_its_folder(rank: int, size: int, recipe: Recipe, run: Path, how: str) -> int:
+    """Runs a job in a locked folder, which somebody renames or replaces in its third step."""
+    steps = itertools.count(1)
+
+    def lose(self: torch.optim.AdamW, *_: object) -> None:
+        if next(steps) == 3 and rank == 0:
+            run.rename(run.with_name("elsewhere"))
+            if how == "replaced":
+                (run / "checkpoints").mkdir(parents=True)
+                (run / ".lock").touch()
+
+    if rank == 0:
+        run.mkdir()
+        (run / ".lock").touch()
+    hook = register_optimizer_step_post_hook(lose)
+    try:
+        return job(rank, size, recipe, run)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("how", ["renamed", "replaced"])
+def test_a_run_whose_folder_is_lost_ends(
+    ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path, how: str
+) -> None:
+    """It must not write into a folder that is not its own, which another job may have locked."""
+    settings = recipe("checkpoint.every=2", "checkpoint.keep=9")
+    with pytest.raises(RankError) as failed:
+        ranks2.run(job_that_loses_its_folder, settings, tmp_path / "run", how)
+    message = "UserError: " + str(tmp_path / "run") + ": the run's folder was removed, renamed"
+    assert str(failed.value).count(message) == 2
+    assert steps(tmp_path / "elsewhere") == [2]
+    assert steps(tmp_path / "run") == []
+    rows = read_metrics(tmp_path / "elsewhere" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
 
 
 def test_a_folder_called_save_is_left_alone(
