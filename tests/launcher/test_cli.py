@@ -97,7 +97,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("sweep", "`sweep` is planned and not built yet"),
         ("trian", "did you mean `train`?"),
-        ("convrt", "did you mean `convert`, which is planned and not built yet?"),
+        ("submt", "did you mean `submit`, which is planned and not built yet?"),
         ("xyzzy", "there is no verb `xyzzy`"),
     ],
 )
