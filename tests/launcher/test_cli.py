@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade import load_recipe, resume, train
 from colonnade.launcher.cli import main
@@ -329,6 +330,13 @@ def test_every_command_of_the_readme_is_valid(capfd: pytest.CaptureFixture[str])
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     lines = re.findall(r"^\.venv/bin/colonnade ([^#\n]*)", readme, re.MULTILINE)
     Path("mine.toml").write_text(re.findall(r"^# mine.toml.*?(?=^```)", readme, re.M | re.S)[0])
+    without_model = re.sub(
+        r"^\[model\].*?(?=^\[)", "", Path("mine.toml").read_text(), flags=re.M | re.S
+    )
+    Path("tune.toml").write_text(without_model)
+    config = LlamaConfig(vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained("path/of/a/model")
     assert len(lines) >= 6
     for words in map(shlex.split, lines):
         parse(words)
