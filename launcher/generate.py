@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from colonnade.kernels.draws import hashed
-from colonnade.launcher.checkpoint import load, newest
-from colonnade.launcher.checkpoint.folders import step_of
+from colonnade.launcher.checkpoint import load
+from colonnade.launcher.checkpoint.folders import checkpoint_of
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, settle_threads
@@ -15,7 +15,7 @@ from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
+from colonnade.launcher.weights.source import recipe_of
 from colonnade.models.cache import Cache
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -79,10 +79,10 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     Raises:
         UserError: there is no complete checkpoint, or the recipe names no tokenizer.
     """
-    folder = run if step_of(run) is not None else newest(run / CHECKPOINTS)
+    folder = checkpoint_of(run)
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
-    recipe = load_recipe(folder.parent.parent / RECIPE)
+    recipe = load_recipe(recipe_of(folder))
     tokenizer = tokenizer_of(recipe.data)
     if tokenizer is None:
         raise UserError(

@@ -22,6 +22,7 @@ manifest  sizes and checksums
 catalog   dtype, shape and chunks of every tensor
 check     whether tensors can be saved, and fit a checkpoint
 read      chunks, for PyTorch's loader
+write     a safetensors file
 loader    checks and loads
 """
 

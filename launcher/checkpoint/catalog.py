@@ -1,6 +1,7 @@
 """`tensors.json` lists the tensors of a checkpoint and the file that holds each of their chunks."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ class Chunk(BaseModel, frozen=True, extra="forbid"):
         if Path(file).name != file:
             raise ValueError("a chunk lies outside the checkpoint's folder")
         return file
+
+
+def chunk_key(name: str, offsets: Sequence[int], whole: bool) -> str:
+    """Returns the key of a chunk in its file: the tensor's name, with offsets if it is a part."""
+    return name if whole else f"{name}@{','.join(map(str, offsets))}"
 
 
 class Entry(BaseModel, frozen=True, extra="forbid"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.run_files import CHECKPOINTS
 
 STATE = "state.json"
 TENSORS = "tensors.json"
@@ -56,6 +57,12 @@ def checkpoints(run: Path) -> list[Path]:
 def newest(run: Path) -> Path | None:
     """Returns the checkpoint of the highest step in `run`; None if there is none."""
     return next(reversed(checkpoints(run)), None)
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """Returns a path that is named as a checkpoint, or the newest checkpoint of a run's folder;
+    None if that has none."""
+    return path if step_of(path) is not None else newest(path / CHECKPOINTS)
 
 
 def newest_before(folder: Path) -> Path | None:

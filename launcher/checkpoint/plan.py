@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
 
-from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry
+from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry, chunk_key
 from colonnade.launcher.cluster.collective import on_rank_zero, rank
 
 Tensors = Mapping[str, torch.Tensor]
@@ -128,11 +128,9 @@ def catalog_of(plans: list[SavePlan], metadata: Metadata) -> Catalog:
 
 
 def key_of(item: WriteItem) -> str:
-    """Returns the key of a chunk in its file: the tensor's name, with offsets if it is a shard."""
+    """Returns the key of an item's chunk in its file."""
     data = data_of(item)
-    is_full_tensor = data.chunk.sizes == data.size
-    offsets = ",".join(map(str, data.chunk.offsets))
-    return item.index.fqn if is_full_tensor else f"{item.index.fqn}@{offsets}"
+    return chunk_key(item.index.fqn, data.chunk.offsets, data.chunk.sizes == data.size)
 
 
 def data_of(item: WriteItem) -> TensorWriteData:

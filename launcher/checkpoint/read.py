@@ -2,6 +2,8 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,14 +87,32 @@ def _read(opened: Any, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> No
     target.detach().copy_(values)
 
 
-def read_tensor(folder: Path, entry: Entry) -> torch.Tensor:
-    """Returns a whole tensor of a checkpoint whose files have been checked."""
-    whole = torch.empty(entry.shape, dtype=entry.torch_dtype)
+def read_box(entry: Entry, box: tuple[slice, ...], file: Callable[[str], Any]) -> torch.Tensor:
+    """Reads a box of a tensor, of a checkpoint whose files have been checked.
+
+    Args:
+        entry: of the tensor, in the catalog.
+        box: a slice of each dimension, with start and stop.
+        file: returns an open file by its name.
+    """
+    found = torch.empty([at.stop - at.start for at in box], dtype=entry.torch_dtype)
     for chunk in entry.chunks:
-        with safe_open(folder / chunk.file, framework="pt") as opened:
-            box = tuple(
-                slice(start, start + size)
-                for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
-            )
-            whole[box] = opened.get_tensor(chunk.key)
-    return whole
+        ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
+        common = [(max(at.start, o), min(at.stop, o + size)) for at, o, size in ends]
+        if any(start >= stop for start, stop in common):
+            continue
+        stored = tuple(slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True))
+        target = tuple(
+            slice(a - at.start, b - at.start) for (a, b), at in zip(common, box, strict=True)
+        )
+        found[target] = file(chunk.file).get_slice(chunk.key)[stored]
+    return found
+
+
+def read_tensor(folder: Path, entry: Entry) -> torch.Tensor:
+    """Reads a whole tensor of a checkpoint whose files have been checked."""
+    with ExitStack() as stack:
+        whole = tuple(slice(0, size) for size in entry.shape)
+        return read_box(
+            entry, whole, lambda name: stack.enter_context(safe_open(folder / name, "pt"))
+        )

@@ -9,8 +9,6 @@ catalog, state and manifest, and renames the folder: it exists whole or not at a
 
 import errno
 import json
-import os
-import re
 import shutil
 import sys
 import threading
@@ -24,15 +22,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from colonnade.launcher.checkpoint import folders
 from colonnade.launcher.checkpoint.check import check_savable
 from colonnade.launcher.checkpoint.copies import HostCopies, on_host
-from colonnade.launcher.checkpoint.folders import STATE, TENSORS, fsync, write_durably
+from colonnade.launcher.checkpoint.folders import STATE, TENSORS, write_durably
 from colonnade.launcher.checkpoint.manifest import FileRecord, checksums, write_manifest
 from colonnade.launcher.checkpoint.plan import Tensors, WritePlan, file_of, make_plan, signature
+from colonnade.launcher.checkpoint.write import write_tensors
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero, rank
 from colonnade.launcher.errors import UserError
 
@@ -268,15 +265,7 @@ def write_chunks(folder: Path, chunks: dict[str, torch.Tensor]) -> dict[str, Fil
         return {}
     folder.mkdir(exist_ok=True)  # this rank's node may not see it yet
     path = folder / file_of(rank())
-    try:
-        save_file(chunks, path)
-    except SafetensorError as error:
-        raise os_error(error, path) from error
-    # safetensors creates the file readable by its owner only; give it the permissions of its
-    # folder, so that a team can share checkpoints.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    fsync(path)
-    return {path.name: checksums(path)}
+    return {path.name: write_tensors(path, chunks)}
 
 
 def commit(folder: Path, content: Content, written: Sequence[dict[str, FileRecord]]) -> None:
@@ -294,14 +283,6 @@ def commit(folder: Path, content: Content, written: Sequence[dict[str, FileRecor
     write_manifest(partial, content.about, dict(sorted(files.items())))
     folders.commit(folder)
     folders.finish_replacement(folder)
-
-
-def os_error(error: SafetensorError, path: Path) -> OSError:
-    """Converts an error to an OSError; safetensors gives the errno only in its message's text."""
-    match = re.search(r"os error (\d+)", str(error))
-    if match is None:
-        return OSError(errno.EIO, str(error), str(path))
-    return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
 
 
 def clean_up_and_explain(folder: Path, failure: OSError, needed_bytes: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from colonnade.launcher.checkpoint.catalog import read_catalog
-from colonnade.launcher.checkpoint.folders import STATE, TENSORS, newest, step_of
+from colonnade.launcher.checkpoint.folders import MANIFEST, TENSORS, checkpoint_of
 from colonnade.launcher.checkpoint.loader import read_state
 from colonnade.launcher.checkpoint.manifest import (
     FileRecord,
@@ -25,7 +25,6 @@ from colonnade.launcher.checkpoint.manifest import (
 from colonnade.launcher.checkpoint.read import read_tensor
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, read_json
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.run_files import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,13 @@ def open_contents(path: Path) -> Contents:
     """
     if (path / CONFIG).is_file():
         return open_huggingface(path)
-    if step_of(path) is None and not (path / STATE).is_file():
-        folder = newest(path / CHECKPOINTS)
-        if folder is None:
-            raise UserError(
-                f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face folder "
-                f"({CONFIG} is missing); name such a folder"
-            )
-        path = folder
-    return open_checkpoint(path)
+    folder = path if (path / MANIFEST).is_file() else checkpoint_of(path)  # also one set aside
+    if folder is None:
+        raise UserError(
+            f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face folder "
+            f"({CONFIG} is missing); name such a folder"
+        )
+    return open_checkpoint(folder)
 
 
 def open_checkpoint(folder: Path) -> Contents:
@@ -117,9 +114,10 @@ def open_huggingface(folder: Path) -> Contents:
     for file in sorted(set(file_of.values())):
         with safe_open(folder / file, framework="pt") as opened:
             for name in (name for name, held in file_of.items() if held == file):
-                piece = opened.get_slice(name)
-                dtype = str(opened.get_tensor(name).dtype).removeprefix("torch.")
-                tensors[name] = TensorInfo(dtype, tuple(piece.get_shape()), 1)
+                shape = tuple(opened.get_slice(name).get_shape())
+                # a box of no element has the dtype, and reads nothing
+                dtype = opened.get_slice(name)[(slice(0, 0),) * len(shape)].dtype
+                tensors[name] = TensorInfo(str(dtype).removeprefix("torch."), shape, 1)
 
     def read(name: str) -> torch.Tensor:
         with safe_open(folder / file_of[name], framework="pt") as opened:

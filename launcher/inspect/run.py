@@ -12,7 +12,7 @@ from colonnade.launcher.inspect.contents import Contents, checksum, open_content
 def inspect(checkpoint: str | Path, other: str | Path | None = None) -> dict[str, Any]:
     """Reports what a checkpoint holds and whether its files are whole; with `other`, what differs.
 
-    Files are read once, tensors one by one: the memory is that of two tensors.
+    Tensors are compared one by one: the memory is that of two of them, in fp64.
 
     Args:
         checkpoint: one of ours, a run (its newest), or a Hugging Face folder.

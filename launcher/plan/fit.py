@@ -16,6 +16,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.table import size
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.run import fields_of_init
 
 Change = tuple[str, ...]  # overrides of the recipe
 HELD = ("parameters", "gradients", "optimizer")
@@ -74,7 +75,9 @@ def ranks_for_state(report: dict[str, Any], device: Device) -> int:
     """Returns how many devices hold parameters, gradients and optimizer state once, without the
     copies that layouts make of some parameters."""
     held = report["memory"]
-    itemsize = {"fp64": 8}.get(report["precision"], 4)  # in bf16 weights at rest are fp32
+    from colonnade.parallel.parallelize import storage_dtype  # imports torch
+
+    itemsize = storage_dtype(report["precision"]).itemsize
     once = report["parameters"] * itemsize * sum(held[kind] for kind in HELD) / held["parameters"]
     return math.ceil(once / device.usable)
 
@@ -88,13 +91,15 @@ def nearest_fits(
     the job fits. Where none fits alone, each is tried again with whole blocks recomputed. Every try
     is a dry run in a process of its own.
     """
-    loaded = load_recipe(recipe, overrides, gpus)
+    loaded = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
     smallest = partial(first_fit, partial(peak_of, recipe, overrides, gpus), device)
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         found = list(pool.map(smallest, changes(loaded, gpus)))
         if not any(found) and loaded.train.recompute != RECOMPUTE[-1]:
             blocks = f"train.recompute={RECOMPUTE[-1]}"
-            others = changes(load_recipe(recipe, [*overrides, blocks], gpus), gpus)
+            others = changes(
+                load_recipe(recipe, [*overrides, blocks], gpus, fields_of=fields_of_init), gpus
+            )
             found = list(pool.map(smallest, [[(blocks, *c) for c in row] for row in others]))
     return sorted((fit for fit in found if fit), key=lambda fit: fit.peak)
 
@@ -158,7 +163,7 @@ def peak_of(recipe: str | Path, overrides: Sequence[str], gpus: int, change: Cha
     """
     changed = [*overrides, *change]
     try:
-        load_recipe(recipe, changed, gpus)
+        load_recipe(recipe, changed, gpus, fields_of=fields_of_init)
     except UserError:  # this recipe does not admit it: not one of the remedies
         return None
     command = [sys.executable, "-m", "colonnade.launcher", "plan", str(recipe), *changed]

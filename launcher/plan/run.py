@@ -11,6 +11,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.fit import nearest_fits, require_fit
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.run import fields_of_init
 from colonnade.models.shapes import measure
 from colonnade.parallel.config import ParallelConfig
 
@@ -49,7 +50,7 @@ def plan(
     if not dry_run:
         raise UserError("plan: layouts are not ranked yet; add --dry-run to see this one")
     known = None if device is None else parse_device(device)
-    loaded = load_recipe(recipe, overrides, gpus)
+    loaded = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
     # Only now, so that a mistake is reported before torch would be imported.
     from colonnade.launcher.plan.rank import open_rank, run_rank
 

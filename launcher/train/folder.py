@@ -184,6 +184,7 @@ def check_resumable(saved: Recipe, wanted: Recipe) -> None:
         fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
         model = recipe.model.model_dump()
         fields |= {f"model.{f}": v for f, v in model.items() if recipe.model.unused(f) is None}
+        # the dtypes of `parallel.parallelize.storage_dtype`, which would import torch
         fields["train.precision"] = "fp64" if recipe.train.precision == "fp64" else "fp32 or bf16"
         # Fields that follow from others do so in muP's base as well: a field that is given at the
         # value it had by default changes the base alone.

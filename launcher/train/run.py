@@ -134,8 +134,9 @@ def resume(
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
     folder, checkpoint = run_of(Path(run))
-    if restarts():
-        checkpoint = None  # the job went back to it at its first start, and goes on since
+    if checkpoint is not None and restarts():
+        print("restarted: the run goes on from its newest checkpoint", file=sys.stderr)
+        checkpoint = None  # the job's first start has gone back to it
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, resumed=True)

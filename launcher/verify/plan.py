@@ -14,6 +14,7 @@ from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
+from colonnade.launcher.train.run import fields_of_init
 from colonnade.launcher.verify.cases import OPTIONS, Case, with_case
 from colonnade.launcher.verify.cover import Cover, Uncovered, cover
 from colonnade.launcher.verify.layouts import (
@@ -119,7 +120,7 @@ def plan_job(
         environment = RankEnvironment.from_environment()
         first = environment is None or environment.rank == 0
         report = partial(print, file=sys.stderr) if first else None
-        recipe = load_recipe(recipe, overrides, None, report)
+        recipe = load_recipe(recipe, overrides, None, report, fields_of_init)
     elif overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     parallel = ParallelConfig.model_validate(dict(explicit_fields(recipe.parallel)) | shared)

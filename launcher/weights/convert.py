@@ -10,22 +10,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from colonnade.launcher.checkpoint.folders import fsync, write_durably
 from colonnade.launcher.checkpoint.manifest import FileRecord, checksums
+from colonnade.launcher.checkpoint.write import write_tensors
+from colonnade.launcher.convert.huggingface.folder import in_files
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.weights.hf import HuggingFaceTarget
 from colonnade.launcher.weights.native import NativeTarget
 from colonnade.launcher.weights.source import Weights, open_weights
-from colonnade.launcher.weights.target import Piece, Target
+from colonnade.launcher.weights.target import Target
 
 PROGRESS = "convert.json"
 FILE_BYTES = 2 * 10**9  # largest file, unless one piece is larger; the memory that is needed
@@ -84,7 +85,7 @@ def convert(
         raise UserError(f"convert: {folder} exists already; name a new folder")
     with open_weights(Path(source), report) as weights:
         target = target_of(to, weights, family)
-        files = planned_files(target.pieces(dtype_of(dtype)), file_bytes)
+        files = in_files(target.pieces(dtype_of(dtype)), lambda piece: piece.bytes, file_bytes)
         names = target.file_names(len(files))
         progress = Progress.open(folder, identity(weights, target, dtype, file_bytes))
         kept = len(progress.files)
@@ -119,19 +120,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"convert --dtype {name}: give one of {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
-
-
-def planned_files(pieces: Iterable[Piece], file_bytes: int) -> list[list[Piece]]:
-    """Distributes pieces over files, in their order."""
-    files: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if files[-1] and size + piece.bytes > file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(piece)
-        size += piece.bytes
-    return files
 
 
 def identity(
@@ -182,7 +170,7 @@ class Progress:
             content = json.loads(known.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"convert: {folder} cannot be used ({error}); remove it") from error
-        if content["identity"] != identity:
+        if content.get("identity") != identity:
             raise UserError(
                 f"convert: {folder} holds a part of another conversion, or its source has changed; "
                 "remove it, or name another folder"
@@ -196,19 +184,12 @@ class Progress:
         """Writes a file, and records it once it is on the disk."""
         part = self.folder / f"{name}.part"
         try:
-            save_file(dict(tensors), part, metadata=metadata)
-            part.chmod(part.parent.stat().st_mode & 0o666)
-            fsync(part)
-            record = checksums(part)
+            record = write_tensors(part, tensors, metadata)
             part.rename(self.folder / name)
             self.files[name] = record
             self.save()
         except OSError as error:
             raise self.refused(error) from error
-        except Exception as error:  # safetensors reports a full disk by an error of its own
-            if "os error" not in str(error):
-                raise
-            raise self.refused(OSError(0, str(error))) from error
 
     def refused(self, error: OSError) -> UserError:
         """Returns the error for a disk that refuses."""

@@ -1,9 +1,7 @@
 """Hugging Face folders as a target of `convert`."""
 
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,21 +9,21 @@ import torch
 from torch import Tensor
 
 from colonnade.launcher.checkpoint.manifest import FileRecord
+from colonnade.launcher.convert.huggingface.entry import Entry
 from colonnade.launcher.convert.huggingface.families import family_of
-from colonnade.launcher.convert.huggingface.family import Entry, Unsupported, entries_of
+from colonnade.launcher.convert.huggingface.family import Unsupported, entries_of
 from colonnade.launcher.convert.huggingface.folder import (
     CONFIG,
-    INDEX,
-    SINGLE,
-    TOKENS,
     family_for,
+    file_names,
     token_fields,
     tokenizer_files,
-    write_json,
+    write_config,
+    write_index,
 )
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.weights.source import Weights, tokenizer_folder
-from colonnade.launcher.weights.target import Piece, Target, whole_box
+from colonnade.launcher.weights.source import Weights, tokenizer_folder, whole_box
+from colonnade.launcher.weights.target import Piece, Target
 
 
 class HuggingFaceTarget(Target):
@@ -57,32 +55,23 @@ class HuggingFaceTarget(Target):
     def joined(self, entry: Entry, index: int) -> Tensor:
         """Returns one Hugging Face tensor of an entry; of stacked experts it reads that one."""
         shapes, read = self.weights.shapes, self.weights.read
+        boxes = {n: whole_box(shapes[n]) for n in entry.native_names}
         if len(entry.hf_names) == 1:
-            native = {n: read(n, whole_box(shapes[n])) for n in entry.native_names}
-            return entry.join(native)[entry.hf_names[0]]
-        one = replace(entry, hf_names=entry.hf_names[index : index + 1], dim=max(0, entry.dim - 1))
-        boxes = {
-            n: (slice(index, index + 1), *whole_box(shapes[n][1:])) for n in entry.native_names
-        }
-        native = {n: read(n, box)[0] for n, box in boxes.items()}
-        return one.join(native)[one.hf_names[0]]
+            return entry.join({n: read(n, box) for n, box in boxes.items()})[entry.hf_names[0]]
+        expert = slice(index, index + 1)
+        native = {n: read(n, (expert, *box[1:]))[0] for n, box in boxes.items()}
+        return entry.of_expert(index).join(native)[entry.hf_names[index]]
 
     def file_names(self, count: int) -> list[str]:
-        if count == 1:
-            return [SINGLE]
-        return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        return file_names(count)
 
     def finish(
         self, folder: Path, files: Mapping[str, Sequence[Piece]], records: dict[str, FileRecord]
     ) -> None:
         pieces = [piece for of_file in files.values() for piece in of_file]
-        dtypes = Counter(str(piece.dtype).removeprefix("torch.") for piece in pieces)
-        fields = dict.fromkeys(TOKENS) | self.fields
-        write_json(folder / CONFIG, fields | {"torch_dtype": dtypes.most_common(1)[0][0]})
+        write_config(folder, self.fields, [piece.dtype for piece in pieces])
         if len(files) > 1:
-            weight_map = {p.key: name for name, of_file in files.items() for p in of_file}
-            total = sum(piece.bytes for piece in pieces)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(folder / INDEX, index)
+            file_of = {p.key: name for name, of_file in files.items() for p in of_file}
+            write_index(folder, file_of, sum(piece.bytes for piece in pieces))
         for file in tokenizer_files(self.like):
             shutil.copyfile(file, folder / file.name)

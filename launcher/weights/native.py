@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry
+from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry, chunk_key
 from colonnade.launcher.checkpoint.folders import STATE, TENSORS, step_folder, write_durably
 from colonnade.launcher.checkpoint.manifest import FileRecord, checksums, write_manifest
-from colonnade.launcher.convert.huggingface.folder import tokenizer_files
+from colonnade.launcher.convert.huggingface.folder import CONFIG, tokenizer_files
 from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
 from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
-from colonnade.launcher.weights.source import Weights, tokenizer_folder
+from colonnade.launcher.weights.source import Weights, tokenizer_folder, tokenizer_of
 from colonnade.launcher.weights.target import Piece, Target
 
 PART_BYTES = 10**9  # largest part of a tensor that is read and written at once
@@ -39,8 +39,7 @@ class NativeTarget(Target):
                 box = rows if shape else ()
                 part = (stop - start, *shape[1:]) if shape else ()
                 offsets = (start, *(0 for _ in shape[1:])) if shape else ()
-                at = ",".join(map(str, offsets))
-                key = name if part == tuple(shape) else f"{name}@{at}"
+                key = chunk_key(name, offsets, part == tuple(shape))
                 load = partial(self.weights.read, name, box)
                 yield Piece(name, key, offsets, part, tuple(shape), kind, load)
 
@@ -60,17 +59,23 @@ class NativeTarget(Target):
         records = records | {name: checksums(checkpoint / name) for name in (TENSORS, STATE)}
         about = {"step": 0, "converted": str(self.weights.folder.name)}
         write_manifest(checkpoint, about, dict(sorted(records.items())))
-        tokenizer = None
+        tokenizer = tokenizer_of(self.weights.folder)
         if copied := tokenizer_files(self.like):
             (folder / "tokenizer").mkdir(exist_ok=True)
-            for file in copied:
+            for file in [*copied, *special_tokens(self.like)]:
                 shutil.copyfile(file, folder / "tokenizer" / file.name)
             tokenizer = str((folder.with_name(folder.name.removesuffix(".coming"))) / "tokenizer")
         data = DataConfig(tokenizer=tokenizer)
-        if tokenizer is None:
+        if tokenizer is None:  # unknown, where the default would be bytes
             data = DataConfig(sources=(SourceConfig(format="tokens", path="tokens"),))
         recipe = Recipe(name="converted", model=self.weights.config, data=data)
         write_durably(folder / RECIPE, dump_recipe(recipe))
+
+
+def special_tokens(like: Path | None) -> list[Path]:
+    """Returns the file that names special tokens and the length, if there is one: config.json."""
+    config = None if like is None else like / CONFIG
+    return [config] if config is not None and config.is_file() else []
 
 
 def row_ranges(shape: Sequence[int], itemsize: int) -> list[tuple[int, int]]:

@@ -2,9 +2,8 @@
 
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from colonnade.launcher.checkpoint import newest, verify
-from colonnade.launcher.checkpoint.catalog import Catalog, Entry, read_catalog
-from colonnade.launcher.checkpoint.folders import step_of
+from colonnade.launcher.checkpoint import verify
+from colonnade.launcher.checkpoint.catalog import Catalog, read_catalog
+from colonnade.launcher.checkpoint.folders import checkpoint_of, step_of
+from colonnade.launcher.checkpoint.read import read_box
+from colonnade.launcher.convert.huggingface.entry import Entry, Shapes
 from colonnade.launcher.convert.huggingface.family import (
-    Entry as FamilyEntry,
-)
-from colonnade.launcher.convert.huggingface.family import (
-    Shapes,
     Unsupported,
     check_copies,
     check_shapes,
@@ -32,7 +29,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import without_unused
-from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
+from colonnade.launcher.run_files import RECIPE
 from colonnade.models.config import ModelConfig
 
 TOKENIZER = "tokenizer.json"
@@ -65,7 +62,12 @@ class Weights(ABC):
 
     def whole(self, name: str) -> Tensor:
         """Returns a whole tensor."""
-        return self.read(name, tuple(slice(0, size) for size in self.shapes[name]))
+        return self.read(name, whole_box(self.shapes[name]))
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """Returns the box of a whole tensor."""
+    return tuple(slice(0, size) for size in shape)
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def open_weights(path: Path, notify: Notify, check: bool = True) -> Iterator[Wei
         if (path / CONFIG).is_file():
             yield HuggingFaceWeights(path, stack, notify, check)
             return
-        folder = path if step_of(path) is not None else newest(path / CHECKPOINTS)
+        folder = checkpoint_of(path)
         if folder is None:
             raise UserError(
                 f"{path}: neither a run with a checkpoint, nor a checkpoint, nor a Hugging Face "
@@ -104,25 +106,24 @@ def config_in(path: Path) -> ModelConfig:
 
 def fields_of(path: Path) -> dict[str, dict[str, Any]]:
     """Returns the tables of a recipe that follow from weights: `[model]`, and of `[data]` the
-    tokenizer, where the folder has one or its recipe names one."""
+    tokenizer, if one is known."""
     model = tomllib.loads(dump_recipe(Recipe(model=config_in(path))))["model"]
-    tables: dict[str, dict[str, Any]] = {"model": model}
+    name = tokenizer_of(path)
+    return {"model": model} | ({} if name is None else {"data": {"tokenizer": name}})
+
+
+def tokenizer_of(path: Path) -> str | None:
+    """Returns what `data.tokenizer` is for these weights: the folder, if it has a tokenizer, or
+    that of the run's recipe; None where that has none."""
     if (path / TOKENIZER).is_file():
-        tables["data"] = {"tokenizer": str(path)}
-    elif (recipe := recipe_of(path)).is_file():
-        name = load_recipe(recipe).data.tokenizer
-        tables |= {} if name is None else {"data": {"tokenizer": name}}
-    return tables
+        return str(path)
+    recipe = recipe_of(path)
+    return load_recipe(recipe).data.tokenizer_name if recipe.is_file() else None
 
 
 def tokenizer_folder(path: Path) -> Path | None:
-    """Returns the folder of the tokenizer that goes with weights; None: there is none, or it is
-    that of bytes."""
-    if (path / TOKENIZER).is_file():
-        return path
-    if not (recipe := recipe_of(path)).is_file():
-        return None
-    name = load_recipe(recipe).data.tokenizer
+    """Returns the folder of the tokenizer's files; None where it has none, as that of bytes."""
+    name = tokenizer_of(path)
     folder = None if name in (None, "bytes") else Path(name)
     return folder.parent if folder is not None and folder.is_file() else folder
 
@@ -155,11 +156,7 @@ class CheckpointWeights(Weights):
         self.files: dict[str, Any] = {}
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.entry(name).torch_dtype
-
-    def entry(self, name: str) -> Entry:
-        """Returns the catalog's entry of a tensor."""
-        return self.catalog.tensors[name]
+        return self.catalog.tensors[name].torch_dtype
 
     def file(self, name: str) -> Any:
         """Returns an open file."""
@@ -169,33 +166,7 @@ class CheckpointWeights(Weights):
         return self.files[name]
 
     def read(self, name: str, box: Box) -> Tensor:
-        found = torch.empty([at.stop - at.start for at in box], dtype=self.dtype(name))
-        for chunk in self.entry(name).chunks:
-            ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
-            common = [(max(b.start, o), min(b.stop, o + size)) for b, o, size in ends]
-            if any(start >= stop for start, stop in common):
-                continue
-            inner = zip(common, chunk.offsets, box, strict=True)
-            bounds = [((a - o, b - o), (a - at.start, b - at.start)) for (a, b), o, at in inner]
-            stored, target = (tuple(slice(*pair[i]) for pair in bounds) for i in (0, 1))
-            found[target] = self.file(chunk.file).get_slice(chunk.key)[stored]
-        return found
-
-
-@dataclass(frozen=True)
-class Slices(Mapping[str, Any]):
-    """What gives boxes of Hugging Face tensors, by their names."""
-
-    shards: Shards
-
-    def __getitem__(self, name: str) -> Any:
-        return self.shards.slice(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shards)
-
-    def __len__(self) -> int:
-        return len(self.shards)
+        return read_box(self.catalog.tensors[name], box, self.file)
 
 
 class HuggingFaceWeights(Weights):
@@ -217,22 +188,22 @@ class HuggingFaceWeights(Weights):
         for sentence in unread_tensors(family, shards):
             notify(sentence)
         self.folder, self.config, self.shapes = folder, without_unused(config), shapes_of(config)
-        self.slices = Slices(shards)
-        self.entry_of: dict[str, FamilyEntry] = {n: e for e in entries for n in e.native_names}
+        self.shards = shards
+        self.entry_of: dict[str, Entry] = {n: e for e in entries for n in e.native_names}
         self.check_dtypes()
 
     def check_dtypes(self) -> None:
         """Raises UserError for a tensor whose dtype is not read."""
         for one in self.entry_of.values():
             for name in one.hf_names:
-                if (dtype := self.slices[name].get_dtype()) not in DTYPES:
+                if (dtype := self.shards.slice(name).get_dtype()) not in DTYPES:
                     raise UserError(
                         f"{self.folder}: {name} is {dtype}; only 16, 32 and 64 bit floating point "
                         "is read: dequantise it first"
                     )
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.slices[self.entry_of[name].hf_names[0]].get_dtype()]
+        return DTYPES[self.shards.slice(self.entry_of[name].hf_names[0]).get_dtype()]
 
     def read(self, name: str, box: Box) -> Tensor:
-        return self.entry_of[name].read(name, box, self.shapes, self.slices)
+        return self.entry_of[name].read(name, box, self.shapes, self.shards.slice)

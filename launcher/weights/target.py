@@ -69,8 +69,3 @@ class Target(ABC):
         self, folder: Path, files: Mapping[str, Sequence[Piece]], records: dict[str, FileRecord]
     ) -> None:
         """Writes into the folder what comes with the tensors' files."""
-
-
-def whole_box(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Returns the box of a whole tensor."""
-    return tuple(slice(0, size) for size in shape)

@@ -1,12 +1,15 @@
 """Training that starts from weights of a Hugging Face folder or of a run, on any layout."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import RankError, Ranks
-from test_checkpoint_failures import flip
+from test_checkpoint_damage import flip
 from test_job import job
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,8 +26,10 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.run import fields_of_init
+from colonnade.launcher.verify.plan import plan_job
 from colonnade.launcher.weights.fill import fill
 from colonnade.launcher.weights.source import config_in, open_weights
+from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
 MakeRecipe = Callable[..., Recipe]
@@ -192,6 +197,21 @@ def test_what_does_not_fit_is_named(
     recipe = tokens_recipe(f"train.init={llama}", *overrides)
     with pytest.raises(RankError, match=message):
         ranks2.run(filled, recipe, llama, tmp_path)
+
+
+def test_other_verbs_read_the_same_recipe(
+    tokens_recipe: MakeRecipe, llama: Path, tmp_path: Path
+) -> None:
+    """A plan, or a comparison of layouts, of a recipe that leaves its model to `train.init`."""
+    model = tokens_recipe(f"train.init={llama}").model
+    start = tmp_path / "start.toml"
+    command = [sys.executable, "-m", "colonnade.launcher", "plan", str(start), "--gpus", "2"]
+    command += ["--dry-run", f"train.init={llama}", "--json", "-"]
+    planned = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["parameters"] == measure(model, 16).parameters
+    job = plan_job(str(start), [f"train.init={llama}"], 2, ["tp=2"], None, 0)
+    assert job.recipe.model == model
 
 
 def test_sources_that_are_none(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks
-from test_checkpoint_failures import flip
+from test_checkpoint_damage import flip
 from test_job import job
 from test_saves import MakeRecipe
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,8 +4,8 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,19 +123,26 @@ def test_resuming_on_another_layout(
     assert loads(run) == loads(tmp_path / "uninterrupted")
 
 
-def job_with_signal(rank: int, size: int, recipe: Recipe, run: Path) -> int:
-    """Runs a job whose last rank gets SIGTERM in its third step."""
+@contextmanager
+def after_each_update(action: Callable[[int], object]) -> Iterator[None]:
+    """Calls an action with the number of the step after each update of the optimizer."""
     steps = itertools.count(1)
-
-    def send_signal(self: torch.optim.AdamW, *_: object) -> None:
-        if next(steps) == 3 and rank == size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(send_signal)
+    hook = register_optimizer_step_post_hook(lambda *_: action(next(steps)))
     try:
-        return job(rank, size, recipe, run)
+        yield
     finally:
         hook.remove()
+
+
+def job_with_signal(rank: int, size: int, recipe: Recipe, run: Path) -> int:
+    """Runs a job whose last rank gets SIGTERM in its third step."""
+
+    def send_signal(step: int) -> None:
+        if step == 3 and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with after_each_update(send_signal):
+        return job(rank, size, recipe, run)
 
 
 def test_a_signal_on_one_rank_saves_and_stops_all(

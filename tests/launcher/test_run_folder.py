@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,20 +130,27 @@ def of_other_host(folder: Path, age: float) -> Path:
     return lock
 
 
-def test_a_living_job_of_another_host_is_noticed(tmp_path: Path) -> None:
-    """Its file system shares no locks with this host, but its signs of life are seen."""
-    lock, stopped = of_other_host(tmp_path, 0), threading.Event()
-    pulse = threading.Thread(target=show_life, args=(lock, 0.05, stopped))
+@contextmanager
+def living_job_of_other_host(folder: Path) -> Iterator[None]:
+    """Shows the signs of life of a job that has the lock."""
+    lock, ended = of_other_host(folder, 0), threading.Event()
+    pulse = threading.Thread(target=show_life, args=(lock, 0.05, ended))
     pulse.start()
     try:
-        with (
-            pytest.raises(UserError, match=r"process 7 on elsewhere \(SLURM job 12\) trains this"),
-            locked(tmp_path, beat=0.2),
-        ):
-            pass
+        yield
     finally:
-        stopped.set()
+        ended.set()
         pulse.join()
+
+
+def test_a_living_job_of_another_host_is_noticed(tmp_path: Path) -> None:
+    """Its file system shares no locks with this host, but its signs of life are seen."""
+    with (
+        living_job_of_other_host(tmp_path),
+        pytest.raises(UserError, match=r"process 7 on elsewhere \(SLURM job 12\) trains this"),
+        locked(tmp_path, beat=0.2),
+    ):
+        pass
 
 
 def test_hosts_whose_names_begin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,15 +158,12 @@ def test_hosts_whose_names_begin_alike(tmp_path: Path, monkeypatch: pytest.Monke
     assert host_of("process 7 on node10 (SLURM job 3)") == "node10"
     assert host_of("") is None
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewher")
-    lock, stopped = of_other_host(tmp_path, 0), threading.Event()
-    pulse = threading.Thread(target=show_life, args=(lock, 0.05, stopped))
-    pulse.start()
-    try:
-        with pytest.raises(UserError, match="on elsewhere"), locked(tmp_path, beat=0.2):
-            pass
-    finally:
-        stopped.set()
-        pulse.join()
+    with (
+        living_job_of_other_host(tmp_path),
+        pytest.raises(UserError, match="on elsewhere"),
+        locked(tmp_path, beat=0.2),
+    ):
+        pass
 
 
 def test_a_beat_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

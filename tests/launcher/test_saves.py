@@ -12,9 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from ranks import RankError, Ranks
-from test_checkpoint_failures import flip
-from test_job import STATEFUL, job, losses
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from test_checkpoint_damage import flip
+from test_job import STATEFUL, after_each_update, job, losses
 
 from colonnade.launcher import checkpoint
 from colonnade.launcher.checkpoint import Saver, folders, newest, saver, step_folder
@@ -145,20 +144,15 @@ def test_saves_by_minutes(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> 
 def job_with_usr1(rank: int, size: int, recipe: Recipe, run: Path) -> int:
     """Runs a job whose last rank gets SIGUSR1 in its third step, and whose folder gets `save`
     in its fifth."""
-    steps = itertools.count(1)
 
-    def ask(self: torch.optim.AdamW, *_: object) -> None:
-        step = next(steps)
+    def ask(step: int) -> None:
         if step == 3 and rank == size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         if step == 5 and rank == 0:
             (run / "save").touch()
 
-    hook = register_optimizer_step_post_hook(ask)
-    try:
+    with after_each_update(ask):
         return job(rank, size, recipe, run)
-    finally:
-        hook.remove()
 
 
 def test_usr1_saves_and_goes_on_where_asked(
@@ -265,10 +259,9 @@ def test_a_rank_that_cannot_copy_fails_on_all(ranks2: Ranks, tmp_path: Path) -> 
 
 def job_that_loses_its_folder(rank: int, size: int, recipe: Recipe, run: Path, how: str) -> int:
     """Runs a job in a locked folder, which somebody renames or replaces in its third step."""
-    steps = itertools.count(1)
 
-    def lose(self: torch.optim.AdamW, *_: object) -> None:
-        if next(steps) == 3 and rank == 0:
+    def lose(step: int) -> None:
+        if step == 3 and rank == 0:
             run.rename(run.with_name("elsewhere"))
             if how == "replaced":
                 (run / "checkpoints").mkdir(parents=True)
@@ -277,11 +270,8 @@ def job_that_loses_its_folder(rank: int, size: int, recipe: Recipe, run: Path, h
     if rank == 0:
         run.mkdir()
         (run / ".lock").touch()
-    hook = register_optimizer_step_post_hook(lose)
-    try:
+    with after_each_update(lose):
         return job(rank, size, recipe, run)
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("how", ["renamed", "replaced"])

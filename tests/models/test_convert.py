@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from test_hf_families import ALL
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from colonnade.launcher.checkpoint import load, verify
+from colonnade.launcher.checkpoint import load, verify, write
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cli import main
 from colonnade.launcher.convert.huggingface.folder import read_hf
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.weights import convert as module
 from colonnade.launcher.weights.convert import convert
 from colonnade.launcher.weights.source import open_weights
@@ -93,7 +94,7 @@ def test_transformers_loads_it_and_gives_our_logits(llama: Path, tmp_path: Path)
 
 
 def test_an_interrupted_conversion_goes_on(llama: Path, tmp_path: Path) -> None:
-    save, written = module.save_file, []
+    save, written = write.save_file, []
 
     def fail_at_the_third(tensors: Any, path: Path, metadata: Any = None) -> None:
         if len(written) == 2:
@@ -104,7 +105,7 @@ def test_an_interrupted_conversion_goes_on(llama: Path, tmp_path: Path) -> None:
 
     options = {"to": "native", "file_bytes": 2048, "report": ignore}
     with (
-        mock.patch.object(module, "save_file", fail_at_the_third),
+        mock.patch.object(write, "save_file", fail_at_the_third),
         pytest.raises(UserError, match=r"No space left.*goes on behind the finished files"),
     ):
         convert(llama, tmp_path / "native", **options)
@@ -145,13 +146,13 @@ def test_a_finished_file_that_changed_is_written_again(llama: Path, tmp_path: Pa
 def test_memory_is_that_of_a_file(llama: Path, tmp_path: Path) -> None:
     """No more pieces are in memory than one file holds."""
     held: list[int] = []
-    save = module.save_file
+    save = write.save_file
 
     def measured(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
         held.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
         save(tensors, path, metadata)
 
-    with mock.patch.object(module, "save_file", measured):
+    with mock.patch.object(write, "save_file", measured):
         convert(llama, tmp_path / "native", "native", file_bytes=4096, report=ignore)
     assert max(held) <= 4096
     assert len(held) > 3
@@ -196,3 +197,22 @@ def test_the_tokenizer_goes_along(llama: Path, tmp_path: Path) -> None:
     assert recipe.data.tokenizer == str(tmp_path / "native" / "tokenizer")
     convert(tmp_path / "native", tmp_path / "back", "hf", report=ignore)
     assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (llama, tmp_path / "back")
+    )
+    for field in ("bos_token_id", "eos_token_id", "max_position_embeddings"):
+        assert after[field] == before[field] is not None
+
+
+def test_a_model_of_bytes_stays_one(tmp_path: Path) -> None:
+    """A run whose text was read as bytes, by default."""
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    convert(tmp_path / "llama", tmp_path / "run", "native", report=ignore)
+    recipe = Recipe(name="run", model=load_recipe(tmp_path / "run" / "recipe.toml").model)
+    (tmp_path / "run" / "recipe.toml").write_text(dump_recipe(recipe))
+    convert(tmp_path / "run", tmp_path / "native", "native", report=ignore)
+    assert load_recipe(tmp_path / "native" / "recipe.toml").data.tokenizer == "bytes"

@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 from colonnade.launcher.convert.huggingface.config import pattern_fields, read_rope, write_rope
-from colonnade.launcher.convert.huggingface.family import Entry, Family, Unsupported, entry
+from colonnade.launcher.convert.huggingface.entry import Entry, entry
+from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 

@@ -6,7 +6,7 @@ gradients map as weights do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from colonnade.launcher.convert.huggingface.config import function_fields
+from colonnade.launcher.convert.huggingface.entry import Entry, Shapes
 from colonnade.launcher.convert.huggingface.fields import (
     HARMLESS,
     INERT,
@@ -25,153 +26,6 @@ from colonnade.launcher.convert.huggingface.fields import (
 )
 from colonnade.models.config import ModelConfig
 from colonnade.models.records import records_of
-
-__all__ = [
-    "Entry",
-    "Family",
-    "Unsupported",
-    "entry",
-    "from_hf",
-    "interleaved",
-    "stacked",
-    "to_hf",
-    "without_absent_mtp",
-]
-
-Shapes = dict[str, torch.Size]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A Hugging Face tensor (or several, stacked), and the native tensors that it is made of.
-
-    Attributes:
-        hf_names: one name; or several (one per expert), to be stacked along a new dimension 0.
-        native_names: one name; or several, which are concatenated along `dim`.
-        dim: dimension of the native tensors along which they are concatenated.
-        groups: number of equal groups (heads) along `dim`; the native tensors are concatenated
-            within each group.
-        order: within a group, native index i is Hugging Face index `order[i]`; None: equal order.
-        squeeze: dimension of size 1 that only the Hugging Face tensor has.
-    """
-
-    hf_names: tuple[str, ...]
-    native_names: tuple[str, ...]
-    dim: int = 0
-    groups: int = 1
-    order: tuple[int, ...] | None = None
-    squeeze: int | None = None
-
-    def widths(self, shapes: Shapes) -> list[int]:
-        """Returns the size of each native tensor along `dim` within a group."""
-        return [shapes[name][self.dim] // self.groups for name in self.native_names]
-
-    def shape(self, shapes: Shapes) -> torch.Size:
-        """Returns the shape of each Hugging Face tensor, given those of the native ones."""
-        shape = list(shapes[self.native_names[0]])
-        shape[self.dim] = sum(shapes[name][self.dim] for name in self.native_names)
-        if len(self.hf_names) > 1:
-            shape = shape[1:]
-        if self.squeeze is not None:
-            shape.insert(self.squeeze, 1)
-        return torch.Size(shape)
-
-    def split(self, hf_tensors: list[Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        """Splits the Hugging Face tensors of this entry into native tensors, by name."""
-        packed = hf_tensors[0] if len(self.hf_names) == 1 else torch.stack(hf_tensors)
-        if self.squeeze is not None:
-            packed = packed.squeeze(self.squeeze)
-        grouped = packed.unflatten(self.dim, (self.groups, -1))
-        if self.order is not None:
-            index = torch.tensor(self.order, device=packed.device)
-            grouped = grouped.index_select(self.dim + 1, index)
-        native = grouped.split(self.widths(shapes), dim=self.dim + 1)
-        flat = (tensor.flatten(self.dim, self.dim + 1) for tensor in native)
-        return dict(zip(self.native_names, flat, strict=True))
-
-    def read(
-        self, name: str, box: tuple[slice, ...], shapes: Shapes, sources: Mapping[str, Any]
-    ) -> Tensor:
-        """Reads a box of one native tensor, and of each Hugging Face tensor no more than it needs
-        where its rows are in the native order; otherwise it splits whole ones.
-
-        Args:
-            name: of the native tensor.
-            box: a slice of each of its dimensions, with start and stop.
-            shapes: of the native tensors.
-            sources: by Hugging Face name, what gives a tensor for a tuple of slices (`get_slice` of
-                safetensors).
-        """
-        if len(self.hf_names) > 1:  # experts: only those in the box
-            one = replace(self, hf_names=self.hf_names[:1], dim=max(0, self.dim - 1))
-            inner = {n: torch.Size(shapes[n][1:]) for n in self.native_names}
-            experts = range(*box[0].indices(len(self.hf_names)))
-            first = self.hf_names[0]
-            return torch.stack(
-                [
-                    one.read(name, box[1:], inner, {first: sources[self.hf_names[e]]})
-                    for e in experts
-                ]
-            )
-        source = sources[self.hf_names[0]]
-        in_order = self.order is None and (self.groups == 1 or len(self.native_names) == 1)
-        if not in_order or self.squeeze is not None:
-            whole = source[(slice(None),) * len(self.shape(shapes))]
-            tensor: Tensor = self.split([whole], shapes)[name][box]
-            return tensor
-        if len(self.native_names) > 1:  # they follow each other along `dim`
-            before = self.native_names[: self.native_names.index(name)]
-            start, at = sum(shapes[n][self.dim] for n in before), box[self.dim]
-            moved = slice(at.start + start, at.stop + start)
-            box = (*box[: self.dim], moved, *box[self.dim + 1 :])
-        part: Tensor = source[box]
-        return part
-
-    def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Joins native tensors into the Hugging Face tensors of this entry, by name."""
-        grouped = torch.cat(
-            [native[name].unflatten(self.dim, (self.groups, -1)) for name in self.native_names],
-            dim=self.dim + 1,
-        )
-        if self.order is not None:
-            inverse = torch.tensor(self.order, device=grouped.device).argsort()
-            grouped = grouped.index_select(self.dim + 1, inverse)
-        packed = grouped.flatten(self.dim, self.dim + 1)
-        if self.squeeze is not None:
-            packed = packed.unsqueeze(self.squeeze)
-        hf_tensors = packed.unbind() if len(self.hf_names) > 1 else [packed]
-        return dict(zip(self.hf_names, hf_tensors, strict=True))
-
-
-def entry(
-    hf_name: str,
-    *native_names: str,
-    dim: int = 0,
-    groups: int = 1,
-    order: Iterable[int] | None = None,
-    squeeze: int | None = None,
-) -> Entry:
-    """Returns the entry of one Hugging Face tensor, with the options of `Entry`."""
-    indices = None if order is None else tuple(order)
-    return Entry((hf_name,), native_names, dim, groups, indices, squeeze)
-
-
-def stacked(hf_name: str, native_name: str, count: int) -> Entry:
-    """Returns the entry of one native tensor that stacks `count` Hugging Face tensors.
-
-    `hf_name` has `{}` for the index of the expert.
-    """
-    return Entry(tuple(hf_name.format(e) for e in range(count)), (native_name,))
-
-
-def interleaved(unrotated: int, rotated: int) -> tuple[int, ...]:
-    """Returns `Entry.order` for rotary channels whose pairs are adjacent in Hugging Face's tensor.
-
-    `rotated` channels follow `unrotated` ones without positions. The native rotation pairs channel
-    i with i + rotated/2.
-    """
-    pairs = range(unrotated, unrotated + rotated)
-    return (*range(unrotated), *pairs[0::2], *pairs[1::2])
 
 
 def tied_head(config: ModelConfig) -> dict[str, str]:

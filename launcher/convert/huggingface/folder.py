@@ -5,10 +5,10 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.models.config import ModelConfig
 
+T = TypeVar("T")
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -222,15 +223,12 @@ def write_hf(
             fields |= token_fields(Path(like), fields)
     except Unsupported as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in hf_tensors.values())
-    fields["torch_dtype"] = dtypes.most_common(1)[0][0]
-    fields = dict.fromkeys(TOKENS) | fields  # null, or transformers uses its class's defaults
     # Write beside the folder and rename: an interrupted call leaves no incomplete folder.
     temporary = folder.with_name(f"{folder.name}.coming-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         write_tensors(temporary, hf_tensors, shard_bytes)
-        write_json(temporary / CONFIG, fields)
+        write_config(temporary, fields, [tensor.dtype for tensor in hf_tensors.values()])
         for file in tokenizer_files(like):
             shutil.copyfile(file, temporary / file.name)
         temporary.rename(folder)
@@ -279,26 +277,50 @@ def family_for(config: ModelConfig) -> Family:
     raise Unsupported("family", None, "none can represent this model:\n  " + "\n  ".join(reasons))
 
 
+def write_config(folder: Path, fields: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> None:
+    """Writes config.json; the model's dtype is that of most of its tensors."""
+    names = Counter(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    # null, or transformers uses its class's defaults
+    tokens = dict.fromkeys(TOKENS)
+    write_json(folder / CONFIG, {**tokens, **fields, "torch_dtype": names.most_common(1)[0][0]})
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], total: int) -> None:
+    """Writes the index of several files: the file of each tensor, and the bytes of all."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(file_of)}
+    write_json(folder / INDEX, index)
+
+
+def file_names(count: int) -> list[str]:
+    """Returns the names of that many safetensors files."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def in_files(items: Iterable[T], bytes_of: Callable[[T], int], file_bytes: int) -> list[list[T]]:
+    """Distributes items over files of at most `file_bytes`, or of one item, in their order."""
+    files: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        if files[-1] and size + bytes_of(item) > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += bytes_of(item)
+    return files
+
+
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Writes one safetensors file, or several and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SINGLE]
-    for name, shard in zip(names, shards, strict=True):
-        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
+    files = in_files(tensors.items(), lambda item: item[1].nbytes, shard_bytes)
+    file_of: dict[str, str] = {}
+    for name, shard in zip(file_names(len(files)), files, strict=True):
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in shard}
         save_file(on_cpu, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        file_of |= dict.fromkeys(on_cpu, name)
+    if len(files) > 1:
+        write_index(folder, file_of, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

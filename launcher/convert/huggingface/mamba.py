@@ -15,12 +15,8 @@ from colonnade.launcher.convert.huggingface.dense import (
     write_common,
     write_heads,
 )
-from colonnade.launcher.convert.huggingface.family import (
-    Entry,
-    Family,
-    Unsupported,
-    entry,
-)
+from colonnade.launcher.convert.huggingface.entry import Entry, entry
+from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 

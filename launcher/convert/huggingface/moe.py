@@ -17,15 +17,8 @@ from colonnade.launcher.convert.huggingface.dense import (
     write_common,
     write_heads,
 )
-from colonnade.launcher.convert.huggingface.family import (
-    Entry,
-    Family,
-    Unsupported,
-    entry,
-    interleaved,
-    stacked,
-    tied_head,
-)
+from colonnade.launcher.convert.huggingface.entry import Entry, entry, interleaved, stacked
+from colonnade.launcher.convert.huggingface.family import Family, Unsupported, tied_head
 from colonnade.launcher.convert.huggingface.fields import REQUIRED, Fields
 from colonnade.models.config import ModelConfig
 

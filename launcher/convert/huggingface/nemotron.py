@@ -10,7 +10,8 @@ from colonnade.launcher.convert.huggingface.config import (
     symbols_of,
 )
 from colonnade.launcher.convert.huggingface.dense import write_heads
-from colonnade.launcher.convert.huggingface.family import Entry, Family, entry, stacked
+from colonnade.launcher.convert.huggingface.entry import Entry, entry, stacked
+from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
 from colonnade.launcher.convert.huggingface.mamba import (
     HARMLESS,

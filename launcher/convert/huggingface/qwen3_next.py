@@ -21,7 +21,8 @@ from colonnade.launcher.convert.huggingface.dense import (
     write_common,
     write_heads,
 )
-from colonnade.launcher.convert.huggingface.family import Entry, Family, entry
+from colonnade.launcher.convert.huggingface.entry import Entry, entry
+from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
 from colonnade.launcher.convert.huggingface.mamba import check_rotated, check_symbols
 from colonnade.launcher.convert.huggingface.moe import (
