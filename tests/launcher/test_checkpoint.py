@@ -4,15 +4,17 @@ import functools
 import json
 import logging
 import math
+import random
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from ranks import Ranks
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +25,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from colonnade.launcher import checkpoint
 from colonnade.launcher.checkpoint import newest, prune, read_state, step_folder
+from colonnade.launcher.checkpoint.catalog import read_catalog
+from colonnade.launcher.checkpoint.read import read_box
 from colonnade.launcher.errors import UserError
 
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # it logs every call
@@ -215,6 +219,25 @@ def test_several_chunks_of_a_tensor_on_one_rank(tmp_path: Path) -> None:
     loaded = torch.zeros(7, 3)
     checkpoint.load(step_folder(tmp_path, 1), {"w": loaded})
     assert torch.equal(loaded, full)
+
+
+def test_any_box_is_read_from_its_chunks(tmp_path: Path, ranks4: Ranks) -> None:
+    """Chunks of a grid, of rows and of columns, some empty."""
+    folder, draws = step_folder(tmp_path, 10), random.Random(1)
+    ranks4.run(save_distributed, folder, (2, 2))
+    entries = read_catalog(folder).tensors
+    with ExitStack() as stack:
+        for name, tensor in values(1).items():
+            for _ in range(5 if tensor.numel() else 0):
+                starts = [draws.randrange(size) for size in tensor.shape]
+                ends = zip(starts, tensor.shape, strict=True)
+                box = tuple(slice(start, draws.randint(start + 1, end)) for start, end in ends)
+                found = read_box(
+                    entries[name],
+                    box,
+                    lambda file: stack.enter_context(safe_open(folder / file, "pt")),
+                )
+                assert torch.equal(found, tensor[box]), (name, box)
 
 
 def test_tied_and_sliced_tensors_load_as_saved(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,13 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def random_box(shape: torch.Size, random: Random) -> tuple[slice, ...]:
+    """Draws a box of at least one element."""
+    starts = [random.randrange(size) for size in shape]
+    ends = zip(starts, shape, strict=True)
+    return tuple(slice(start, random.randint(start + 1, size)) for start, size in ends)
+
+
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     config = LlamaConfig(
@@ -59,11 +67,15 @@ def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
     with mock.patch.object(torch, "load", side_effect=AssertionError):
         convert(tmp_path / "hf", tmp_path / "native", "native", file_bytes=1024, report=ignore)
     config, expected = read_hf(tmp_path / "hf", ignore)
-    with open_weights(tmp_path / "native", ignore) as weights:
-        assert weights.config == config
-        assert set(weights.shapes) == set(expected)
-        for name, tensor in expected.items():
-            assert torch.equal(weights.whole(name), tensor), name
+    boxes = Random(5)
+    for folder in ("hf", "native"):
+        with open_weights(tmp_path / folder, ignore) as weights:
+            assert weights.config == config
+            assert set(weights.shapes) == set(expected)
+            for name, tensor in expected.items():
+                assert torch.equal(weights.whole(name), tensor), name
+                box = random_box(tensor.shape, boxes)
+                assert torch.equal(weights.read(name, box), tensor[box]), (name, box)
     family = type(model).__name__
     convert(
         tmp_path / "native", tmp_path / "back", "hf", family=family, file_bytes=1024, report=ignore
