@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.weights.hf import HuggingFaceTarget
 from colonnade.launcher.weights.native import NativeTarget
 from colonnade.launcher.weights.source import Weights, open_weights
-from colonnade.launcher.weights.target import Target
+from colonnade.launcher.weights.target import Piece, Target
 
 PROGRESS = "convert.json"
 FILE_BYTES = 2 * 10**9  # largest file, unless one piece is larger; the memory that is needed
@@ -95,9 +95,7 @@ def convert(
                 size = sum(piece.bytes for piece in pieces)
                 report(f"{number} of {len(files)} files, {name}: {size:,} bytes")
         progress.verify()
-        written = dict(zip(names, files, strict=True))
-        target.finish(progress.folder, written, progress.files)
-        progress.commit(folder)
+        progress.finish(target, dict(zip(names, files, strict=True)), folder)
         pieces = [piece for of_file in files for piece in of_file]
         total = sum(piece.bytes for piece in pieces)
     seconds = time.monotonic() - start
@@ -217,9 +215,12 @@ class Progress:
                     "repeat the call, which writes it again"
                 )
 
-    def commit(self, destination: Path) -> None:
-        """Gives the folder its name."""
+    def finish(
+        self, target: Target, files: Mapping[str, Sequence[Piece]], destination: Path
+    ) -> None:
+        """Writes what comes with the tensors' files, and gives the folder its name."""
         try:
+            target.finish(self.folder, files, self.files)
             (self.folder / PROGRESS).unlink()
             for part in self.folder.glob("*.part"):
                 part.unlink()

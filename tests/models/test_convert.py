@@ -24,7 +24,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.weights import convert as module
-from colonnade.launcher.weights import native
+from colonnade.launcher.weights import hf, native
 from colonnade.launcher.weights.convert import convert
 from colonnade.launcher.weights.source import open_weights
 from colonnade.models.context import Context
@@ -135,6 +135,23 @@ def test_an_interrupted_conversion_goes_on(llama: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "native" / folder / path.name).read_bytes()
     verify(tmp_path / "native" / folder)
     assert not list(tmp_path.glob("*.coming"))
+
+
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_a_disk_that_fills_at_the_end(llama: Path, tmp_path: Path, to: str) -> None:
+    """Behind the tensors' files: one sentence, and the same call goes on."""
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    room, name = {"hf": (hf, "write_config"), "native": (native, "write_manifest")}[to]
+    with (
+        mock.patch.object(room, name, side_effect=refused),
+        pytest.raises(UserError, match=r"No space left.*goes on behind the finished files"),
+    ):
+        convert(llama, tmp_path / "out", to, report=ignore)
+    assert not (tmp_path / "out").exists()
+    convert(llama, tmp_path / "out", to, report=ignore)
+    with open_weights(tmp_path / "out", ignore) as weights:
+        for name, tensor in read_hf(llama, ignore)[1].items():
+            assert torch.equal(weights.whole(name), tensor)
 
 
 def test_a_finished_file_that_changed_is_written_again(llama: Path, tmp_path: Path) -> None:
