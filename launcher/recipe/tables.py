@@ -146,6 +146,11 @@ class TrainConfig(Table):
     init_skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="names of tensors that stay random, as patterns; default: none"
     )
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="names of parameters and buffers that training leaves as they are, as patterns "
+        "of a shell (`blocks.3.*`): no gradient and no optimizer state; default: none",
+    )
     validate_every: int = Field(
         0, ge=0, le=2**40, description="steps between validations; 0: at the end"
     )

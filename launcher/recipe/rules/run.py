@@ -1,11 +1,13 @@
 """Rules on the learning-rate schedule, the data and the text that is sampled."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import Rules
+from colonnade.launcher.recipe.rules.base import ROW_FIELDS, Rules
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.vocabulary import BYTE_TOKENS, far_above
+from colonnade.models.records import matches, records_of
 
 RULES = Rules()
 
@@ -42,6 +44,28 @@ def mup_optimizer(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if r.optimizer.name == "muon" and r.model.mup_base is not None:
         remedy = "model.mup_base transfers the learning rates of Adam, by rules that are not Muon's"
         yield Fault("optimizer.name", "muon", f"{remedy}; set it to adamw, or leave out mup_base")
+
+
+@RULES.add("train.freeze", *ROW_FIELDS)
+def frozen(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Every pattern matches something, and something is trained."""
+    if not r.train.freeze or r.model.has_unknown_symbols:
+        return
+    records = records_of(r.model)
+    for pattern in r.train.freeze:
+        if not any(matches(name, [pattern]) for name in records):
+            names = ", ".join(near_names(pattern, records))
+            yield Fault("train.freeze", pattern, f"matches no parameter; names are like {names}")
+    parameters = [name for name, record in records.items() if not record.state]
+    if all(matches(name, r.train.freeze) for name in parameters):
+        remedy = "matches all parameters, and nothing would be trained; leave one out"
+        yield Fault("train.freeze", list(r.train.freeze), remedy)
+
+
+def near_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Returns up to three names that are most like a pattern, or else the first three."""
+    known = list(names)
+    return difflib.get_close_matches(pattern, known, 3, 0.3) or known[:3]
 
 
 @RULES.add()
