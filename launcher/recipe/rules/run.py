@@ -72,9 +72,11 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
 def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Every source but the standard library has a path."""
     kinds = {"hub": "the name of the data set", "tokens": "the path of the .bin file without .bin"}
-    for index, source in enumerate(r.data.sources):
+    tables = ("sources", "validation_sources")
+    named = [(f"data.{t}.{i}", s) for t in tables for i, s in enumerate(getattr(r.data, t))]
+    for table, source in named:
         if source.format != "stdlib" and not source.path:
-            field = f"data.sources.{index}.path"
+            field = f"{table}.path"
             wanted = kinds.get(source.format, "a file, a folder or a glob")
             remedy = f"format {source.format} reads from it; set {field} to {wanted}"
             yield Fault(field, source.path, remedy)
