@@ -104,7 +104,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     a = arguments
     chosen = {"nproc": a.nproc, "sample": a.sample, "seed": a.seed}
-    if a.all and (a.recipe or a.layout):
+    if a.all and (a.recipe or a.layout or a.stage is not None):
         raise UserError("verify --all has recipes and layouts of its own: leave out yours")
     if not a.all and (a.recipe is None or a.table):
         raise UserError(
@@ -115,7 +115,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if a.all:
         report, text = verify_all(**chosen), table_of_all
     else:
-        report = verify(a.recipe, list(a.overrides), layouts=a.layout, **chosen)
+        report = verify(a.recipe, list(a.overrides), layouts=a.layout, stage=a.stage, **chosen)
         text = table
     if is_rank_zero():
         if a.table:
@@ -130,7 +130,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from colonnade.launcher.plan.table import table
 
     a = arguments
-    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run, device=a.device)
+    report = plan(
+        a.recipe,
+        list(a.overrides),
+        gpus=a.gpus,
+        dry_run=a.dry_run,
+        device=a.device,
+        stage=a.stage,
+    )
     print(table(report)) if a.json is None else a.report(report)
     return 0
 
