@@ -128,6 +128,13 @@ def bench_checkpoint() -> dict[str, Any]:
     return run()
 
 
+def bench_convert() -> dict[str, Any]:
+    """Weights of 16 GB to our format and back, beside plain reads and writes; needs 50 GB."""
+    from colonnade.bench.convert import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -142,6 +149,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "context": bench_context,
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
+    "convert": bench_convert,
 }
 
 
