@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from colonnade.launcher.errors import UserError
-
-# transformers prefers these where they are installed, and they need a GPU.
-GPU_ONLY = ("mamba_ssm", "causal_conv1d", "fla")
+from colonnade.launcher.weights.peer import GPU_ONLY
 
 
 def require_packages(name: str, *modules: str) -> None:

@@ -6,6 +6,9 @@ convert  the verb: writes a source in another format
 progress the folder of a conversion, and its finished files
 stream   reads, writes and checks at the same time
 direct   safetensors files past the system's cache
+fold     σReparam as plain weights
+logits   of what was written, beside those of its source
+peer     transformers in plain PyTorch
 target   what a format is to `convert`
 hf       Hugging Face folders as a target
 native   our own checkpoints as a target

@@ -3,7 +3,8 @@
 Files are planned from names and shapes alone, so that a conversion that was interrupted goes on
 behind its finished files. Each is written beside its name, synced, renamed, read again and compared
 with the checksums of what was written; `convert.json` keeps what the conversion is of, and the
-checksums of finished files. In the end the folder gets its name.
+checksums of finished files. In the end the logits of small models are compared with those of the
+source, and the folder gets its name.
 """
 
 import sys
@@ -19,7 +20,9 @@ import torch
 from colonnade.launcher.checkpoint.manifest import FileRecord
 from colonnade.launcher.convert.huggingface.folder import in_files
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.weights.fold import Folded
 from colonnade.launcher.weights.hf import HuggingFaceTarget
+from colonnade.launcher.weights.logits import compare
 from colonnade.launcher.weights.native import NativeTarget
 from colonnade.launcher.weights.progress import Progress
 from colonnade.launcher.weights.source import Weights, open_weights
@@ -41,6 +44,8 @@ class Converted:
         bytes: of them.
         files: that hold them.
         kept: files that an earlier, interrupted call had finished.
+        logits: largest difference of the logits of random tokens from those of the source,
+            relative to the largest; None: they were not compared.
         seconds: that this call took.
     """
 
@@ -49,6 +54,7 @@ class Converted:
     bytes: int
     files: int
     kept: int
+    logits: float | None
     seconds: float
 
 
@@ -76,25 +82,25 @@ def convert(
     Raises:
         UserError: the source is no model or is damaged, no family can represent it, the destination
             exists, or the disk refuses; finished files stay, and the same call goes on with them.
+        LogitsDifferError: what was written computes something else than the source.
     """
     start, folder = time.monotonic(), Path(destination)
     if folder.exists():
         raise UserError(f"convert: {folder} exists already; name a new folder")
     with open_weights(Path(source), report, once=True) as weights:
-        target = target_of(to, weights, family)
+        target = target_of(to, weights, family, report)
         files = in_files(target.pieces(dtype_of(dtype)), lambda piece: piece.bytes, file_bytes)
         named = dict(zip(target.file_names(len(files)), files, strict=True))
         progress = Progress.open(folder, identity(weights, target, dtype, file_bytes))
         kept = len(progress.files)
         write(progress, named, target.metadata, report)
         progress.complete(target, named)
+        logits = compare(weights, target, dtype_of(dtype), progress.folder, report)
         progress.rename(folder)
         pieces = [piece for of_file in files for piece in of_file]
         total = sum(piece.bytes for piece in pieces)
-    seconds = time.monotonic() - start
-    return Converted(
-        str(folder), len({p.name for p in pieces}), total, len(files), kept, round(seconds, 3)
-    )
+    tensors, seconds = len({piece.name for piece in pieces}), round(time.monotonic() - start, 3)
+    return Converted(str(folder), tensors, total, len(files), kept, logits, seconds)
 
 
 def write(
@@ -126,9 +132,14 @@ def write(
         raise progress.refused(error) from error
 
 
-def target_of(to: str, weights: Weights, family: str | None) -> Target:
+def target_of(
+    to: str, weights: Weights, family: str | None, report: Callable[[str], object]
+) -> Target:
     """Returns the format to write; raises UserError for one that cannot represent the model."""
     if to == "hf":
+        if weights.config.sigma_reparam:
+            report("σReparam is folded: plain weights γ W / σ(W) are written")
+            weights = Folded(weights)
         return HuggingFaceTarget(weights, family)
     if family is not None:
         raise UserError("convert --family is for --to hf: leave it out")
