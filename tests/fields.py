@@ -84,7 +84,7 @@ def reference() -> str:
             names = [f for f in table.model_fields if SourceConfig not in types_inside(table, f)]
             text += f"\n## `[{name}]`\n\n" + lines(table, name, names, name)
             if names != list(table.model_fields):
-                text += "\n## `[[data.sources]]`\n\n"
+                text += "\n## `[[data.sources]]` and `[[data.validation_sources]]`\n\n"
                 text += lines(
                     SourceConfig, "data.sources", list(SourceConfig.model_fields), "source"
                 )

@@ -29,8 +29,10 @@ from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.data.stream import StreamRows
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
-from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.tables import Recipe, SourceConfig
 from colonnade.launcher.recipe.vocabulary import far_above
+
+Shuffle = tuple[int, ...]  # by which the order of rows is keyed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +65,11 @@ def check_data(recipe: Recipe) -> list[str]:
     if name not in (None, "bytes") and not Path(str(name)).expanduser().exists():
         return [f"tokenizer {name!r} is not on this machine: neither it nor the data are checked"]
     tokenizer = _tokenizer(recipe)
-    for index, source in enumerate(recipe.data.sources):
+    for source in recipe.data.all_sources:
         if is_absent(source):
             lines.append(f"{source_name(source)} is not on this machine: not checked")
         elif source.format == "tokens":
-            lines.append(_open_tokens(recipe, index, tokenizer)[0].describe())
+            lines.append(_open_tokens(recipe, source, None, tokenizer)[0].describe())
         elif source.format == "hub":
             lines.append(f"{source_name(source)}: read from the hub when the run starts")
         else:
@@ -83,19 +85,25 @@ def check_data(recipe: Recipe) -> list[str]:
     return lines
 
 
-def open_data(recipe: Recipe) -> Data:
+def open_data(recipe: Recipe, order: int = 0) -> Data:
     """Opens the recipe's sources, and tokenises into the cache those that it lacks.
 
-    Training rows are a mixture by weight, shuffled by train.seed (streams: in stream order).
-    Validation rows are in file order, source after source; streams have none. Raises UserError if a
+    Training rows are a mixture by weight, shuffled by train.seed and `order` (streams: in stream
+    order), which is that of the training stage: a later one that reads the same data reads them in
+    another order. Validation rows are in file order, source after source; streams have none. They
+    are those held out, or of `data.validation_sources`. Raises UserError if a
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
     smaller than the tokenizer. Token files that do not match the record beside them are refused; of
     the cache they are written again.
     """
-    tokenizer = _tokenizer(recipe)
-    opened = [_open(recipe, i, tokenizer) for i in range(len(recipe.data.sources))]
+    tokenizer, seed = _tokenizer(recipe), recipe.train.seed
+    opened = [
+        _open(recipe, source, (seed, index, *([order] if order else [])), tokenizer)
+        for index, source in enumerate(recipe.data.sources)
+    ]
     train = [rows for rows, _ in opened]
     validation = [rows for _, rows in opened if rows is not None]
+    validation += [_open_whole(recipe, s, tokenizer) for s in recipe.data.validation_sources]
     weights = [source.weight for source in recipe.data.sources]
     return Data(
         train[0] if len(train) == 1 else MixtureRows(train, weights),
@@ -113,24 +121,47 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
     return tokenizer
 
 
-def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows | None]:
+def _open(
+    recipe: Recipe, source: SourceConfig, shuffle: Shuffle, tokenizer: Tokenizer | None
+) -> tuple[Rows, Rows | None]:
     """Opens one source: (training rows, validation rows or None)."""
-    source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
-    shuffle = (recipe.train.seed, index)
+    S, vocab = recipe.train.seq_len, recipe.model.vocab
     if source.format == "tokens":
-        return _open_tokens(recipe, index, tokenizer, verify=True)
+        return _open_tokens(recipe, source, shuffle, tokenizer, verify=True)
     assert tokenizer is not None  # the default for text is `bytes`
     if source.stream and source.format != "stdlib":
         return StreamRows(source, tokenizer, S, vocab), None
-    train, held_out = (
-        dataclasses.replace(tokens, name=source_name(source))
-        for tokens in cached_tokens(source, recipe.data, tokenizer)
-    )
+    train, held_out = _tokens_of_text(recipe, source, recipe.data.held_out, tokenizer)
     rows_class = _rows_class(recipe)
     rows = rows_class(train, S, vocab, shuffle=shuffle)
     if len(held_out.tokens) <= S:  # too short for one row
         return rows, None
     return rows, rows_class(held_out, S, vocab)
+
+
+def _open_whole(recipe: Recipe, source: SourceConfig, tokenizer: Tokenizer | None) -> Rows:
+    """Opens all documents of a source to validate on, in file order."""
+    S, vocab = recipe.train.seq_len, recipe.model.vocab
+    size = None if tokenizer is None else tokenizer.size
+    if source.format == "tokens":
+        tokens = read_indexed(source_path(source), verify=True)
+        _check_tokens(recipe, tokens, tokenizer)
+    else:
+        assert tokenizer is not None  # the default for text is `bytes`
+        tokens, _ = _tokens_of_text(recipe, source, 0.0, tokenizer)
+    return _rows_class(recipe)(tokens, S, vocab, tokenizer_size=size)
+
+
+def _tokens_of_text(
+    recipe: Recipe, source: SourceConfig, share: float, tokenizer: Tokenizer
+) -> tuple[Tokens, Tokens]:
+    """Returns the tokens of a source of text, of which a share of the documents is held out."""
+    data = recipe.data.model_copy(update={"validation": share})
+    train, held_out = (
+        dataclasses.replace(tokens, name=source_name(source))
+        for tokens in cached_tokens(source, data, tokenizer)
+    )
+    return train, held_out
 
 
 def _rows_class(recipe: Recipe) -> type[IndexedRows]:
@@ -139,20 +170,23 @@ def _rows_class(recipe: Recipe) -> type[IndexedRows]:
 
 
 def _open_tokens(
-    recipe: Recipe, index: int, tokenizer: Tokenizer | None, verify: bool = False
+    recipe: Recipe,
+    source: SourceConfig,
+    shuffle: Shuffle | None,
+    tokenizer: Tokenizer | None,
+    verify: bool = False,
 ) -> tuple[Rows, Rows | None]:
     """Opens token files: (training rows, validation rows or None); `verify` as `read_indexed`.
 
     Holds out the last `data.validation` of the documents, or more of them if those are shorter than
     a row, or none if then too few tokens remain to train on.
     """
-    source, shuffle = recipe.data.sources[index], (recipe.train.seed, index)
     tokens = read_indexed(source_path(source), verify)
     _check_tokens(recipe, tokens, tokenizer)
     S, vocab = recipe.train.seq_len, recipe.model.vocab
     size, rows_class = None if tokenizer is None else tokenizer.size, _rows_class(recipe)
     total, starts = len(tokens.tokens), tokens.starts
-    validation_share = recipe.data.validation
+    validation_share = recipe.data.held_out
     # The last document start that leaves validation its share and a row.
     by_share = int(len(starts) * (1 - validation_share))
     by_row = int(np.searchsorted(starts, total - S - 1, "right")) - 1

@@ -197,10 +197,11 @@ class IndexedRows:
         seq_len: int,
         vocab: int,
         token_range: tuple[int, int] | None = None,
-        shuffle: tuple[int, int] | None = None,
+        shuffle: tuple[int, ...] | None = None,
         tokenizer_size: int | None = None,
     ) -> None:
-        """`token_range` is (first, last), by default all; `shuffle` is (seed, source index).
+        """`token_range` is (first, last), by default all; `shuffle` keys the order: a seed, a
+        source, and so on.
 
         `tokenizer_size` bounds the ids if the recipe names the tokenizer that made the tokens.
         """
@@ -222,7 +223,7 @@ class IndexedRows:
         seq_len: int,
         vocab: int,
         token_range: tuple[int, int],
-        shuffle: tuple[int, int] | None,
+        shuffle: tuple[int, ...] | None,
         tokenizer_size: int | None,
         rows: int,
     ) -> None:

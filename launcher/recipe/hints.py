@@ -106,7 +106,8 @@ def wrong_value(location: Location, value: object) -> str:
 _SCHEMA = Recipe.model_json_schema()
 _TABLES: tuple[Location, ...] = (
     *((name,) for name in Recipe.model_fields if _fields_of((name,))),
-    ("data", "sources", 0),
+    ("data", "validation_sources", 0),
+    ("data", "sources", 0),  # its fields are likelier meant: the last of two tables is named
 )
 _BOUNDS = {
     "minimum": "of at least",

@@ -89,6 +89,9 @@ class DataConfig(Table):
     validation: float = Field(
         0.05, ge=0, lt=1, description="share of the documents held out for validation"
     )
+    validation_sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
+        (), description="sources of validation, all of whose documents are read in order"
+    )
     packing: Literal["stream", "whole"] = Field(
         "stream",
         description="stream splits the concatenated documents into rows; whole packs whole "
@@ -98,9 +101,19 @@ class DataConfig(Table):
     cache: str | None = Field(None, description="folder for tokenised data; default: user cache")
 
     @property
+    def held_out(self) -> float:
+        """The share of the documents of `sources` that is held out for validation."""
+        return 0.0 if self.validation_sources else self.validation
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources to train and to validate on."""
+        return self.sources + self.validation_sources
+
+    @property
     def tokenizer_name(self) -> str | None:
         """The tokenizer that is used; None if all sources are tokens and none is named."""
-        text = any(source.format != "tokens" for source in self.sources)
+        text = any(source.format != "tokens" for source in self.all_sources)
         return self.tokenizer or ("bytes" if text else None)
 
 
@@ -145,6 +158,11 @@ class TrainConfig(Table):
     )
     init_skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="names of tensors that stay random, as patterns; default: none"
+    )
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="names of parameters and buffers that training leaves as they are, as patterns "
+        "of a shell (`blocks.3.*`): no gradient and no optimizer state; default: none",
     )
     validate_every: int = Field(
         0, ge=0, le=2**40, description="steps between validations; 0: at the end"

@@ -145,7 +145,7 @@ def restore(job: "Job", source: ResumePoint) -> None:
             f"train.steps = {job.recipe.train.steps}: the run is at step {state['step']} "
             "already; set train.steps above it"
         )
-    job.optimizer.updates = state["updates"]
+    job.optimizer.resume(state["updates"], {})
     job.step, job.bad_steps = state["step"], state["bad_steps"]
     job.data.train.load_state(state["data"])
     on_rank_zero(lambda: write_below(job.checkpoints, lambda: set_later_aside(job, passed)))

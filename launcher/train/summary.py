@@ -27,9 +27,11 @@ def describe_job(recipe: Recipe, world: World, data: Data, step: int) -> str:
         count = torch.cuda.device_count()
         text += f" (this host has {count} GPUs, for jobs with at most one rank per GPU)"
     text += f"\n{data.train.describe()}"
+    if recipe.data.validation_sources and data.validation is not None:
+        text += f"\nvalidation  {data.validation.describe()}"
     if step:
         text += f"\nresumed after step {step} of {recipe.train.steps}"
-    if recipe.data.validation and recipe.train.validate_rows and data.validation is None:
+    if recipe.data.held_out and recipe.train.validate_rows and data.validation is None:
         text += "\nno validation: the data have too few documents to hold rows out, or are streamed"
     return text
 
