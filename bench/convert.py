@@ -164,6 +164,8 @@ def measure(folder: Path, model: ModelConfig) -> dict[str, Any]:
         "bytes": size,
         **{f"{name} s": value for name, value in seconds.items()},
         **{f"{name} GB/s": size / 1e9 / value for name, value in seconds.items()},
+        "plain write / to native": seconds["plain write"] / to_native,
+        "plain write / to hf": seconds["plain write"] / to_hf,
         "plain / to native": plain / to_native,
         "plain / to hf": plain / to_hf,
         "direct / to native": sum(direct) / to_native,
