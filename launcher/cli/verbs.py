@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cli.report import write_text
-from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.environment import RankEnvironment, report_failure
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.run_files import RECIPE
 
@@ -157,11 +157,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Runs `colonnade convert`; returns the exit status."""
+    """Runs `colonnade convert`; returns the exit status, 1 if logits differ."""
     from colonnade.launcher.weights.convert import convert
+    from colonnade.launcher.weights.logits import LogitsDifferError
 
     a = arguments
-    report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+    try:
+        report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+    except LogitsDifferError as error:
+        report_failure(str(error), started=False)
+        return 1
     a.report(asdict(report))
     return 0
 

@@ -17,8 +17,13 @@ GATED = {"silu": "swiglu", "gelu": "geglu"}
 Block = Callable[[str, str, ModelConfig], list[Entry]]
 
 
-def read_common(f: Fields, eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
-    """Reads the native fields that all transformers share, including rotary positions."""
+def read_common(
+    f: Fields, eps: float = 1e-6, theta: float = 10000.0, fraction: float | None = None
+) -> dict[str, Any]:
+    """Reads the native fields that all transformers share, including rotary positions.
+
+    `eps`, `theta` and `fraction` are defaults of the norms and of `read_rope`.
+    """
     f.only("attention_bias", False)
     f.only("attention_dropout", 0.0, null=0.0)
     return {
@@ -30,7 +35,7 @@ def read_common(f: Fields, eps: float = 1e-6, theta: float = 10000.0) -> dict[st
         "tied": f.get("tie_word_embeddings", default=False),
         "init_std": f.get("initializer_range", default=0.02),
         "balance": 0.0,  # a recipe chooses the training losses
-        **read_rope(f, theta),
+        **read_rope(f, theta, fraction),
     }
 
 

@@ -2,12 +2,26 @@
 
 import difflib
 
-from colonnade.launcher.convert.huggingface import dense, mamba, moe, nemotron, qwen3_next
+from colonnade.launcher.convert.huggingface import (
+    deepseek_v2,
+    dense,
+    glm_moe,
+    mamba,
+    minimax,
+    moe,
+    nemotron,
+    olmoe,
+    qwen3_5,
+    qwen3_next,
+)
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (dense, moe, mamba, nemotron, qwen3_next)
+    for module in (
+        *(dense, moe, olmoe, minimax, glm_moe, deepseek_v2),
+        *(mamba, nemotron, qwen3_next, qwen3_5),
+    )
     for family in module.FAMILIES
 }
 
