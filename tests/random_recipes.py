@@ -24,6 +24,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "rope_scaling": ("linear", "ntk", "yarn", "llama3"), "rope_factor": (2.0, 4.0),
     "rope_original": (8,), "rope_mscale": (1.0,), "rope_mscale_all": (1.0,),
     "rope_attention_factor": (1.2,), "rope_truncate": (False,), "qk_norm": ("head", "full"),
+    "attention_bias": ("qkv", "all"), "mlp_bias": (True,),
     "window": (1, 5), "full_attention": ((0,), (1,)), "sinks": (True,),
     "attention_gate": ("head", "channel"), "attention_cap": (5.0,), "clip_low": (-0.1,),
     "clip_high": (1.1,), "position_temperature": (True,), "attention_conv": (2, 3),

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from colonnade.kernels.attention import attention
-from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
@@ -88,7 +87,7 @@ class QKV(Convolving):
 
     def project(self, x: Tensor, name: str, context: Context) -> Tensor:
         """Returns one of q, k, v before rotary positions: `[S, B, heads, P]`."""
-        y = linear(x, self.weight_of(name))
+        y = self.linear(x, name)
         if self.taps:
             y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
         normed = self.qk_norm != "none" and name != "v"
@@ -106,7 +105,7 @@ class QKV(Convolving):
         The latter is gated attention of arXiv:2306.12929, section 4.2. None without a gate.
         """
         if self.gate == "channel":
-            return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
+            return self.linear(x, "gate_z").unflatten(-1, (-1, self.width))
         if self.gate == "head":
             weight = self.weight_of("gate_w")
             slices = self.sharding.local(x, -1).unflatten(-1, weight.shape)
@@ -132,7 +131,7 @@ class AttendOut(ParameterModule):
         y = self.attend(p.q, p.k, p.v, softmax, context)
         if p.gate is not None:
             y = y * p.gate.sigmoid()
-        return linear(y.flatten(-2), self.weight_of("out"))
+        return self.linear(y.flatten(-2), "out")
 
 
 class Temperature(ParameterModule):

@@ -30,7 +30,7 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
          "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
-         "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1",
+         "attention_bias=all", "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1",
          "position_temperature=true", "attention_conv=3"),
         "",
     ),
@@ -83,7 +83,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     *(
         ("model.attention=mla", f"model.{setting}", "model.attention=gqa")
         for setting in ("kv_heads=2", "rope_fraction=0.5", "qk_norm=full", "attention_gate=channel",
-                        "attention_conv=3")
+                        "attention_conv=3", "attention_bias=qkv")
     ),
     *(
         ("model.positions=none", f"model.{setting}", f"model.positions=rope {model(needs)}")
@@ -124,6 +124,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     # MLPs and experts
     ("model.pattern=*M", "model.activation=gelu", "model.pattern=*E"),
     ("model.pattern=*M", "model.activation=gelu", "model.pattern=*T"),
+    ("model.pattern=*E", "model.mlp_bias=true", "model.pattern=*-"),
     ("model.pattern=*M", "model.ffn=8", "model.pattern=*-"),
     ("model.pattern=*M", "model.ffn=8", "model.pattern=*T"),
     ("model.pattern=*E model.expert_ffn=8", "model.ffn=8", "model.expert_ffn="),

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "latent attention": ("*-*", {"attention": "mla", "q_rank": 5, "kv_rank": 7, "rope_dim": 4}),
     "gates, norms, convolutions": (
         "**",
-        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3},
+        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3, "attention_bias": "all"},
     ),
     "yarn, sinks, cap": (
         "**",

@@ -103,9 +103,10 @@ def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -
 
 
 LADDER: dict[str, Any] = {"residual": "ladder"}
+BIASED: dict[str, Any] = {"attention_bias": "all", "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {}),
-    "hybrid, ladder, tied": ("M-*E", {**LADDER, "tied": True}),
+    "hybrid, ladder, tied, biases": ("M-*E", {**LADDER, **BIASED, "tied": True}),
     "mixture first": ("E*M-", {}),
     "recurrent": ("mDS-G", LADDER),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
@@ -119,7 +120,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
     "centred, latent": (
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
-               "position_temperature": True, "sinks": True},
+               "position_temperature": True, "sinks": True, "mlp_bias": True},
     ),
     "muP": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}}),
 }  # fmt: skip
