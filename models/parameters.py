@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 Fill = Callable[["Tensor", "Generator"], object]
 # Is applied to a parameter wherever it is used, such as a spectral reparametrisation.
 Transform = Callable[["Tensor"], "Tensor"]
-# A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block. `bias`
-# is that of a weight that writes, `[..., out]`.
+# A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block. A
+# `bias` is that of a weight that writes, `[..., out]`.
 Role = Literal["reads", "inner", "writes", "table", "bias", "other"]
 # The half of a sub-block that holds it, or one of the modules beside them: `small` with parameters
 # that stay in fp32 whatever the precision, `experts` with the weights of experts.

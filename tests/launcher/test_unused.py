@@ -30,8 +30,8 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
          "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
-         "attention_bias=all", "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1",
-         "position_temperature=true", "attention_conv=3"),
+         "attention_bias=all", "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1",
+         "clip_high=1.1", "position_temperature=true", "attention_conv=3"),
         "",
     ),
     **dict.fromkeys(_LATENT, "attention=mla"),

@@ -2,12 +2,20 @@
 
 import difflib
 
-from colonnade.launcher.convert.huggingface import dense, mamba, moe, nemotron, qwen3_next
+from colonnade.launcher.convert.huggingface import (
+    dense,
+    dense_biased,
+    mamba,
+    moe,
+    nemotron,
+    qwen2_moe,
+    qwen3_next,
+)
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (dense, moe, mamba, nemotron, qwen3_next)
+    for module in (dense, dense_biased, moe, qwen2_moe, mamba, nemotron, qwen3_next)
     for family in module.FAMILIES
 }
 
