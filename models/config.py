@@ -86,6 +86,13 @@ class StreamOptions(Options):
         "before", "of each sub-block: at its input, at its output, or at both"
     )
     norm_eps: Annotated[float, choice()] = option(1e-5, "added to the mean square in norms", gt=0)
+    embedding_multiplier: Annotated[float, choice()] = option(1.0, "factor of embeddings", gt=0)
+    residual_multiplier: Annotated[float, choice()] = option(
+        1.0, "factor of each sub-block's output where it is added to the stream", gt=0
+    )
+    logit_multiplier: Annotated[float, choice()] = option(
+        1.0, "factor of logits; muP's comes on top", gt=0
+    )
     init_std: Annotated[float, choice(training=True)] = option(
         0.02, "standard deviation of initial weights", gt=0
     )

@@ -61,13 +61,15 @@ def rope_scaling(config: ModelConfig) -> RopeScaling | None:
 
 
 def score_scale(config: ModelConfig) -> float:
-    """Returns the factor of scores: 1/√P; under muP 1/P, equal to that at the base width.
+    """Returns the factor of scores: 1/√P or the configured one.
 
-    muP: arXiv:2203.03466, section 4.1. Latent attention under YaRN also multiplies it by the square
-    of the factor from `mscale_all_dim` (DeepSeek-V3).
+    Under muP (arXiv:2203.03466, section 4.1) it is that at the base width, and falls as 1/P. Latent
+    attention under YaRN also multiplies it by the square of the factor from `mscale_all_dim`
+    (DeepSeek-V3).
     """
-    base, width = config.base(), config.score_width
-    scale = width**-0.5 if base is None else base.score_width**0.5 / width
+    width = config.score_width
+    base_width = width if (base := config.base()) is None else base.score_width
+    scale = (config.attention_multiplier or base_width**-0.5) * base_width / width
     if config.attention == "mla" and config.rope_scaling == "yarn" and config.rope_mscale_all:
         scale *= yarn_mscale(config.rope_factor, config.rope_mscale_all) ** 2
     return scale

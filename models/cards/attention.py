@@ -292,6 +292,11 @@ class AttentionOptions(Options):
     attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = option(
         "none", "sigmoid gate per head on its input slice, or per channel"
     )
+    attention_multiplier: Annotated[float | None, choice()] = option(
+        None,
+        "factor of scores at the width of muP's base; default: 1 / √(channels of a score)",
+        gt=0,
+    )
     attention_cap: Annotated[float | None, choice()] = option(
         None, "scores as cap · tanh(score / cap)", gt=0
     )

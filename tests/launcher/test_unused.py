@@ -30,8 +30,9 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
          "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
-         "attention_bias=all", "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1",
-         "clip_high=1.1", "position_temperature=true", "attention_conv=3"),
+         "attention_bias=all", "attention_multiplier=0.2", "attention_gate=head",
+         "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1", "position_temperature=true",
+         "attention_conv=3"),
         "",
     ),
     **dict.fromkeys(_LATENT, "attention=mla"),
@@ -252,7 +253,8 @@ def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
 def test_every_field_of_a_model_is_always_used_or_has_a_condition() -> None:
     always = {
         "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
-        "init_std", "sigma_reparam", "logit_cap", "logit_z", "mtp", "mup_base",
+        "init_std", "sigma_reparam", "embedding_multiplier", "residual_multiplier",
+        "logit_multiplier", "logit_cap", "logit_z", "mtp", "mup_base",
     }  # fmt: skip
     listed = {field for field, _ in conditions()}
     conditional = {f.removeprefix("model.") for f in listed if f.startswith("model.")}

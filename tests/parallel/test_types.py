@@ -61,7 +61,8 @@ ROWS: dict[str, dict[str, Any]] = {
     ),
     "more of them": dict(
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
-        norm_position="after", clip_low=-0.1, attention_cap=3.0, mlp_bias=True,
+        norm_position="after", embedding_multiplier=2.0, residual_multiplier=0.5, clip_low=-0.1,
+        attention_cap=3.0, mlp_bias=True,
     ),
     "σReparam, multi-token prediction": dict(
         pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",

@@ -103,6 +103,10 @@ def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -
 
 
 LADDER: dict[str, Any] = {"residual": "ladder"}
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+    "logit_multiplier": 2.0,
+}  # fmt: skip
 BIASED: dict[str, Any] = {"attention_bias": "all", "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {}),
@@ -122,7 +126,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
                "position_temperature": True, "sinks": True, "mlp_bias": True},
     ),
-    "muP": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}}),
+    "muP, multipliers": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}, **MULTIPLIERS}),
 }  # fmt: skip
 
 

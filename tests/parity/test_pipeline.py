@@ -8,7 +8,7 @@ import pytest
 import torch
 from equal import assert_equal
 from ranks import Ranks
-from test_data_parallel import BIASED, LADDER, Trace, compare, recipe_for, trained
+from test_data_parallel import BIASED, LADDER, MULTIPLIERS, Trace, compare, recipe_for, trained
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "norms after, ladder": ("*-M-", {"norm_position": "both", "norm": "layer", **LADDER}),
     "parallel": ("*-*-", {"residual": "parallel"}),
-    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2}),
+    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, **MULTIPLIERS}),
     "recurrences": ("mD-G", LADDER),
     "muP": ("*-M-", {"mup_base": {"hidden": 16, "ffn": 24}}),
 }

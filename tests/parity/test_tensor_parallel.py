@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from test_data_parallel import BIASED, LADDER, MODELS, compare, recipe_for, reference, trained
+from test_data_parallel import (
+    BIASED,
+    LADDER,
+    MODELS,
+    MULTIPLIERS,
+    compare,
+    recipe_for,
+    reference,
+    trained,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +71,8 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
         "*-", {"norm": "crms", "kv_heads": 4, "logit_cap": 3.0, "logit_z": 0.1, "mtp": 1,
                "mtp_pattern": "*-", **LADDER},
     ),
-    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True}),
+    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True,
+                                     **MULTIPLIERS}),
 }  # fmt: skip
 
 

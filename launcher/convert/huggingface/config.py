@@ -147,6 +147,8 @@ def function_fields(config: ModelConfig) -> dict[str, Any]:
     _drop(fields, "pattern repeat window full_attention")
     fields["symbols"] = c.symbols
     fields["windows"] = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if c.attention_multiplier == c.score_width**-0.5 and "attention_multiplier" in fields:
+        fields["attention_multiplier"] = None  # the default
     if c.router_top_groups == c.router_groups:
         _drop(fields, "router_groups router_top_groups")
     if not c.share:

@@ -5,6 +5,7 @@ import difflib
 from colonnade.launcher.convert.huggingface import (
     dense,
     dense_biased,
+    granite,
     mamba,
     moe,
     nemotron,
@@ -15,7 +16,7 @@ from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (dense, dense_biased, moe, qwen2_moe, mamba, nemotron, qwen3_next)
+    for module in (dense, dense_biased, granite, moe, qwen2_moe, mamba, nemotron, qwen3_next)
     for family in module.FAMILIES
 }
 
