@@ -50,6 +50,7 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
     gate = config.attention_gate if config.has("*") else "none"
     unsupported = {
         "norm_bias": config.norm_bias,
+        "norm_weight": None if config.norm_weight else "false",
         "share": config.share,
         "mup_base": config.mup_base,
         "attention_gate": gate if gate == "head" else None,

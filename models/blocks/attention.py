@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from colonnade.kernels.attention import attention
@@ -60,6 +61,23 @@ def rope_scaling(config: ModelConfig) -> RopeScaling | None:
     )  # fmt: skip
 
 
+class Rotary:
+    """The rotary positions of the attentions of a row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.width, self.scaling = rotated_width(config), rope_scaling(config)
+        self.rope_of = config.rope_of
+
+    @torch.compiler.disable
+    def table(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Returns the rotary table of the sub-block at `context.index`; None: it has none."""
+        rope = self.rope_of(context.index) if self.width else None
+        if rope is None:
+            return None
+        theta, scaled = rope
+        return context.rope(self.width, theta, dtype, self.scaling if scaled else None)
+
+
 def score_scale(config: ModelConfig) -> float:
     """Returns the factor of scores: 1/√P or the configured one.
 
@@ -82,8 +100,7 @@ class QKV(Convolving):
         super().__init__(records)
         c = config
         self.width = c.head_dim
-        self.rotated = rotated_width(c)
-        self.theta, self.scaling = c.rope_theta, rope_scaling(c)
+        self.rotary = Rotary(c)
         self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
 
@@ -116,8 +133,7 @@ class QKV(Convolving):
 
     def forward(self, x: Tensor, context: Context) -> Projected:
         q, k, v = (self.project(x, name, context) for name in "qkv")
-        if self.rotated:
-            table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
+        if (table := self.rotary.table(context, x.dtype)) is not None:
             q, k = rotate(q, table), rotate(k, table)
         return Projected(q, k, v, self.output_gate(x))
 

@@ -286,6 +286,15 @@ class AttentionOptions(Options):
     full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = option(
         (), "which attentions of the row, counted from 0, have no window"
     )
+    window_rope_theta: Annotated[float, choice(ROPE, WINDOW)] = formula(
+        Formula("rope_theta"), "base of the rotary frequencies of attentions with a window", gt=0
+    )
+    window_rope_scaled: Annotated[bool, choice(ROPE, STRETCHED, WINDOW)] = option(
+        True, "rope_scaling applies to attentions with a window, too"
+    )
+    unrotated: Annotated[tuple[int, ...], Field(strict=False), choice(ROPE)] = option(
+        (), "which attentions of the row, counted from 0, have no rotary positions"
+    )
     sinks: Annotated[bool, choice()] = option(
         False, "a learned logit per head in the softmax, without a value"
     )

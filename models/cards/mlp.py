@@ -92,5 +92,5 @@ class MLPOptions(Options):
     )
     mlp_bias: Annotated[bool, choice()] = option(False, "biases on an MLP's projections")
     activation: Annotated[Activation, choice(symbols="-ET")] = option(
-        "swiglu", "swiglu and geglu have a gate; polyrelu, polynorm: PolyCom"
+        "swiglu", "swiglu, geglu, geglu_tanh have a gate; polyrelu, polynorm: PolyCom"
     )

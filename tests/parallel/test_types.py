@@ -49,7 +49,9 @@ ROWS: dict[str, dict[str, Any]] = {
         pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
         shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
     ),
-    "THOR": dict(pattern="*T", activation="polyrelu", thor_alpha=0.5),
+    "THOR, plain norms": dict(
+        pattern="*T", activation="polyrelu", thor_alpha=0.5, norm="layer", norm_weight=False,
+    ),
     "experts": dict(
         pattern="*E-", shared_ffn=8, shared_gate=True, balance_sequence=0.1, router_z=0.1,
         capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0,

@@ -111,7 +111,7 @@ BIASED: dict[str, Any] = {"attention_bias": "all", "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {}),
     "hybrid, ladder, tied, biases": ("M-*E", {**LADDER, **BIASED, "tied": True}),
-    "mixture first": ("E*M-", {}),
+    "mixture first, plain norms": ("E*M-", {"norm": "layer", "norm_weight": False}),
     "recurrent": ("mDS-G", LADDER),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
     "shared depth": ("*E", {"repeat": 3, "share": True}),

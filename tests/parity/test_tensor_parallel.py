@@ -65,7 +65,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
     "σReparam": ("*-M", {"kv_heads": 2, "sigma_reparam": True, "activation": "polynorm"}),
     "layer norms, parallel residual": (
         "*-E", {"norm": "layer", "norm_bias": True, "norm_position": "both",
-                "residual": "parallel"},
+                "residual": "parallel", "activation": "geglu_tanh"},
     ),
     "centred, multi-token prediction": (
         "*-", {"norm": "crms", "kv_heads": 4, "logit_cap": 3.0, "logit_z": 0.1, "mtp": 1,

@@ -145,8 +145,11 @@ def function_fields(config: ModelConfig) -> dict[str, Any]:
         if not known.training and c.unused(name) is None
     }
     _drop(fields, "pattern repeat window full_attention")
+    _drop(fields, "window_rope_theta window_rope_scaled unrotated")
     fields["symbols"] = c.symbols
     fields["windows"] = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if c.has("*") and c.positions == "rope":
+        fields["ropes"] = [c.rope_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
     if c.attention_multiplier == c.score_width**-0.5 and "attention_multiplier" in fields:
         fields["attention_multiplier"] = None  # the default
     if c.router_top_groups == c.router_groups:
