@@ -80,6 +80,10 @@ CASES = [
     ),
     case("mistral-full", "no window", "Mistral", lambda: mistral(sliding_window=None)),
     case("ministral", "sliding window in some layers", "Ministral", ministral),
+    case(
+        "ministral-full", "no window", "Ministral",
+        lambda: ministral(layer_types=["full_attention"] * 3),
+    ),
     case("seed-oss", "biases on q, k, v", "Seed-OSS", seed_oss),
     case(
         "seed-oss-all", "biases on all projections", "Seed-OSS",

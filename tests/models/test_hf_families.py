@@ -8,6 +8,7 @@ import test_hf_granite
 import test_hf_hybrid
 import test_hf_mamba
 import test_hf_moe
+import test_hf_positions
 import torch
 from oracle import Case
 
@@ -17,6 +18,7 @@ MODULES = (
     test_hf_dense,
     test_hf_biased,
     test_hf_granite,
+    test_hf_positions,
     test_hf_moe,
     test_hf_mamba,
     test_hf_hybrid,

@@ -36,12 +36,15 @@ def read_common(
     biases: Biases = "none",
     activations: Mapping[str, str] = GATED,
     dropout: float = 0.0,
+    act: str = "hidden_act",
+    rope: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Reads the native fields that all transformers share, including rotary positions.
 
     `biases` are those that `attention_bias` switches on; "none": it must be false. `activations`
-    are native ones by `hidden_act`, the first the default. `dropout` is the default of
-    `attention_dropout`, which may have another value only where it is above 0.
+    are native ones by the value of the field `act`, the first the default. `dropout` is the default
+    of `attention_dropout`, which may have another value only where it is above 0. `rope` are native
+    fields of rotary positions that were read already.
     """
     if biases == "none":
         f.only("attention_bias", False)
@@ -54,13 +57,13 @@ def read_common(
         "vocab": f.get("vocab_size"),
         "hidden": f.integer("hidden_size", least=1),
         "heads": f.integer("num_attention_heads", least=1),
-        "activation": activations[f.only("hidden_act", *activations)],
+        "activation": activations[f.only(act, *activations)],
         "norm_eps": f.get("rms_norm_eps", default=eps),
         "tied": f.get("tie_word_embeddings", default=False),
         "init_std": f.get("initializer_range", default=0.02),
         "balance": 0.0,  # a recipe chooses the training losses
         "attention_bias": biases if biased else "none",
-        **read_rope(f, theta),
+        **(read_rope(f, theta) if rope is None else rope),
     }
 
 
@@ -196,6 +199,10 @@ def layers(
     return entries
 
 
+# Written where no attention has a window: transformers makes a mask with one all the same.
+UNUSED_WINDOW = 4096
+
+
 def window_fields(kinds: Iterable[str], width: int) -> dict[str, Any]:
     """Returns the native fields of attention windows for the kinds of layers."""
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
@@ -245,6 +252,16 @@ def layer_types(config: ModelConfig) -> list[str]:
     """Returns the kind of each attention of the row, for the field `layer_types`."""
     windows = (config.window_of(t) for t, symbol in enumerate(config.symbols) if symbol == "*")
     return ["full_attention" if w is None else "sliding_attention" for w in windows]
+
+
+def check_layer_types(kinds: list[str], count: int) -> list[str]:
+    """Returns the kinds of layers; raises Unsupported for an unknown one or a wrong number."""
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise Unsupported("layer_types", kind, "only full_attention or sliding_attention")
+    if len(kinds) != count:
+        raise Unsupported("layer_types", len(kinds), f"but num_hidden_layers = {count}")
+    return kinds
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from colonnade.launcher.convert.huggingface.dense import (
     DENSE,
     NORMS_BEFORE,
     UNGATED,
+    UNUSED_WINDOW,
+    check_layer_types,
     layer_types,
     layers,
     leave_out_dropout,
@@ -80,19 +82,10 @@ def read_ministral(f: Fields) -> ModelConfig:
     return ModelConfig(**fields, **read_common(f), **read_heads(f, kv_heads=8))
 
 
-def check_layer_types(kinds: list[str], count: int) -> list[str]:
-    """Returns the kinds of layers; raises Unsupported for an unknown one or a wrong number."""
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise Unsupported("layer_types", kind, "only full_attention or sliding_attention")
-    if len(kinds) != count:
-        raise Unsupported("layer_types", len(kinds), f"but num_hidden_layers = {count}")
-    return kinds
-
-
 def write_ministral(config: ModelConfig) -> dict[str, Any]:
     """Writes a Ministral config."""
-    return write_mistral(config) | {"layer_types": layer_types(config)}
+    window = {"sliding_window": config.window or UNUSED_WINDOW}
+    return write_mistral(config) | window | {"layer_types": layer_types(config)}
 
 
 def read_seed_oss(f: Fields) -> ModelConfig:

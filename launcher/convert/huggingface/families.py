@@ -5,19 +5,33 @@ import difflib
 from colonnade.launcher.convert.huggingface import (
     dense,
     dense_biased,
+    dense_positions,
+    gemma,
     granite,
     mamba,
     moe,
     nemotron,
+    olmo,
     qwen2_moe,
     qwen3_next,
 )
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
+MODULES = (
+    dense,
+    dense_biased,
+    dense_positions,
+    olmo,
+    gemma,
+    granite,
+    moe,
+    qwen2_moe,
+    mamba,
+    nemotron,
+    qwen3_next,
+)
 FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for module in (dense, dense_biased, granite, moe, qwen2_moe, mamba, nemotron, qwen3_next)
-    for family in module.FAMILIES
+    family.architecture: family for module in MODULES for family in module.FAMILIES
 }
 
 

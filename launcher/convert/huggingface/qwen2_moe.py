@@ -8,6 +8,7 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_BEFORE,
     Block,
     attention,
+    check_layer_types,
     layer_types,
     layers,
     mlp,
@@ -17,10 +18,7 @@ from colonnade.launcher.convert.huggingface.dense import (
     write_common,
     write_heads,
 )
-from colonnade.launcher.convert.huggingface.dense_biased import (
-    check_layer_types,
-    without_attention_bias,
-)
+from colonnade.launcher.convert.huggingface.dense_biased import without_attention_bias
 from colonnade.launcher.convert.huggingface.entry import Entry
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 from colonnade.launcher.convert.huggingface.fields import Fields
