@@ -13,9 +13,8 @@ from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, settle_threads
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.weights.source import recipe_of
+from colonnade.launcher.weights.source import recipe_in_force
 from colonnade.models.cache import Cache
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -82,7 +81,7 @@ def open_model(run: Path) -> tuple[Decoder, Recipe, Tokenizer, torch.device]:
     folder = checkpoint_of(run)
     if folder is None:
         raise UserError(f"{run}: no complete checkpoint here; name a run folder or a checkpoint")
-    recipe = load_recipe(recipe_of(folder))
+    recipe = recipe_in_force(folder)
     tokenizer = tokenizer_of(recipe.data)
     if tokenizer is None:
         raise UserError(

@@ -260,7 +260,7 @@ class Decoder(CanonicalNames):
         """Begins an optimizer step: σReparam's singular vectors advance at their next use."""
         for module in self.modules():
             if isinstance(module, ParameterModule):
-                module.due = module.transformed
+                module.due = module.transformed - module.frozen
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
         """Ends an optimizer step: updates router biases by `loads`, those of the global batch."""
@@ -271,7 +271,8 @@ class Decoder(CanonicalNames):
                 if isinstance(block, Mixture) and self.config.router_bias:
                     loads_of[block] = loads_of.get(block, 0) + loads[index].double()
         for block, counts in loads_of.items():
-            block.small.update_bias(counts, self.config.router_bias_rate)
+            if "router_bias" not in block.small.frozen:
+                block.small.update_bias(counts, self.config.router_bias_rate)
 
 
 def duplicate_samples(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:

@@ -27,6 +27,7 @@ from colonnade.launcher.convert.huggingface.family import (
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, family_in, read_json
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.stages import recipe_at
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.run_files import RECIPE
@@ -128,6 +129,11 @@ def tokenizer_folder(path: Path) -> Path | None:
     return folder.parent if folder is not None and folder.is_file() else folder
 
 
+def recipe_in_force(checkpoint: Path) -> Recipe:
+    """Returns the recipe of the training stage in which a checkpoint of a run was made."""
+    return recipe_at(load_recipe(recipe_of(checkpoint)), step_of(checkpoint) or 0)
+
+
 def recipe_of(path: Path) -> Path:
     """Returns the recipe of a run, or of the run of a checkpoint."""
     return (path if step_of(path) is None else path.absolute().parent.parent) / RECIPE
@@ -143,7 +149,7 @@ class CheckpointWeights(Weights):
                 f"checkpoint {folder}: {recipe} is missing, which describes its model; name a "
                 "checkpoint in the folder of its run"
             )
-        self.folder, self.config = folder, load_recipe(recipe).model
+        self.folder, self.config = folder, recipe_in_force(folder).model
         self.catalog: Catalog = read_catalog(folder)
         self.shapes = shapes_of(self.config)
         absent = sorted(set(self.shapes) - set(self.catalog.tensors))

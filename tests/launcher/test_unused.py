@@ -24,6 +24,7 @@ Write = Callable[[str], Path]
 Faults = Callable[..., list[Fault]]
 
 _SOURCE = "data.sources.0"
+_VALIDATION = "data.validation_sources.0"
 _YARN = "rope_scaling=yarn rope_factor=2"
 _LATENT = ("q_rank=8", "kv_rank=8", "rope_dim=8", "value_dim=8", "latent_norm_eps=1e-6")
 ATTENTION = {  # setting of [model]: the other settings of [model] that make it used
@@ -178,6 +179,12 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
          f"{_SOURCE}.stream=false")
         for setting in ("validate_rows", "validate_every")
     ),
+    (f"{_VALIDATION}.path=a", "data.validation=0.1", "data.validation_sources="),
+    (f"{_SOURCE}.path=a {_SOURCE}.stream=true", "train.validate_rows=8", f"{_VALIDATION}.path=a"),
+    (f"{_VALIDATION}.path=a data.sources.1.format=stdlib", f"{_VALIDATION}.weight=2",
+     "data.validation_sources="),
+    (f"{_VALIDATION}.path=a", f"{_VALIDATION}.stream=true",
+     "data.validation_sources="),
     ("data.validation=0", "train.validate_rows=8", "data.validation=0.1"),
     ("data.validation=0", "train.validate_every=8", "data.validation=0.1"),
     ("train.validate_rows=0", "train.validate_every=8", "train.validate_rows=8"),
@@ -219,6 +226,9 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("parallel.pp=2", "parallel.stages_per_rank=1", "parallel.schedule=bfs"),
     ("", "train.init_only=['*']", "train.init=somewhere"),
     ("", "train.init_skip=['*']", "train.init=somewhere"),
+    ("stage.0.steps=4", "train.steps=8", "stage="),
+    ("stage.0.steps=4", "train.ramp_batch=8", "stage= train.ramp_steps=9"),
+    ("stage.0.steps=4", "train.ramp_steps=9", "stage= train.ramp_batch=8"),
     ("", "train.timeline=3", "parallel.pp=2"),
     ("parallel.pp=2 train.steps=3", "train.timeline=4", "train.steps=4"),
     ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),
@@ -255,7 +265,7 @@ def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
     for others, setting, _ in UNUSED_CASES:
         (fault,) = faults(*others.split(), setting)
         reason = fault.remedy.removeprefix("has no effect ").partition("; leave it out")[0]
-        tested.add((re.sub(r"^data\.sources\.0", "source", fault.field), reason))
+        tested.add((re.sub(r"^data\.(validation_)?sources\.0", "source", fault.field), reason))
     assert tested == set(conditions())
 
 

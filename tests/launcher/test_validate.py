@@ -280,6 +280,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
      "optimizer.name", "{f}=adamw"),
     ("decayed_rate", "optimizer.lr=1e-3 optimizer.min_lr=2e-3", None,
      "optimizer.min_lr", "{f}=0.001"),
+    ("frozen", "train.freeze=['blocks.0.qq']", None, "train.freeze", "{f}=['blocks.0.q']"),
+    ("frozen", "train.freeze=['*']", None, "train.freeze", "{f}=['blocks.*']"),
     ("source_paths", "data.sources.0.format=jsonl", None, "data.sources.0.path", "{f}=a.jsonl"),
     ("vocabulary", "model.vocab=256", None, "model.vocab", "{f}=257"),
     ("vocabulary", "model.vocab=128256", None, "data.tokenizer", "{f}=bytes"),
