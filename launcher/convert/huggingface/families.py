@@ -17,18 +17,19 @@ from colonnade.launcher.convert.huggingface import (
 )
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
+# A model is written as the first that can represent it, so those with more options come last.
 MODULES = (
     dense,
+    moe,
+    mamba,
+    nemotron,
+    qwen3_next,
     dense_biased,
     dense_positions,
     olmo,
     gemma,
-    granite,
-    moe,
     qwen2_moe,
-    mamba,
-    nemotron,
-    qwen3_next,
+    granite,
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family for module in MODULES for family in module.FAMILIES
