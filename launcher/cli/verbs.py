@@ -67,12 +67,15 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Runs `colonnade generate`; returns the exit status."""
-    from colonnade.launcher.generate import generate
+    from colonnade.launcher.generate.prompts import read_prompts
+    from colonnade.launcher.generate.run import Order, run
 
     a = arguments
-    text = generate(a.checkpoint, a.prompt, a.tokens, a.temperature, a.top_k, a.seed)
-    print(a.prompt + text)
-    return 0
+    prompts = [a.prompt] if a.prompts is None else read_prompts(a.prompts)
+    names = ("temperature", "top_k", "top_p", "seed")
+    sampling = {name: getattr(a, name) for name in names}
+    order = Order(a.model, prompts, a.tokens, sampling, a.batch, tuple(a.overrides))
+    return run(order, a.nproc, a.json_lines, streaming=a.prompts is None)
 
 
 def run_data(arguments: argparse.Namespace) -> int:
