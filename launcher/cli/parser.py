@@ -104,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_generate(add("generate", verbs.run_generate))
 
+    evaluation = add("eval", verbs.run_eval)
+    add_eval(evaluation)
+
     data = add("data", verbs.run_data)
     data.add_argument("source", help="file, folder or glob; hub: the name of the data set")
     data.add_argument("destination", help="prefix of the .bin and .idx to write")
@@ -145,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", verbs.run_bench)
     bench.add_argument("name", choices=list(verbs.benchmarks().BENCHMARKS))
     bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
-    for verb in (train, verify, plan, data, convert, inspect, doctor, bench):
+    for verb in (train, verify, plan, evaluation, data, convert, inspect, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
 
@@ -204,12 +207,50 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_eval(verb: argparse.ArgumentParser) -> None:
+    """Adds the options of `eval`."""
+    verb.epilog = (
+        "Documents follow each other and are divided into rows, as in training: a document sees no "
+        "other one, and nothing before a row's begin. Every token counts once, but the first of a "
+        "document, which nothing predicts unless data.bos comes before it."
+    )
+    add_model(verb)
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="DATA | field=value",
+        help="files, folders or globs; and overrides of [parallel], such as parallel.tp=2 (ranks "
+        "are data parallel by default), train.precision, train.device, or the tokenizer's in "
+        "[data]",
+    )
+    verb.add_argument(
+        "--format",
+        choices=["text", "jsonl", "parquet", "hub", "stdlib", "tokens"],
+        help="default: detected by the files",
+    )
+    verb.add_argument("--column", default="text", help="column that holds the text")
+    verb.add_argument("--prompt", help="column put before the text, without loss")
+    verb.add_argument(
+        "--batch", type=positive, default=8, help="rows of a forward pass (default: 8)"
+    )
+    verb.add_argument(
+        "--seq-len",
+        type=positive,
+        metavar="N",
+        help="tokens of a row (default: of the sequences in training, at most 4096)",
+    )
+    verb.add_argument(
+        "--rows", type=positive, metavar="N", help="N rows of each source, evenly spaced (all)"
+    )
+
+
 # The verbs with their descriptions, and those that are planned.
 VERBS = {
     "train": "train a recipe, or resume a run",
     "verify": "compare parallel layouts with one process, at test size",
     "plan": "show what each rank of a job of any size holds and sends",
     "generate": "sample text from a trained model",
+    "eval": "compute a trained model's loss, perplexity and bits per byte on text",
     "data": "convert text to packed tokens in Megatron's .bin/.idx format",
     "convert": "write weights of a run as a Hugging Face folder, or the reverse",
     "inspect": "show what a checkpoint holds and check its files, or compare two",

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from colonnade.launcher.cli.report import write_text
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.run_files import RECIPE
+
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # the begin of `table.field=value`
 
 
 def benchmarks() -> Any:
@@ -76,6 +79,30 @@ def run_generate(arguments: argparse.Namespace) -> int:
     sampling = {name: getattr(a, name) for name in names}
     order = Order(a.model, prompts, a.tokens, sampling, a.batch, tuple(a.overrides))
     return run(order, a.nproc, a.json_lines, streaming=a.prompts is None)
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Runs `colonnade eval`; returns the exit status."""
+    from colonnade.launcher.evaluate.run import evaluate, table
+
+    a = arguments
+    overrides = [word for word in a.overrides if OVERRIDE.match(word)]
+    data = [word for word in a.overrides if not OVERRIDE.match(word)]
+    report = evaluate(
+        a.model,
+        data,
+        column=a.column,
+        prompt=a.prompt,
+        format=a.format,
+        batch=a.batch,
+        seq_len=a.seq_len,
+        rows=a.rows,
+        overrides=overrides,
+        nproc=a.nproc,
+    )
+    if is_rank_zero():
+        print(table(report)) if a.json is None else a.report(report)
+    return 0
 
 
 def run_data(arguments: argparse.Namespace) -> int:
