@@ -242,6 +242,10 @@ def add_eval(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--rows", type=positive, metavar="N", help="N rows of each source, evenly spaced (all)"
     )
+    tasks = verb.add_argument_group("instead of DATA, tasks of lm-evaluation-harness")
+    tasks.add_argument("--tasks", metavar="NAMES", help="their names, with commas")
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder with other tasks")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="N examples of each task (all)")
 
 
 # The verbs with their descriptions, and those that are planned.

@@ -88,6 +88,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
     a = arguments
     overrides = [word for word in a.overrides if OVERRIDE.match(word)]
     data = [word for word in a.overrides if not OVERRIDE.match(word)]
+    if a.tasks is not None:
+        return run_tasks(a, data, overrides)
+    for option in ("include_path", "limit"):
+        if getattr(a, option) is not None:
+            raise UserError(f"eval --{option.replace('_', '-')} is for --tasks: leave it out")
     report = evaluate(
         a.model,
         data,
@@ -100,6 +105,23 @@ def run_eval(arguments: argparse.Namespace) -> int:
         overrides=overrides,
         nproc=a.nproc,
     )
+    if is_rank_zero():
+        print(table(report)) if a.json is None else a.report(report)
+    return 0
+
+
+def run_tasks(arguments: argparse.Namespace, data: list[str], overrides: list[str]) -> int:
+    """Runs `colonnade eval --tasks`; returns the exit status."""
+    from colonnade.launcher.evaluate.tasks import Order, evaluate_tasks, names, table
+
+    a = arguments
+    if data or a.rows is not None:
+        unused = repr(data[0]) if data else "--rows"
+        raise UserError(f"eval --tasks brings its own data: leave out {unused}")
+    if a.seq_len is not None:
+        overrides = [*overrides, f"train.seq_len={a.seq_len}"]
+    order = Order(a.model, list(names(a.tasks)), a.include_path, a.batch, a.limit, tuple(overrides))
+    report = evaluate_tasks(order, a.nproc)
     if is_rank_zero():
         print(table(report)) if a.json is None else a.report(report)
     return 0

@@ -1,9 +1,11 @@
 """Trained models in folders, for tests that run them forward."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import oracle
+import tokenizers
 from small import config_of, model_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,3 +52,22 @@ def run_folder(folder: Path, pattern: str, seed: int = 1, train: Any = None, **f
         saver.begin(step_folder(folder / CHECKPOINTS, 1), tensors, {"step": 1})
         saver.finish()
     return folder
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of bytes as Hugging Face has them, with a token for the end of a text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "</s>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 64,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
