@@ -117,7 +117,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared depth": ("*E", {"repeat": 3, "share": True}),
     "steered and noisy routing": (
         "E-E",
-        {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "experts": 6,
+        {"expert_bias": True, "router_offset": True, "activation": "swiglu_clamped",
+         "router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "experts": 6,
          "router_noise": 0.3, "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 8},
     ),
     "multi-token": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
