@@ -4,6 +4,7 @@ import oracle
 import pytest
 import test_hf_biased
 import test_hf_dense
+import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_hybrid
 import test_hf_mamba
@@ -18,6 +19,7 @@ MODULES = (
     test_hf_dense,
     test_hf_biased,
     test_hf_granite,
+    test_hf_gpt_oss,
     test_hf_positions,
     test_hf_moe,
     test_hf_mamba,

@@ -7,6 +7,7 @@ from colonnade.launcher.convert.huggingface import (
     dense_biased,
     dense_positions,
     gemma,
+    gpt_oss,
     granite,
     mamba,
     moe,
@@ -30,6 +31,7 @@ MODULES = (
     gemma,
     qwen2_moe,
     granite,
+    gpt_oss,
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family for module in MODULES for family in module.FAMILIES
