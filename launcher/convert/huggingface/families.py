@@ -9,10 +9,12 @@ from colonnade.launcher.convert.huggingface import (
     gemma,
     gpt_oss,
     granite,
+    latent,
     mamba,
     moe,
     nemotron,
     olmo,
+    phi3,
     qwen2_moe,
     qwen3_next,
 )
@@ -30,6 +32,8 @@ MODULES = (
     olmo,
     gemma,
     qwen2_moe,
+    phi3,
+    latent,
     granite,
     gpt_oss,
 )

@@ -255,28 +255,68 @@ def deepseek_copies(config: ModelConfig) -> dict[str, str]:
 LATENT_EPS = 1e-6  # of the norms inside latent attention in transformers, whatever rms_norm_eps
 
 
+def read_latent(
+    f: Fields, kv_heads: int | None, rope_dim: str = "qk_rope_head_dim"
+) -> dict[str, Any]:
+    """Reads the native fields of latent attention; no width has a default.
+
+    `kv_heads` is the default of num_key_value_heads, None: as many as heads, and `rope_dim` another
+    name of qk_rope_head_dim.
+    """
+    heads = f.get("num_attention_heads")
+    given = f.get("num_key_value_heads", default=kv_heads or heads, null=heads)
+    if given != heads:
+        raise Unsupported("num_key_value_heads", given, f"must be {heads}")
+    return {
+        "attention": "mla",
+        "head_dim": f.get("qk_nope_head_dim"),
+        "q_rank": f.get("q_lora_rank", null=None),
+        "latent_norm_eps": LATENT_EPS,
+        "kv_rank": f.get("kv_lora_rank"),
+        "rope_dim": f.get("qk_rope_head_dim", rope_dim),
+        "value_dim": f.get("v_head_dim"),
+    }
+
+
+def write_latent(config: ModelConfig) -> dict[str, Any]:
+    """Writes the Hugging Face fields that `read_latent` reads."""
+    c = config
+    return {
+        "num_key_value_heads": c.heads,
+        "qk_nope_head_dim": c.head_dim,
+        "qk_rope_head_dim": c.rope_dim,
+        "v_head_dim": c.value_dim,
+        "q_lora_rank": c.q_rank,
+        "kv_lora_rank": c.kv_rank,
+    }
+
+
+def shared_experts(config: ModelConfig) -> int:
+    """Returns how many experts wide the shared expert is, at least 1, as DeepSeek counts it.
+
+    Raises Unsupported if that is no whole number.
+    """
+    c, width = config, config.expert_ffn
+    shared, remainder = divmod(c.shared_ffn, width)
+    if c.has("E") and (remainder or not shared):
+        remedy = f"only a multiple of an expert's width {width} can be represented"
+        raise Unsupported("shared_ffn", c.shared_ffn, remedy)
+    return max(1, shared)
+
+
 def read_deepseek(f: Fields) -> ModelConfig:
     """Reads a DeepSeek-V3 config: latent attention, first layers dense, groups of experts."""
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
     f.only("moe_layer_freq", 1)
     f.only("rope_interleave", True)
-    heads = f.get("num_attention_heads")
-    if f.get("num_key_value_heads", default=128, null=heads) != heads:
-        raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
     dense, count = f.integer("first_k_dense_replace"), f.integer("num_hidden_layers")
     width = f.integer("moe_intermediate_size")
     return ModelConfig(
         **pattern_fields("*-" * min(dense, count) + "*E" * (count - dense)),
         mtp=f.get("num_nextn_predict_layers", "num_mtp_layers", default=0),
         mtp_pattern="*E",
-        attention="mla",
-        head_dim=f.get("qk_nope_head_dim"),
-        q_rank=f.get("q_lora_rank", null=None),
-        latent_norm_eps=LATENT_EPS,
-        kv_rank=f.get("kv_lora_rank"),
-        rope_dim=f.get("qk_rope_head_dim"),
-        value_dim=f.get("v_head_dim"),
+        **read_latent(f, kv_heads=128),
         ffn=f.get("intermediate_size"),
         expert_ffn=width,
         shared_ffn=f.integer("n_shared_experts") * width,
@@ -290,24 +330,15 @@ def read_deepseek(f: Fields) -> ModelConfig:
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
     """Writes a DeepSeek-V3 config."""
-    c, width = config, config.expert_ffn
-    shared, remainder = divmod(c.shared_ffn, width)
-    if c.has("E") and (remainder or not shared):
-        remedy = f"only a multiple of an expert's width {width} can be represented"
-        raise Unsupported("shared_ffn", c.shared_ffn, remedy)
+    c = config
     return {
         **write_common(c),
-        "num_key_value_heads": c.heads,
-        "qk_nope_head_dim": c.head_dim,
-        "qk_rope_head_dim": c.rope_dim,
-        "v_head_dim": c.value_dim,
-        "q_lora_rank": c.q_rank,
-        "kv_lora_rank": c.kv_rank,
+        **write_latent(c),
         "rope_interleave": True,
         "first_k_dense_replace": c.symbols.count("-"),
         "num_nextn_predict_layers": c.mtp,
         "intermediate_size": c.ffn,
-        "n_shared_experts": max(1, shared),
+        "n_shared_experts": shared_experts(c),
         **write_biased_router(c),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
