@@ -120,8 +120,10 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ),
     *(
         ("model.pattern=*M-", f"model.mamba1_{setting}", "model.pattern=m")
-        for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8")
+        for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8", "norm=plain")
     ),
+    ("model.pattern=*M-", "model.mamba1_norm_eps=1e-3", "model.pattern=m model.mamba1_norm=plain"),
+    ("model.pattern=m", "model.mamba1_norm_eps=1e-3", "model.mamba1_norm=weighted"),
     *(
         ("model.pattern=*M-", f"model.s4d_{setting}", "model.pattern=S")
         for setting in ("inner=64", "state=8", "chunk=8")

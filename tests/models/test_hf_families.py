@@ -10,6 +10,7 @@ import test_hf_hybrid
 import test_hf_latent
 import test_hf_mamba
 import test_hf_moe
+import test_hf_normed_mamba
 import test_hf_positions
 import torch
 from oracle import Case
@@ -22,6 +23,7 @@ MODULES = (
     test_hf_granite,
     test_hf_gpt_oss,
     test_hf_positions,
+    test_hf_normed_mamba,
     test_hf_moe,
     test_hf_latent,
     test_hf_mamba,

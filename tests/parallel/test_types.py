@@ -47,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "gqa, one group, tied": dict(pattern="*-MmSDGE", kv_heads=2, mamba_groups=1, tied=True),
     "mla, polynorm, two groups": dict(
         pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
-        shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
+        mamba1_norm="weighted", shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
     ),
     "THOR, plain norms": dict(
         pattern="*T", activation="polyrelu", thor_alpha=0.5, norm="layer", norm_weight=False,

@@ -9,6 +9,7 @@ from colonnade.launcher.convert.huggingface import (
     gemma,
     gpt_oss,
     granite,
+    jamba,
     latent,
     mamba,
     moe,
@@ -34,6 +35,7 @@ MODULES = (
     qwen2_moe,
     phi3,
     latent,
+    jamba,
     granite,
     gpt_oss,
 )
