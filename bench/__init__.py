@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from colonnade.launcher.errors import UserError
-
-# transformers prefers these where they are installed, and they need a GPU.
-GPU_ONLY = ("mamba_ssm", "causal_conv1d", "fla")
+from colonnade.launcher.weights.peer import GPU_ONLY
 
 
 def require_packages(name: str, *modules: str) -> None:
@@ -128,6 +126,20 @@ def bench_checkpoint() -> dict[str, Any]:
     return run()
 
 
+def bench_convert() -> dict[str, Any]:
+    """Weights of 16 GB to our format and back, beside plain reads and writes; needs 50 GB."""
+    from colonnade.bench.convert import run
+
+    return run()
+
+
+def bench_init() -> dict[str, Any]:
+    """Memory of two ranks that read their shards of an 8B Llama's tensors; needs half of memory."""
+    from colonnade.bench.init import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -142,6 +154,8 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "context": bench_context,
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
+    "convert": bench_convert,
+    "init": bench_init,
 }
 
 

@@ -181,6 +181,7 @@ class Decoder(CanonicalNames):
         tokens: Tensor,
         context: Context,
         labels: Tensor | None = None,
+        last: int | None = None,
         state: State | None = None,
         stage: Stage | None = None,
     ) -> Any:
@@ -191,15 +192,17 @@ class Decoder(CanonicalNames):
             context: positions and documents of these tokens, and balance groups.
             labels: `[S, B]` integers, −100 where there is no loss; None for logits. Every stage
                 takes them, because they decide what is computed.
+            last: without labels, of how many last tokens the logits are computed; None: of all.
             state: what the stage before returned; None for the first stage.
             stage: which of its `stages` to run; None: the only one.
 
         Returns:
-            without labels the logits `[S, B, V]`. With labels a pair: the objective, summed over
-            valid tokens, a scalar in at least fp32, which is the negative log likelihood plus the
-            terms in `extras` of the report; and the `PassReport`. A stage that is not the last
-            returns its `State` in place of logits or objective. Under context parallelism all are
-            those of this rank's segments, not reduced over the context group.
+            without labels the logits `[S, B, V]`, or those of the `last` tokens. With labels a
+            pair: the objective, summed over valid tokens, a scalar in at least fp32, which is the
+            negative log likelihood plus the terms in `extras` of the report; and the `PassReport`.
+            A stage that is not the last returns its `State` in place of logits or objective. Under
+            context parallelism all are those of this rank's segments, not reduced over the context
+            group.
 
         Raises:
             RuntimeError: the model has no weights.
@@ -221,7 +224,8 @@ class Decoder(CanonicalNames):
         state, report = self.wiring.run(state, context, stage)
         if not self.is_last(stage):
             return state if labels is None else (state, report)
-        x = self.wiring.final(state.stream)
+        stream = state.stream if last is None or labels is not None else state.stream[-last:]
+        x = self.wiring.final(stream)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
         if labels is None:
             return self.head(x, None, tied, context.passes)

@@ -94,20 +94,22 @@ def reference() -> str:
     return text
 
 
+STAGES = """
+## `[[stage]]`
+
+Training stages, one after the other, in place of `train.steps`. What a stage does not set goes on
+as in the one before; the first goes on with the recipe's tables.
+
+"""
+SETTABLE = "\nIn tables of its own, and in overrides as `stage.N.table.field`, a stage may set:\n\n"
+
+
 def stages() -> str:
     """Returns the part on training stages."""
-    own = [name for name in StageConfig.model_fields if name not in StageConfig().tables()]
-    text = (
-        "\n## `[[stage]]`\n\nTraining stages, one after the other, in place of `train.steps`. What "
-    )
-    text += (
-        "a stage does not set goes on as in the one before, the first with the recipe's tables.\n"
-    )
-    text += "\n" + lines(StageConfig, "stage", own, "stage")
-    text += (
-        "\nIn its tables `[stage.model]` and so on, and as `stage.N.table.field`, it may set:\n\n"
-    )
-    for name, table in StageConfig().tables().items():
+    tables = StageConfig().tables()
+    own = [name for name in StageConfig.model_fields if name not in tables]
+    text = STAGES + lines(StageConfig, "stage", own, "stage") + SETTABLE
+    for name, table in tables.items():
         fields = ", ".join(f"`{field}`" for field in type(table).model_fields)
         text += f"- `[stage.{name}]`: {fields}\n"
     return text

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe, StageConfig
 from colonnade.launcher.recipe.unused import UsedIf, explicit_fields, unused_setting
 from colonnade.models.config import ModelConfig
@@ -117,6 +118,23 @@ def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
 def recipe_at(recipe: Recipe, step: int) -> Recipe:
     """Returns the recipe in force of a run that is at `step`."""
     return stage_at(training_stages(recipe), step).recipe
+
+
+def recipe_of_stage(recipe: Recipe, index: int | None) -> Recipe:
+    """Returns the recipe in force in a training stage; without stages that is the recipe.
+
+    Raises:
+        UserError: the recipe has several stages and none is named, or has none of this index.
+    """
+    stages = training_stages(recipe)
+    if index is None and len(stages) > 1:
+        raise UserError(
+            f"the recipe has the stages 0 to {len(stages) - 1}, which may differ in layout and "
+            "rows: name one by --stage"
+        )
+    if index is not None and index >= len(stages):
+        raise UserError(f"--stage {index}: the recipe has the stages 0 to {len(stages) - 1}")
+    return stages[index or 0].recipe
 
 
 # Merging

@@ -222,7 +222,7 @@ def describe(
         "sub-blocks": len(recipe.model.symbols),
         "parameters": shape.parameters,
         "active parameters": shape.active,
-        **({"stages": [describe_stage(stage) for stage in stages]} if recipe.stage else {}),
+        **({"stages": "; ".join(map(describe_stage, stages))} if recipe.stage else {}),
         "training FLOPs per token": shape.flops_per_token,
         "tokens per step": train.global_batch * train.seq_len,
         "tokens in all": sum(tokens),

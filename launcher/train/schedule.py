@@ -97,6 +97,6 @@ def describe_stage(stage: TrainingStage) -> str:
     train, optimizer = stage.recipe.train, stage.recipe.optimizer
     frozen = f", frozen: {' '.join(train.freeze)}" if train.freeze else ""
     return (
-        f"stage {stage.index}: steps {stage.first + 1:,} to {stage.stop:,}, {train.global_batch:,} "
+        f"stage {stage.index}, steps {stage.first + 1:,} to {stage.stop:,}: {train.global_batch:,} "
         f"rows of {train.seq_len:,} tokens, {optimizer.schedule} lr {optimizer.lr:g}{frozen}"
     )

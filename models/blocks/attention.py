@@ -46,7 +46,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Softmax, Context], Tensor]
 
 def local_attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
     """Attends to keys and values on this device: the `attend` seam's default."""
-    return attention(q, k, v, documents=context.documents, **vars(softmax))
+    return attention(q, k, v, documents=context.key_documents(len(k)), **vars(softmax))
 
 
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:

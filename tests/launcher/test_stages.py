@@ -15,7 +15,7 @@ from test_job import job, losses
 from colonnade.launcher.data import Batch, open_data, prepare_data
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
-from colonnade.launcher.recipe.stages import recipe_at, training_stages
+from colonnade.launcher.recipe.stages import recipe_at, recipe_of_stage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train import job as module_of_jobs
 from colonnade.launcher.train.events import read_events
@@ -29,6 +29,8 @@ from colonnade.launcher.train.schedule import (
     reading_plan,
     stage_learning_rate,
 )
+from colonnade.launcher.verify.plan import plan_job
+from colonnade.launcher.verify.shrink import shrink
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import declared
@@ -321,3 +323,19 @@ def test_the_recipe_of_a_checkpoint_is_that_of_its_stage(recipe: Make) -> None:
     settings = staged(recipe)
     lengths = [recipe_at(settings, step).train.seq_len for step in (0, 3, 4, 6, 9, 10, 12)]
     assert lengths == [16, 16, 24, 24, 24, 16, 16]
+
+
+def test_verbs_that_look_at_one_stage_ask_which(recipe: Make) -> None:
+    settings = staged(recipe)
+    with pytest.raises(UserError, match=r"stages 0 to 3, .*name one by --stage"):
+        recipe_of_stage(settings, None)
+    with pytest.raises(UserError, match="--stage 4: the recipe has the stages 0 to 3"):
+        recipe_of_stage(settings, 4)
+    assert recipe_of_stage(settings, 1).train.seq_len == 24
+    assert recipe_of_stage(recipe(), None) == recipe()
+
+
+def test_verify_keeps_what_is_frozen(recipe: Make) -> None:
+    job_of_stage = plan_job(staged(recipe), [], 2, ["tp=2"], stage=2)
+    small = shrink(job_of_stage.recipe, 2, job_of_stage.cases)
+    assert small.train.freeze == ("embedding.*", "blocks.[02].*")

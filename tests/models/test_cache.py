@@ -70,7 +70,7 @@ def test_a_window_bounds_its_cache() -> None:
     cache = Cache()
     with evaluating(model):
         model(data(2)[0], context(cache=cache))
-    assert [len(cache.tensors[t, "k"]) for t in (0, 1)] == [3, S]
+    assert [len(cache.get(t, "k")) for t in (0, 1)] == [3, S]
 
 
 def test_a_latent_cache_holds_latents_alone() -> None:
@@ -79,7 +79,7 @@ def test_a_latent_cache_holds_latents_alone() -> None:
     cache = Cache()
     with evaluating(model):
         model(data(3)[0], context(cache=cache))
-    assert {role: t.shape[2:] for (_, role), t in cache.tensors.items()} == {
+    assert {role: t.kept().shape[2:] for (_, role), t in cache.rows.items()} == {
         "latent": (7,),
         "k_rope": (1, 4),
     }

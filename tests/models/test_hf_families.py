@@ -7,10 +7,11 @@ import test_hf_dense
 import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_hybrid
-import test_hf_latent
 import test_hf_mamba
+import test_hf_mixtures
 import test_hf_moe
 import test_hf_normed_mamba
+import test_hf_phi3
 import test_hf_positions
 import torch
 from oracle import Case
@@ -25,7 +26,8 @@ MODULES = (
     test_hf_positions,
     test_hf_normed_mamba,
     test_hf_moe,
-    test_hf_latent,
+    test_hf_phi3,
+    test_hf_mixtures,
     test_hf_mamba,
     test_hf_hybrid,
 )

@@ -38,13 +38,14 @@ def read_common(
     dropout: float = 0.0,
     act: str = "hidden_act",
     rope: Mapping[str, Any] | None = None,
+    fraction: float | None = None,
 ) -> dict[str, Any]:
     """Reads the native fields that all transformers share, including rotary positions.
 
     `biases` are those that `attention_bias` switches on; "none": it must be false. `activations`
     are native ones by the value of the field `act`, the first the default. `dropout` is the default
     of `attention_dropout`, which may have another value only where it is above 0. `rope` are native
-    fields of rotary positions that were read already.
+    fields of rotary positions that were read already, and `fraction` is as in `read_rope`.
     """
     if biases == "none":
         f.only("attention_bias", False)
@@ -63,7 +64,7 @@ def read_common(
         "init_std": f.get("initializer_range", default=0.02),
         "balance": 0.0,  # a recipe chooses the training losses
         "attention_bias": biases if biased else "none",
-        **(read_rope(f, theta) if rope is None else rope),
+        **(read_rope(f, theta, fraction) if rope is None else rope),
     }
 
 
