@@ -128,6 +128,13 @@ def bench_checkpoint() -> dict[str, Any]:
     return run()
 
 
+def bench_generate() -> dict[str, Any]:
+    """Tokens per second of attention, hybrid and Mamba-2 by context; ladder on hosts, as root."""
+    from colonnade.bench.generate import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -142,6 +149,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "context": bench_context,
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
+    "generate": bench_generate,
 }
 
 
