@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from colonnade.launcher.errors import UserError
-
-# transformers prefers these where they are installed, and they need a GPU.
-GPU_ONLY = ("mamba_ssm", "causal_conv1d", "fla")
+from colonnade.launcher.weights.peer import GPU_ONLY
 
 
 def require_packages(name: str, *modules: str) -> None:
@@ -135,6 +133,13 @@ def bench_generate() -> dict[str, Any]:
     return run()
 
 
+def bench_convert() -> dict[str, Any]:
+    """Weights of 16 GB to our format and back, beside plain reads and writes; needs 50 GB."""
+    from colonnade.bench.convert import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -150,6 +155,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
     "generate": bench_generate,
+    "convert": bench_convert,
 }
 
 

@@ -32,30 +32,35 @@ class Embedding(ParameterModule):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(records.embedding(config))
+        self.multiplier = config.embedding_multiplier
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.weight_of("weight")
         if self.sharding.size == 1:
-            return F.embedding(tokens, weight)
+            return self.multiplied(F.embedding(tokens, weight))
         rows = tokens - self.sharding.rank * len(weight)
         on_other_rank = (rows < 0) | (rows >= len(weight))
         embedded = F.embedding(rows.masked_fill(on_other_rank, 0), weight)
-        return self.leave(embedded.masked_fill(on_other_rank[..., None], 0))
+        return self.leave(self.multiplied(embedded.masked_fill(on_other_rank[..., None], 0)))
+
+    def multiplied(self, embedded: Tensor) -> Tensor:
+        """Returns the embeddings times the configured factor."""
+        return embedded if self.multiplier == 1.0 else embedded * self.multiplier
 
 
 class Head(ParameterModule):
     """Vocabulary projection: computes logits, or the loss without ever holding all logits.
 
     Under model.tied it has no weight and is passed the embedding's. `scale` multiplies its input
-    (muP's output multiplier). `enter` is the wiring's seam; `gather` is a seam that all-gathers the
-    logits of all shards of the vocabulary.
+    (the configured factor of logits, times muP's). `enter` is the wiring's seam; `gather` is a seam
+    that all-gathers the logits of all shards of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
         super().__init__(records.head(config))
         self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
-        self.alpha, self.scale = config.thor_alpha, 1.0
+        self.alpha, self.scale = config.thor_alpha, config.logit_multiplier
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.gather: Callable[[Tensor], Tensor] = lambda logits: logits
 
@@ -259,7 +264,7 @@ class Decoder(CanonicalNames):
         """Begins an optimizer step: σReparam's singular vectors advance at their next use."""
         for module in self.modules():
             if isinstance(module, ParameterModule):
-                module.due = module.transformed
+                module.due = module.transformed - module.frozen
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
         """Ends an optimizer step: updates router biases by `loads`, those of the global batch."""
@@ -270,7 +275,8 @@ class Decoder(CanonicalNames):
                 if isinstance(block, Mixture) and self.config.router_bias:
                     loads_of[block] = loads_of.get(block, 0) + loads[index].double()
         for block, counts in loads_of.items():
-            block.small.update_bias(counts, self.config.router_bias_rate)
+            if "router_bias" not in block.small.frozen:
+                block.small.update_bias(counts, self.config.router_bias_rate)
 
 
 def duplicate_samples(tokens: Tensor, context: Context) -> tuple[Tensor, Context]:

@@ -1,14 +1,16 @@
 """A module whose parameters are declared by records, and the `local` seam."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from colonnade.kernels.linear import linear
 from colonnade.kernels.sharding import UNSHARDED
 from colonnade.models.names import canonical
 from colonnade.models.parameters import ParameterSpec
+from colonnade.models.records import matches
 from colonnade.models.seams import Seam, identity
 
 
@@ -21,6 +23,7 @@ class ParameterModule(nn.Module):
     `specs` has the record of each parameter and buffer, by name. `sharding` is the rank's shard of
     every sharded width. `started` are the transformed weights whose state (the singular vectors of
     σReparam) is initialised; `due` are those whose state may advance at the next use in training.
+    `frozen` are parameters and buffers that training leaves as they are.
 
     A half of a sub-block declares its `seams`, `()` where it works token by token. Under context
     parallelism a half that declares none is refused. `compiled` is the method that
@@ -40,6 +43,7 @@ class ParameterModule(nn.Module):
         self.sharding = UNSHARDED
         self.due: set[str] = set()
         self.started: set[str] = set()
+        self.frozen: set[str] = set()
         for record in records:
             self.register(record)
 
@@ -72,9 +76,38 @@ class ParameterModule(nn.Module):
             weight = transform(weight)
         return weight
 
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Returns x Wᵀ for the weight `name`, plus the bias `{name}_bias` where it has one.
+
+        x `[..., I]` gives `[..., O]`. Where ranks shard I, the result is a partial sum.
+        """
+        return self.biased(linear(x, self.weight_of(name)), name)
+
+    def biased(self, y: Tensor, name: str) -> Tensor:
+        """Returns y plus the bias of the weight `name`, where it has one.
+
+        The output of a weight that writes onto the stream is a partial sum over the ranks that
+        shard its input: one of them adds the bias.
+        """
+        if (spec := self.specs.get(f"{name}_bias")) is None:
+            return y
+        bias = self.weight_of(spec.name)
+        return y + (self.sharding.once(bias) if spec.role == "bias" else bias)
+
     def state_of(self, name: str) -> Tensor:
         """Returns the rank's shard of the buffer `name`, which shares its memory."""
         return self.local_state(getattr(self, name))
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freezes the parameters and buffers whose canonical names match one of `patterns`: they get no
+    gradient, and no optimizer has state for them."""
+    for path, module in model.named_modules():
+        if isinstance(module, ParameterModule):
+            prefix = f"{path}." if path else ""
+            module.frozen = {n for n in module.specs if matches(canonical(prefix + n), patterns)}
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.requires_grad_(name not in module.frozen)
 
 
 class Declared(NamedTuple):
@@ -97,3 +130,8 @@ def declared(model: nn.Module) -> Iterator[Declared]:
             if not isinstance(module, ParameterModule):
                 raise ValueError(f"{full} was not declared by a ParameterModule")
             yield Declared(full, parameter, module.specs[name])
+
+
+def trained(model: nn.Module) -> list[Declared]:
+    """Returns the parameters of a model that are not frozen."""
+    return [d for d in declared(model) if d.parameter.requires_grad]

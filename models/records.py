@@ -3,8 +3,9 @@
 Imports no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from colonnade.models.parameters import ParameterSpec, Split, constant, normal
@@ -29,7 +30,9 @@ def head(c: "ModelConfig") -> list[ParameterSpec]:
 
 
 def norm(c: "ModelConfig") -> list[ParameterSpec]:
-    """The records of a norm of the stream: weight `[D]`, and bias `[D]` where configured."""
+    """The records of a norm of the stream: weight `[D]` and bias `[D]` where configured."""
+    if not c.norm_weight:
+        return []
     weight = ParameterSpec("weight", (c.hidden,), constant(c.first_norm))
     if c.norm_bias and c.norm in ("layer", "pre_rms"):
         return [weight, ParameterSpec("bias", (c.hidden,), constant(0.0))]
@@ -100,3 +103,8 @@ def splits_of_mixers(c: "ModelConfig", seam: str) -> set[Split]:
     cards = [card for card in c.sub_blocks() if card.mixing and card.mixing.seam == seam]
     records = [record for card in cards for record in card.parameters(c, 1.0)]
     return {record.split for record in records if record.split is not None}
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a canonical name matches one of some patterns, such as a shell has: `blocks.3.*`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -29,14 +29,15 @@ def gradient_norm(
     Collective.
     """
     by_axes: dict[tuple, list[Tensor]] = defaultdict(list)
-    for p in parameters:
+    counted = list(parameters)
+    for p in counted:
         g = p.grad
         if isinstance(g, DTensor):
             sharded = tuple(i for i, p in enumerate(g.placements) if not p.is_replicate())
             by_axes[g.device_mesh, sharded].append(g.to_local())
         elif g is not None:
             by_axes[None, ()].append(g)
-    squares = []
+    squares = [torch.zeros((), dtype=counted[0].dtype, device=counted[0].device)]
     for (mesh, axes), grads in by_axes.items():
         square = torch.stack(torch._foreach_norm(grads)).square().sum()
         for axis in axes:
@@ -51,4 +52,5 @@ def gradient_norm(
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scales all gradients so that their norm is at most `limit` (arXiv:1211.5063, section 3.2)."""
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local_gradients(parameters), scale)
+    if gradients := local_gradients(parameters):  # none where a stage's weights are frozen
+        torch._foreach_mul_(gradients, scale)

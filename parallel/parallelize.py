@@ -1,7 +1,7 @@
 """The one place that applies parallelism to a model."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from colonnade.models.blocks.base import local_conv
 from colonnade.models.blocks.experts import ExpertBlock
 from colonnade.models.decoder import Decoder
 from colonnade.models.mtp import Predictor
-from colonnade.models.parameter_module import ParameterModule
+from colonnade.models.parameter_module import ParameterModule, freeze
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.context.plug import context_parallel
 from colonnade.parallel.experts import expert_parallel
@@ -43,6 +43,8 @@ class TrainSettings(Protocol):
     def recompute(self) -> str: ...
     @property
     def compile(self) -> bool: ...
+    @property
+    def freeze(self) -> Sequence[str]: ...
 
 
 class Settings(Protocol):
@@ -84,6 +86,9 @@ def parallelize(
         expert_parallel(model, expert_mesh, mesh["tp"])
     if mesh["cp"].size() > 1:
         context_parallel(model, mesh["cp"], recipe.parallel)
+    freeze(
+        model, recipe.train.freeze
+    )  # parameters are others by now, and FSDP2 has yet to see them
     if recipe.train.compile:
         compile_halves(model)
     weights = weights_mesh(mesh)

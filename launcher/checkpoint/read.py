@@ -87,32 +87,42 @@ def _read(opened: Any, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> No
     target.detach().copy_(values)
 
 
-def read_box(entry: Entry, box: tuple[slice, ...], file: Callable[[str], Any]) -> torch.Tensor:
-    """Reads a box of a tensor, of a checkpoint whose files have been checked.
+def read_box(
+    entry: Entry, box: tuple[slice, ...], slice_of: Callable[[Chunk], Any]
+) -> torch.Tensor:
+    """Reads a box of a tensor, of a checkpoint whose files have been checked; it is a view of the
+    file where one chunk has all of it.
 
     Args:
         entry: of the tensor, in the catalog.
         box: a slice of each dimension, with start and stop.
-        file: returns an open file by its name.
+        slice_of: returns what gives boxes of a chunk (`get_slice` of safetensors).
     """
-    found = torch.empty([at.stop - at.start for at in box], dtype=entry.torch_dtype)
+    shape = [at.stop - at.start for at in box]
+    found = torch.empty(0, dtype=entry.torch_dtype)
     for chunk in entry.chunks:
         ends = zip(box, chunk.offsets, chunk.sizes, strict=True)
         common = [(max(at.start, o), min(at.stop, o + size)) for at, o, size in ends]
         if any(start >= stop for start, stop in common):
             continue
         stored = tuple(slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True))
+        part = slice_of(chunk)[stored]
+        if list(part.shape) == shape:
+            return part
+        if list(found.shape) != shape:
+            found = torch.empty(shape, dtype=entry.torch_dtype)
         target = tuple(
             slice(a - at.start, b - at.start) for (a, b), at in zip(common, box, strict=True)
         )
-        found[target] = file(chunk.file).get_slice(chunk.key)[stored]
-    return found
+        found[target] = part
+    return found.reshape(shape)
 
 
 def read_tensor(folder: Path, entry: Entry) -> torch.Tensor:
     """Reads a whole tensor of a checkpoint whose files have been checked."""
     with ExitStack() as stack:
-        whole = tuple(slice(0, size) for size in entry.shape)
-        return read_box(
-            entry, whole, lambda name: stack.enter_context(safe_open(folder / name, "pt"))
-        )
+
+        def slice_of(chunk: Chunk) -> Any:
+            return stack.enter_context(safe_open(folder / chunk.file, "pt")).get_slice(chunk.key)
+
+        return read_box(entry, tuple(slice(0, size) for size in entry.shape), slice_of)

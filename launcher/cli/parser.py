@@ -17,6 +17,13 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """Parses an integer of at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
 def not_negative(text: str) -> float:
     """Parses a number of at least 0."""
     if not (number := float(text)) >= 0:
@@ -88,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="four small recipes instead (dense, mixture, hybrid, hybrid mixture), in fp64 alone "
         "and with 2 steps, so that it is affordable (one recipe: fp64 and fp32, 3 steps)",
     )
+    stage_help = "of a recipe with training stages: which one, from 0"
+    verify.add_argument("--stage", type=count, help=stage_help)
     verify.add_argument("--sample", type=positive, metavar="K", help="K cases of each set only")
     verify.add_argument("--seed", type=int, default=0, help="draws the sample (default: 0)")
     verify.add_argument("--table", metavar="FILE", help="with --all: what it proved, in Markdown")
@@ -100,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="run one rank of it here, without data"
     )
 
+    plan.add_argument("--stage", type=count, help=stage_help)
     plan.add_argument("--device", help="refuse what it cannot hold: h100, …, or 80GiB")
 
     add_generate(add("generate", verbs.run_generate))

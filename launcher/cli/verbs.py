@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.launcher.cli.report import write_text
-from colonnade.launcher.cluster.environment import RankEnvironment
+from colonnade.launcher.cluster.environment import RankEnvironment, report_failure
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.run_files import RECIPE
 
@@ -156,7 +156,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     a = arguments
     chosen = {"nproc": a.nproc, "sample": a.sample, "seed": a.seed}
-    if a.all and (a.recipe or a.layout):
+    if a.all and (a.recipe or a.layout or a.stage is not None):
         raise UserError("verify --all has recipes and layouts of its own: leave out yours")
     if not a.all and (a.recipe is None or a.table):
         raise UserError(
@@ -167,7 +167,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if a.all:
         report, text = verify_all(**chosen), table_of_all
     else:
-        report = verify(a.recipe, list(a.overrides), layouts=a.layout, **chosen)
+        report = verify(a.recipe, list(a.overrides), layouts=a.layout, stage=a.stage, **chosen)
         text = table
     if is_rank_zero():
         if a.table:
@@ -182,7 +182,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from colonnade.launcher.plan.table import table
 
     a = arguments
-    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run, device=a.device)
+    report = plan(
+        a.recipe,
+        list(a.overrides),
+        gpus=a.gpus,
+        dry_run=a.dry_run,
+        device=a.device,
+        stage=a.stage,
+    )
     print(table(report)) if a.json is None else a.report(report)
     return 0
 
@@ -202,11 +209,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Runs `colonnade convert`; returns the exit status."""
+    """Runs `colonnade convert`; returns the exit status, 1 if logits differ."""
     from colonnade.launcher.weights.convert import convert
+    from colonnade.launcher.weights.logits import LogitsDifferError
 
     a = arguments
-    report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+    try:
+        report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+    except LogitsDifferError as error:
+        report_failure(str(error), started=False)
+        return 1
     a.report(asdict(report))
     return 0
 

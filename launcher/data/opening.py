@@ -1,6 +1,8 @@
 """Opens the data that a recipe's `[data]` names as rows to train and validate on; checks them."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,11 @@ from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.data.stream import StreamRows
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
-from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.stages import TrainingStage, training_stages
+from colonnade.launcher.recipe.tables import Recipe, SourceConfig, StageConfig
 from colonnade.launcher.recipe.vocabulary import far_above
+
+Shuffle = tuple[int, ...]  # by which the order of rows is keyed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,59 +48,96 @@ class Data:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Tokenises the sources that the cache lacks, before ranks start; raises as `open_data`.
+    """Tokenises the sources that the cache lacks, of all training stages, before ranks start.
+
+    Raises as `open_data`, and as `check_length`.
 
     It also hashes the files that are read, which ranks then need not do again. One process of every
     host must call it. Several may at the same time: one of them tokenises.
     """
-    open_data(recipe)
+    for stage in training_stages(recipe):
+        data = open_data(stage.recipe, stage.order)
+        if recipe.stage:
+            check_length(stage, recipe.stage[stage.index], data.train)
+
+
+def check_length(stage: TrainingStage, table: StageConfig, rows: Rows) -> None:
+    """Raises UserError if a training stage reads a row more often than its table allows."""
+    batch = stage.recipe.train.global_batch
+    used = rows.epochs(stage.samples + stage.steps * batch)
+    if used <= table.epochs + 1e-9:
+        return
+    longest = int(stage.steps * table.epochs / used) if not stage.samples else 0
+    shorter = f"set stage.{stage.index}.steps to at most {longest}, " if longest else ""
+    raise RecipeError(
+        [
+            Fault(
+                f"stage.{stage.index}." + ("steps" if table.steps else "tokens"),
+                table.steps or table.tokens,
+                f"would read rows of its data up to {used:.2f} times, and stage.{stage.index}"
+                f".epochs = {table.epochs:g} allows no more: {shorter}give more data, or set "
+                f"stage.{stage.index}.epochs = {math.ceil(used)}",
+            )
+        ]
+    )
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Checks data, tokenizer and vocabulary, tokenising nothing; returns a line on each source.
+    """Checks data, tokenizer and vocabulary, tokenising nothing; returns a line on each source of
+    all training stages.
 
     Reads the first document of every source of text, and the index and samples of token files, but
     opens no data set of the hub. A tokenizer or source that is not on this machine is reported and
     not checked, since the recipe may be for another machine. Raises as `open_data`.
     """
-    lines = []
     name = recipe.data.tokenizer_name
     if name not in (None, "bytes") and not Path(str(name)).expanduser().exists():
         return [f"tokenizer {name!r} is not on this machine: neither it nor the data are checked"]
+    lines = (line for stage in training_stages(recipe) for line in _checked_sources(stage.recipe))
+    return list(dict.fromkeys(lines))
+
+
+def _checked_sources(recipe: Recipe) -> Iterator[str]:
+    """Checks the sources of one training stage, and yields a line on each."""
     tokenizer = _tokenizer(recipe)
-    for index, source in enumerate(recipe.data.sources):
+    for source in recipe.data.all_sources:
         if is_absent(source):
-            lines.append(f"{source_name(source)} is not on this machine: not checked")
+            yield f"{source_name(source)} is not on this machine: not checked"
         elif source.format == "tokens":
-            lines.append(_open_tokens(recipe, index, tokenizer)[0].describe())
+            yield _open_tokens(recipe, source, None, tokenizer)[0].describe()
         elif source.format == "hub":
-            lines.append(f"{source_name(source)}: read from the hub when the run starts")
+            yield f"{source_name(source)}: read from the hub when the run starts"
         else:
             source = resolve_format(source)
             files = source_files(source)
             size = sum(file.stat().st_size for file in files)
-            lines.append(f"{source_name(source)}: {len(files):,} files, {size:,} bytes")
+            yield f"{source_name(source)}: {len(files):,} files, {size:,} bytes"
             if next(read_documents(source), None) is None:
                 raise UserError(
                     f"data.sources: {source_name(source)} is an empty corpus: give a source that "
                     "holds text"
                 )
-    return lines
 
 
-def open_data(recipe: Recipe) -> Data:
+def open_data(recipe: Recipe, order: int = 0) -> Data:
     """Opens the recipe's sources, and tokenises into the cache those that it lacks.
 
-    Training rows are a mixture by weight, shuffled by train.seed (streams: in stream order).
-    Validation rows are in file order, source after source; streams have none. Raises UserError if a
+    Training rows are a mixture by weight, shuffled by train.seed and `order` (streams: in stream
+    order), which is that of the training stage: a later one that reads the same data reads them in
+    another order. Validation rows are in file order, source after source; streams have none. They
+    are those held out, or of `data.validation_sources`. Raises UserError if a
     source cannot be read, is empty, or is too short for one row; RecipeError if model.vocab is
     smaller than the tokenizer. Token files that do not match the record beside them are refused; of
     the cache they are written again.
     """
-    tokenizer = _tokenizer(recipe)
-    opened = [_open(recipe, i, tokenizer) for i in range(len(recipe.data.sources))]
+    tokenizer, seed = _tokenizer(recipe), recipe.train.seed
+    opened = [
+        _open(recipe, source, (seed, index, *([order] if order else [])), tokenizer)
+        for index, source in enumerate(recipe.data.sources)
+    ]
     train = [rows for rows, _ in opened]
     validation = [rows for _, rows in opened if rows is not None]
+    validation += [_open_whole(recipe, s, tokenizer) for s in recipe.data.validation_sources]
     weights = [source.weight for source in recipe.data.sources]
     return Data(
         train[0] if len(train) == 1 else MixtureRows(train, weights),
@@ -113,24 +155,47 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
     return tokenizer
 
 
-def _open(recipe: Recipe, index: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows | None]:
+def _open(
+    recipe: Recipe, source: SourceConfig, shuffle: Shuffle, tokenizer: Tokenizer | None
+) -> tuple[Rows, Rows | None]:
     """Opens one source: (training rows, validation rows or None)."""
-    source, S, vocab = recipe.data.sources[index], recipe.train.seq_len, recipe.model.vocab
-    shuffle = (recipe.train.seed, index)
+    S, vocab = recipe.train.seq_len, recipe.model.vocab
     if source.format == "tokens":
-        return _open_tokens(recipe, index, tokenizer, verify=True)
+        return _open_tokens(recipe, source, shuffle, tokenizer, verify=True)
     assert tokenizer is not None  # the default for text is `bytes`
     if source.stream and source.format != "stdlib":
         return StreamRows(source, tokenizer, S, vocab), None
-    train, held_out = (
-        dataclasses.replace(tokens, name=source_name(source))
-        for tokens in cached_tokens(source, recipe.data, tokenizer)
-    )
+    train, held_out = _tokens_of_text(recipe, source, recipe.data.held_out, tokenizer)
     rows_class = _rows_class(recipe)
     rows = rows_class(train, S, vocab, shuffle=shuffle)
     if len(held_out.tokens) <= S:  # too short for one row
         return rows, None
     return rows, rows_class(held_out, S, vocab)
+
+
+def _open_whole(recipe: Recipe, source: SourceConfig, tokenizer: Tokenizer | None) -> Rows:
+    """Opens all documents of a source to validate on, in file order."""
+    S, vocab = recipe.train.seq_len, recipe.model.vocab
+    size = None if tokenizer is None else tokenizer.size
+    if source.format == "tokens":
+        tokens = read_indexed(source_path(source), verify=True)
+        _check_tokens(recipe, tokens, tokenizer)
+    else:
+        assert tokenizer is not None  # the default for text is `bytes`
+        tokens, _ = _tokens_of_text(recipe, source, 0.0, tokenizer)
+    return _rows_class(recipe)(tokens, S, vocab, tokenizer_size=size)
+
+
+def _tokens_of_text(
+    recipe: Recipe, source: SourceConfig, share: float, tokenizer: Tokenizer
+) -> tuple[Tokens, Tokens]:
+    """Returns the tokens of a source of text, of which a share of the documents is held out."""
+    data = recipe.data.model_copy(update={"validation": share})
+    train, held_out = (
+        dataclasses.replace(tokens, name=source_name(source))
+        for tokens in cached_tokens(source, data, tokenizer)
+    )
+    return train, held_out
 
 
 def _rows_class(recipe: Recipe) -> type[IndexedRows]:
@@ -139,20 +204,23 @@ def _rows_class(recipe: Recipe) -> type[IndexedRows]:
 
 
 def _open_tokens(
-    recipe: Recipe, index: int, tokenizer: Tokenizer | None, verify: bool = False
+    recipe: Recipe,
+    source: SourceConfig,
+    shuffle: Shuffle | None,
+    tokenizer: Tokenizer | None,
+    verify: bool = False,
 ) -> tuple[Rows, Rows | None]:
     """Opens token files: (training rows, validation rows or None); `verify` as `read_indexed`.
 
     Holds out the last `data.validation` of the documents, or more of them if those are shorter than
     a row, or none if then too few tokens remain to train on.
     """
-    source, shuffle = recipe.data.sources[index], (recipe.train.seed, index)
     tokens = read_indexed(source_path(source), verify)
     _check_tokens(recipe, tokens, tokenizer)
     S, vocab = recipe.train.seq_len, recipe.model.vocab
     size, rows_class = None if tokenizer is None else tokenizer.size, _rows_class(recipe)
     total, starts = len(tokens.tokens), tokens.starts
-    validation_share = recipe.data.validation
+    validation_share = recipe.data.held_out
     # The last document start that leaves validation its share and a row.
     by_share = int(len(starts) * (1 - validation_share))
     by_row = int(np.searchsorted(starts, total - S - 1, "right")) - 1

@@ -76,7 +76,7 @@ class PackedRows(IndexedRows):
         seq_len: int,
         vocab: int,
         token_range: tuple[int, int] | None = None,
-        shuffle: tuple[int, int] | None = None,
+        shuffle: tuple[int, ...] | None = None,
         tokenizer_size: int | None = None,
     ) -> None:
         """See `IndexedRows`; raises UserError if no document has a token with a loss."""

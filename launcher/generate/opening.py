@@ -23,7 +23,12 @@ from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.launcher.weights import source
 from colonnade.launcher.weights.fill import fill
-from colonnade.launcher.weights.source import CheckpointWeights, Weights, open_weights, recipe_of
+from colonnade.launcher.weights.source import (
+    CheckpointWeights,
+    Weights,
+    open_weights,
+    recipe_in_force,
+)
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
 from colonnade.parallel.parallelize import COMPUTE, fsdp_groups, parallelize, storage_dtype
@@ -112,7 +117,7 @@ def described(weights: Weights, other_tokenizer: bool) -> Recipe:
     name = source.tokenizer_of(weights.folder)
     data, train = DataConfig(), TrainConfig(seq_len=weights.seq_len or SEQ_LEN)
     if isinstance(weights, CheckpointWeights):
-        of_run = load_recipe(recipe_of(weights.folder))
+        of_run = recipe_in_force(weights.folder)
         data, train = (
             of_run.data,
             TrainConfig(

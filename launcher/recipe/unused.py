@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from colonnade.launcher.recipe.tables import DataConfig, Recipe
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
 from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
 from colonnade.models.options import ROW
@@ -42,12 +42,17 @@ def is_recurrent(card: Card) -> bool:
 
 def _reads_text(data: DataConfig) -> bool:
     """Whether any source is text, which has to be tokenised."""
-    return any(s.format != "tokens" for s in data.sources)
+    return any(s.format != "tokens" for s in data.all_sources)
 
 
 def _indexes_text(data: DataConfig) -> bool:
     """Whether any source is tokenised before training, into the cache."""
-    return any(s.format != "tokens" and not s.stream for s in data.sources)
+    return any(s.format != "tokens" and not s.stream for s in data.all_sources)
+
+
+def _validates(data: DataConfig, source: SourceConfig) -> bool:
+    """Whether a source is one of validation; an equal one may be one of training."""
+    return any(source is other for other in data.validation_sources)
 
 
 _ROW_FIELDS = " ".join(f"model.{name}" for name in ROW)
@@ -61,8 +66,10 @@ CONDITIONS = (
     UsedIf("train.init_only train.init_skip", lambda r: r.train.init is not None,
            "without train.init", "train.init"),
     UsedIf("train.timeline", lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
-    UsedIf("train.timeline", lambda r: (r.train.timeline or 0) <= r.train.steps,
+    UsedIf("train.timeline", lambda r: r.stage or (r.train.timeline or 0) <= r.train.steps,
            "beyond train.steps: the run ends before that step", "train.steps"),
+    UsedIf("train.steps train.ramp_batch train.ramp_steps", lambda r: not r.stage,
+           "with [[stage]] tables, each of which has a length and a batch of its own", "stage"),
     UsedIf("parallel.stages_per_rank",
            lambda r: r.parallel.schedule in LOOPED,
            "unless parallel.schedule is interleaved, bfs or zb1p", "parallel.schedule"),
@@ -95,11 +102,15 @@ CONDITIONS = (
            lambda r: r.data.tokenizer_name not in (None, "bytes") and _reads_text(r.data),
            "unless text is read and data.tokenizer is a tokenizer.json",
            "data.tokenizer data.sources"),
+    UsedIf("data.validation", lambda r: not r.data.validation_sources,
+           "with data.validation_sources", "data.validation_sources"),
     UsedIf("data.validation train.validate_rows train.validate_every",
-           lambda r: not all(s.stream for s in r.data.sources),
-           "where every source is streamed: nothing is held out of a stream", "data.sources"),
-    UsedIf("train.validate_rows train.validate_every", lambda r: r.data.validation > 0,
-           "with data.validation = 0", "data.validation"),
+           lambda r: r.data.validation_sources or not all(s.stream for s in r.data.sources),
+           "where every source is streamed: nothing is held out of a stream",
+           "data.sources data.validation_sources"),
+    UsedIf("train.validate_rows train.validate_every",
+           lambda r: r.data.validation_sources or r.data.validation > 0,
+           "with data.validation = 0", "data.validation data.validation_sources"),
     UsedIf("train.validate_every", lambda r: r.train.validate_rows > 0,
            "with train.validate_rows = 0", "train.validate_rows"),
     UsedIf("train.loads_every train.collapse_share train.collapse_steps",
@@ -124,6 +135,9 @@ CONDITIONS = (
            "unless format is text, jsonl, parquet or hub", "source.format source.path"),
     UsedIf("source.weight", lambda data, s: len(data.sources) > 1,
            "with one source", "data.sources"),
+    UsedIf("source.weight source.stream", lambda data, s: not _validates(data, s),
+           "on a source of validation, all of whose documents are read in order",
+           "data.validation_sources"),
 )
 # fmt: on
 
@@ -132,8 +146,9 @@ def unused_setting(recipe: Recipe, field: str) -> UsedIf | None:
     """Returns the first condition that leaves a dotted field unused; None: the field is used."""
     arguments: tuple[object, ...] = (recipe,)
     match field.split("."):
-        case ["data", "sources", index, name]:
-            arguments, field = (recipe.data, recipe.data.sources[int(index)]), f"source.{name}"
+        case ["data", ("sources" | "validation_sources") as table, index, name]:
+            source = getattr(recipe.data, table)[int(index)]
+            arguments, field = (recipe.data, source), f"source.{name}"
         case ["model", "mup_base", name]:  # unused in the base where it is unused in the model
             return unused_model_setting(recipe.model, name)
         case ["model", name]:

@@ -1,35 +1,35 @@
 """The verb `convert`: writes weights in the other format, file by file, in bounded memory.
 
 Files are planned from names and shapes alone, so that a conversion that was interrupted goes on
-behind its finished files. Each is written beside its name, synced and renamed; `convert.json` keeps
-what the conversion is of, and the checksums of finished files. In the end all files are read again
-and compared with these, and the folder gets its name.
+behind its finished files. Each is written beside its name, synced, renamed, read again and compared
+with the checksums of what was written; `convert.json` keeps what the conversion is of, and the
+checksums of finished files. In the end the logits of small models are compared with those of the
+source, and the folder gets its name.
 """
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from colonnade.launcher.checkpoint.folders import fsync, write_durably
-from colonnade.launcher.checkpoint.manifest import FileRecord, checksums
-from colonnade.launcher.checkpoint.write import write_tensors
+from colonnade.launcher.checkpoint.manifest import FileRecord
 from colonnade.launcher.convert.huggingface.folder import in_files
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.weights.fold import Folded
 from colonnade.launcher.weights.hf import HuggingFaceTarget
+from colonnade.launcher.weights.logits import compare
 from colonnade.launcher.weights.native import NativeTarget
+from colonnade.launcher.weights.progress import Progress
 from colonnade.launcher.weights.source import Weights, open_weights
+from colonnade.launcher.weights.stream import Stream
 from colonnade.launcher.weights.target import Piece, Target
 
-PROGRESS = "convert.json"
-FILE_BYTES = 2 * 10**9  # largest file, unless one piece is larger; the memory that is needed
+FILE_BYTES = 2 * 10**9  # largest file, unless one piece is larger
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}  # fmt: skip
 
@@ -44,6 +44,8 @@ class Converted:
         bytes: of them.
         files: that hold them.
         kept: files that an earlier, interrupted call had finished.
+        logits: largest difference of the logits of random tokens from those of the source,
+            relative to the largest; None: they were not compared.
         seconds: that this call took.
     """
 
@@ -52,6 +54,7 @@ class Converted:
     bytes: int
     files: int
     kept: int
+    logits: float | None
     seconds: float
 
 
@@ -79,34 +82,64 @@ def convert(
     Raises:
         UserError: the source is no model or is damaged, no family can represent it, the destination
             exists, or the disk refuses; finished files stay, and the same call goes on with them.
+        LogitsDifferError: what was written computes something else than the source.
     """
     start, folder = time.monotonic(), Path(destination)
     if folder.exists():
         raise UserError(f"convert: {folder} exists already; name a new folder")
-    with open_weights(Path(source), report) as weights:
-        target = target_of(to, weights, family)
+    with open_weights(Path(source), report, once=True) as weights:
+        target = target_of(to, weights, family, report)
         files = in_files(target.pieces(dtype_of(dtype)), lambda piece: piece.bytes, file_bytes)
-        names = target.file_names(len(files))
+        named = dict(zip(target.file_names(len(files)), files, strict=True))
         progress = Progress.open(folder, identity(weights, target, dtype, file_bytes))
         kept = len(progress.files)
-        for number, (name, pieces) in enumerate(zip(names, files, strict=True), 1):
-            if name not in progress.files:
-                progress.write(name, {p.key: p.read() for p in pieces}, target.metadata)
-                size = sum(piece.bytes for piece in pieces)
-                report(f"{number} of {len(files)} files, {name}: {size:,} bytes")
-        progress.verify()
-        progress.finish(target, dict(zip(names, files, strict=True)), folder)
+        write(progress, named, target.metadata, report)
+        progress.complete(target, named)
+        logits = compare(weights, target, dtype_of(dtype), progress.folder, report)
+        progress.rename(folder)
         pieces = [piece for of_file in files for piece in of_file]
         total = sum(piece.bytes for piece in pieces)
-    seconds = time.monotonic() - start
-    return Converted(
-        str(folder), len({p.name for p in pieces}), total, len(files), kept, round(seconds, 3)
-    )
+    tensors, seconds = len({piece.name for piece in pieces}), round(time.monotonic() - start, 3)
+    return Converted(str(folder), tensors, total, len(files), kept, logits, seconds)
 
 
-def target_of(to: str, weights: Weights, family: str | None) -> Target:
+def write(
+    progress: Progress,
+    files: Mapping[str, Sequence[Piece]],
+    metadata: Mapping[str, str] | None,
+    report: Callable[[str], object],
+) -> None:
+    """Writes the files that are not finished, and checks all; raises UserError where the disk
+    refuses, or gives back what was not written."""
+
+    def finished(name: str, text: str, record: FileRecord) -> None:
+        progress.add(name, record)
+        report(text)
+
+    kept = list(progress.files)
+    try:
+        with Stream() as stream:
+            for name in kept:
+                stream.check(partial(progress.check, name))
+            for number, (name, pieces) in enumerate(files.items(), 1):
+                if name not in kept:
+                    size = sum(piece.bytes for piece in pieces)
+                    text = f"{number} of {len(files)} files, {name}: {size:,} bytes"
+                    stream.write(
+                        progress.part(name), pieces, metadata, partial(finished, name, text)
+                    )
+    except OSError as error:
+        raise progress.refused(error) from error
+
+
+def target_of(
+    to: str, weights: Weights, family: str | None, report: Callable[[str], object]
+) -> Target:
     """Returns the format to write; raises UserError for one that cannot represent the model."""
     if to == "hf":
+        if weights.config.sigma_reparam:
+            report("σReparam is folded: plain weights γ W / σ(W) are written")
+            weights = Folded(weights)
         return HuggingFaceTarget(weights, family)
     if family is not None:
         raise UserError("convert --family is for --to hf: leave it out")
@@ -136,96 +169,3 @@ def identity(
         "dtype": dtype,
         "file_bytes": file_bytes,
     }
-
-
-class Progress:
-    """The folder of a conversion that is not finished, and its finished files.
-
-    Attributes:
-        folder: `DESTINATION.coming`.
-        identity: of the conversion.
-        files: that are finished, by name.
-    """
-
-    def __init__(
-        self, folder: Path, identity: dict[str, Any], files: dict[str, FileRecord]
-    ) -> None:
-        self.folder, self.identity, self.files = folder, identity, files
-
-    @classmethod
-    def open(cls, destination: Path, identity: dict[str, Any]) -> "Progress":
-        """Makes the folder, or goes on with that of an earlier call.
-
-        Raises:
-            UserError: it is of another conversion, or cannot be made.
-        """
-        folder = destination.with_name(f"{destination.name}.coming")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            known = folder / PROGRESS
-            if not known.exists():
-                return cls(folder, identity, {})
-            content = json.loads(known.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"convert: {folder} cannot be used ({error}); remove it") from error
-        if content.get("identity") != identity:
-            raise UserError(
-                f"convert: {folder} holds a part of another conversion, or its source has changed; "
-                "remove it, or name another folder"
-            )
-        found = {n: FileRecord.model_validate(r) for n, r in content["files"].items()}
-        return cls(folder, identity, {n: r for n, r in found.items() if (folder / n).exists()})
-
-    def write(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None
-    ) -> None:
-        """Writes a file, and records it once it is on the disk."""
-        part = self.folder / f"{name}.part"
-        try:
-            record = write_tensors(part, tensors, metadata)
-            part.rename(self.folder / name)
-            self.files[name] = record
-            self.save()
-        except OSError as error:
-            raise self.refused(error) from error
-
-    def refused(self, error: OSError) -> UserError:
-        """Returns the error for a disk that refuses."""
-        return UserError(
-            f"convert: cannot write in {self.folder}: {error.strerror}; free space, then repeat "
-            "the call, which goes on behind the finished files"
-        )
-
-    def save(self) -> None:
-        """Writes the record of the finished files."""
-        files = {name: record.model_dump(mode="json") for name, record in self.files.items()}
-        content = json.dumps({"identity": self.identity, "files": files})
-        new = self.folder / f"{PROGRESS}.new"
-        write_durably(new, content)
-        os.replace(new, self.folder / PROGRESS)
-
-    def verify(self) -> None:
-        """Reads all files again; raises UserError for one that is not what was written."""
-        for name, record in list(self.files.items()):
-            if checksums(self.folder / name) != record:
-                del self.files[name]
-                self.save()
-                raise UserError(
-                    f"convert: {self.folder / name} is not what was written; check the disk, and "
-                    "repeat the call, which writes it again"
-                )
-
-    def finish(
-        self, target: Target, files: Mapping[str, Sequence[Piece]], destination: Path
-    ) -> None:
-        """Writes what comes with the tensors' files, and gives the folder its name."""
-        try:
-            target.finish(self.folder, files, self.files)
-            (self.folder / PROGRESS).unlink()
-            for part in self.folder.glob("*.part"):
-                part.unlink()
-            fsync(self.folder)
-            self.folder.rename(destination)
-            fsync(destination.absolute().parent)
-        except OSError as error:
-            raise self.refused(error) from error

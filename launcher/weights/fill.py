@@ -1,7 +1,6 @@
 """Fills a sharded model from a source: every rank reads the boxes of its own shards."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.weights.source import Weights
 from colonnade.models.names import CanonicalNames, tensors_of
+from colonnade.models.records import matches
 
 
 class WeightsReader(StorageReader):
@@ -114,8 +114,7 @@ def fill(
 
 def is_chosen(name: str, only: Sequence[str], skip: Sequence[str]) -> bool:
     """Whether a name matches one of `only`, if there are any, and none of `skip`."""
-    wanted = not only or any(fnmatchcase(name, pattern) for pattern in only)
-    return wanted and not any(fnmatchcase(name, pattern) for pattern in skip)
+    return (not only or matches(name, only)) and not matches(name, skip)
 
 
 def faults(tensors: dict[str, torch.Tensor], weights: Weights) -> list[str]:
@@ -133,7 +132,7 @@ def faults(tensors: dict[str, torch.Tensor], weights: Weights) -> list[str]:
 def check_patterns(field: str, patterns: Sequence[str], names: set[str]) -> None:
     """Raises UserError for a pattern that no name matches."""
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             examples = ", ".join(sorted(names)[:3])
             raise UserError(
                 f"{field} = {pattern!r}: matches no tensor of the model; names are like {examples}"

@@ -22,6 +22,7 @@ from colonnade.launcher.convert.huggingface.folder import (
     write_index,
 )
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.weights.logits import of_transformers
 from colonnade.launcher.weights.source import Weights, tokenizer_folder, whole_box
 from colonnade.launcher.weights.target import Piece, Target
 
@@ -45,12 +46,26 @@ class HuggingFaceTarget(Target):
         return f"hf {self.family.architecture}"
 
     def pieces(self, dtype: torch.dtype | None) -> Iterator[Piece]:
-        for one in entries_of(self.family, self.weights.config, self.weights.shapes, packed=False):
-            shape = tuple(one.shape(self.weights.shapes))
-            kind = dtype or self.weights.dtype(one.native_names[0])
+        dtypes = self.dtypes(dtype)
+        for one in self.entries():
+            shape, kind = tuple(one.shape(self.weights.shapes)), dtypes[one.native_names[0]]
             for index, name in enumerate(one.hf_names):
                 load = partial(self.joined, one, index)
                 yield Piece(name, name, (0,) * len(shape), shape, shape, kind, load)
+
+    def entries(self) -> list[Entry]:
+        """Returns the family's entries, of the tensors in a checkpoint."""
+        return entries_of(self.family, self.weights.config, self.weights.shapes, packed=False)
+
+    def dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        return {
+            name: dtype or self.weights.dtype(one.native_names[0])
+            for one in self.entries()
+            for name in one.native_names
+        }
+
+    def logits(self, folder: Path, tokens: Tensor) -> Tensor:
+        return of_transformers(self.family.architecture, folder, tokens)
 
     def joined(self, entry: Entry, index: int) -> Tensor:
         """Returns one Hugging Face tensor of an entry; of stacked experts it reads that one."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, Entry, chunk_key
 from colonnade.launcher.checkpoint.folders import STATE, TENSORS, step_folder, write_durably
@@ -15,7 +16,13 @@ from colonnade.launcher.convert.huggingface.folder import CONFIG, tokenizer_file
 from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
-from colonnade.launcher.weights.source import Weights, tokenizer_folder, tokenizer_of
+from colonnade.launcher.weights.logits import of_decoder
+from colonnade.launcher.weights.source import (
+    Weights,
+    open_weights,
+    tokenizer_folder,
+    tokenizer_of,
+)
 from colonnade.launcher.weights.target import Piece, Target
 
 PART_BYTES = 10**9  # largest part of a tensor that is read and written at once
@@ -32,8 +39,8 @@ class NativeTarget(Target):
         return "native"
 
     def pieces(self, dtype: torch.dtype | None) -> Iterator[Piece]:
-        for name, shape in self.weights.shapes.items():
-            kind = dtype or self.weights.dtype(name)
+        for name, kind in self.dtypes(dtype).items():
+            shape = self.weights.shapes[name]
             for start, stop in row_ranges(shape, kind.itemsize):
                 rows = (slice(start, stop), *(slice(0, size) for size in shape[1:]))
                 box = rows if shape else ()
@@ -42,6 +49,13 @@ class NativeTarget(Target):
                 key = chunk_key(name, offsets, part == tuple(shape))
                 load = partial(self.weights.read, name, box)
                 yield Piece(name, key, offsets, part, tuple(shape), kind, load)
+
+    def dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        return {name: dtype or self.weights.dtype(name) for name in self.weights.shapes}
+
+    def logits(self, folder: Path, tokens: Tensor) -> Tensor:
+        with open_weights(folder, lambda sentence: None) as weights:
+            return of_decoder(weights, None, tokens)
 
     def file_names(self, count: int) -> list[str]:
         return [f"part-{number:05}.safetensors" for number in range(count)]

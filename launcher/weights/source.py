@@ -3,7 +3,7 @@
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from colonnade.launcher.checkpoint import verify
-from colonnade.launcher.checkpoint.catalog import Catalog, read_catalog
+from colonnade.launcher.checkpoint.catalog import Catalog, Chunk, read_catalog
 from colonnade.launcher.checkpoint.folders import checkpoint_of, step_of
+from colonnade.launcher.checkpoint.loader import checked_sizes
 from colonnade.launcher.checkpoint.read import read_box
 from colonnade.launcher.convert.huggingface.entry import Entry, Shapes
 from colonnade.launcher.convert.huggingface.family import (
@@ -27,16 +28,16 @@ from colonnade.launcher.convert.huggingface.family import (
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, family_in, read_json
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.stages import recipe_at
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.run_files import RECIPE
+from colonnade.launcher.weights.direct import DTYPES, Files
 from colonnade.models.config import ModelConfig
 
 TOKENIZER = "tokenizer.json"
 Box = tuple[slice, ...]  # a slice of each dimension, with start and stop
 Notify = Callable[[str], object]
-# safetensors' names of dtypes
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights(ABC):
@@ -73,7 +74,9 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 
 @contextmanager
-def open_weights(path: Path, notify: Notify, check: bool = True) -> Iterator[Weights]:
+def open_weights(
+    path: Path, notify: Notify, check: bool = True, once: bool = False
+) -> Iterator[Weights]:
     """Opens a run (its newest checkpoint), one of its checkpoints, or a Hugging Face folder.
 
     Args:
@@ -81,13 +84,15 @@ def open_weights(path: Path, notify: Notify, check: bool = True) -> Iterator[Wei
         notify: is called with a sentence on each thing that is left out.
         check: check the checksums of a checkpoint, and copies within a Hugging Face folder; as
             `verify`, collective.
+        once: every tensor is read once, by this process: from the disk, in large pieces. The
+            checksums of a checkpoint are then compared while it is read, if `check` is given.
 
     Raises:
         UserError: it is none of these, is damaged, or has what the model cannot represent.
     """
     with ExitStack() as stack:
         if (path / CONFIG).is_file():
-            yield HuggingFaceWeights(path, stack, notify, check)
+            yield HuggingFaceWeights(path, stack, notify, check, once)
             return
         folder = checkpoint_of(path)
         if folder is None:
@@ -95,9 +100,14 @@ def open_weights(path: Path, notify: Notify, check: bool = True) -> Iterator[Wei
                 f"{path}: neither a run with a checkpoint, nor a checkpoint, nor a Hugging Face "
                 f"folder ({CONFIG} is missing); name such a folder"
             )
-        if check:
-            verify(folder)
-        yield CheckpointWeights(folder, stack)
+        if not once:
+            if check:
+                verify(folder)
+            yield CheckpointWeights(folder, stack)
+            return
+        records = checked_sizes(folder).files if check else None
+        files = stack.enter_context(closing(Files(folder, records)))
+        yield CheckpointWeights(folder, stack, files)
 
 
 def config_in(path: Path) -> ModelConfig:
@@ -130,6 +140,11 @@ def tokenizer_folder(path: Path) -> Path | None:
     return folder.parent if folder is not None and folder.is_file() else folder
 
 
+def recipe_in_force(checkpoint: Path) -> Recipe:
+    """Returns the recipe of the training stage in which a checkpoint of a run was made."""
+    return recipe_at(load_recipe(recipe_of(checkpoint)), step_of(checkpoint) or 0)
+
+
 def recipe_of(path: Path) -> Path:
     """Returns the recipe of a run, or of the run of a checkpoint."""
     return (path if step_of(path) is None else path.absolute().parent.parent) / RECIPE
@@ -138,15 +153,15 @@ def recipe_of(path: Path) -> Path:
 class CheckpointWeights(Weights):
     """Weights of one of our checkpoints. The optimizer's state is left out."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, direct: Files | None = None) -> None:
         recipe = recipe_of(folder)
         if not recipe.is_file():
             raise UserError(
                 f"checkpoint {folder}: {recipe} is missing, which describes its model; name a "
                 "checkpoint in the folder of its run"
             )
-        self.folder, of_run = folder, load_recipe(recipe)
-        self.config, self.seq_len = of_run.model, of_run.train.seq_len
+        self.folder, in_force = folder, recipe_in_force(folder)
+        self.config, self.seq_len = in_force.model, in_force.train.seq_len
         self.catalog: Catalog = read_catalog(folder)
         self.shapes = shapes_of(self.config)
         absent = sorted(set(self.shapes) - set(self.catalog.tensors))
@@ -155,7 +170,7 @@ class CheckpointWeights(Weights):
                 f"checkpoint {folder} has no {absent[0]} ({len(absent)} such tensors), which its "
                 f"recipe {recipe} has; the recipe is of another run"
             )
-        self.stack = stack
+        self.stack, self.direct = stack, direct
         self.files: dict[str, Any] = {}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -168,14 +183,22 @@ class CheckpointWeights(Weights):
             self.files[name] = self.stack.enter_context(opened)
         return self.files[name]
 
+    def boxes(self, chunk: Chunk) -> Any:
+        """Returns what gives boxes of a chunk."""
+        if self.direct is not None:
+            return self.direct.boxes(chunk.file, chunk.key)
+        return self.file(chunk.file).get_slice(chunk.key)
+
     def read(self, name: str, box: Box) -> Tensor:
-        return read_box(self.catalog.tensors[name], box, self.file)
+        return read_box(self.catalog.tensors[name], box, self.boxes)
 
 
 class HuggingFaceWeights(Weights):
     """Weights of a Hugging Face folder."""
 
-    def __init__(self, folder: Path, stack: ExitStack, notify: Notify, check: bool) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, notify: Notify, check: bool, once: bool = False
+    ) -> None:
         fields = read_json(folder / CONFIG)
         family = family_in(folder, fields)
         try:
@@ -193,6 +216,7 @@ class HuggingFaceWeights(Weights):
         self.folder, self.config, self.shapes = folder, without_unused(config), shapes_of(config)
         self.shards, length = shards, fields.get("max_position_embeddings")
         self.seq_len = length if isinstance(length, int) and length > 0 else None
+        self.direct = stack.enter_context(closing(Files(folder))) if once else None
         self.entry_of: dict[str, Entry] = {n: e for e in entries for n in e.native_names}
         self.check_dtypes()
 
@@ -210,4 +234,10 @@ class HuggingFaceWeights(Weights):
         return DTYPES[self.shards.slice(self.entry_of[name].hf_names[0]).get_dtype()]
 
     def read(self, name: str, box: Box) -> Tensor:
-        return self.entry_of[name].read(name, box, self.shapes, self.shards.slice)
+        return self.entry_of[name].read(name, box, self.shapes, self.boxes)
+
+    def boxes(self, name: str) -> Any:
+        """Returns what gives boxes of a Hugging Face tensor."""
+        if self.direct is not None:
+            return self.direct.boxes(self.shards.file_of[name], name)
+        return self.shards.slice(name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colonnade.launcher.checkpoint.manifest import FileRecord
+from colonnade.launcher.weights.source import Weights
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Target(ABC):
     """A format to write.
 
     Attributes:
+        weights: the source, as the format has it.
         metadata: of each safetensors file.
     """
 
+    weights: Weights
     metadata: dict[str, str] | None = None
 
     @abstractmethod
@@ -59,6 +62,18 @@ class Target(ABC):
     @abstractmethod
     def pieces(self, dtype: torch.dtype | None) -> Iterator[Piece]:
         """Yields what is to be written, in its order; None keeps each tensor's dtype."""
+
+    @abstractmethod
+    def dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """Returns the dtype in which each of our tensors is written."""
+
+    @abstractmethod
+    def logits(self, folder: Path, tokens: Tensor) -> Tensor:
+        """Returns the logits `[S, B, V]` of tokens `[S, B]`, in fp64, of a folder that is written.
+
+        Raises:
+            NotComparedError: they cannot be computed here.
+        """
 
     @abstractmethod
     def file_names(self, count: int) -> list[str]:

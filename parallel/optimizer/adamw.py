@@ -2,19 +2,19 @@
 decay. It communicates nothing: shards are updated where they are."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from colonnade.models.parameter_module import Declared, declared
+from colonnade.models.parameter_module import Declared, trained
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(Optimizer):
-    """AdamW on all parameters of a model, or on the given ones.
+    """AdamW on all parameters of a model that are not frozen, or on the given ones.
 
     AdamW multiplies its weight decay by the learning rate; where muP lowers the rate, the decay is
     raised, so that their product stays the same (arXiv:2203.03466, appendix B.3).
@@ -27,8 +27,10 @@ class AdamW(Optimizer):
         parameters: Iterable[Declared] | None = None,
     ) -> None:
         super().__init__()
-        self.named = list(declared(model) if parameters is None else parameters)
+        self.named = list(trained(model) if parameters is None else parameters)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        if not self.named:  # a stage of a pipeline may be frozen, and PyTorch's has some parameter
+            groups[1.0, False] = []
         for _, parameter, spec in self.named:
             groups[spec.rate, spec.decayed].append(parameter)
         self.torch = torch.optim.AdamW(
@@ -65,11 +67,7 @@ class AdamW(Optimizer):
             for moment in MOMENTS
         }
 
-    @property
-    def updates(self) -> int:
-        return int(self.torch.state[self.named[0].parameter]["step"])
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self.torch.state.values():
-            state["step"].fill_(count)
+    def resume(self, updates: int, before: Mapping[str, int]) -> None:
+        super().resume(updates, before)
+        for name, p, _ in self.named:
+            self.torch.state[p]["step"].fill_(updates - before.get(name, 0))

@@ -1,7 +1,7 @@
 """The interface of an optimizer that training, checkpoints and resumption use."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -29,17 +29,25 @@ class Optimizer(ABC):
     has it.
 
     `step_pre_hooks` are called at the beginning of every step, when gradients are reduced and
-    clipped.
+    clipped. `updates` counts the updates so far, without skipped steps; bias corrections depend on
+    it.
     """
 
     def __init__(self) -> None:
         self.step_pre_hooks: list[Callable[[], None]] = []
+        self.updates = 0
 
     def step(self, lr: float) -> None:
         """Updates every parameter from its gradient at this learning rate. Collective."""
         for hook in self.step_pre_hooks:
             hook()
         self.update(lr)
+        self.updates += 1
+
+    def resume(self, updates: int, before: Mapping[str, int]) -> None:
+        """Goes on after so many updates; `before` has by name how many of them came before the
+        state of a parameter began, because it was frozen, where there are any."""
+        self.updates = updates
 
     @abstractmethod
     def update(self, lr: float) -> None:
@@ -52,12 +60,3 @@ class Optimizer(ABC):
     @abstractmethod
     def named_state(self) -> dict[str, Tensor]:
         """State tensors by `PARAMETER.STATE`, each sharded like its parameter."""
-
-    @property
-    @abstractmethod
-    def updates(self) -> int:
-        """Updates so far, without skipped steps; bias corrections depend on it."""
-
-    @updates.setter
-    @abstractmethod
-    def updates(self, count: int) -> None: ...

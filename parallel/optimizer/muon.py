@@ -1,5 +1,7 @@
 """Muon: the momentum of a matrix, orthogonalised (K. Jordan, 2024; arXiv:2502.16982)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -8,7 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import _disable_current_modes
 
 from colonnade.kernels.orthogonal import orthogonalised
-from colonnade.models.parameter_module import Declared, declared
+from colonnade.models.parameter_module import Declared, trained
 from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.adamw import AdamW
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
@@ -29,7 +31,7 @@ class Muon(Optimizer):
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, compute: torch.dtype) -> None:
         super().__init__()
-        parameters = list(declared(model))
+        parameters = trained(model)
         self.matrices = [p for p in parameters if is_matrix(p)]
         self.adamw = AdamW(model, settings, [p for p in parameters if not is_matrix(p)])
         self.momentum, self.decay, self.compute = settings.momentum, settings.weight_decay, compute
@@ -62,13 +64,9 @@ class Muon(Optimizer):
         momenta = zip(self.matrices, self.momenta, strict=True)
         return self.adamw.named_state() | {f"{p.name}.momentum": m for p, m in momenta}
 
-    @property
-    def updates(self) -> int:
-        return self.adamw.updates
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        self.adamw.updates = count
+    def resume(self, updates: int, before: Mapping[str, int]) -> None:
+        super().resume(updates, before)
+        self.adamw.resume(updates, before)
 
 
 def is_matrix(p: Declared) -> bool:

@@ -166,7 +166,7 @@ class Run:
         is_last = stage == len(self.pipeline.stages) - 1
         gradients = None if is_last else self.take("backward", stage, number)
         with deferring(graph.deferred):
-            torch.autograd.backward(graph.outputs, gradients)
+            run_backward(graph.outputs, gradients)
         if graph.deferred is not None:
             self.deferred[stage, number] = graph.deferred
         if stage == 0:
@@ -232,6 +232,15 @@ class Run:
         """Waits until everything has been sent."""
         while self.sending:
             self.sending.pop().wait()
+
+
+def run_backward(outputs: Boundary, gradients: Boundary | None) -> None:
+    """Runs backward from the gradients of outputs, or from a scalar; what requires no gradient, as
+    the output of a first stage whose weights are frozen, is left out."""
+    pairs = zip(outputs, gradients or [None] * len(outputs), strict=True)
+    trained = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+    if trained:
+        torch.autograd.backward([t for t, _ in trained], [gradient for _, gradient in trained])
 
 
 def described(tensors: Boundary) -> str:

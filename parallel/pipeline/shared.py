@@ -59,7 +59,7 @@ class SharedWeights:
         self.group, self.rank = group, rank
         by_ranks: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if name in held:
+            if name in held and parameter.requires_grad:
                 by_ranks.setdefault(held[name], []).append(parameter)
         # Ranks that are in several groups meet the groups in the same order.
         self.groups = [SharedGroup(ranks, by_ranks[ranks]) for ranks in sorted(by_ranks)]

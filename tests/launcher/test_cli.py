@@ -218,13 +218,13 @@ FAILING = """
 import sys
 from colonnade.launcher import cli
 from colonnade.launcher.cluster import ranks
-from colonnade.launcher.train import job
+from colonnade.launcher.train import loop
 
 def fail(*_):
     raise ArithmeticError("raised by the test")
 
 if ranks.RankEnvironment.from_environment().rank == 1:
-    job.train_step = fail
+    loop.train_step = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 

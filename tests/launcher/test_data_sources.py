@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from colonnade.launcher.data import open_data, read_indexed, tokenise
+from colonnade.launcher.data import check_data, open_data, read_indexed, tokenise
 from colonnade.launcher.data.rows import Tokens, slice_rows
 from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.errors import RecipeError, UserError
@@ -266,3 +267,41 @@ def test_loss_masks_reach_the_labels(corpus: Path) -> None:
         slice_rows(Tokens("", tokens, starts, mask), offsets, 8, 257).labels.tolist()
     )
     assert labels != sorted(slice_rows(Tokens("", tokens, starts), offsets, 8, 257).labels.tolist())
+
+
+@pytest.mark.parametrize("format", ["jsonl", "tokens"])
+def test_all_of_a_validation_source_is_read_in_order(format: str, tmp_path: Path) -> None:
+    train, held = (write_lines(tmp_path / f"{name}.jsonl", n) for name, n in (("a", 40), ("b", 9)))
+    if format == "tokens":
+        tokenise(held, tmp_path / "b", "bytes")
+        held = SourceConfig(format="tokens", path=str(tmp_path / "b"))
+    data = open_data(recipe(train, validation_sources=(held,)))
+    alone = open_data(recipe(train, validation=0.0))
+    assert data.train.rows == alone.train.rows
+    assert torch.equal(data.train.batch([0, 1]).tokens, alone.train.batch([0, 1]).tokens)
+    assert data.validation is not None
+    rows = data.validation.rows or 0
+    tokens, _ = expected([f"document {i}" for i in range(9)])
+    assert rows == (len(tokens) - 1) // 8
+    assert data.validation.batch(range(rows)).tokens.flatten().tolist() == tokens[: rows * 8]
+
+
+def test_faults_of_a_validation_source_name_it(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "a.jsonl", 40)
+    short = SourceConfig(format="text", path=str(tmp_path / "b.txt"))
+    (tmp_path / "b.txt").write_text("short")
+    with pytest.raises(UserError, match=r"b\.txt.* has 6 tokens, too few for one row"):
+        open_data(recipe(train, validation_sources=(short,)))
+    assert "b.txt" in "".join(check_data(recipe(train, validation_sources=(short,))))
+    none = SourceConfig(format="text", path=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none"):
+        open_data(recipe(train, validation_sources=(none,)))
+
+
+def test_another_order_reads_the_same_rows_otherwise(tmp_path: Path) -> None:
+    config = recipe(write_lines(tmp_path / "a.jsonl", 40), validation=0.0)
+    first, other = (open_data(config, order).train for order in (0, 1))
+    rows = first.rows or 0
+    both = [r.batch(range(rows)).tokens.tolist() for r in (first, other)]
+    assert both[0] != both[1]
+    assert sorted(both[0]) == sorted(both[1])

@@ -19,10 +19,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("*M-", {"repeat": 2, "share": True}),
     "grouped queries, window": ("***", {"kv_heads": 2, "window": 4, "full_attention": (1,)}),
     "window of one": ("*", {"window": 1}),
+    "positions by kind": (
+        "****",
+        {"window": 4, "full_attention": (1, 3), "window_rope_theta": 30.0, "unrotated": (3,),
+         "window_rope_scaled": False, "rope_scaling": "linear", "rope_factor": 2.0},
+    ),
     "latent attention": ("*-*", {"attention": "mla", "q_rank": 5, "kv_rank": 7, "rope_dim": 4}),
     "gates, norms, convolutions": (
         "**",
-        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3},
+        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3, "attention_bias": "all"},
     ),
     "yarn, sinks, cap": (
         "**",

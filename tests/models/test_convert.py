@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from test_hf_families import ALL
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from colonnade.launcher.checkpoint import load, verify, write
+from colonnade.launcher.checkpoint import load, manifest, verify
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cli import main
-from colonnade.launcher.convert.huggingface.folder import read_hf
+from colonnade.launcher.convert.huggingface.folder import file_names, read_hf
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.weights import convert as module
-from colonnade.launcher.weights import hf, native
+from colonnade.launcher.weights import direct, hf, native, stream, target
 from colonnade.launcher.weights.convert import convert
+from colonnade.launcher.weights.progress import Progress
 from colonnade.launcher.weights.source import open_weights
 from colonnade.models.context import Context
 
@@ -66,7 +66,10 @@ def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
     oracle.randomise(model, seed=5)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="3KB")
     with mock.patch.object(native, "PART_BYTES", 256):  # most tensors are written in parts
-        convert(tmp_path / "hf", tmp_path / "native", "native", file_bytes=1024, report=ignore)
+        done = convert(
+            tmp_path / "hf", tmp_path / "native", "native", file_bytes=1024, report=ignore
+        )
+    assert done.logits == 0.0
     config, expected = read_hf(tmp_path / "hf", ignore)
     boxes = Random(5)
     for folder in ("hf", "native"):
@@ -78,9 +81,10 @@ def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
                 box = random_box(tensor.shape, boxes)
                 assert torch.equal(weights.read(name, box), tensor[box]), (name, box)
     family = type(model).__name__
-    convert(
+    done = convert(
         tmp_path / "native", tmp_path / "back", "hf", family=family, file_bytes=1024, report=ignore
     )
+    assert done.logits is not None  # transformers computes the same
     before, after = tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")
     copies = oracle.family(model).copies(config)
     assert set(before) - set(after) <= set(copies)
@@ -107,18 +111,17 @@ def test_transformers_loads_it_and_gives_our_logits(llama: Path, tmp_path: Path)
 
 
 def test_an_interrupted_conversion_goes_on(llama: Path, tmp_path: Path) -> None:
-    save, written = write.save_file, []
+    finish, written = direct.Output.finish, []
 
-    def fail_at_the_third(tensors: Any, path: Path, metadata: Any = None) -> None:
+    def fail_at_the_third(self: direct.Output) -> Any:
         if len(written) == 2:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        written.append(path.name)
-        save(tensors, path, metadata)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(self)
+        return finish(self)
 
     options = {"to": "native", "file_bytes": 2048, "report": ignore}
     with (
-        mock.patch.object(write, "save_file", fail_at_the_third),
+        mock.patch.object(direct.Output, "finish", fail_at_the_third),
         pytest.raises(UserError, match=r"No space left.*goes on behind the finished files"),
     ):
         convert(llama, tmp_path / "native", **options)
@@ -156,36 +159,82 @@ def test_a_disk_that_fills_at_the_end(llama: Path, tmp_path: Path, to: str) -> N
 
 def test_a_finished_file_that_changed_is_written_again(llama: Path, tmp_path: Path) -> None:
     options = {"to": "hf", "file_bytes": 2048, "report": ignore}
-    checks = module.Progress.verify
+    checks = Progress.check
+    last = file_names(convert(llama, tmp_path / "whole", **options).files)[-1]
 
-    def damage_first(self: module.Progress) -> None:
-        path = self.folder / min(self.files)
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-        checks(self)
+    def damage_last(self: Progress, name: str) -> None:
+        path = self.folder / name
+        if name == last:
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        checks(self, name)
 
     with (
-        mock.patch.object(module.Progress, "verify", damage_first),
+        mock.patch.object(Progress, "check", damage_last),
         pytest.raises(UserError, match="is not what was written"),
     ):
         convert(llama, tmp_path / "copy", **options)
     done = convert(llama, tmp_path / "copy", **options)
     assert done.kept == done.files - 1
-    assert tensors_in(tmp_path / "copy").keys() == tensors_in(llama).keys()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
 
 
-def test_memory_is_that_of_a_file(llama: Path, tmp_path: Path) -> None:
-    """No more pieces are in memory than one file holds."""
+def test_memory_is_bounded(llama: Path, tmp_path: Path) -> None:
+    """Between reading and writing are never more bytes than the bound, however large the file."""
     held: list[int] = []
-    save = write.save_file
+    read = target.Piece.read
 
-    def measured(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
-        held.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
-        save(tensors, path, metadata)
+    def measured(self: target.Piece) -> torch.Tensor:
+        held.append(streams[0].in_flight)
+        return read(self)
 
-    with mock.patch.object(write, "save_file", measured):
-        convert(llama, tmp_path / "native", "native", file_bytes=4096, report=ignore)
-    assert max(held) <= 4096
-    assert len(held) > 3
+    streams: list[stream.Stream] = []
+    with (
+        mock.patch.object(stream, "IN_FLIGHT", 4096),
+        mock.patch.object(target.Piece, "read", measured),
+        mock.patch.object(stream.Stream, "__enter__", lambda s: streams.append(s) or s),
+    ):
+        done = convert(llama, tmp_path / "native", "native", report=ignore)
+    assert done.files == 1
+    assert 0 < max(held) <= 4096 < done.bytes
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_files_of_many_blocks(llama: Path, tmp_path: Path, is_direct: bool) -> None:
+    """Tensors begin, end and lie within blocks, of which each is compared when it is read."""
+    flag = mock.patch.object(os, "O_DIRECT", os.O_DIRECT if is_direct else 0)
+    with flag, mock.patch.object(manifest, "BLOCK", 4096), mock.patch.object(direct, "BLOCK", 4096):
+        convert(llama, tmp_path / "native", "native", "fp64", report=ignore)
+        (path,) = (tmp_path / "native").rglob("*.safetensors")
+        assert path.stat().st_size > 5 * 4096
+        verify(path.parent)
+        convert(tmp_path / "native", tmp_path / "back", "hf", "fp32", report=ignore)
+        before, after = tensors_in(llama), tensors_in(tmp_path / "back")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        damaged = bytearray(path.read_bytes())
+        damaged[3 * 4096] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"is damaged .*between bytes 12,288 and 16,384"):
+            convert(tmp_path / "native", tmp_path / "out", "hf", report=ignore)
+        path.write_bytes(damaged[:-1])
+        with pytest.raises(UserError, match="is damaged"):
+            convert(tmp_path / "native", tmp_path / "other", "hf", report=ignore)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_tensors_at_odd_places(llama: Path, tmp_path: Path) -> None:
+    """safetensors aligns tensors, and other writers need not."""
+    path = llama / "model.safetensors"
+    expected = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    spaced = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" "
+    path.write_bytes(spaced + content[8 + length :])
+    convert(llama, tmp_path / "out", "hf", report=ignore)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(

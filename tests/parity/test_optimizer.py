@@ -71,8 +71,11 @@ def test_adamw_updates_all_other_parameters() -> None:
     assert both == {name for name, _ in model.named_parameters()}
     state = muon.named_state()
     assert {name.rpartition(".")[0] for name in state} == both
-    muon.updates = 7
+    muon.resume(7, {"embedding.weight": 3})
     assert muon.updates == 7
+    steps = {name: int(muon.adamw.torch.state[p]["step"]) for name, p, _ in muon.adamw.named}
+    assert steps.pop("embedding.weight") == 4
+    assert set(steps.values()) == {7}
 
 
 LAYOUTS = [{"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"cp": 2, "tp": 2}]

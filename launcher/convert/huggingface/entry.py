@@ -96,10 +96,8 @@ class Entry:
 
     def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Joins native tensors into the Hugging Face tensors of this entry, by name."""
-        grouped = torch.cat(
-            [native[name].unflatten(self.dim, (self.groups, -1)) for name in self.native_names],
-            dim=self.dim + 1,
-        )
+        parts = [native[n].unflatten(self.dim, (self.groups, -1)) for n in self.native_names]
+        grouped = torch.cat(parts, dim=self.dim + 1) if len(parts) > 1 else parts[0]
         if self.order is not None:
             inverse = torch.tensor(self.order, device=grouped.device).argsort()
             grouped = grouped.index_select(self.dim + 1, inverse)

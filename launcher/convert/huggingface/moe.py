@@ -72,9 +72,7 @@ def read_top_k(f: Fields, normalised: bool, default: Any = REQUIRED) -> dict[str
     is that of the number, `normalised` that of the normalisation.
     """
     top_k, name = f.get("num_experts_per_tok", default=default), "norm_topk_prob"
-    given = f.get(name, default=normalised)
-    if not isinstance(given, bool):
-        raise Unsupported(name, given, "must be true or false")
+    given = f.truth(name, default=normalised)
     if given and top_k == 1:
         raise Unsupported(name, given, "with one expert per token its router could not learn")
     return {"top_k": top_k, "router_normalise": given}
@@ -166,7 +164,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
         **read_top_k(f, False, default=8),
         qk_norm="head",
         window=window if windowed else None,
-        **read_common(f),
+        **read_common(f, biases="all"),
         **read_heads(f, kv_heads=4),
     )
 
@@ -224,12 +222,13 @@ def deepseek_mixture(packed: bool, hf: str, native: str, config: ModelConfig) ->
 
 
 def deepseek(packed: bool, config: ModelConfig) -> list[Entry]:
-    """Returns the entries of DeepSeek-V3: its layers, then its multi-token prediction modules."""
-    blocks: dict[str, Block] = {
-        "*": latent_attention,
-        "-": mlp,
-        "E": partial(deepseek_mixture, packed),
-    }
+    """Returns the entries of DeepSeek-V3."""
+    mixture_of_it = partial(deepseek_mixture, packed)
+    return layers_and_mtp({"*": latent_attention, "-": mlp, "E": mixture_of_it}, config)
+
+
+def layers_and_mtp(blocks: dict[str, Block], config: ModelConfig) -> list[Entry]:
+    """Returns the entries of layers, then of DeepSeek-V3's multi-token prediction modules."""
     entries = layers(blocks, NORMS_BEFORE, config)
     for depth in range(config.mtp):
         hf, native = f"model.layers.{len(config.symbols) // 2 + depth}", f"mtp.{depth}"
@@ -257,32 +256,75 @@ def deepseek_copies(config: ModelConfig) -> dict[str, str]:
 LATENT_EPS = 1e-6  # of the norms inside latent attention in transformers, whatever rms_norm_eps
 
 
+def read_latent(f: Fields) -> dict[str, Any]:
+    """Reads the native fields of latent attention."""
+    heads = f.get("num_attention_heads")
+    if f.get("num_key_value_heads", default=128, null=heads) != heads:
+        raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
+    return {
+        "attention": "mla",
+        "head_dim": f.get("qk_nope_head_dim"),
+        "q_rank": f.get("q_lora_rank", null=None),
+        "latent_norm_eps": LATENT_EPS,
+        "kv_rank": f.get("kv_lora_rank"),
+        "rope_dim": f.get("qk_rope_head_dim"),
+        "value_dim": f.get("v_head_dim"),
+    }
+
+
+def write_latent(config: ModelConfig) -> dict[str, Any]:
+    """Writes the fields of `read_latent`."""
+    c = config
+    return {
+        "num_key_value_heads": c.heads,
+        "qk_nope_head_dim": c.head_dim,
+        "qk_rope_head_dim": c.rope_dim,
+        "v_head_dim": c.value_dim,
+        "q_lora_rank": c.q_rank,
+        "kv_lora_rank": c.kv_rank,
+    }
+
+
+def dense_first(f: Fields, default: Any = REQUIRED) -> str:
+    """Reads the row of layers of which the first ones have an MLP, and the others a mixture."""
+    count = f.integer("num_hidden_layers")
+    dense = f.integer("first_k_dense_replace", default=default)
+    return "*-" * min(dense, count) + "*E" * (count - dense)
+
+
+def read_shared(f: Fields, default: Any = REQUIRED) -> dict[str, Any]:
+    """Reads the native widths of routed experts, and of the shared ones, which are one."""
+    width = f.integer("moe_intermediate_size")
+    return {
+        "expert_ffn": width,
+        "shared_ffn": f.integer("n_shared_experts", default=default) * width,
+        "experts": f.get("n_routed_experts", "num_local_experts"),
+    }
+
+
+def write_shared(config: ModelConfig) -> dict[str, Any]:
+    """Writes the number of shared experts; raises Unsupported if their width is no multiple."""
+    c, width = config, config.expert_ffn
+    shared, remainder = divmod(c.shared_ffn, width)
+    if c.has("E") and (remainder or not shared):
+        remedy = f"only a multiple of an expert's width {width} can be represented"
+        raise Unsupported("shared_ffn", c.shared_ffn, remedy)
+    return {"n_shared_experts": max(1, shared)}
+
+
 def read_deepseek(f: Fields) -> ModelConfig:
     """Reads a DeepSeek-V3 config: latent attention, first layers dense, groups of experts."""
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
     f.only("moe_layer_freq", 1)
     f.only("rope_interleave", True)
-    heads = f.get("num_attention_heads")
-    if f.get("num_key_value_heads", default=128, null=heads) != heads:
-        raise Unsupported("num_key_value_heads", f.get("num_key_value_heads"), f"must be {heads}")
-    dense, count = f.integer("first_k_dense_replace"), f.integer("num_hidden_layers")
-    width = f.integer("moe_intermediate_size")
     return ModelConfig(
-        **pattern_fields("*-" * min(dense, count) + "*E" * (count - dense)),
+        **pattern_fields(dense_first(f)),
         mtp=f.get("num_nextn_predict_layers", "num_mtp_layers", default=0),
         mtp_pattern="*E",
-        attention="mla",
-        head_dim=f.get("qk_nope_head_dim"),
-        q_rank=f.get("q_lora_rank", null=None),
-        latent_norm_eps=LATENT_EPS,
-        kv_rank=f.get("kv_lora_rank"),
-        rope_dim=f.get("qk_rope_head_dim"),
-        value_dim=f.get("v_head_dim"),
+        **read_latent(f),
         ffn=f.get("intermediate_size"),
-        expert_ffn=width,
-        shared_ffn=f.integer("n_shared_experts") * width,
-        experts=f.get("n_routed_experts", "num_local_experts"),
+        **read_shared(f),
         router_scale=f.get("routed_scaling_factor", default=2.5),
         **read_top_k(f, True),
         **read_biased_router(f),
@@ -292,24 +334,15 @@ def read_deepseek(f: Fields) -> ModelConfig:
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
     """Writes a DeepSeek-V3 config."""
-    c, width = config, config.expert_ffn
-    shared, remainder = divmod(c.shared_ffn, width)
-    if c.has("E") and (remainder or not shared):
-        remedy = f"only a multiple of an expert's width {width} can be represented"
-        raise Unsupported("shared_ffn", c.shared_ffn, remedy)
+    c = config
     return {
         **write_common(c),
-        "num_key_value_heads": c.heads,
-        "qk_nope_head_dim": c.head_dim,
-        "qk_rope_head_dim": c.rope_dim,
-        "v_head_dim": c.value_dim,
-        "q_lora_rank": c.q_rank,
-        "kv_lora_rank": c.kv_rank,
+        **write_latent(c),
         "rope_interleave": True,
         "first_k_dense_replace": c.symbols.count("-"),
         "num_nextn_predict_layers": c.mtp,
         "intermediate_size": c.ffn,
-        "n_shared_experts": max(1, shared),
+        **write_shared(c),
         **write_biased_router(c),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

@@ -39,10 +39,22 @@ QWEN3_NEXT = {"linear_attention": "G", "full_attention": "*"}
 def read_qwen3_next(f: Fields) -> ModelConfig:
     """Reads a Qwen3-Next config."""
     notify_unread_mtp(f)
-    f.only("attention_bias", False)
-    f.only("attention_dropout", 0.0)
-    f.only("hidden_act", "silu")
-    count = f.integer("num_hidden_layers", default=48)
+    mixers = read_mixers(f, count=48)
+    experts = f.integer("num_experts", "num_local_experts", default=512)
+    sparse = [experts > 0 and is_sparse for is_sparse in sparse_layers(f, len(mixers))]
+    layers_of = zip(mixers, sparse, strict=True)
+    symbols = "".join(mixer + ("E" if is_sparse else "-") for mixer, is_sparse in layers_of)
+    return ModelConfig(
+        **pattern_fields(symbols),
+        **read_hybrid(f, mixers, hidden=2048, kv_heads=2, vocab=151936),
+        ffn=f.get("intermediate_size", default=5632),
+        **(qwen3_next_experts(f, experts) if any(sparse) else {}),
+    )
+
+
+def read_mixers(f: Fields, count: int) -> str:
+    """Reads the symbols of the sequence mixers; `count` is the default of how many there are."""
+    count = f.integer("num_hidden_layers", default=count)
     every = f.integer("full_attention_interval", default=4, least=1)
     kinds = f.entries("layer_types", of=str) or [
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(count)
@@ -50,42 +62,44 @@ def read_qwen3_next(f: Fields) -> ModelConfig:
     mixers = symbols_of(kinds, QWEN3_NEXT, "layer_types")
     if len(mixers) != count:
         raise Unsupported("layer_types", len(mixers), f"but num_hidden_layers = {count}")
-    experts = f.integer("num_experts", "num_local_experts", default=512)
-    sparse = [experts > 0 and is_sparse for is_sparse in sparse_layers(f, count)]
-    layers_of = zip(mixers, sparse, strict=True)
-    symbols = "".join(mixer + ("E" if is_sparse else "-") for mixer, is_sparse in layers_of)
-    heads, rope = read_heads(f, kv_heads=2, head_dim=256), read_rope(f, fraction=0.25)
+    return mixers
+
+
+def read_hybrid(f: Fields, mixers: str, hidden: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    """Reads the native fields of the stream and of the mixers; the numbers are defaults."""
+    f.only("attention_bias", False)
+    f.only("attention_dropout", 0.0)
+    f.only("hidden_act", "silu")
+    heads, rope = read_heads(f, kv_heads=kv_heads, head_dim=256), read_rope(f, fraction=0.25)
     if "*" in mixers:
         check_rotated(rope["rope_fraction"], heads["head_dim"])
-    return ModelConfig(
-        **pattern_fields(symbols),
-        hidden=f.get("hidden_size", default=2048),
-        vocab=f.get("vocab_size", default=151936),
-        tied=f.get("tie_word_embeddings", default=False),
-        norm="rms_offset",
-        norm_eps=f.get("rms_norm_eps", default=1e-6),
-        init_std=f.get("initializer_range", default=0.02),
-        heads=f.get("num_attention_heads", default=16),
+    return {
+        "hidden": f.get("hidden_size", default=hidden),
+        "vocab": f.get("vocab_size", default=vocab),
+        "tied": f.get("tie_word_embeddings", default=False),
+        "norm": "rms_offset",
+        "norm_eps": f.get("rms_norm_eps", default=1e-6),
+        "init_std": f.get("initializer_range", default=0.02),
+        "heads": f.get("num_attention_heads", default=16),
         **heads,
         **rope,
-        qk_norm="head",
-        attention_gate="channel",
-        delta_heads=f.get("linear_num_value_heads", default=32),
-        delta_key_heads=f.get("linear_num_key_heads", default=16),
-        delta_key_dim=f.get("linear_key_head_dim", default=128),
-        delta_value_dim=f.get("linear_value_head_dim", default=128),
-        delta_conv=f.get("linear_conv_kernel_dim", default=4),
-        ffn=f.get("intermediate_size", default=5632),
-        **(qwen3_next_experts(f, experts) if any(sparse) else {}),
-    )
+        "qk_norm": "head",
+        "attention_gate": "channel",
+        "delta_heads": f.get("linear_num_value_heads", default=32),
+        "delta_key_heads": f.get("linear_num_key_heads", default=16),
+        "delta_key_dim": f.get("linear_key_head_dim", default=128),
+        "delta_value_dim": f.get("linear_value_head_dim", default=128),
+        "delta_conv": f.get("linear_conv_kernel_dim", default=4),
+    }
 
 
-def qwen3_next_experts(f: Fields, experts: int) -> dict[str, Any]:
-    """Reads the native fields of its mixtures, which have a gated shared expert."""
+def qwen3_next_experts(f: Fields, experts: int, top_k: int = 10) -> dict[str, Any]:
+    """Reads the native fields of its mixtures, which have a gated shared expert; `top_k` is the
+    default of the experts of a token."""
     shared = f.integer("shared_expert_intermediate_size", default=512, least=1)
     return {
         "experts": experts,
-        **read_top_k(f, True, default=10),
+        **read_top_k(f, True, default=top_k),
         "expert_ffn": f.get("moe_intermediate_size", default=512),
         "shared_ffn": shared,
         "shared_gate": True,
@@ -97,6 +111,20 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     """Writes a Qwen3-Next config."""
     c = config
     check_symbols(c, "G*", "-E")
+    experts = {**write_experts(c), "shared_expert_intermediate_size": c.shared_ffn}
+    return {
+        **write_hybrid(c),
+        "intermediate_size": c.ffn,
+        "num_experts": c.experts if c.has("E") else 0,
+        "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
+        "decoder_sparse_step": 1,
+        **(experts if c.has("E") else {}),
+    }
+
+
+def write_hybrid(config: ModelConfig) -> dict[str, Any]:
+    """Writes the fields of `read_hybrid`, and the kinds of layers."""
+    c = config
     if c.has("*"):
         check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
     kinds = {symbol: kind for kind, symbol in QWEN3_NEXT.items()}
@@ -107,18 +135,12 @@ def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
         "linear_value_head_dim": c.delta_value_dim,
         "linear_conv_kernel_dim": c.delta_conv,
     }
-    experts = {**write_experts(c), "shared_expert_intermediate_size": c.shared_ffn}
     return {
         **write_common(c),
         **write_heads(c),
         "partial_rotary_factor": c.rope_fraction,
         "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
         **(delta if c.delta_heads else {}),  # 0: none, and no field of Hugging Face
-        "intermediate_size": c.ffn,
-        "num_experts": c.experts if c.has("E") else 0,
-        "mlp_only_layers": [i for i, symbol in enumerate(c.symbols[1::2]) if symbol == "-"],
-        "decoder_sparse_step": 1,
-        **(experts if c.has("E") else {}),
     }
 
 

@@ -1,11 +1,13 @@
 """Rules on the learning-rate schedule, the data and the text that is sampled."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import Rules
+from colonnade.launcher.recipe.rules.base import ROW_FIELDS, Rules
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.vocabulary import BYTE_TOKENS, far_above
+from colonnade.models.records import matches, records_of
 
 RULES = Rules()
 
@@ -44,13 +46,37 @@ def mup_optimizer(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("optimizer.name", "muon", f"{remedy}; set it to adamw, or leave out mup_base")
 
 
+@RULES.add("train.freeze", *ROW_FIELDS)
+def frozen(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """Every pattern matches something, and something is trained."""
+    if not r.train.freeze or r.model.has_unknown_symbols:
+        return
+    records = records_of(r.model)
+    for pattern in r.train.freeze:
+        if not any(matches(name, [pattern]) for name in records):
+            names = ", ".join(near_names(pattern, records))
+            yield Fault("train.freeze", pattern, f"matches no parameter; names are like {names}")
+    parameters = [name for name, record in records.items() if not record.state]
+    if all(matches(name, r.train.freeze) for name in parameters):
+        remedy = "matches all parameters, and nothing would be trained; leave one out"
+        yield Fault("train.freeze", list(r.train.freeze), remedy)
+
+
+def near_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Returns up to three names that are most like a pattern, or else the first three."""
+    known = list(names)
+    return difflib.get_close_matches(pattern, known, 3, 0.3) or known[:3]
+
+
 @RULES.add()
 def source_paths(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Every source but the standard library has a path."""
     kinds = {"hub": "the name of the data set", "tokens": "the path of the .bin file without .bin"}
-    for index, source in enumerate(r.data.sources):
+    tables = ("sources", "validation_sources")
+    named = [(f"data.{t}.{i}", s) for t in tables for i, s in enumerate(getattr(r.data, t))]
+    for table, source in named:
         if source.format != "stdlib" and not source.path:
-            field = f"data.sources.{index}.path"
+            field = f"{table}.path"
             wanted = kinds.get(source.format, "a file, a folder or a glob")
             remedy = f"format {source.format} reads from it; set {field} to {wanted}"
             yield Fault(field, source.path, remedy)
