@@ -193,7 +193,7 @@ def on_hosts(shape: Shape, context: int, rounds: int, share: float) -> dict[str,
     return figures | row.step_figures(seconds)
 
 
-LADDER_SHAPE = Shape(repeat=8, hidden=512, seq=1, batch=64)
+LADDER_SHAPE, LADDER_CONTEXT = Shape(repeat=8, hidden=512, seq=1, batch=64), 128
 
 
 def run(
@@ -222,6 +222,6 @@ def run(
     del models
     if (reason := unsupported_reason()) is not None:
         return {**report, "ladder": f"not measured: {reason}"}
-    report["ladder"] = f"{shape}; {contexts[0]} tokens of context, over gloo, 1 thread a rank"
-    figures = on_hosts(shape, contexts[0], rounds, share)
+    report["ladder"] = f"{shape}; {LADDER_CONTEXT} tokens of context, over gloo, 1 thread a rank"
+    figures = on_hosts(shape, LADDER_CONTEXT, rounds, share)
     return report | {f"ladder: {name}": value for name, value in figures.items()}
