@@ -97,6 +97,11 @@ class StreamOptions(Options):
     logit_multiplier: Annotated[float, choice()] = option(
         1.0, "factor of logits; muP's comes on top", gt=0
     )
+    learned_positions: Annotated[Count | None, choice()] = option(
+        None,
+        "positions of a learned table that is added to embeddings (GPT-2); default: no table",
+        ge=1,
+    )
     init_std: Annotated[float, choice(training=True)] = option(
         0.02, "standard deviation of initial weights", gt=0
     )

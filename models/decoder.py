@@ -24,7 +24,7 @@ from colonnade.models.wiring import Stage, State, Wiring
 
 
 class Embedding(ParameterModule):
-    """Token embeddings, `[V, D]`.
+    """Token embeddings, `[V, D]`, and where configured learned positions, `[N, D]`.
 
     Where ranks shard the vocabulary, each looks up the tokens of its shard and has zeros for the
     others; the seam `leave`, that of the wiring, all-reduces or reduce-scatters the sum.
@@ -35,14 +35,22 @@ class Embedding(ParameterModule):
         self.multiplier = config.embedding_multiplier
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         weight = self.weight_of("weight")
         if self.sharding.size == 1:
-            return self.multiplied(F.embedding(tokens, weight))
+            return self.placed(self.multiplied(F.embedding(tokens, weight)), positions)
         rows = tokens - self.sharding.rank * len(weight)
         on_other_rank = (rows < 0) | (rows >= len(weight))
         embedded = F.embedding(rows.masked_fill(on_other_rank, 0), weight)
-        return self.leave(self.multiplied(embedded.masked_fill(on_other_rank[..., None], 0)))
+        embedded = self.multiplied(embedded.masked_fill(on_other_rank[..., None], 0))
+        return self.leave(self.placed(embedded, positions))
+
+    def placed(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """Adds the learned positions, as a term of a partial sum that counts on one rank."""
+        if "positions" not in self.specs:
+            return embedded
+        table = self.weight_of("positions")
+        return embedded + self.sharding.once(F.embedding(positions, table))
 
     def multiplied(self, embedded: Tensor) -> Tensor:
         """Returns the embeddings times the configured factor."""
@@ -220,7 +228,7 @@ class Decoder(CanonicalNames):
         local_segments = self.local_segments if context.cache is None else identity
         context = context.segment(local_segments)
         if state is None:
-            state = State(self.embedding(local_segments(tokens)))
+            state = State(self.embedding(local_segments(tokens), context.positions))
         state, report = self.wiring.run(state, context, stage)
         if not self.is_last(stage):
             return state if labels is None else (state, report)
@@ -253,7 +261,7 @@ class Decoder(CanonicalNames):
             next_tokens, next_labels = shift(tokens, labels, context.whole_documents, depth)
             next_tokens = self.local_segments(next_tokens)
             next_labels = self.local_segments(next_labels)
-            x, module_report = predictor(x, self.embedding(next_tokens), context)
+            x, module_report = predictor(x, self.embedding(next_tokens, context.positions), context)
             objectives.append(self.head(x, next_labels, tied, context.passes)[0])
             report = report.merged(module_report)
         first, *others = objectives

@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 def embedding(c: "ModelConfig") -> list[ParameterSpec]:
-    """The record of the token embeddings, `[V, D]`."""
+    """The records of the token embeddings, `[V, D]`, and of learned positions, `[N, D]`."""
     split = Split(0, c.vocab, "model.vocab")
     shape = c.vocab, c.hidden
-    return [ParameterSpec("weight", shape, normal(c.init_std), "table", tp=split)]
+    tokens = ParameterSpec("weight", shape, normal(c.init_std), "table", tp=split)
+    if c.learned_positions is None:
+        return [tokens]
+    shape = c.learned_positions, c.hidden
+    return [tokens, ParameterSpec("positions", shape, normal(c.init_std), "table")]
 
 
 def head(c: "ModelConfig") -> list[ParameterSpec]:
     """The record of the vocabulary projection, `[V, D]`; none where it is tied to the embedding."""
     if c.tied:
         return []
-    (table,) = embedding(c)
+    table = embedding(c)[0]
     return [replace(table, fill=normal(0.0 if c.zero_init else c.init_std), role="reads")]
 
 

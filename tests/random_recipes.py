@@ -27,6 +27,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "rope_attention_factor": (1.2,), "rope_truncate": (False,), "qk_norm": ("head", "full"),
     "embedding_multiplier": (3.0,), "residual_multiplier": (0.4,), "logit_multiplier": (0.5,),
     "attention_multiplier": (0.2,), "attention_bias": ("qkv", "all"), "mlp_bias": (True,),
+    "learned_positions": (64,),
     "window": (1, 5), "full_attention": ((0,), (1,)),
     "window_rope_theta": (50.0,), "window_rope_scaled": (False,), "unrotated": ((0,), (1,)),
     "sinks": (True,),

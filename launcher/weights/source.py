@@ -215,7 +215,8 @@ class HuggingFaceWeights(Weights):
             notify(sentence)
         self.folder, self.config, self.shapes = folder, without_unused(config), shapes_of(config)
         self.shards, length = shards, fields.get("max_position_embeddings")
-        self.seq_len = length if isinstance(length, int) and length > 0 else None
+        known = isinstance(length, int) and length > 0
+        self.seq_len = length if known else config.learned_positions
         self.direct = stack.enter_context(closing(Files(folder))) if once else None
         self.entry_of: dict[str, Entry] = {n: e for e in entries for n in e.native_names}
         self.check_dtypes()

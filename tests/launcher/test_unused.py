@@ -276,7 +276,8 @@ def test_every_field_of_a_model_is_always_used_or_has_a_condition() -> None:
     always = {
         "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
         "init_std", "sigma_reparam", "embedding_multiplier", "residual_multiplier",
-        "logit_multiplier", "norm_weight", "logit_cap", "logit_z", "mtp", "mup_base",
+        "logit_multiplier", "norm_weight", "learned_positions", "logit_cap", "logit_z",
+        "mtp", "mup_base",
     }  # fmt: skip
     listed = {field for field, _ in conditions()}
     conditional = {f.removeprefix("model.") for f in listed if f.startswith("model.")}

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clipped softmax, temperature": (
         "**", {"clip_low": -0.05, "clip_high": 1.1, "position_temperature": True},
     ),
+    "learned positions": ("**", {"positions": "none", "learned_positions": 40}),
     "capacity": ("E*E", {"capacity": 1.0}),
     "normed dt, B, C": ("mm", {"mamba1_norm": "weighted"}),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import test_hf_biased
 import test_hf_dense
+import test_hf_gpt2
 import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_hybrid
@@ -22,6 +23,7 @@ MODULES = (
     test_hf_dense,
     test_hf_biased,
     test_hf_granite,
+    test_hf_gpt2,
     test_hf_gpt_oss,
     test_hf_positions,
     test_hf_normed_mamba,

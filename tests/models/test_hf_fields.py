@@ -22,6 +22,7 @@ from equal import assert_equal
 from huggingface_hub.errors import StrictDataclassError
 from oracle import fp64
 from test_hf_dense import llama, olmo2, qwen3
+from test_hf_gpt2 import gpt2
 from test_hf_hybrid import nemotron, qwen3_next
 from test_hf_mamba import bamba, mamba, mamba2
 from test_hf_moe import deepseek, mixtral, qwen3_moe
@@ -37,7 +38,7 @@ from colonnade.models.context import Context
 BUILDS: dict[str, Any] = {
     "llama": llama, "qwen3": qwen3, "olmo2": olmo2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
     "deepseek": deepseek, "mamba": mamba, "mamba2": mamba2, "bamba": bamba,
-    **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
+    "gpt2": gpt2, **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
     **test_hf_gpt_oss.BUILDS, **test_hf_normed_mamba.BUILDS, **test_hf_phi3.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip

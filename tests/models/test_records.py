@@ -26,7 +26,7 @@ MODELS = {
     "σReparam": {"pattern": "ME-", "sigma_reparam": True, "activation": "polynorm"},
     "further": {"pattern": "*", "mtp": 2, "mtp_pattern": "G-", "norm_position": "both"},
     "muP": {"pattern": "*m-", "mup_base": {"hidden": 32}, "tied": True, "mup_zero_init": True},
-    "biases": {"pattern": "*-", "attention_bias": "qkv", "mlp_bias": True},
+    "biases": {"pattern": "*-", "attention_bias": "qkv", "mlp_bias": True, "learned_positions": 9},
     "norms": {"pattern": "D", "norm": "layer", "norm_bias": True, "router_bias": True},
 }
 

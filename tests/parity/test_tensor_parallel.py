@@ -72,7 +72,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
                "mtp_pattern": "*-", **LADDER},
     ),
     "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True,
-                                     **MULTIPLIERS}),
+                                     "learned_positions": 16, **MULTIPLIERS}),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from colonnade.launcher.convert.huggingface import (
     dense_positions,
     gemma,
     glm_moe,
+    gpt2,
     gpt_oss,
     granite,
     jamba,
@@ -46,6 +47,7 @@ MODULES = (
     jamba,
     granite,
     gpt_oss,
+    gpt2,
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family for module in MODULES for family in module.FAMILIES

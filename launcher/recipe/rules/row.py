@@ -92,3 +92,18 @@ def mtp_length(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if m.mtp and m.mtp >= length:
         remedy = f"a row has train.seq_len = {length} tokens; set model.mtp to at most {length - 1}"
         yield Fault("model.mtp", m.mtp, remedy)
+
+
+@RULES.add("train.seq_len", "model.mtp")
+def learned_positions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """The table has a row for every position, and modules for further tokens have no positions."""
+    m, length = r.model, r.train.seq_len
+    if m.learned_positions is None:
+        return
+    if m.learned_positions < length:
+        remedy = f"a row has train.seq_len = {length} tokens; set it to at least that, or "
+        remedy += f"train.seq_len to at most {m.learned_positions}"
+        yield Fault("model.learned_positions", m.learned_positions, remedy)
+    if m.mtp:
+        remedy = "its modules embed tokens at other places than the model.learned_positions of the "
+        yield Fault("model.mtp", m.mtp, f"{remedy}row; set model.mtp to 0")
