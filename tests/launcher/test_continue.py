@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import fp64  # before transformers, which it keeps from packages that need a GPU
 from ranks import Ranks
 from test_job import job
 from torch.nn.functional import cross_entropy
@@ -109,7 +110,9 @@ dp_shard = 2
 
 def held_out_loss(folder: Path, rows: torch.Tensor) -> float:
     """The mean loss of rows `[N, S + 1]` by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    with torch.no_grad():
-        logits = model(rows[:, :-1]).logits
+    with torch.no_grad(), fp64():
+        # its fast paths for experts have no fp64
+        options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+        logits = model.eval()(rows[:, :-1]).logits
     return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
