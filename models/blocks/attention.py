@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colonnade.kernels.attention import attention
 from colonnade.kernels.norm import rms_norm
-from colonnade.kernels.precision import wide
+from colonnade.kernels.precision import wide, wide_dtype
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
 from colonnade.models.blocks.base import Convolving, SubBlock
 from colonnade.models.cards.attention import ATTEND, rotated_width
@@ -193,7 +193,16 @@ class Attention(SubBlock):
         last = None if window is None else window - 1
         k = context.append_to_cache("k", p.k, last)
         v = context.append_to_cache("v", p.v, last)
-        return p._replace(q=self.small.scale(p.q, context.positions), k=k, v=v)
+        return p._replace(q=self.scaled(p.q, context.positions), k=k, v=v)
+
+    def scaled(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Returns the queries times the factors that depend on their positions."""
+        c, q = self.config, self.small.scale(q, positions)
+        if not c.query_temperature:
+            return q
+        steps = (positions // c.query_temperature_length).to(wide_dtype(q.dtype))
+        factor = 1 + c.query_temperature * steps.log1p()
+        return (wide(q) * factor[..., None, None]).to(q.dtype)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         c = self.config

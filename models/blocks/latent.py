@@ -63,4 +63,4 @@ class LatentAttention(Attention):
 
     def begin(self, x: Tensor, context: Context) -> Projected:
         p: Projected = self.first(x, context)
-        return p._replace(q=self.small.scale(p.q, context.positions))
+        return p._replace(q=self.scaled(p.q, context.positions))

@@ -209,6 +209,9 @@ MSCALE = Need(
     "model.rope_attention_factor not given",
     ("attention", "rope_mscale", "rope_attention_factor"),
 )
+TEMPERED = Need(
+    lambda m: m.query_temperature > 0, "with model.query_temperature = 0", ("query_temperature",)
+)
 WINDOW = Need(lambda m: m.window is not None, "without model.window", ("window",))
 
 
@@ -315,6 +318,12 @@ class AttentionOptions(Options):
     clip_high: Annotated[float, choice()] = option(1.0, "clipped softmax: ζ", ge=1)
     position_temperature: Annotated[bool, choice()] = option(
         False, "scores grow with the query's position, at a rate learned per head"
+    )
+    query_temperature: Annotated[float, choice()] = option(
+        0.0, "queries times 1 + this · ln(1 + ⌊position / query_temperature_length⌋)", ge=0
+    )
+    query_temperature_length: Annotated[Length, length(3, TEMPERED)] = option(
+        8192, "tokens over which that factor is constant", ge=1
     )
     attention_conv: Annotated[Count, taps(GQA)] = option(
         0, "taps of convolutions on q, k, v; 0: none", ge=0

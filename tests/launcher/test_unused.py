@@ -48,6 +48,8 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     "rope_mscale=1": f"{_YARN} rope_mscale_all=1",
     "rope_mscale_all=1": f"{_YARN} attention=mla",
     "full_attention=[0]": "window=8 repeat=2",
+    "query_temperature=0.1": "",
+    "query_temperature_length=4": "query_temperature=0.1",
     "unrotated=[0]": "repeat=2",
     "window_rope_theta=1e3": "window=8",
     "window_rope_scaled=false": "window=8 rope_scaling=linear rope_factor=2",
@@ -111,6 +113,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     (model(_YARN), "model.rope_mscale_all=1", "model.attention=mla"),
     (model(_YARN), "model.rope_mscale_all=1", "model.rope_mscale=1"),
     ("model.repeat=2", "model.full_attention=[1]", "model.window=8"),
+    ("", "model.query_temperature_length=4", "model.query_temperature=0.1"),
     (model("rope_scaling=linear rope_factor=2"), "model.window_rope_scaled=false",
      "model.window=8"),
     # state-space mixers and DeltaNet

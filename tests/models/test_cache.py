@@ -35,7 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
          "attention_cap": 2.0},
     ),
     "clipped softmax, temperature": (
-        "**", {"clip_low": -0.05, "clip_high": 1.1, "position_temperature": True},
+        "**", {"clip_low": -0.05, "clip_high": 1.1, "position_temperature": True,
+               "query_temperature": 0.5, "query_temperature_length": 5},
     ),
     "learned positions": ("**", {"positions": "none", "learned_positions": 40}),
     "capacity": ("E*E", {"capacity": 1.0}),

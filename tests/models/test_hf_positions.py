@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     HeliumConfig,
     HeliumForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
     OlmoConfig,
@@ -68,6 +70,14 @@ def smollm3(rope: dict[str, Any] = PLAIN, **more: Any) -> Any:
         return SmolLM3ForCausalLM(SmolLM3Config(**shape(rope, **fields | more)))
 
 
+def ministral3(rope: dict[str, Any] = YARN, **more: Any) -> Any:
+    """Builds a Ministral 3, whose queries are scaled from position 32 on."""
+    beta = {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 16}
+    with fp64():
+        config = shape(rope | beta, **{"head_dim": 8, **more})
+        return Ministral3ForCausalLM(Ministral3Config(**config))
+
+
 def helium(rope: dict[str, Any] = PLAIN, **more: Any) -> Any:
     """Builds a Helium."""
     with fp64():
@@ -113,6 +123,12 @@ CASES = [
                         mlp_bias=True, tie_word_embeddings=True),
     ),
     case("smollm3-nope", "no positions", "SmolLM3", lambda: smollm3(no_rope_layers=[0, 0, 0])),
+    case("ministral3", "queries that grow with their position, YaRN", "Ministral 3", ministral3),
+    case(
+        "ministral3-window", "the same, YaRN with mscale, a window, tied head", "Ministral 3",
+        lambda: ministral3(YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, sliding_window=6,
+                           tie_word_embeddings=True),
+    ),
     case("helium", "adjacent rotary pairs", "Helium", helium),
     case(
         "helium-biases", "the same, biases on q, k, v and the MLP, YaRN, tied head", "Helium",
@@ -121,7 +137,7 @@ CASES = [
 ]  # fmt: skip
 BUILDS = {
     "olmo": olmo, "olmo3": olmo3, "gemma2": gemma2, "gemma3": gemma3, "smollm3": smollm3,
-    "helium": helium,
+    "helium": helium, "ministral3": ministral3,
 }  # fmt: skip
 
 
@@ -142,6 +158,7 @@ BUILDS = {
         (gemma3, "query_pre_attn_scalar", {"query_pre_attn_scalar": 0}),
         (smollm3, "no_rope_layers", {"no_rope_layers": [1]}),
         (helium, "head_dim", {"head_dim": 8}),
+        (ministral3, "rope_parameters.llama_4_scaling_beta", {"rope_parameters": YARN}),
     ],
     ids=str,
 )  # fmt: skip

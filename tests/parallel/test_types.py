@@ -59,7 +59,8 @@ ROWS: dict[str, dict[str, Any]] = {
     ),
     "attention's options": dict(
         pattern="*-", attention_gate="head", qk_norm="full", sinks=True, kv_heads=2,
-        position_temperature=True, attention_conv=3, norm="layer", norm_bias=True,
+        position_temperature=True, query_temperature=0.5, query_temperature_length=3,
+        attention_conv=3, norm="layer", norm_bias=True,
         norm_position="both", attention_bias="all", mlp_bias=True,
     ),
     "more of them": dict(

@@ -59,6 +59,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "*": {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4},
     "*-*-": {"window": 9, "full_attention": (1,), "window_rope_theta": 30.0, "unrotated": (1,),
              "sinks": True, "position_temperature": True,
+             "query_temperature": 0.5, "query_temperature_length": 5,
              "attention_cap": 3.0, **LADDER},
     "*-M": {"attention_conv": 3, "attention_gate": "head", "clip_low": -0.02, "qk_norm": "full"},
 }  # fmt: skip

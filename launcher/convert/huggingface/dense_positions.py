@@ -1,11 +1,11 @@
-"""Converts SmolLM3, some of whose layers have no positions, and Helium, whose rotary pairs are
-adjacent channels."""
+"""Converts SmolLM3, some of whose layers have no positions, Ministral 3, whose queries grow with
+their position, and Helium, whose rotary pairs are adjacent channels."""
 
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from colonnade.launcher.convert.huggingface.config import pattern_fields
+from colonnade.launcher.convert.huggingface.config import pattern_fields, read_rope
 from colonnade.launcher.convert.huggingface.dense import (
     DENSE,
     NORMS_BEFORE,
@@ -71,6 +71,51 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+BETA = "llama_4_scaling_beta"  # in the table of rotary positions
+
+
+def read_ministral3(f: Fields) -> ModelConfig:
+    """Reads a Ministral 3 config: queries grow with their position."""
+    tables = {name: f.table(name) for name in ("rope_scaling", "rope_parameters")}
+    table = dict(tables["rope_scaling"] or tables["rope_parameters"])
+    if BETA not in table:
+        raise Unsupported(f"rope_parameters.{BETA}", None, "missing from config.json")
+    beta = table.pop(BETA)
+    table.pop("max_position_embeddings", None)  # a copy that transformers does not read
+    rope = Fields({**f.values, "rope_scaling": None, "rope_parameters": table}, notify=f.notify)
+    native = read_rope(rope, theta=1e6)
+    f.read |= rope.read
+    if "rope_original" not in native:
+        raise Unsupported("rope_parameters.original_max_position_embeddings", None, "missing")
+    return ModelConfig(
+        **pattern_fields("*-" * f.integer("num_hidden_layers")),
+        ffn=f.integer("intermediate_size", least=1),
+        window=f.get("sliding_window", default=None),
+        query_temperature=beta,
+        query_temperature_length=native["rope_original"],
+        **read_common(f, eps=1e-5, rope=native),
+        **read_heads(f, kv_heads=8, head_dim=128),
+    )
+
+
+def write_ministral3(config: ModelConfig) -> dict[str, Any]:
+    """Writes a Ministral 3 config."""
+    c, common = config, write_common(config)
+    if c.query_temperature and c.query_temperature_length != c.rope_original:
+        remedy = f"must be rope_original = {c.rope_original}"
+        raise Unsupported("query_temperature_length", c.query_temperature_length, remedy)
+    scaling = common["rope_scaling"] or {"rope_type": "default"}
+    lengths = {"original_max_position_embeddings": c.rope_original}
+    table = {"rope_theta": c.rope_theta, **scaling, **lengths, BETA: c.query_temperature}
+    return {
+        **common,
+        **write_heads(c),
+        "intermediate_size": c.ffn,
+        "sliding_window": c.window,
+        "rope_scaling": table,
+    }
+
+
 def read_helium(f: Fields) -> ModelConfig:
     """Reads a Helium config; the width of all its heads is that of the stream."""
     common = read_common(f, eps=1e-8, theta=100000.0, biases="qkv")
@@ -113,6 +158,13 @@ FAMILIES = (
         write_smollm3,
         partial(layers, DENSE, NORMS_BEFORE),
         harmless=frozenset({"max_window_layers"}),
+    ),
+    Family(
+        "Ministral3ForCausalLM",
+        "ministral3",
+        read_ministral3,
+        write_ministral3,
+        partial(layers, DENSE, NORMS_BEFORE),
     ),
     Family(
         "HeliumForCausalLM",
