@@ -24,6 +24,7 @@ from colonnade.kernels.attention import attention
 from colonnade.kernels.tiles import ScoreOptions
 from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.memory import resident_mib
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.recipe.unused import is_recurrent
 from colonnade.launcher.train.job import build_engine
@@ -224,7 +225,7 @@ def step_memory(world: World, recipe: Recipe) -> StepMemory:
     before = resident_mib()
     dist.barrier()
     start = time.perf_counter()
-    train_step(engine, [batch], [[0]], recipe, 0)
+    train_step(engine, [batch], [[0]], training_stages(recipe)[0], 0)
     return StepMemory(before, resident_mib(), time.perf_counter() - start)
 
 

@@ -1,6 +1,7 @@
 """Activations of MLPs and experts, with or without the next product; only inputs are saved."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -27,11 +28,13 @@ _UNGATED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor],
     "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
     "relu2": (lambda x: F.relu(x).square_(), lambda grad, x: F.relu(x).mul_(grad).mul_(2)),
 }
-_GATES = {"swiglu": "silu", "geglu": "gelu"}  # the activation of the gate
+# The activation of the gate.
+_GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 # The backward of the gate's activation, which can write over the output's gradient.
-_GATE_BACKWARD = {
+_GATE_BACKWARD: dict[str, Callable[..., Tensor]] = {
     "swiglu": aten.silu_backward.grad_input,
     "geglu": aten.gelu_backward.grad_input,
+    "geglu_tanh": partial(aten.gelu_backward.grad_input, approximate="tanh"),
 }
 POLYNORM_EPS = 1e-6
 
@@ -236,6 +239,7 @@ def activate(
     | name | value |
     |---|---|
     | `swiglu`, `geglu` | silu(gate)·up, gelu(gate)·up (Shazeer 2020, arXiv:2002.05202, eq. 6) |
+    | `geglu_tanh` | gelu_tanh(gate)·up |
     | `silu`, `gelu`, `relu` | x·sigmoid(x), x·Φ(x), max(x, 0) |
     | `gelu_tanh` | gelu with tanh in place of Φ |
     | `relu2` | relu(x)² (Primer, arXiv:2109.08668) |

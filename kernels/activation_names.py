@@ -3,13 +3,22 @@
 from typing import Literal
 
 Activation = Literal[
-    "swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "polyrelu", "polynorm"
+    "swiglu",
+    "geglu",
+    "geglu_tanh",
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "relu2",
+    "silu",
+    "polyrelu",
+    "polynorm",
 ]
 
 
 def gated(activation: str) -> bool:
     """Whether an activation has a gate projection in addition to `up`."""
-    return activation in ("swiglu", "geglu")
+    return activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 def polynomial(activation: str) -> bool:

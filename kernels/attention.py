@@ -59,12 +59,13 @@ def attention(
     """
     queries, keys = q.shape[0], k.shape[0]
     options = score_options(q, k, window, scale, cap, clip)
-    if documents is None and sinks is None and cap is None and clip is None:
-        if queries == 1:  # it sees every key of its window
+    if sinks is None and cap is None and clip is None:
+        if queries == 1:  # it sees every key of its window and document
             start = keys - min(options.window or keys, keys)
-            return _fused(q, k[start:], v[start:], options.scale)
-        if queries == keys and options.window is None:
-            return _fused(q, k, v, options.scale, causal=True)
+            seen = None if documents is None else documents[start:] == documents[-1]
+            return _one_query(q, k[start:], v[start:], options.scale, seen)
+        if documents is None and queries == keys and options.window is None:
+            return _fused(q, k, v, options.scale)
     tiled = _Attention.apply
     if torch.compiler.is_compiling():  # it would unroll the tiles, a minute of compilation
         tiled = torch.compiler.disable(tiled)
@@ -128,16 +129,30 @@ def score_options(
     return ScoreOptions(scale, None if unwindowed else window, cap, clip)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """Attention by one call of PyTorch's operator, without masks other than the causal one."""
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by one call of PyTorch's operator."""
     grouped, value_width = q.shape[2] != k.shape[2], v.shape[3]
-    if q.shape[3] != value_width and q.shape[0] > 1:
+    if q.shape[3] != value_width:
         # the flash kernels want one width; zeros change no score and add no value
         width = max(q.shape[3], value_width)
         q, k, v = (F.pad(t, (0, width - t.shape[3])) for t in (q, k, v))
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out[..., :value_width].permute(2, 0, 1, 3)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+    """Attention of one query `[1, B, H, P]` by one call of PyTorch's operator.
+
+    The query heads of a key head are its queries, so that no key is read or copied twice. `seen`
+    `[Sk, B]` says which keys are seen; None: all.
+    """
+    groups, per_group = k.shape[2], q.shape[2] // k.shape[2]
+    q = q[0].unflatten(1, (groups, per_group))  # [B, K, H / K, P]
+    k, v = (t.permute(1, 2, 0, 3) for t in (k, v))
+    mask = None if seen is None else seen.T[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.flatten(1, 2)[None]
 
 
 class _Attention(torch.autograd.Function):

@@ -59,6 +59,11 @@ def draw_integers(n: int, *keys: int | Tensor) -> Tensor:
     return _shifted(hashed(*keys), 1) % n
 
 
+def draw_uniform(*keys: int | Tensor) -> Tensor:
+    """Uniform fp64 numbers in [0, 1), keyed as in `hashed`."""
+    return _shifted(hashed(*keys), 11).double() * 2.0**-53
+
+
 def draw_normal(*keys: int | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, keyed as in `hashed` (Box and Muller 1958).
 

@@ -100,7 +100,7 @@ def _factor(weight: Tensor, offset: float) -> Tensor:
 
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     bias: Tensor | None = None,
     offset: float = 0.0,
@@ -110,7 +110,7 @@ def rms_norm(
 
     Args:
         x: `[..., D]`, or `[..., G, W]` to norm within G groups.
-        weight: `[D]` or `[G, W]`, of `x`'s dtype or wider.
+        weight: `[D]` or `[G, W]`, of `x`'s dtype or wider; None: none is learned, nor a bias.
         bias: as `weight`, or None.
         offset: 1 for models that store the weight minus 1 (Gemma, Qwen3-Next).
         mean: where the rows of `x` (with weight and bias) are sharded over ranks, the all-reduce
@@ -121,7 +121,9 @@ def rms_norm(
         the shape and dtype of `x`.
     """
     if x.is_cuda and mean is None:
-        normed = F.rms_norm(x, x.shape[-1:], None, eps) * _factor(weight, offset).to(x.dtype)
+        normed = F.rms_norm(x, x.shape[-1:], None, eps)
+        if weight is not None:
+            normed = normed * _factor(weight, offset).to(x.dtype)
         return normed if bias is None else normed + bias.to(x.dtype)
     apply = _RMSNorm.apply if mean is None else outside_graphs(_RMSNorm.apply)
     return apply(x, weight, bias, eps, offset, x.shape[-1], False, mean)
@@ -140,8 +142,14 @@ class _LayerNorm(torch.autograd.Function):
     """PyTorch's operators; backward in fp32, as it would sum bf16 rows' weight gradient in bf16."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        # With bf16 rows and no weight PyTorch would return statistics in bf16.
+        factor = weight
+        if weight is None:
+            factor = x.new_ones(x.shape[-1:], dtype=wide_dtype(x.dtype))
+        y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], factor, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         return y
 
@@ -157,17 +165,17 @@ class _LayerNorm(torch.autograd.Function):
             scale,
             weight,
             bias,
-            (True, True, bias is not None),
+            (True, weight is not None, bias is not None),
         )
         return d_x.to(x.dtype), d_weight, d_bias, None
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias (arXiv:1607.06450).
 
     Args:
         x: `[..., D]`.
-        weight: `[D]`, of `x`'s dtype or wider.
+        weight: `[D]`, of `x`'s dtype or wider; None: none is learned.
         bias: as `weight`, or None.
 
     Returns:
@@ -175,7 +183,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     """
     # PyTorch computes in fp32 inside; with bf16 rows it takes fp32 parameters on CPU only.
     dtype = x.dtype if x.is_cuda else wide_dtype(x.dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     if dtype == x.dtype:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)
@@ -188,14 +196,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def crms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def crms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of zero-mean vectors of D channels from their first D − 1 (arXiv:2305.14858).
 
     The last channel is minus the sum of the others: x / sqrt((Σ x² + (Σ x)²) / D + eps) · weight.
 
     Args:
         x: `[..., D - 1]`.
-        weight: `[D - 1]`, of `x`'s dtype or wider.
+        weight: `[D - 1]`, of `x`'s dtype or wider; None: none is learned.
 
     Returns:
         the shape and dtype of `x`.

@@ -30,6 +30,8 @@ class Sharding:
         all_reduce_max: takes the elementwise maximum over the ranks, without gradient.
         all_reduce_no_grad: sums like `all_reduce`, without gradient and without an operator whose
             result recomputation keeps; for code that recomputation does not run again.
+        once: turns a tensor that every rank has into a term of a partial sum: itself on one rank,
+            zeros on the others. Differentiable; its gradients are partial sums.
     """
 
     size: int = 1
@@ -37,6 +39,7 @@ class Sharding:
     all_reduce: Reduction = _identity
     all_reduce_max: Reduction = _identity
     all_reduce_no_grad: Reduction = _identity
+    once: Reduction = _identity
 
     def local(self, full: Tensor, dim: int, shards: int | None = None) -> Tensor:
         """Slices this rank's shard of a full tensor along `dim`.

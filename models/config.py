@@ -41,6 +41,7 @@ BIASED = Need(  # a rule refuses crms
     "unless model.norm is layer or pre_rms",
     ("norm",),
 )
+WEIGHTED = Need(lambda m: m.norm_weight, "with model.norm_weight = false", ("norm_weight",))
 MTP = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
 BASE = Need(lambda m: m.mup_base is not None, "without model.mup_base", ("mup_base",))
 ZERO = Need(
@@ -79,13 +80,23 @@ class StreamOptions(Options):
     norm: Annotated[Literal["rms", "rms_offset", "layer", "pre_rms", "crms"], choice()] = option(
         "rms", "rms_offset: weights stored minus 1; pre_rms, crms: a centred stream"
     )
-    norm_bias: Annotated[bool, choice(BIASED)] = option(
+    norm_weight: Annotated[bool, choice()] = option(
+        True, "the norms of the stream have a learned weight"
+    )
+    norm_bias: Annotated[bool, choice(BIASED, WEIGHTED)] = option(
         False, "layer and pre_rms: the norms add a bias"
     )
     norm_position: Annotated[Literal["before", "after", "both"], choice()] = option(
         "before", "of each sub-block: at its input, at its output, or at both"
     )
     norm_eps: Annotated[float, choice()] = option(1e-5, "added to the mean square in norms", gt=0)
+    embedding_multiplier: Annotated[float, choice()] = option(1.0, "factor of embeddings", gt=0)
+    residual_multiplier: Annotated[float, choice()] = option(
+        1.0, "factor of each sub-block's output where it is added to the stream", gt=0
+    )
+    logit_multiplier: Annotated[float, choice()] = option(
+        1.0, "factor of logits; muP's comes on top", gt=0
+    )
     init_std: Annotated[float, choice(training=True)] = option(
         0.02, "standard deviation of initial weights", gt=0
     )
@@ -189,10 +200,22 @@ class ModelConfig(  # pydantic takes the fields of the last one first
                 return need
         return None
 
+    def attention_number(self, index: int) -> int:
+        """Returns how many attentions the row has before the one at `index`."""
+        return self.symbols[:index].count("*")
+
     def window_of(self, index: int) -> int | None:
         """Returns the window of the attention at `index` of the row; None: full attention."""
-        before = self.symbols[:index].count("*")
-        return None if before in self.full_attention else self.window
+        return None if self.attention_number(index) in self.full_attention else self.window
+
+    def rope_of(self, index: int) -> tuple[float, bool] | None:
+        """Returns the base of the rotary frequencies of the attention at `index` of the row, and
+        whether its positions are stretched as configured; None: it has no rotary positions."""
+        if self.positions == "none" or self.attention_number(index) in self.unrotated:
+            return None
+        if self.window_of(index) is None:
+            return self.rope_theta, self.rope_scaling != "none"
+        return self.window_rope_theta, self.rope_scaling != "none" and self.window_rope_scaled
 
     @property
     def zero_init(self) -> bool:

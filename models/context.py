@@ -30,7 +30,7 @@ class Context:
             those of a segment.
         token_index: `[S]`, the indices in the whole sequence of a segment's tokens; None: all.
         cache: the cache of earlier tokens, in generation; None: nothing is cached.
-        tables: rotary tables of these positions, each computed at its first use.
+        tables: what is computed of positions at its first use: rotary tables, documents of keys.
     """
 
     positions: Tensor
@@ -78,6 +78,19 @@ class Context:
         key = (width, theta, dtype, scaling)
         if key not in self.tables:
             self.tables[key] = rope_table(self.positions, width, theta, dtype, scaling)
+        return self.tables[key]
+
+    def key_documents(self, keys: int) -> Tensor | None:
+        """Returns the documents of the last `keys` tokens `[keys, B]`, with those that are cached.
+
+        None: every row is one document.
+        """
+        if self.cache is None or not self.cache.padded:
+            return self.documents
+        key = ("documents", keys)
+        if key not in self.tables:
+            before_newest = torch.arange(keys - 1, -1, -1, device=self.positions.device)[:, None]
+            self.tables[key] = (before_newest <= self.positions[-1]).int()
         return self.tables[key]
 
     def cached(self, role: str) -> Tensor | None:

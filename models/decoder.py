@@ -32,30 +32,35 @@ class Embedding(ParameterModule):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(records.embedding(config))
+        self.multiplier = config.embedding_multiplier
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.weight_of("weight")
         if self.sharding.size == 1:
-            return F.embedding(tokens, weight)
+            return self.multiplied(F.embedding(tokens, weight))
         rows = tokens - self.sharding.rank * len(weight)
         on_other_rank = (rows < 0) | (rows >= len(weight))
         embedded = F.embedding(rows.masked_fill(on_other_rank, 0), weight)
-        return self.leave(embedded.masked_fill(on_other_rank[..., None], 0))
+        return self.leave(self.multiplied(embedded.masked_fill(on_other_rank[..., None], 0)))
+
+    def multiplied(self, embedded: Tensor) -> Tensor:
+        """Returns the embeddings times the configured factor."""
+        return embedded if self.multiplier == 1.0 else embedded * self.multiplier
 
 
 class Head(ParameterModule):
     """Vocabulary projection: computes logits, or the loss without ever holding all logits.
 
     Under model.tied it has no weight and is passed the embedding's. `scale` multiplies its input
-    (muP's output multiplier). `enter` is the wiring's seam; `gather` is a seam that all-gathers the
-    logits of all shards of the vocabulary.
+    (the configured factor of logits, times muP's). `enter` is the wiring's seam; `gather` is a seam
+    that all-gathers the logits of all shards of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig, chunk: int) -> None:
         super().__init__(records.head(config))
         self.chunk, self.cap, self.z = chunk, config.logit_cap, config.logit_z
-        self.alpha, self.scale = config.thor_alpha, 1.0
+        self.alpha, self.scale = config.thor_alpha, config.logit_multiplier
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.gather: Callable[[Tensor], Tensor] = lambda logits: logits
 
@@ -176,6 +181,7 @@ class Decoder(CanonicalNames):
         tokens: Tensor,
         context: Context,
         labels: Tensor | None = None,
+        last: int | None = None,
         state: State | None = None,
         stage: Stage | None = None,
     ) -> Any:
@@ -186,15 +192,17 @@ class Decoder(CanonicalNames):
             context: positions and documents of these tokens, and balance groups.
             labels: `[S, B]` integers, −100 where there is no loss; None for logits. Every stage
                 takes them, because they decide what is computed.
+            last: without labels, of how many last tokens the logits are computed; None: of all.
             state: what the stage before returned; None for the first stage.
             stage: which of its `stages` to run; None: the only one.
 
         Returns:
-            without labels the logits `[S, B, V]`. With labels a pair: the objective, summed over
-            valid tokens, a scalar in at least fp32, which is the negative log likelihood plus the
-            terms in `extras` of the report; and the `PassReport`. A stage that is not the last
-            returns its `State` in place of logits or objective. Under context parallelism all are
-            those of this rank's segments, not reduced over the context group.
+            without labels the logits `[S, B, V]`, or those of the `last` tokens. With labels a
+            pair: the objective, summed over valid tokens, a scalar in at least fp32, which is the
+            negative log likelihood plus the terms in `extras` of the report; and the `PassReport`.
+            A stage that is not the last returns its `State` in place of logits or objective. Under
+            context parallelism all are those of this rank's segments, not reduced over the context
+            group.
 
         Raises:
             RuntimeError: the model has no weights.
@@ -216,7 +224,8 @@ class Decoder(CanonicalNames):
         state, report = self.wiring.run(state, context, stage)
         if not self.is_last(stage):
             return state if labels is None else (state, report)
-        x = self.wiring.final(state.stream)
+        stream = state.stream if last is None or labels is not None else state.stream[-last:]
+        x = self.wiring.final(stream)
         tied = self.embedding.weight_of("weight") if self.config.tied else None
         if labels is None:
             return self.head(x, None, tied, context.passes)

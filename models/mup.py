@@ -2,7 +2,8 @@
 
 Rules for Adam (arXiv:2203.03466, table 8): a weight whose input and output both grow with the
 model starts with a standard deviation smaller by √r and learns r times slower, r the growth of its
-input; one whose input alone grows is divided by r where it is used.
+input; one whose input alone grows is divided by r where it is used. The configured multipliers
+are those of the base model, and stay as they are.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ def apply_mup(model: "Decoder") -> None:
     base = model.config.base()
     assert base is not None
     if model.has_head:
-        model.head.scale = base.hidden / model.config.hidden
+        model.head.scale *= base.hidden / model.config.hidden
     base_records = records_of(base)
     for name, _, spec in declared(model):
         if spec.is_matrix and not name.startswith("head."):

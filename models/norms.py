@@ -9,7 +9,7 @@ from colonnade.models.parameter_module import ParameterModule
 
 
 class Norm(ParameterModule):
-    """A norm over the width of the stream; weight, and bias where configured, `[D]`, in fp32.
+    """A norm over the width of the stream; weight and bias where configured, `[D]`, in fp32.
 
     `pre_rms` is RMSNorm on a stream that is kept centred, which makes it equal to LayerNorm; `crms`
     is the same on a stream without its last channel, which would be minus the sum of the others
@@ -22,7 +22,7 @@ class Norm(ParameterModule):
         self.offset = 1.0 - config.first_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_of("weight")
+        weight = self.weight_of("weight") if "weight" in self.specs else None
         bias = self.weight_of("bias") if "bias" in self.specs else None
         if self.kind == "layer":
             return layer_norm(x, weight, bias, self.eps)

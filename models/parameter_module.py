@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from colonnade.kernels.linear import linear
 from colonnade.kernels.sharding import UNSHARDED
 from colonnade.models.names import canonical
 from colonnade.models.parameters import ParameterSpec
@@ -74,6 +75,24 @@ class ParameterModule(nn.Module):
         for transform in self.specs[name].transforms:
             weight = transform(weight)
         return weight
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Returns x Wᵀ for the weight `name`, plus the bias `{name}_bias` where it has one.
+
+        x `[..., I]` gives `[..., O]`. Where ranks shard I, the result is a partial sum.
+        """
+        return self.biased(linear(x, self.weight_of(name)), name)
+
+    def biased(self, y: Tensor, name: str) -> Tensor:
+        """Returns y plus the bias of the weight `name`, where it has one.
+
+        The output of a weight that writes onto the stream is a partial sum over the ranks that
+        shard its input: one of them adds the bias.
+        """
+        if (spec := self.specs.get(f"{name}_bias")) is None:
+            return y
+        bias = self.weight_of(spec.name)
+        return y + (self.sharding.once(bias) if spec.role == "bias" else bias)
 
     def state_of(self, name: str) -> Tensor:
         """Returns the rank's shard of the buffer `name`, which shares its memory."""

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 Fill = Callable[["Tensor", "Generator"], object]
 # Is applied to a parameter wherever it is used, such as a spectral reparametrisation.
 Transform = Callable[["Tensor"], "Tensor"]
-# A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block.
-Role = Literal["reads", "inner", "writes", "table", "other"]
+# A linear weight `[..., out, in]` reads the stream, writes onto it, or is inside a sub-block. A
+# `bias` is that of a weight that writes, `[..., out]`.
+Role = Literal["reads", "inner", "writes", "table", "bias", "other"]
 # The half of a sub-block that holds it, or one of the modules beside them: `small` with parameters
 # that stay in fp32 whatever the precision, `experts` with the weights of experts.
 Half = Literal["first", "second", "small", "experts"]
@@ -94,6 +95,30 @@ class ParameterSpec:
     def is_matrix(self) -> bool:
         """Whether it is the weight of a linear map inside a sub-block, or one per expert."""
         return self.role in ("reads", "inner", "writes")
+
+    @property
+    def stream_dim(self) -> int | None:
+        """The dimension along the stream's channels of what is added to it; None: adds nothing."""
+        return {"writes": -2, "table": -1, "bias": -1}.get(self.role)
+
+
+def bias_of(weight: ParameterSpec) -> ParameterSpec:
+    """Returns the record of a bias `[..., out]` on the output of a linear weight.
+
+    It lies on the ranks that hold the weight's rows. One that is added onto the stream is on every
+    rank, and is added on one (`ParameterModule.linear`).
+    """
+    rows = len(weight.shape) - 2
+
+    def of_rows(split: Split | None) -> Split | None:
+        return split if split is not None and split.dim <= rows else None
+
+    return ParameterSpec(
+        f"{weight.name}_bias", weight.shape[:-1], constant(0.0),
+        "bias" if weight.role == "writes" else "other", decay=False,
+        tp=of_rows(weight.tp), ep=of_rows(weight.ep), etp=of_rows(weight.etp),
+        half=weight.half, used=weight.used,
+    )  # fmt: skip
 
 
 def of_half(records: Iterable[ParameterSpec], half: Half) -> list[ParameterSpec]:

@@ -30,7 +30,9 @@ def head(c: "ModelConfig") -> list[ParameterSpec]:
 
 
 def norm(c: "ModelConfig") -> list[ParameterSpec]:
-    """The records of a norm of the stream: weight `[D]`, and bias `[D]` where configured."""
+    """The records of a norm of the stream: weight `[D]` and bias `[D]` where configured."""
+    if not c.norm_weight:
+        return []
     weight = ParameterSpec("weight", (c.hidden,), constant(c.first_norm))
     if c.norm_bias and c.norm in ("layer", "pre_rms"):
         return [weight, ParameterSpec("bias", (c.hidden,), constant(0.0))]

@@ -36,13 +36,13 @@ def reparametrise(model: "Decoder") -> None:
 
 
 def centre(module: ParameterModule) -> None:
-    """Subtracts the mean over the stream's channels from all weights that write onto the stream.
+    """Subtracts the mean over the stream's channels from all that writes onto the stream.
 
     This centres the stream, so that RMSNorm equals LayerNorm (arXiv:2305.14858, section 3).
     """
     for spec in module.specs.values():
-        if spec.role in ("writes", "table"):
-            spec.transforms.append(partial(centred, dim=-2 if spec.role == "writes" else -1))
+        if spec.stream_dim is not None:
+            spec.transforms.append(partial(centred, dim=spec.stream_dim))
 
 
 def centred(weight: Tensor, dim: int) -> Tensor:

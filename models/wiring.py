@@ -116,6 +116,7 @@ class Wiring(nn.Module):
     ) -> None:
         super().__init__()
         self.skips_newest, self.start, self.distinct = skips_newest(config, row), start, distinct
+        self.multiplier = config.residual_multiplier
         self.whole_row = Stage(0, len(row))
         stages = [self.whole_row] if stages is None else stages
         indices = sorted(t for stage in stages for t in stage.indices)
@@ -158,11 +159,14 @@ class Wiring(nn.Module):
         return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
 
     def add_output(self, t: int, stream: Tensor, pending: Pending | None) -> Tensor:
-        """Returns the stream plus sub-block t's output, normed if configured; None adds nothing."""
+        """Returns the stream plus sub-block t's output, normed and multiplied if configured; None
+        adds nothing."""
         if pending is None:
             return stream
         output = pending()
-        return stream + (self.after[str(t)](output) if len(self.after) else output)
+        if len(self.after):
+            output = self.after[str(t)](output)
+        return stream + (output if self.multiplier == 1.0 else self.multiplier * output)
 
     def forward(self, stream: Tensor, context: Context) -> tuple[Tensor, PassReport]:
         """Maps embeddings `[S, B, D]` to the final stream after its norm, `[S, B, D]`."""

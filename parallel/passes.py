@@ -57,11 +57,13 @@ class Inputs:
 
 
 class DeviceInputs(NamedTuple):
-    """The inputs of one pass as the model takes them; without labels it returns logits."""
+    """The inputs of one pass as the model takes them; without labels it returns logits, of the
+    `last` tokens alone if that is given."""
 
     tokens: Tensor
     context: Context
     labels: Tensor | None = None
+    last: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -104,7 +106,12 @@ class Passes:
     def next_logits(self, tokens: Tensor, context: Context) -> Tensor:
         """Returns the logits `[B, V]` after the last of these tokens `[S, B]`, on every rank. The
         model is in the caller's mode. Collective."""
-        return self.model(tokens, context)[-1]
+        return self.logits(tokens, context, 1)[-1]
+
+    def logits(self, tokens: Tensor, context: Context, last: int | None = None) -> Tensor:
+        """Returns the logits `[S, B, V]` after each of these tokens `[S, B]`, or after the `last`
+        ones, on every rank. The model is in the caller's mode. Collective."""
+        return self.model(tokens, context, last=last)
 
     def unite(self, kind: str, sums: "RunningSums") -> None:
         """Adds zeros under the names that only other stages' ranks have; sums of one `kind` have

@@ -151,7 +151,11 @@ def sharding_over(group: dist.ProcessGroup) -> Sharding:
         dist.all_reduce(t, group=group)
         return t
 
-    reductions = (outside_graphs(f) for f in (all_reduce, all_reduce_max, all_reduce_no_grad))
+    def once(t: Tensor) -> Tensor:
+        return spmd.convert(t, group, src=R, dst=P)
+
+    functions = all_reduce, all_reduce_max, all_reduce_no_grad, once
+    reductions = (outside_graphs(f) for f in functions)
     return Sharding(group.size(), group.rank(), *reductions)
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from colonnade.launcher.recipe.hints import schema_of
-from colonnade.launcher.recipe.tables import Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import Recipe, SourceConfig, StageConfig
 from colonnade.launcher.recipe.unused import conditions
 from colonnade.models.config import ModelConfig, Options
 
@@ -56,7 +56,8 @@ def unused(field: str) -> str:
 
 def lines(table: type[BaseModel], name: str, fields: list[str], prefix: str) -> str:
     """Returns the Markdown table of some fields."""
-    location = ("data", "sources", 0) if prefix == "source" else (name,)
+    locations = {"source": ("data", "sources", 0), "stage": ("stage", 0)}
+    location = locations.get(prefix, (name,))
     text = "| field | takes | default | what it is | no effect |\n|---|---|---|---|---|\n"
     for field in fields:
         info = table.model_fields[field]
@@ -72,7 +73,9 @@ def reference() -> str:
     text = HEAD
     for name, info in Recipe.model_fields.items():
         table = info.annotation
-        if not (isinstance(table, type) and issubclass(table, BaseModel)):
+        if name == "stage":
+            text += stages()
+        elif not (isinstance(table, type) and issubclass(table, BaseModel)):
             text += f"\n`{name}`, above all tables: {info.description}.\n"
         elif table is ModelConfig:
             text += "\n## `[model]`\n\nThe whole model; widths of sub-blocks in their groups.\n"
@@ -88,6 +91,27 @@ def reference() -> str:
                 text += lines(
                     SourceConfig, "data.sources", list(SourceConfig.model_fields), "source"
                 )
+    return text
+
+
+STAGES = """
+## `[[stage]]`
+
+Training stages, one after the other, in place of `train.steps`. What a stage does not set goes on
+as in the one before; the first goes on with the recipe's tables.
+
+"""
+SETTABLE = "\nIn tables of its own, and in overrides as `stage.N.table.field`, a stage may set:\n\n"
+
+
+def stages() -> str:
+    """Returns the part on training stages."""
+    tables = StageConfig().tables()
+    own = [name for name in StageConfig.model_fields if name not in tables]
+    text = STAGES + lines(StageConfig, "stage", own, "stage") + SETTABLE
+    for name, table in tables.items():
+        fields = ", ".join(f"`{field}`" for field in type(table).model_fields)
+        text += f"- `[stage.{name}]`: {fields}\n"
     return text
 
 

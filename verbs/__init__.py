@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from colonnade.launcher.cluster.doctor import doctor as doctor
     from colonnade.launcher.data import data as data
+    from colonnade.launcher.evaluate.run import evaluate as evaluate
     from colonnade.launcher.generate import generate as generate
     from colonnade.launcher.inspect.run import inspect as inspect
     from colonnade.launcher.plan.run import plan as plan
@@ -23,6 +24,7 @@ _MODULES = {
     "convert": "launcher.weights.convert",
     "data": "launcher.data",
     "doctor": "launcher.cluster.doctor",
+    "evaluate": "launcher.evaluate.run",
     "generate": "launcher.generate",
     "inspect": "launcher.inspect.run",
     "load_recipe": "launcher.recipe.load",
@@ -32,8 +34,8 @@ _MODULES = {
     "verify": "launcher.verify.run",
 }
 __all__ = [
-    "convert", "data", "doctor", "generate", "inspect", "load_recipe", "plan", "resume", "train",
-    "verify",
+    "convert", "data", "doctor", "evaluate", "generate", "inspect", "load_recipe", "plan", "resume",
+    "train", "verify",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -85,7 +86,7 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(target)
 
 
-def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+def prune(run: Path, keep: int, keep_every: int = 0, stay: Collection[int] = ()) -> None:
     """Deletes old checkpoints in `run`; only rank 0 calls it.
 
     Renames each to `….pruned` before deleting it, so that no partly deleted checkpoint looks
@@ -96,13 +97,15 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
         run: the folder of a run's checkpoints.
         keep: how many of the newest stay.
         keep_every: those whose step is a multiple of it stay as well; 0: none.
+        stay: steps whose checkpoints stay in any case.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: the newest checkpoint is never deleted")
     for interrupted in run.glob("step-*.pruned"):
         shutil.rmtree(interrupted)
     for old in checkpoints(run)[:-keep]:
-        if keep_every and cast(int, step_of(old)) % keep_every == 0:
+        step = cast(int, step_of(old))
+        if step in stay or (keep_every and step % keep_every == 0):
             continue
         shutil.rmtree(old.rename(old.with_name(old.name + ".pruned")))
 

@@ -17,10 +17,24 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """Parses an integer of at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
 def not_negative(text: str) -> float:
     """Parses a number of at least 0."""
     if not (number := float(text)) >= 0:
         raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
+def share(text: str) -> float:
+    """Parses a number above 0 and of at most 1."""
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
     return number
 
 
@@ -81,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="four small recipes instead (dense, mixture, hybrid, hybrid mixture), in fp64 alone "
         "and with 2 steps, so that it is affordable (one recipe: fp64 and fp32, 3 steps)",
     )
+    stage_help = "of a recipe with training stages: which one, from 0"
+    verify.add_argument("--stage", type=count, help=stage_help)
     verify.add_argument("--sample", type=positive, metavar="K", help="K cases of each set only")
     verify.add_argument("--seed", type=int, default=0, help="draws the sample (default: 0)")
     verify.add_argument("--table", metavar="FILE", help="with --all: what it proved, in Markdown")
@@ -93,17 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="run one rank of it here, without data"
     )
 
+    plan.add_argument("--stage", type=count, help=stage_help)
     plan.add_argument("--device", help="refuse what it cannot hold: h100, …, or 80GiB")
 
-    generate = add("generate", verbs.run_generate)
-    generate.add_argument("checkpoint", help="a run folder, or one of its checkpoints")
-    generate.add_argument("--prompt", default="", help="text to continue")
-    generate.add_argument("--tokens", type=positive, default=200, help="largest number of tokens")
-    generate.add_argument(
-        "--temperature", type=not_negative, default=0.8, help="0: the likeliest token"
-    )
-    generate.add_argument("--top-k", type=positive, help="sample among the k likeliest tokens only")
-    generate.add_argument("--seed", type=int, default=0)
+    add_generate(add("generate", verbs.run_generate))
+
+    evaluation = add("eval", verbs.run_eval)
+    add_eval(evaluation)
 
     data = add("data", verbs.run_data)
     data.add_argument("source", help="file, folder or glob; hub: the name of the data set")
@@ -146,9 +158,104 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", verbs.run_bench)
     bench.add_argument("name", choices=list(verbs.benchmarks().BENCHMARKS))
     bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
-    for verb in (train, verify, plan, data, convert, inspect, doctor, bench):
+    for verb in (train, verify, plan, evaluation, data, convert, inspect, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
+
+
+def add_model(verb: argparse.ArgumentParser) -> None:
+    """Adds the options that say which trained model runs forward, and where."""
+    verb.add_argument("model", help="a run, one of its checkpoints, or a Hugging Face folder")
+    verb.add_argument("--nproc", type=positive, default=1, help="ranks on this host")
+
+
+def add_generate(verb: argparse.ArgumentParser) -> None:
+    """Adds the options of `generate`."""
+    verb.epilog = (
+        "The model sees as many tokens as the sequences had on which it was trained (of a Hugging "
+        "Face folder max_position_embeddings; train.seq_len=N sets another number): where a text "
+        "becomes longer, the model starts anew from the last half of them."
+    )
+    add_model(verb)
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="field=value",
+        help="of [parallel], such as parallel.pp=2 (default: ranks are tensor parallel), "
+        "train.precision, train.device, train.seq_len, or the tokenizer's in [data]",
+    )
+    prompts = verb.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", default="", help="text to continue")
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many prompts: a line each, or the field `prompt` of a .jsonl; each is printed with "
+        "its text on a line as soon as it is done, line breaks as \\n",
+    )
+    verb.add_argument(
+        "--batch", type=positive, default=8, help="prompts that go forward together (default: 8)"
+    )
+    verb.add_argument("--tokens", type=positive, default=200, help="largest number of tokens")
+    verb.add_argument(
+        "--temperature", type=not_negative, default=0.8, help="0: the likeliest token"
+    )
+    verb.add_argument("--top-k", type=positive, help="sample among the k likeliest tokens only")
+    verb.add_argument(
+        "--top-p", type=share, help="sample among the likeliest tokens of this probability only"
+    )
+    verb.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of draws, which depend neither on the batch nor on the ranks",
+    )
+    verb.add_argument(
+        "--json",
+        dest="json_lines",
+        metavar="FILE",
+        help="write JSON lines with index, prompt, text, tokens and why it ended; `-` is stdout",
+    )
+
+
+def add_eval(verb: argparse.ArgumentParser) -> None:
+    """Adds the options of `eval`."""
+    verb.epilog = (
+        "Documents follow each other and are divided into rows, as in training: a document sees no "
+        "other one, and nothing before a row's begin. Every token counts once, but the first of a "
+        "document, which nothing predicts unless data.bos comes before it."
+    )
+    add_model(verb)
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="DATA | field=value",
+        help="files, folders or globs; and overrides of [parallel], such as parallel.tp=2 (ranks "
+        "are data parallel by default), train.precision, train.device, or the tokenizer's in "
+        "[data]",
+    )
+    verb.add_argument(
+        "--format",
+        choices=["text", "jsonl", "parquet", "hub", "stdlib", "tokens"],
+        help="default: detected by the files",
+    )
+    verb.add_argument("--column", default="text", help="column that holds the text")
+    verb.add_argument("--prompt", help="column put before the text, without loss")
+    verb.add_argument(
+        "--batch", type=positive, default=8, help="rows of a forward pass (default: 8)"
+    )
+    verb.add_argument(
+        "--seq-len",
+        type=positive,
+        metavar="N",
+        help="tokens of a row (default: of the sequences in training, at most 4096)",
+    )
+    verb.add_argument(
+        "--rows", type=positive, metavar="N", help="N rows of each source, evenly spaced (all)"
+    )
+    tasks = verb.add_argument_group("instead of DATA, tasks of lm-evaluation-harness")
+    tasks.add_argument("--tasks", metavar="NAMES", help="their names, with commas")
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder with other tasks")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="N examples of each task (all)")
 
 
 # The verbs with their descriptions, and those that are planned.
@@ -157,6 +264,7 @@ VERBS = {
     "verify": "compare parallel layouts with one process, at test size",
     "plan": "show what each rank of a job of any size holds and sends",
     "generate": "sample text from a trained model",
+    "eval": "compute a trained model's loss, perplexity and bits per byte on text",
     "data": "convert text to packed tokens in Megatron's .bin/.idx format",
     "convert": "write weights of a run as a Hugging Face folder, or the reverse",
     "inspect": "show what a checkpoint holds and check its files, or compare two",
@@ -185,7 +293,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
         parser.error(unknown_verb(words[0]))
     parsed, unparsed = parser.parse_known_args(arguments)
-    has_overrides = parsed.verb in ("train", "verify", "plan")
+    has_overrides = hasattr(parsed, "overrides")
     if unparsed and (not has_overrides or any(word.startswith("-") for word in unparsed)):
         parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
     if unparsed:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from colonnade.launcher.cli.report import write_text
 from colonnade.launcher.cluster.environment import RankEnvironment, report_failure
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.run_files import RECIPE
+
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # the begin of `table.field=value`
 
 
 def benchmarks() -> Any:
@@ -67,11 +70,60 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Runs `colonnade generate`; returns the exit status."""
-    from colonnade.launcher.generate import generate
+    from colonnade.launcher.generate.prompts import read_prompts
+    from colonnade.launcher.generate.run import Order, run
 
     a = arguments
-    text = generate(a.checkpoint, a.prompt, a.tokens, a.temperature, a.top_k, a.seed)
-    print(a.prompt + text)
+    prompts = [a.prompt] if a.prompts is None else read_prompts(a.prompts)
+    names = ("temperature", "top_k", "top_p", "seed")
+    sampling = {name: getattr(a, name) for name in names}
+    order = Order(a.model, prompts, a.tokens, sampling, a.batch, tuple(a.overrides))
+    return run(order, a.nproc, a.json_lines, streaming=a.prompts is None)
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Runs `colonnade eval`; returns the exit status."""
+    from colonnade.launcher.evaluate.run import evaluate, table
+
+    a = arguments
+    overrides = [word for word in a.overrides if OVERRIDE.match(word)]
+    data = [word for word in a.overrides if not OVERRIDE.match(word)]
+    if a.tasks is not None:
+        return run_tasks(a, data, overrides)
+    for option in ("include_path", "limit"):
+        if getattr(a, option) is not None:
+            raise UserError(f"eval --{option.replace('_', '-')} is for --tasks: leave it out")
+    report = evaluate(
+        a.model,
+        data,
+        column=a.column,
+        prompt=a.prompt,
+        format=a.format,
+        batch=a.batch,
+        seq_len=a.seq_len,
+        rows=a.rows,
+        overrides=overrides,
+        nproc=a.nproc,
+    )
+    if is_rank_zero():
+        print(table(report)) if a.json is None else a.report(report)
+    return 0
+
+
+def run_tasks(arguments: argparse.Namespace, data: list[str], overrides: list[str]) -> int:
+    """Runs `colonnade eval --tasks`; returns the exit status."""
+    from colonnade.launcher.evaluate.tasks import Order, evaluate_tasks, names, table
+
+    a = arguments
+    if data or a.rows is not None:
+        unused = repr(data[0]) if data else "--rows"
+        raise UserError(f"eval --tasks brings its own data: leave out {unused}")
+    if a.seq_len is not None:
+        overrides = [*overrides, f"train.seq_len={a.seq_len}"]
+    order = Order(a.model, list(names(a.tasks)), a.include_path, a.batch, a.limit, tuple(overrides))
+    report = evaluate_tasks(order, a.nproc)
+    if is_rank_zero():
+        print(table(report)) if a.json is None else a.report(report)
     return 0
 
 
@@ -104,7 +156,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     a = arguments
     chosen = {"nproc": a.nproc, "sample": a.sample, "seed": a.seed}
-    if a.all and (a.recipe or a.layout):
+    if a.all and (a.recipe or a.layout or a.stage is not None):
         raise UserError("verify --all has recipes and layouts of its own: leave out yours")
     if not a.all and (a.recipe is None or a.table):
         raise UserError(
@@ -115,7 +167,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if a.all:
         report, text = verify_all(**chosen), table_of_all
     else:
-        report = verify(a.recipe, list(a.overrides), layouts=a.layout, **chosen)
+        report = verify(a.recipe, list(a.overrides), layouts=a.layout, stage=a.stage, **chosen)
         text = table
     if is_rank_zero():
         if a.table:
@@ -130,7 +182,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from colonnade.launcher.plan.table import table
 
     a = arguments
-    report = plan(a.recipe, list(a.overrides), gpus=a.gpus, dry_run=a.dry_run, device=a.device)
+    report = plan(
+        a.recipe,
+        list(a.overrides),
+        gpus=a.gpus,
+        dry_run=a.dry_run,
+        device=a.device,
+        stage=a.stage,
+    )
     print(table(report)) if a.json is None else a.report(report)
     return 0
 

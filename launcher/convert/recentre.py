@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from colonnade.models.config import ModelConfig
-from colonnade.models.parameters import Role
+from colonnade.models.parameters import ParameterSpec
 from colonnade.models.records import records_of
 from colonnade.models.reparam import centred
 
@@ -28,12 +28,12 @@ def to_pre_rms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict
         ValueError: the model has other norms than LayerNorms before its sub-blocks.
     """
     check_layer_norm(config)
-    converted, roles = dict(weights), roles_of(config)
+    converted = dict(weights)
     if config.tied:
         converted["head.weight"] = weights["embedding.weight"].clone()
-    for name, role in roles.items():
-        if role in ("writes", "table"):
-            converted[name] = centred(weights[name], -2 if role == "writes" else -1)
+    for name, record in parameters_of(config).items():
+        if record.stream_dim is not None:
+            converted[name] = centred(weights[name], record.stream_dim)
     return config.changed(norm="pre_rms", tied=False), converted
 
 
@@ -50,6 +50,7 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
     gate = config.attention_gate if config.has("*") else "none"
     unsupported = {
         "norm_bias": config.norm_bias,
+        "norm_weight": None if config.norm_weight else "false",
         "share": config.share,
         "mup_base": config.mup_base,
         "attention_gate": gate if gate == "head" else None,
@@ -58,16 +59,14 @@ def to_crms(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, dict[st
         if value:
             raise ValueError(f"model.{field} = {value}: CRMSNorm cannot hold it; pre_rms can")
     centred_config, converted = to_pre_rms(config, weights)
-    for name, role in roles_of(centred_config).items():
-        weight = converted[name]
-        if role == "reads":
+    for name, record in parameters_of(centred_config).items():
+        weight, dim = converted[name], record.stream_dim
+        if record.role == "reads":
             scaled = weight * weights[norm_before(name)]
             # The omitted channel is minus the sum of the others, so its column is subtracted.
             converted[name] = scaled[..., :-1] - scaled[..., -1:]
-        elif role == "writes":
-            converted[name] = weight[..., :-1, :]
-        elif role == "table":
-            converted[name] = weight[..., :-1]
+        elif dim is not None:
+            converted[name] = weight.narrow(dim, 0, weight.shape[dim] - 1)
         elif is_stream_norm(name):
             converted[name] = torch.ones_like(weight[:-1])
     return centred_config.explicit().changed(norm="crms", hidden=config.hidden - 1), converted
@@ -84,9 +83,9 @@ def check_layer_norm(config: ModelConfig) -> None:
             raise ValueError(f"model.{field} = {value}: this conversion starts from {wanted}")
 
 
-def roles_of(config: ModelConfig) -> dict[str, Role]:
-    """Returns the role of every parameter, by canonical name."""
-    return {name: record.role for name, record in records_of(config).items() if not record.state}
+def parameters_of(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Returns the record of every parameter, by canonical name."""
+    return {name: record for name, record in records_of(config).items() if not record.state}
 
 
 def is_stream_norm(name: str) -> bool:

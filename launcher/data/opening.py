@@ -1,6 +1,8 @@
 """Opens the data that a recipe's `[data]` names as rows to train and validate on; checks them."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.data.stream import StreamRows
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
-from colonnade.launcher.recipe.tables import Recipe, SourceConfig
+from colonnade.launcher.recipe.stages import TrainingStage, training_stages
+from colonnade.launcher.recipe.tables import Recipe, SourceConfig, StageConfig
 from colonnade.launcher.recipe.vocabulary import far_above
 
 Shuffle = tuple[int, ...]  # by which the order of rows is keyed
@@ -45,44 +48,75 @@ class Data:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Tokenises the sources that the cache lacks, before ranks start; raises as `open_data`.
+    """Tokenises the sources that the cache lacks, of all training stages, before ranks start.
+
+    Raises as `open_data`, and as `check_length`.
 
     It also hashes the files that are read, which ranks then need not do again. One process of every
     host must call it. Several may at the same time: one of them tokenises.
     """
-    open_data(recipe)
+    for stage in training_stages(recipe):
+        data = open_data(stage.recipe, stage.order)
+        if recipe.stage:
+            check_length(stage, recipe.stage[stage.index], data.train)
+
+
+def check_length(stage: TrainingStage, table: StageConfig, rows: Rows) -> None:
+    """Raises UserError if a training stage reads a row more often than its table allows."""
+    batch = stage.recipe.train.global_batch
+    used = rows.epochs(stage.samples + stage.steps * batch)
+    if used <= table.epochs + 1e-9:
+        return
+    longest = int(stage.steps * table.epochs / used) if not stage.samples else 0
+    shorter = f"set stage.{stage.index}.steps to at most {longest}, " if longest else ""
+    raise RecipeError(
+        [
+            Fault(
+                f"stage.{stage.index}." + ("steps" if table.steps else "tokens"),
+                table.steps or table.tokens,
+                f"would read rows of its data up to {used:.2f} times, and stage.{stage.index}"
+                f".epochs = {table.epochs:g} allows no more: {shorter}give more data, or set "
+                f"stage.{stage.index}.epochs = {math.ceil(used)}",
+            )
+        ]
+    )
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Checks data, tokenizer and vocabulary, tokenising nothing; returns a line on each source.
+    """Checks data, tokenizer and vocabulary, tokenising nothing; returns a line on each source of
+    all training stages.
 
     Reads the first document of every source of text, and the index and samples of token files, but
     opens no data set of the hub. A tokenizer or source that is not on this machine is reported and
     not checked, since the recipe may be for another machine. Raises as `open_data`.
     """
-    lines = []
     name = recipe.data.tokenizer_name
     if name not in (None, "bytes") and not Path(str(name)).expanduser().exists():
         return [f"tokenizer {name!r} is not on this machine: neither it nor the data are checked"]
+    lines = (line for stage in training_stages(recipe) for line in _checked_sources(stage.recipe))
+    return list(dict.fromkeys(lines))
+
+
+def _checked_sources(recipe: Recipe) -> Iterator[str]:
+    """Checks the sources of one training stage, and yields a line on each."""
     tokenizer = _tokenizer(recipe)
     for source in recipe.data.all_sources:
         if is_absent(source):
-            lines.append(f"{source_name(source)} is not on this machine: not checked")
+            yield f"{source_name(source)} is not on this machine: not checked"
         elif source.format == "tokens":
-            lines.append(_open_tokens(recipe, source, None, tokenizer)[0].describe())
+            yield _open_tokens(recipe, source, None, tokenizer)[0].describe()
         elif source.format == "hub":
-            lines.append(f"{source_name(source)}: read from the hub when the run starts")
+            yield f"{source_name(source)}: read from the hub when the run starts"
         else:
             source = resolve_format(source)
             files = source_files(source)
             size = sum(file.stat().st_size for file in files)
-            lines.append(f"{source_name(source)}: {len(files):,} files, {size:,} bytes")
+            yield f"{source_name(source)}: {len(files):,} files, {size:,} bytes"
             if next(read_documents(source), None) is None:
                 raise UserError(
                     f"data.sources: {source_name(source)} is an empty corpus: give a source that "
                     "holds text"
                 )
-    return lines
 
 
 def open_data(recipe: Recipe, order: int = 0) -> Data:

@@ -51,6 +51,10 @@ class Rows(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Resumes from where `state` was taken; raises UserError if the data have changed."""
 
+    def epochs(self, samples: int) -> float:
+        """Returns how often so many samples read a row, of the source that is read the most; 0 for
+        a stream, whose length is not known."""
+
     def describe(self) -> str:
         """Describes the data in lines of text."""
 
@@ -283,6 +287,10 @@ class IndexedRows:
                 "data.validation, or start a new run"
             )
 
+    def epochs(self, samples: int) -> float:
+        """See `Rows.epochs`."""
+        return samples / self.rows
+
     def describe(self) -> str:
         """Returns name, rows, tokens and documents in one line."""
         starts = self._tokens.starts
@@ -350,6 +358,11 @@ class MixtureRows(_CombinedRows):
         self._fractions = split_fractions(weights)
         self._shares = [weight / sum(weights) for weight in weights]
 
+    def epochs(self, samples: int) -> float:
+        """See `Rows.epochs`."""
+        both = zip(self._sources, self._shares, strict=True)
+        return max(source.epochs(int(samples * share)) for source, share in both)
+
     def _locate(self, sample: int) -> tuple[int, int]:
         return locate(sample, self._fractions)
 
@@ -361,6 +374,10 @@ class MixtureRows(_CombinedRows):
 
 class ChainedRows(_CombinedRows):
     """All rows of the first source, then all of the next, and so on; then repeats."""
+
+    def epochs(self, samples: int) -> float:
+        """See `Rows.epochs`."""
+        return samples / self.rows if self.rows else 0.0
 
     def _locate(self, sample: int) -> tuple[int, int]:
         counts = [source.rows or 0 for source in self._sources]

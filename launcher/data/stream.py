@@ -116,6 +116,10 @@ class StreamRows:
         offsets = [i * (self._seq_len + 1) for i in range(len(windows))]
         return slice_rows(_concatenate(windows), offsets, self._seq_len, self._vocab)
 
+    def epochs(self, samples: int) -> float:
+        """See `Rows.epochs`."""
+        return 0.0
+
     def describe(self) -> str:
         """Returns the source's name and that it is a stream."""
         return f"{source_name(self._source)}: a stream of rows of {self._seq_len}"

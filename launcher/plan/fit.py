@@ -15,6 +15,7 @@ from colonnade.launcher.cluster.devices import RESERVE, Device
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.table import size
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.stages import recipe_of_stage
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.run import fields_of_init
 
@@ -83,23 +84,31 @@ def ranks_for_state(report: dict[str, Any], device: Device) -> int:
 
 
 def nearest_fits(
-    recipe: str | Path, overrides: Sequence[str], gpus: int, device: Device
+    recipe: str | Path,
+    overrides: Sequence[str],
+    gpus: int,
+    device: Device,
+    stage: int | None = None,
 ) -> list[Fit]:
     """Returns the smallest change of each field that makes the job fit, the least memory first.
 
     Fields are recomputation, rows of a micro-batch, and the degrees, each doubled or halved until
-    the job fits. Where none fits alone, each is tried again with whole blocks recomputed. Every try
-    is a dry run in a process of its own.
+    the job fits; of a recipe with training stages those of `stage`. Where none fits alone, each is
+    tried again with whole blocks recomputed. Every try is a dry run in a process of its own.
     """
-    loaded = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
-    smallest = partial(first_fit, partial(peak_of, recipe, overrides, gpus), device)
+    whole = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
+    loaded, prefix = recipe_of_stage(whole, stage), f"stage.{stage}." if whole.stage else ""
+
+    def named(rows: list[list[Change]]) -> list[list[Change]]:
+        return [[tuple(f"{prefix}{field}" for field in c) for c in row] for row in rows]
+
+    smallest = partial(first_fit, partial(peak_of, recipe, overrides, gpus, stage), device)
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(smallest, changes(loaded, gpus)))
+        found = list(pool.map(smallest, named(changes(loaded, gpus))))
         if not any(found) and loaded.train.recompute != RECOMPUTE[-1]:
-            blocks = f"train.recompute={RECOMPUTE[-1]}"
-            others = changes(
-                load_recipe(recipe, [*overrides, blocks], gpus, fields_of=fields_of_init), gpus
-            )
+            train = loaded.train.model_copy(update={"recompute": RECOMPUTE[-1]})
+            others = named(changes(loaded.model_copy(update={"train": train}), gpus))
+            blocks = f"{prefix}train.recompute={RECOMPUTE[-1]}"
             found = list(pool.map(smallest, [[(blocks, *c) for c in row] for row in others]))
     return sorted((fit for fit in found if fit), key=lambda fit: fit.peak)
 
@@ -154,7 +163,9 @@ def first_fit(
     return None
 
 
-def peak_of(recipe: str | Path, overrides: Sequence[str], gpus: int, change: Change) -> int | None:
+def peak_of(
+    recipe: str | Path, overrides: Sequence[str], gpus: int, stage: int | None, change: Change
+) -> int | None:
     """Returns the peak of a changed recipe by a dry run in a process of its own, because a process
     has one world; None where the change is invalid.
 
@@ -168,6 +179,7 @@ def peak_of(recipe: str | Path, overrides: Sequence[str], gpus: int, change: Cha
         return None
     command = [sys.executable, "-m", "colonnade.launcher", "plan", str(recipe), *changed]
     command += ["--gpus", str(gpus), "--dry-run", "--json", "-"]
+    command += [] if stage is None else ["--stage", str(stage)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"the dry run with {' '.join(change)} failed:\n{ran.stderr}")

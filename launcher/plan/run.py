@@ -10,6 +10,7 @@ from colonnade.launcher.cluster.devices import parse_device
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.fit import nearest_fits, require_fit
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.stages import recipe_of_stage
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.run import fields_of_init
 from colonnade.models.shapes import measure
@@ -26,6 +27,7 @@ def plan(
     gpus: int,
     dry_run: bool = True,
     device: str | None = None,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """Runs one rank of the job of a recipe on `gpus` ranks without data; returns the report.
 
@@ -40,6 +42,7 @@ def plan(
         overrides: `field=value` each.
         gpus: ranks of the job.
         dry_run: as of now always.
+        stage: of a recipe with training stages, the one that is run.
         device: that each rank has: a name, or its memory, such as `80GiB`; None: any.
 
     Raises:
@@ -50,7 +53,8 @@ def plan(
     if not dry_run:
         raise UserError("plan: layouts are not ranked yet; add --dry-run to see this one")
     known = None if device is None else parse_device(device)
-    loaded = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
+    whole = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
+    loaded = recipe_of_stage(whole, stage)
     # Only now, so that a mistake is reported before torch would be imported.
     from colonnade.launcher.plan.rank import open_rank, run_rank
 
@@ -58,7 +62,9 @@ def plan(
     report = as_dict(loaded, gpus, rank, run_rank(loaded, open_rank(rank, gpus)))
     if known is not None:
         job = f"{loaded.name} on {gpus:,} rank{'s' * (gpus > 1)}"
-        require_fit(report, known, job, partial(nearest_fits, recipe, overrides, gpus, known))
+        require_fit(
+            report, known, job, partial(nearest_fits, recipe, overrides, gpus, known, stage)
+        )
         report["device"] = {"name": known.name, "memory": known.memory, "usable": known.usable}
     return report
 

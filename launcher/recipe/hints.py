@@ -50,7 +50,10 @@ def unknown_field(location: Location) -> tuple[str, str | None]:
     names = _fields_of(table)
     if not names:
         return f"{dotted(table)} has no entry of that name; set it as a whole", None
-    in_other_tables = {f: dotted((*t, f)) for t in _TABLES if t != table for f in _fields_of(t)}
+    others: list[Location] = [t for t in _TABLES if t != table]
+    if location[0] == "stage":  # the likeliest are the tables of the same training stage
+        others += [(*location[:2], t) for t in _fields_of(location[:2])]
+    in_other_tables = {f: dotted((*t, f)) for t in others for f in _fields_of(t)}
     # The same name in another table is likelier than a similar name in this one.
     if name in in_other_tables:
         meant = in_other_tables[name]

@@ -19,8 +19,9 @@ from colonnade.launcher.recipe.hints import (
     unknown_field,
     wrong_value,
 )
-from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import explicit_fields, unused_setting
+from colonnade.launcher.recipe.stages import unused_in_run
+from colonnade.launcher.recipe.tables import Recipe, StageTable
+from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import findings
 from colonnade.models.options import Formula
 
@@ -185,7 +186,7 @@ def _drop(document: Any, location: Location) -> None:
 def _used_fields(document: dict[str, Any]) -> set[str]:
     """Returns the fields that a file sets and that are used in it."""
     recipe = _parse(copy.deepcopy(document), _FaultyFields())
-    return {field for field, _ in explicit_fields(recipe) if not unused_setting(recipe, field)}
+    return {field for field, _ in explicit_fields(recipe) if not unused_in_run(recipe, field)}
 
 
 def _without_unused(
@@ -195,7 +196,7 @@ def _without_unused(
     removed: list[str] = []
     # Removing one field may make another one unused, so repeat until nothing changes.
     while unused := [
-        f for f, _ in explicit_fields(recipe) if f in fields and unused_setting(recipe, f)
+        f for f, _ in explicit_fields(recipe) if f in fields and unused_in_run(recipe, f)
     ]:
         for field in unused:
             _drop(document, _location(field))
@@ -338,22 +339,27 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _lines(recipe: Recipe, table: BaseModel, location: Location) -> Iterator[str]:
     """Yields the TOML lines of a table at a location; its plain fields come before its tables."""
-    names = (name for name in type(table).model_fields if not _is_derived(table, name))
+    names = [name for name in type(table).model_fields if not _is_derived(table, name)]
+    if isinstance(table, StageTable):  # what it leaves out is not its default
+        names = [name for name in names if name in table.model_fields_set]
     values = {name: getattr(table, name) for name in names}
     for name, value in values.items():
         field = dotted((*location, name))
-        if value is None or _is_table(value) or unused_setting(recipe, field):
+        if value is None or _is_table(value) or unused_in_run(recipe, field):
             continue
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if not unused_setting(recipe, f"{field}.{k}")}
+            value = {k: v for k, v in value.items() if not unused_in_run(recipe, f"{field}.{k}")}
         yield f"{name} = {_toml(value)}"
     for name, value in values.items():
         inner = (*location, name)
+        header = dotted(tuple(key for key in inner if isinstance(key, str)))
+        if isinstance(value, StageTable) and not value.model_fields_set:
+            continue
         if isinstance(value, BaseModel):
-            yield from ("", f"[{dotted(inner)}]", *_lines(recipe, value, inner))
+            yield from ("", f"[{header}]", *_lines(recipe, value, inner))
         elif _is_table(value):
             for index, entry in enumerate(value):
-                yield from ("", f"[[{dotted(inner)}]]", *_lines(recipe, entry, (*inner, index)))
+                yield from ("", f"[[{header}]]", *_lines(recipe, entry, (*inner, index)))
 
 
 def _is_derived(table: BaseModel, name: str) -> bool:

@@ -1,8 +1,8 @@
 """The tables of a recipe, as frozen pydantic models; `launcher.recipe.load` reads them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from colonnade.models.config import ModelConfig
 from colonnade.parallel.config import ParallelConfig
@@ -235,6 +235,65 @@ class CheckpointConfig(Table):
     )
 
 
+ROPE_SHAPES = ("rope_dim", "rope_fraction")  # the other rope_ fields change no parameter
+
+
+class StageTable(Table):
+    """Fields of one table that a training stage may set; what it leaves out goes on as before."""
+
+
+def stage_table(name: str, table: type[BaseModel], *fields: str) -> type[StageTable]:
+    """Returns the `StageTable` of this name with some fields of a table."""
+    infos: dict[str, Any] = {
+        f: (table.model_fields[f].annotation, table.model_fields[f]) for f in fields
+    }
+    return create_model(name, __base__=StageTable, __module__=__name__, **infos)
+
+
+# What changes between training stages: nothing that changes a parameter's shape.
+StageModel = stage_table(
+    "StageModel",
+    ModelConfig,
+    *(f for f in ModelConfig.model_fields if f.startswith("rope_") and f not in ROPE_SHAPES),
+)
+StageParallel = stage_table(
+    "StageParallel", ParallelConfig, *(f for f in ParallelConfig.model_fields if f != "timeout")
+)
+StageOptimizer = stage_table(
+    "StageOptimizer", OptimizerConfig, *(f for f in OptimizerConfig.model_fields if f != "name")
+)
+StageData = stage_table(
+    "StageData", DataConfig, "sources", "validation", "validation_sources", "packing"
+)
+StageTrain = stage_table(
+    "StageTrain", TrainConfig, "seq_len", "global_batch", "micro_batch", "recompute", "loss_chunk",
+    "freeze", "validate_every", "validate_rows",
+)  # fmt: skip
+
+
+class StageConfig(Table):
+    """One entry of `[[stage]]`: a training stage, which begins where the one before has ended."""
+
+    steps: int | None = Field(
+        None, ge=1, le=2**40, description="optimizer steps of the stage; or give `tokens`"
+    )
+    tokens: int | None = Field(
+        None, ge=1, le=2**60, description="tokens of the stage, rounded up to whole steps"
+    )
+    epochs: float = Field(
+        1.0, gt=0, description="how often a row may be read; a stage that reads more is refused"
+    )
+    model: StageModel = StageModel()  # type: ignore[valid-type]  # made of the tables above
+    parallel: StageParallel = StageParallel()  # type: ignore[valid-type]
+    optimizer: StageOptimizer = StageOptimizer()  # type: ignore[valid-type]
+    data: StageData = StageData()  # type: ignore[valid-type]
+    train: StageTrain = StageTrain()  # type: ignore[valid-type]
+
+    def tables(self) -> dict[str, StageTable]:
+        """Returns the tables of fields that it may set, by name."""
+        return {name: value for name, value in self if isinstance(value, StageTable)}
+
+
 class Recipe(Table):
     """One run, in the tables of its TOML file; `launcher/recipes/` has examples."""
 
@@ -245,3 +304,6 @@ class Recipe(Table):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stage: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        (), description="training stages, one after the other; none: one, of `train.steps`"
+    )

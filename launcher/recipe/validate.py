@@ -18,12 +18,22 @@ from colonnade.launcher.recipe.rules import (
     row,
     run,
     sizes,
+    stages,
 )
 from colonnade.launcher.recipe.rules.base import Rule
+from colonnade.launcher.recipe.stages import (
+    field_in_force,
+    field_to_change,
+    set_by,
+    setter,
+    training_stages,
+    unused_in_run,
+)
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.recipe.unused import explicit_fields, involved_fields, unused_setting
+from colonnade.launcher.recipe.unused import explicit_fields, involved_fields
 
-RULES: list[tuple[tuple[str, ...], Rule]] = [
+NamedRule = tuple[tuple[str, ...], Rule]  # the fields that it looks at, and the rule
+RULES: list[NamedRule] = [
     *row.RULES,
     *attention.RULES,
     *sizes.RULES,
@@ -54,10 +64,35 @@ def validate(recipe: Recipe, world_size: int | None) -> list[Fault]:
 
 def findings(recipe: Recipe, world_size: int | None) -> Iterator[Finding]:
     """Yields the faults that `validate` returns, each with the fields it involves."""
-    for involves, check in RULES:
-        for fault in check(recipe, world_size):
-            yield Finding(fault, (*involves, fault.field))
+    if recipe.stage:
+        yield from of_rules(stages.RULES, recipe, world_size)
+        yield from of_stages(recipe, world_size)
+    else:
+        yield from of_rules(RULES, recipe, world_size)
     for field, value in explicit_fields(recipe):
-        if unused := unused_setting(recipe, field):
+        if unused := unused_in_run(recipe, field):
             remedy = f"has no effect {unused.otherwise}; leave it out (in an override: {field}=)"
             yield Finding(Fault(field, value, remedy), (*involved_fields(unused, field), field))
+
+
+def of_rules(rules: list[NamedRule], recipe: Recipe, world_size: int | None) -> Iterator[Finding]:
+    """Yields the faults that rules find."""
+    for involves, check in rules:
+        for fault in check(recipe, world_size):
+            yield Finding(fault, (*involves, fault.field))
+
+
+def of_stages(recipe: Recipe, world_size: int | None) -> Iterator[Finding]:
+    """Yields the faults of every training stage's recipe; one of fields that the stage does not set
+    and that an earlier stage has had, once."""
+    seen: list[Fault] = []
+    for stage in training_stages(recipe):
+        own = set_by(recipe.stage[stage.index])
+        for fault, involves in of_rules(RULES, stage.checked, world_size):
+            if fault in seen and not any(setter(name, own) for name in involves):
+                continue
+            seen.append(fault)
+            field = field_to_change(recipe, stage.index, fault.field)
+            remedy = fault.remedy.replace(fault.field, field) + f" (in stage {stage.index})"
+            others = (field_in_force(recipe, stage.index, name) for name in involves)
+            yield Finding(Fault(field, fault.value, remedy), (field, *others))

@@ -8,6 +8,7 @@ run; the first has the number 1. The events are
 - `save`: the step of the checkpoint, the `blocked_seconds` in which training waited for it, the
   `seconds` until it was complete, and its `bytes`; of the last two what is known;
 - `validation`: the loss, and its seconds;
+- `stage`: a training stage begins within the attempt: its index and its layout;
 - `stop`: its `reason`: `finished`, `until` (the step that was asked for), the name of a signal, or
   `error` with the first line of its `message`.
 
@@ -88,6 +89,10 @@ class Events:
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Records a validation."""
         self.add("validation", step, loss=loss, seconds=round(seconds, 4))
+
+    def stage(self, step: int, index: int, layout: dict[str, int]) -> None:
+        """Records that a training stage begins after `step` steps."""
+        self.add("stage", step, stage=index, layout=layout)
 
     def stop(self, step: int, reason: str, **fields: Any) -> None:
         """Records why this attempt ends; only the first call counts."""

@@ -1,4 +1,4 @@
-"""Makes and opens a run's folder, and checks which recipe fields may change on resumption."""
+"""Makes, opens and locks the folder of a run, and writes its recipe."""
 
 import os
 import re
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from colonnade.launcher.errors import Fault, RecipeError, UserError
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS, COMING, LOCK, RECIPE, SAVE
 from colonnade.launcher.train.lock import locked
+from colonnade.launcher.train.resumable import check_resumable
 
 
 class ResumePoint(NamedTuple):
@@ -28,6 +29,7 @@ class ResumePoint(NamedTuple):
 
 
 NEWEST = ResumePoint()
+STEP = r"step-\d+"  # the name of a checkpoint that is whole
 
 
 class OpenRun(NamedTuple):
@@ -88,7 +90,7 @@ def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
 
     with locked(folder):
         if (folder / RECIPE).is_file() and newest(folder / CHECKPOINTS):
-            check_resumable(saved_recipe(folder), recipe)
+            check_resumable(saved_recipe(folder), recipe, newest_step(folder))
             write_recipe(recipe, folder / COMING)
             yield OpenRun(folder, True)
             return
@@ -134,12 +136,23 @@ def run_of(path: Path) -> tuple[Path, str | None]:
     folder = path.absolute().parent
     if folder.name != CHECKPOINTS or (path / RECIPE).is_file():
         return path, None
-    if not re.fullmatch(r"step-\d+", path.name):
+    if not re.fullmatch(STEP, path.name):
         raise UserError(
             f"--resume {path}: a run goes on from a folder step-N; rename it to that, if it is to "
             "take the place of what the run has"
         )
     return folder.parent, str(path.absolute())
+
+
+def newest_step(folder: Path) -> int:
+    """Returns the step of a run's newest checkpoint; 0 without one."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
+    return max((step_in(name) for name in names if re.fullmatch(STEP, name)), default=0)
+
+
+def step_in(name: str) -> int:
+    """Returns the step of a checkpoint's name."""
+    return int(name.partition("-")[2])
 
 
 def adopt(folder: Path) -> None:
@@ -169,46 +182,3 @@ def saved_recipe(folder: Path) -> Recipe:
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder}: no run here ({RECIPE} is missing); name a folder under runs/")
     return load_recipe(folder / RECIPE)
-
-
-def check_resumable(saved: Recipe, wanted: Recipe) -> None:
-    """Raises RecipeError where the model, the kind of optimizer or the samples would change.
-
-    The layout, the optimizer's numbers, precision, the number of steps and reports may change. The
-    paths of tokenizer and data files may change, too: the checkpoint identifies them by content.
-    """
-
-    def fixed_fields(recipe: Recipe) -> dict[str, object]:
-        train = ("seed", "seq_len", "global_batch", "ramp_batch", "ramp_steps")
-        may_change = {"path", "column"}
-        fields: dict[str, object] = {f"train.{f}": getattr(recipe.train, f) for f in train}
-        model = recipe.model.model_dump()
-        fields |= {f"model.{f}": v for f, v in model.items() if recipe.model.unused(f) is None}
-        # the dtypes of `parallel.parallelize.storage_dtype`, which would import torch
-        fields["train.precision"] = "fp64" if recipe.train.precision == "fp64" else "fp32 or bf16"
-        # Fields that follow from others do so in muP's base as well: a field that is given at the
-        # value it had by default changes the base alone.
-        if base := recipe.model.base():
-            fields |= {f"model.mup_base.{f}": value for f, value in base.model_dump().items()}
-        fields["optimizer.name"] = recipe.optimizer.name
-        fields["data.validation"] = recipe.data.validation
-        fields["data.packing"] = recipe.data.packing
-        fields["data.sources"] = len(recipe.data.sources)
-        for number, source in enumerate(recipe.data.sources):
-            known = source.model_dump(exclude=may_change).items()
-            fields |= {f"data.sources.{number}.{f}": value for f, value in known}
-        return fields
-
-    required = fixed_fields(saved)
-    faults = [
-        Fault(
-            field,
-            value,
-            f"the run began with {required[field]!r}, and a run keeps its model, its optimizer and "
-            "the order of its data; leave it, or start a new run",
-        )
-        for field, value in fixed_fields(wanted).items()
-        if field in required and value != required[field]
-    ]
-    if faults:
-        raise RecipeError(faults)

@@ -12,6 +12,7 @@ import torch
 from colonnade.launcher.cluster.devices import peak_flops
 from colonnade.launcher.cluster.memory import peak_gib
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.stages import TrainingStage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.lines import Lines, without_nan
@@ -93,16 +94,24 @@ class Monitor:
         unfinished: the live line has not been ended by a newline.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, start: int, attempt: int) -> None:
-        self.steps, self.window = recipe.train.steps, deque[tuple[float, int]](maxlen=20)
+    def __init__(
+        self, run: Path, recipe: Recipe, stage: TrainingStage, start: int, attempt: int
+    ) -> None:
+        self.steps = training_stages(recipe)[-1].stop
         self.path, self.attempt = run / METRICS, attempt
         self.lines = Lines(self.path)
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
-        self.flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
-        self.loads = LoadWatch(recipe)
         self.live, self.unfinished = sys.stdout.isatty(), False
         self.last_print = 0.0
+        self.begin_stage(stage)
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """From now on steps are those of a training stage."""
+        recipe = stage.recipe
+        self.window = deque[tuple[float, int]](maxlen=20)
+        self.flops = measure(recipe.model, recipe.train.seq_len).flops_per_token
+        self.loads = LoadWatch(recipe)
 
     def step(self, metrics: dict[str, Any], tokens: int, world: World) -> None:
         """Records one step, and prints its line.

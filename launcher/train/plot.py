@@ -1,6 +1,7 @@
 """Plots the losses of a run, and the loads of its experts."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def plot_loss(run: Path) -> Path | None:
     axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1, label="training")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#c0392b", marker="o", label="validation")
+    stages = [(r["step"], r["stage"]) for r in rows if "stage" in r]
+    for (before, _), _ in (pair for pair in pairwise(stages) if pair[0][1] != pair[1][1]):
+        axes.axvline(before + 0.5, color="#34495e", linewidth=0.8, linestyle=":")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -16,20 +16,23 @@ from typing import Any
 from colonnade.launcher.cluster.environment import RankEnvironment, restarts
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.stages import TrainingStage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.run_files import METRICS, RECIPE
 from colonnade.launcher.train.folder import (
     ResumePoint,
-    check_resumable,
+    newest_step,
     open_existing,
     open_named,
     open_new,
     run_of,
     saved_recipe,
+    step_in,
 )
 from colonnade.launcher.train.metrics import read_metrics
-from colonnade.launcher.train.schedule import first_sample
+from colonnade.launcher.train.resumable import check_resumable
+from colonnade.launcher.train.schedule import describe_stage, first_sample
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def resume(
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, resumed=True)
-    check_resumable(saved, recipe)
+    step = newest_step(folder) if checkpoint is None else step_in(Path(checkpoint).name)
+    check_resumable(saved, recipe, step)
     ignore_early_requests(recipe)
     from colonnade.launcher.train.start import Order, start
 
@@ -208,19 +212,27 @@ def describe(
     from colonnade.launcher.data import check_data
     from colonnade.models.shapes import measure
 
-    data = check_data(recipe)
-    shape, train = measure(recipe.model, recipe.train.seq_len), recipe.train
-    tokens = train.global_batch * train.seq_len
-    total = first_sample(train, train.steps) * train.seq_len
+    data, stages = check_data(recipe), training_stages(recipe)
+    shapes = [measure(stage.recipe.model, stage.recipe.train.seq_len) for stage in stages]
+    tokens = [tokens_of(stage) for stage in stages]
+    flops = sum(n * shape.flops_per_token for n, shape in zip(tokens, shapes, strict=True))
+    shape, train = shapes[0], stages[0].recipe.train
     return {
         "recipe": recipe.name,
         "sub-blocks": len(recipe.model.symbols),
         "parameters": shape.parameters,
         "active parameters": shape.active,
+        **({"stages": "; ".join(map(describe_stage, stages))} if recipe.stage else {}),
         "training FLOPs per token": shape.flops_per_token,
-        "tokens per step": tokens,
-        "tokens in all": total,
-        "training FLOPs in all": float(total * shape.flops_per_token),
-        **{axis: degree for axis, degree in recipe.parallel.degrees(size).items()},
+        "tokens per step": train.global_batch * train.seq_len,
+        "tokens in all": sum(tokens),
+        "training FLOPs in all": float(flops),
+        **{axis: degree for axis, degree in stages[0].recipe.parallel.degrees(size).items()},
         "data": "; ".join(data),
     }
+
+
+def tokens_of(stage: TrainingStage) -> int:
+    """Returns the tokens of a training stage."""
+    train = stage.recipe.train
+    return first_sample(train, stage.steps) * train.seq_len

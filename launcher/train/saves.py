@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ from colonnade.launcher.checkpoint import (
     choose,
     load,
     prune,
+    read_state,
     set_aside,
     step_folder,
 )
@@ -21,6 +23,7 @@ from colonnade.launcher.checkpoint.folders import checkpoints, step_of
 from colonnade.launcher.checkpoint.tensors import changing_names, named_tensors
 from colonnade.launcher.cluster.collective import on_rank_zero
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.stages import TrainingStage
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS, LOCK, SAVE
 from colonnade.launcher.train.events import Events
@@ -28,20 +31,23 @@ from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.weights.fill import fill
 from colonnade.launcher.weights.source import open_weights
+from colonnade.models.records import matches, records_of
 
 if TYPE_CHECKING:
     from colonnade.launcher.train.job import Job
 
 
-def open_saver(recipe: Recipe, run: Path, events: Events) -> Saver:
-    """Returns what saves a run's checkpoints, records them, and deletes old ones after each."""
-    settings, folder = recipe.checkpoint, run / CHECKPOINTS
+def open_saver(stages: Sequence[TrainingStage], run: Path, events: Events) -> Saver:
+    """Returns what saves a run's checkpoints, records them, and after each deletes old ones, but
+    for those at the ends of training stages."""
+    recipe, folder = stages[0].recipe, run / CHECKPOINTS
+    settings, stops = recipe.checkpoint, [stage.stop for stage in stages[:-1]]
 
     def committed(save: Save) -> None:
         step = cast(int, step_of(save.folder))
         waited = save.blocked_so_far()
         write_below(run, lambda: events.save(step, waited, save.seconds, save.bytes))
-        write_below(folder, lambda: prune(folder, settings.keep, settings.keep_every))
+        write_below(folder, lambda: prune(folder, settings.keep, settings.keep_every, stops))
 
     return Saver(settings.asynchronous, committed, recipe.parallel.timeout)
 
@@ -54,6 +60,7 @@ def save(job: "Job", wait: bool) -> None:
         "step": job.step,
         "bad_steps": job.bad_steps,
         "updates": job.optimizer.updates,
+        **({"before": job.before} if job.before else {}),
         "data": (job.reader or job.data.train).state(),
     }
     about = {
@@ -126,29 +133,67 @@ def start_from_weights(job: "Job") -> None:
         print("\n".join(sentences), flush=True)
 
 
-def restore(job: "Job", source: ResumePoint) -> None:
-    """Loads a checkpoint, and sets later ones aside, which the run will make again. Collective.
+def find_checkpoint(run: Path, source: ResumePoint) -> Choice:
+    """Returns the checkpoint from which a run goes on. Collective.
 
     Raises:
-        UserError: there is none, it is damaged, or it is past `train.steps`.
+        UserError: there is none.
     """
     if source.checkpoint is not None:
-        choice = Choice(Path(source.checkpoint), {})
-    else:
-        choice = choose(job.checkpoints, source.automatic)
-    folder, passed = choice
-    if folder is None:
-        raise UserError(f"{job.run}: no complete checkpoint to resume from; train it anew")
-    state = load(folder, named_tensors(job.model, job.optimizer))
-    if state["step"] > job.recipe.train.steps:
+        return Choice(Path(source.checkpoint), {})
+    choice = choose(run / CHECKPOINTS, source.automatic)
+    if choice.folder is None:
+        raise UserError(f"{run}: no complete checkpoint to resume from; train it anew")
+    return choice
+
+
+def stage_after(stages: Sequence[TrainingStage], choice: Choice) -> TrainingStage:
+    """Returns the training stage that goes on from a checkpoint: at the end of one the next.
+    Collective.
+
+    Raises:
+        UserError: it is past the last step.
+    """
+    folder = cast(Path, choice.folder)
+    step, last = on_rank_zero(lambda: read_state(folder)["step"]), stages[-1].stop
+    if step > last:
         raise UserError(
-            f"train.steps = {job.recipe.train.steps}: the run is at step {state['step']} "
-            "already; set train.steps above it"
+            f"train.steps = {last}: the run is at step {step} already; set train.steps above it"
+            if len(stages) == 1
+            else f"the stages end at step {last}, and the run is at step {step} already; add one"
         )
-    job.optimizer.resume(state["updates"], {})
+    return next((stage for stage in stages if step < stage.stop), stages[-1])
+
+
+def restore(job: "Job", choice: Choice) -> None:
+    """Loads a checkpoint of the job's training stage, or of the end of the stage before, and sets
+    later ones aside, which the run will make again. Collective.
+
+    A parameter that the stage before had frozen has no state there: its state begins anew.
+    """
+    folder, stage = cast(Path, choice.folder), job.stage
+    tensors = named_tensors(job.model, job.optimizer)
+    begins = stage.index > 0 and on_rank_zero(lambda: read_state(folder)["step"]) == stage.first
+    earlier = job.stages[stage.index - 1] if begins else stage
+    began = frozen_names(earlier.recipe) - frozen_names(stage.recipe)
+    missing = {f"optimizer.{name}" for name in began}
+    tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in missing}
+    state = load(folder, tensors, partial=begins)
+    frozen = frozen_names(stage.recipe)
+    before = {name: count for name, count in state.get("before", {}).items() if name not in frozen}
+    job.before = before | dict.fromkeys(sorted(began), state["updates"])
+    job.optimizer.resume(state["updates"], job.before)
     job.step, job.bad_steps = state["step"], state["bad_steps"]
-    job.data.train.load_state(state["data"])
+    if earlier.order == stage.order:
+        job.data.train.load_state(state["data"])
+    passed = choice.passed
     on_rank_zero(lambda: write_below(job.checkpoints, lambda: set_later_aside(job, passed)))
+
+
+def frozen_names(recipe: Recipe) -> set[str]:
+    """Returns the canonical names of the parameters and buffers that a recipe freezes."""
+    patterns = recipe.train.freeze
+    return {name for name in records_of(recipe.model) if matches(name, patterns)}
 
 
 def set_later_aside(job: "Job", passed: dict[Path, str]) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from colonnade.launcher.recipe.stages import TrainingStage
 from colonnade.launcher.recipe.tables import OptimizerConfig, TrainConfig
 
 
@@ -63,19 +64,39 @@ def floor_sum(n: int, a: int, m: int) -> int:
         n, b, m, a = top // m, top % m, a, m
 
 
-def micro_batches(config: TrainConfig, step: int, rank: int, ranks: int) -> list[list[int]]:
-    """The samples of one step that data rank `rank` of `ranks` reads, a list per micro-batch.
+def stage_learning_rate(stage: TrainingStage, step: int) -> float:
+    """The learning rate of step `step` of a run, in this training stage."""
+    within = step - stage.schedule_first
+    return learning_rate(stage.recipe.optimizer, within, stage.schedule_steps)
+
+
+def micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int) -> list[list[int]]:
+    """The samples of one step of a run that data rank `rank` of `ranks` reads, a list per
+    micro-batch.
 
     Together the data ranks read each sample of the step exactly once, whatever their number. The
     samples of a micro-batch are consecutive, so that no balance group is split.
     """
-    first, size = first_sample(config, step), config.micro_batch
+    config = stage.recipe.train
+    first = stage.samples + first_sample(config, step - stage.first)
+    size = config.micro_batch
     count = batch_size(config, step) // (size * ranks)
     starts = (first + (i * ranks + rank) * size for i in range(count))
     return [list(range(start, start + size)) for start in starts]
 
 
-def reading_plan(config: TrainConfig, start: int, rank: int, ranks: int) -> Iterator[list[int]]:
-    """The samples of every micro-batch of this data rank from step `start` on, in order."""
-    for step in range(start, config.steps):
-        yield from micro_batches(config, step, rank, ranks)
+def reading_plan(stage: TrainingStage, start: int, rank: int, ranks: int) -> Iterator[list[int]]:
+    """The samples of every micro-batch of this data rank from step `start` of a run on, to the end
+    of the stage, in order."""
+    for step in range(start, stage.stop):
+        yield from micro_batches(stage, step, rank, ranks)
+
+
+def describe_stage(stage: TrainingStage) -> str:
+    """Describes a training stage: its steps, its batch, its learning rate, what it freezes."""
+    train, optimizer = stage.recipe.train, stage.recipe.optimizer
+    frozen = f", frozen: {' '.join(train.freeze)}" if train.freeze else ""
+    return (
+        f"stage {stage.index}, steps {stage.first + 1:,} to {stage.stop:,}: {train.global_batch:,} "
+        f"rows of {train.seq_len:,} tokens, {optimizer.schedule} lr {optimizer.lr:g}{frozen}"
+    )

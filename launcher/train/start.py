@@ -25,7 +25,7 @@ from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS, SAVE
 from colonnade.launcher.train.folder import NEWEST, OpenRun, ResumePoint
-from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.run import Run
 from colonnade.parallel.world import open_world
 

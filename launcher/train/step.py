@@ -14,8 +14,9 @@ from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.errors import UserError
+from colonnade.launcher.recipe.stages import TrainingStage
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.schedule import batch_size, learning_rate
+from colonnade.launcher.train.schedule import batch_size, stage_learning_rate
 from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
 from colonnade.parallel.mesh import data_rank, ranks_per_loss, ranks_per_sample
@@ -67,7 +68,7 @@ def train_step(
     engine: Engine,
     batches: Sequence[Batch],
     samples: Sequence[Sequence[int]],
-    recipe: Recipe,
+    stage: TrainingStage,
     step: int,
     timer: Timer | None = None,
     before_update: Callable[[], object] = lambda: None,
@@ -78,12 +79,12 @@ def train_step(
     `timer` measures its parts `passes` and `update`. `before_update` is called before parameters
     and optimizer state change.
     """
-    timer = timer or Timer()
+    timer, recipe = timer or Timer(), stage.recipe
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
     with timer.part("passes"):
         report = engine.gradients(batches, samples, groups, rng_key)
-    lr = learning_rate(recipe.optimizer, step, recipe.train.steps)
+    lr = stage_learning_rate(stage, step)
     if not report.finite or not report.tokens:
         engine.discard()
         return Result(report, lr)

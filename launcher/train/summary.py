@@ -17,8 +17,9 @@ from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
 
-def describe_job(recipe: Recipe, world: World, data: Data, step: int) -> str:
-    """Describes the model, the ranks, the device and the data, for the start of the output."""
+def describe_job(recipe: Recipe, world: World, data: Data, step: int, steps: int) -> str:
+    """Describes the model, the ranks, the device and the data, for the start of the output; the run
+    is at `step` of `steps`."""
     size = measure(recipe.model, recipe.train.seq_len)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
@@ -26,11 +27,17 @@ def describe_job(recipe: Recipe, world: World, data: Data, step: int) -> str:
     if unused and recipe.train.device == "auto":
         count = torch.cuda.device_count()
         text += f" (this host has {count} GPUs, for jobs with at most one rank per GPU)"
-    text += f"\n{data.train.describe()}"
+    text += f"\n{describe_data(recipe, data)}"
+    if step:
+        text += f"\nresumed after step {step} of {steps}"
+    return text
+
+
+def describe_data(recipe: Recipe, data: Data) -> str:
+    """Describes the rows to train and to validate on."""
+    text = data.train.describe()
     if recipe.data.validation_sources and data.validation is not None:
         text += f"\nvalidation  {data.validation.describe()}"
-    if step:
-        text += f"\nresumed after step {step} of {recipe.train.steps}"
     if recipe.data.held_out and recipe.train.validate_rows and data.validation is None:
         text += "\nno validation: the data have too few documents to hold rows out, or are streamed"
     return text
@@ -53,9 +60,9 @@ def start_facts(recipe: Recipe, world: World) -> dict[str, Any]:
     }
 
 
-def print_summary(run: Path, recipe: Recipe, world: World, step: int) -> None:
+def print_summary(run: Path, steps: int, world: World, step: int) -> None:
     """Prints, on rank 0, the plots' paths, the run's folder, the goodput of a run that was started
-    several times, and how to continue the run."""
+    several times, and how to continue the run of so many `steps`."""
     try:
         for draw in (plot_loss, plot_loads):
             if plot := draw(run):
@@ -67,7 +74,7 @@ def print_summary(run: Path, recipe: Recipe, world: World, step: int) -> None:
     if sum(event["event"] in STARTS for event in events) > 1:
         spent = goodput(events, read_metrics(run / METRICS, superseded=True))
         print(f"goodput     {spent.describe()}" if spent else "goodput     no time has passed")
-    if step < recipe.train.steps:
+    if step < steps:
         ranks = f" --nproc {world.size}" if world.size > 1 else ""
         print(
             f"stopped after step {step}, saved; go on with: colonnade train --resume {run}{ranks}"

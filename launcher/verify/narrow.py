@@ -79,8 +79,8 @@ def fields_by_position(m: ModelConfig, repeat: int) -> dict[str, object]:
     """The fields that name sub-blocks by their position, for the row of `repeat` patterns.
 
     A ladder over all sub-blocks stays one; a ladder over the last ones leaves out the first. Where
-    some attention sub-blocks have full attention and others a window, both kinds stay, if the row
-    has room for both.
+    some attention sub-blocks have full attention and others a window, or some have positions and
+    others none, both kinds stay, if the row has room for both.
     """
     sub_blocks = len(m.pattern) * repeat
     attentions = m.pattern.count("*") * repeat
@@ -88,10 +88,11 @@ def fields_by_position(m: ModelConfig, repeat: int) -> dict[str, object]:
     if m.ladder_last is not None:
         over_all = m.ladder_last >= len(m.symbols)
         update["ladder_last"] = min(m.ladder_last, sub_blocks if over_all else sub_blocks - 1)
-    if m.full_attention:
-        windows_in_mtp = m.mtp > 0 and "*" in m.mtp_pattern
-        full = tuple(n for n in m.full_attention if n < attentions)
-        if not full or (len(full) == attentions and not windows_in_mtp):
-            full = (0,) if attentions > 1 else ()
-        update["full_attention"] = full
+    for field in ("full_attention", "unrotated"):
+        if listed := getattr(m, field):
+            in_mtp = m.mtp > 0 and "*" in m.mtp_pattern
+            kept = tuple(n for n in listed if n < attentions)
+            if not kept or (len(kept) == attentions and not in_mtp):
+                kept = (0,) if attentions > 1 else ()
+            update[field] = kept
     return update

@@ -11,6 +11,7 @@ from random import Random
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.stages import recipe_of_stage
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
@@ -94,6 +95,7 @@ def plan_job(
     layouts: Sequence[str],
     sample: int | None = None,
     seed: int = 0,
+    stage: int | None = None,
 ) -> Job:
     """Loads the recipe, and chooses the cases of `size` ranks to verify.
 
@@ -104,6 +106,7 @@ def plan_job(
         layouts: names of cases; none: the covering set.
         sample: how many cases of the covering set; None: all.
         seed: chooses them.
+        stage: of a recipe with training stages, the one that is compared.
 
     Raises:
         UserError: there is nothing to compare, or a mistake in the recipe or a layout.
@@ -123,6 +126,7 @@ def plan_job(
         recipe = load_recipe(recipe, overrides, None, report, fields_of_init)
     elif overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
+    recipe = recipe_of_stage(recipe, stage)
     parallel = ParallelConfig.model_validate(dict(explicit_fields(recipe.parallel)) | shared)
     recipe = recipe.model_copy(update={"parallel": parallel})
     if chosen:

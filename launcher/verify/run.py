@@ -62,6 +62,7 @@ def verify(
     layouts: Sequence[str] = (),
     sample: int | None = None,
     seed: int = 0,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """Compares a few steps of a recipe, shrunk to test size, under layouts and in one process.
 
@@ -80,6 +81,7 @@ def verify(
             of options, that is possible.
         sample: how many cases of the covering set are drawn; None: all.
         seed: of that draw.
+        stage: of a recipe with training stages, the one that is compared.
 
     Returns:
         the report, on every rank: `equal`, and for every layout and precision its `verdict`
@@ -97,7 +99,7 @@ def verify(
         True
     """
     size = number_of_ranks(nproc)
-    (report,) = run_jobs([plan_job(recipe, overrides, size, layouts, sample, seed)], nproc)
+    (report,) = run_jobs([plan_job(recipe, overrides, size, layouts, sample, seed, stage)], nproc)
     return report
 
 

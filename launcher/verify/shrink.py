@@ -12,6 +12,8 @@ from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.verify.cases import Case, rewired, with_case
 from colonnade.launcher.verify.layouts import accumulated, data_ranks, with_layout
 from colonnade.launcher.verify.narrow import narrow_model
+from colonnade.models.config import ModelConfig
+from colonnade.models.records import matches, records_of
 
 STEPS = 3
 ROW, SEGMENT = 16, 4  # tokens of a row and of a segment, at least
@@ -55,13 +57,24 @@ def shrink(recipe: Recipe, ranks: int, cases: Iterable[Case], steps: int = STEPS
         "eps": max(EPS, optimizer.eps),
         "clip": min(CLIP, optimizer.clip),
     }
+    model = without_unused(narrow_model(recipe.model, ranks, stages))
+    train |= {"freeze": frozen_in(model, recipe.train.freeze)} if recipe.train.freeze else {}
     tables = {
-        "model": without_unused(narrow_model(recipe.model, ranks, stages)),
+        "model": model,
         "optimizer": changed(optimizer, constant_rate, remove=("warmup", "decay", "min_lr")),
         "data": DataConfig(sources=(SourceConfig(format="tokens", path="none"),)),
         "train": changed(recipe.train, train, remove=("ramp_batch", "ramp_steps", "timeline")),
     }
     return recipe.model_copy(update=tables)
+
+
+def frozen_in(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Those patterns of frozen names that match something in a model of a shorter row; none where
+    they match all of it."""
+    names = records_of(model)
+    if all(matches(name, patterns) for name in names):
+        return ()
+    return tuple(p for p in patterns if any(matches(name, [p]) for name in names))
 
 
 def on_case(small: Recipe, ranks: int, case: Case, precision: str) -> Recipe:

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.data import Batch
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_engine
 from colonnade.launcher.train.schedule import micro_batches
@@ -87,7 +88,7 @@ def record_trace(
     engine = build_engine(recipe, world, perturb_initial_weights)
     mesh, model, optimizer = engine.mesh, engine.model, engine.optimizer
     shards: dict[str, Shard] = {}
-    step = 0
+    (stage,), step = training_stages(recipe), 0
 
     def record(kind: str, name: str, value: Tensor) -> None:
         shards[f"{kind}/{name}"] = copy_shard(value)
@@ -105,10 +106,10 @@ def record_trace(
             set_weights(model, {name: starts[f"after step {step}: {name}"] for name in names})
         if change is not None:
             change(model, step)
-        samples = micro_batches(recipe.train, step, *data_rank(mesh))
+        samples = micro_batches(stage, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
         batches = [random_rows(of_batch, vocab, length) for of_batch in samples]
-        report = train_step(engine, batches, samples, recipe, step).report
+        report = train_step(engine, batches, samples, stage, step).report
         # undo the clipping: with it, a fault in one gradient would change all others
         factor = clip_factor(report.grad_norm, recipe.optimizer.clip)
         for key in shards:

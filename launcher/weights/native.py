@@ -14,7 +14,7 @@ from colonnade.launcher.checkpoint.folders import STATE, TENSORS, step_folder, w
 from colonnade.launcher.checkpoint.manifest import FileRecord, checksums, write_manifest
 from colonnade.launcher.convert.huggingface.folder import CONFIG, tokenizer_files
 from colonnade.launcher.recipe.load import dump_recipe
-from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.launcher.run_files import CHECKPOINTS, RECIPE
 from colonnade.launcher.weights.logits import of_decoder
 from colonnade.launcher.weights.source import (
@@ -82,7 +82,9 @@ class NativeTarget(Target):
         data = DataConfig(tokenizer=tokenizer)
         if tokenizer is None:  # unknown, where the default would be bytes
             data = DataConfig(sources=(SourceConfig(format="tokens", path="tokens"),))
-        recipe = Recipe(name="converted", model=self.weights.config, data=data)
+        length = self.weights.seq_len
+        train = TrainConfig() if length is None else TrainConfig(seq_len=length)
+        recipe = Recipe(name="converted", model=self.weights.config, data=data, train=train)
         write_durably(folder / RECIPE, dump_recipe(recipe))
 
 

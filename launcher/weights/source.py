@@ -28,6 +28,7 @@ from colonnade.launcher.convert.huggingface.family import (
 from colonnade.launcher.convert.huggingface.folder import CONFIG, Shards, family_in, read_json
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.stages import recipe_at
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.run_files import RECIPE
@@ -46,11 +47,13 @@ class Weights(ABC):
         folder: where they are.
         config: of the model, valid as the `[model]` table of a recipe.
         shapes: by canonical name, of parameters and buffers.
+        seq_len: tokens of the sequences that the model is made for; None: it is not known.
     """
 
     folder: Path
     config: ModelConfig
     shapes: Shapes
+    seq_len: int | None = None
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -137,6 +140,11 @@ def tokenizer_folder(path: Path) -> Path | None:
     return folder.parent if folder is not None and folder.is_file() else folder
 
 
+def recipe_in_force(checkpoint: Path) -> Recipe:
+    """Returns the recipe of the training stage in which a checkpoint of a run was made."""
+    return recipe_at(load_recipe(recipe_of(checkpoint)), step_of(checkpoint) or 0)
+
+
 def recipe_of(path: Path) -> Path:
     """Returns the recipe of a run, or of the run of a checkpoint."""
     return (path if step_of(path) is None else path.absolute().parent.parent) / RECIPE
@@ -152,7 +160,8 @@ class CheckpointWeights(Weights):
                 f"checkpoint {folder}: {recipe} is missing, which describes its model; name a "
                 "checkpoint in the folder of its run"
             )
-        self.folder, self.config = folder, load_recipe(recipe).model
+        self.folder, in_force = folder, recipe_in_force(folder)
+        self.config, self.seq_len = in_force.model, in_force.train.seq_len
         self.catalog: Catalog = read_catalog(folder)
         self.shapes = shapes_of(self.config)
         absent = sorted(set(self.shapes) - set(self.catalog.tensors))
@@ -205,7 +214,8 @@ class HuggingFaceWeights(Weights):
         for sentence in unread_tensors(family, shards):
             notify(sentence)
         self.folder, self.config, self.shapes = folder, without_unused(config), shapes_of(config)
-        self.shards = shards
+        self.shards, length = shards, fields.get("max_position_embeddings")
+        self.seq_len = length if isinstance(length, int) and length > 0 else None
         self.direct = stack.enter_context(closing(Files(folder))) if once else None
         self.entry_of: dict[str, Entry] = {n: e for e in entries for n in e.native_names}
         self.check_dtypes()

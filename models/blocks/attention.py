@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from colonnade.kernels.attention import attention
-from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.rope import RopeScaling, rotate, yarn_mscale
@@ -46,7 +46,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Softmax, Context], Tensor]
 
 def local_attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Context) -> Tensor:
     """Attends to keys and values on this device: the `attend` seam's default."""
-    return attention(q, k, v, documents=context.documents, **vars(softmax))
+    return attention(q, k, v, documents=context.key_documents(len(k)), **vars(softmax))
 
 
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:
@@ -61,14 +61,33 @@ def rope_scaling(config: ModelConfig) -> RopeScaling | None:
     )  # fmt: skip
 
 
-def score_scale(config: ModelConfig) -> float:
-    """Returns the factor of scores: 1/√P; under muP 1/P, equal to that at the base width.
+class Rotary:
+    """The rotary positions of the attentions of a row."""
 
-    muP: arXiv:2203.03466, section 4.1. Latent attention under YaRN also multiplies it by the square
-    of the factor from `mscale_all_dim` (DeepSeek-V3).
+    def __init__(self, config: ModelConfig) -> None:
+        self.width, self.scaling = rotated_width(config), rope_scaling(config)
+        self.rope_of = config.rope_of
+
+    @torch.compiler.disable
+    def table(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Returns the rotary table of the sub-block at `context.index`; None: it has none."""
+        rope = self.rope_of(context.index) if self.width else None
+        if rope is None:
+            return None
+        theta, scaled = rope
+        return context.rope(self.width, theta, dtype, self.scaling if scaled else None)
+
+
+def score_scale(config: ModelConfig) -> float:
+    """Returns the factor of scores: 1/√P or the configured one.
+
+    Under muP (arXiv:2203.03466, section 4.1) it is that at the base width, and falls as 1/P. Latent
+    attention under YaRN also multiplies it by the square of the factor from `mscale_all_dim`
+    (DeepSeek-V3).
     """
-    base, width = config.base(), config.score_width
-    scale = width**-0.5 if base is None else base.score_width**0.5 / width
+    width = config.score_width
+    base_width = width if (base := config.base()) is None else base.score_width
+    scale = (config.attention_multiplier or base_width**-0.5) * base_width / width
     if config.attention == "mla" and config.rope_scaling == "yarn" and config.rope_mscale_all:
         scale *= yarn_mscale(config.rope_factor, config.rope_mscale_all) ** 2
     return scale
@@ -81,14 +100,13 @@ class QKV(Convolving):
         super().__init__(records)
         c = config
         self.width = c.head_dim
-        self.rotated = rotated_width(c)
-        self.theta, self.scaling = c.rope_theta, rope_scaling(c)
+        self.rotary = Rotary(c)
         self.gate, self.qk_norm, self.taps = c.attention_gate, c.qk_norm, c.attention_conv
         self.eps, self.offset = c.norm_eps, 1.0 if c.norm == "rms_offset" else 0.0
 
     def project(self, x: Tensor, name: str, context: Context) -> Tensor:
         """Returns one of q, k, v before rotary positions: `[S, B, heads, P]`."""
-        y = linear(x, self.weight_of(name))
+        y = self.linear(x, name)
         if self.taps:
             y = self.conv(y, self.weight_of(f"conv_{name}"), None, False, f"conv_{name}", context)
         normed = self.qk_norm != "none" and name != "v"
@@ -106,7 +124,7 @@ class QKV(Convolving):
         The latter is gated attention of arXiv:2306.12929, section 4.2. None without a gate.
         """
         if self.gate == "channel":
-            return linear(x, self.weight_of("gate_z")).unflatten(-1, (-1, self.width))
+            return self.linear(x, "gate_z").unflatten(-1, (-1, self.width))
         if self.gate == "head":
             weight = self.weight_of("gate_w")
             slices = self.sharding.local(x, -1).unflatten(-1, weight.shape)
@@ -115,8 +133,7 @@ class QKV(Convolving):
 
     def forward(self, x: Tensor, context: Context) -> Projected:
         q, k, v = (self.project(x, name, context) for name in "qkv")
-        if self.rotated:
-            table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
+        if (table := self.rotary.table(context, x.dtype)) is not None:
             q, k = rotate(q, table), rotate(k, table)
         return Projected(q, k, v, self.output_gate(x))
 
@@ -132,7 +149,7 @@ class AttendOut(ParameterModule):
         y = self.attend(p.q, p.k, p.v, softmax, context)
         if p.gate is not None:
             y = y * p.gate.sigmoid()
-        return linear(y.flatten(-2), self.weight_of("out"))
+        return self.linear(y.flatten(-2), "out")
 
 
 class Temperature(ParameterModule):

@@ -77,10 +77,20 @@ def local_conv(
     if context.cache is not None:
         if before is None:
             before = x.new_zeros(weight.shape[1] - 1, *x.shape[1:])
-        context.put(role, torch.cat([before, x])[len(x) :])
+        context.put(role, last_inputs(before, x, context.documents))
     return causal_conv(
         x, weight, bias, activation=activation, documents=context.documents, before=before
     )
+
+
+def last_inputs(before: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
+    """Returns the last rows of `before` and x together, as many as `before` has; zeros in place of
+    those that are of another document than the last token."""
+    rows = torch.cat([before, x])[len(x) :]
+    if documents is None:
+        return rows
+    document_of = torch.cat([documents[:1].expand(len(before), -1), documents])[len(x) :]
+    return rows.masked_fill((document_of != documents[-1])[..., None], 0)
 
 
 class Convolving(ParameterModule):

@@ -6,7 +6,7 @@ from torch import Tensor
 from colonnade.kernels.linear import linear
 from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.rope import rotate
-from colonnade.models.blocks.attention import Attention, Projected, rope_scaling
+from colonnade.models.blocks.attention import Attention, Projected, Rotary
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.parameter_module import ParameterModule
@@ -26,8 +26,7 @@ class Latents(ParameterModule):
         super().__init__(records)
         c = config
         self.head_dim, self.value_dim = c.head_dim, c.value_dim
-        self.rotated, self.rope, self.theta = c.rope_dim, c.positions == "rope", c.rope_theta
-        self.scaling, self.eps = rope_scaling(c), c.latent_norm_eps
+        self.rotary, self.eps, self.shared = Rotary(c), c.latent_norm_eps, c.rope_dim
         self.window_of = c.window_of
 
     def queries(self, x: Tensor) -> Tensor:
@@ -40,10 +39,9 @@ class Latents(ParameterModule):
     def forward(self, x: Tensor, context: Context) -> Projected:
         latent = rms_norm(linear(x, self.weight_of("kv_a")), self.weight_of("kv_norm"), self.eps)
         k_rope = linear(x, self.weight_of("k_rope"))[..., None, :]
-        q = self.queries(x).unflatten(-1, (-1, self.head_dim + self.rotated))
-        if self.rope:
-            table = context.rope(self.rotated, self.theta, x.dtype, self.scaling)
-            q_head, q_rope = q.split([self.head_dim, self.rotated], dim=-1)
+        q = self.queries(x).unflatten(-1, (-1, self.head_dim + self.shared))
+        if (table := self.rotary.table(context, x.dtype)) is not None:
+            q_head, q_rope = q.split([self.head_dim, self.shared], dim=-1)
             q = torch.cat([q_head, rotate(q_rope, table)], dim=-1)
             k_rope = rotate(k_rope, table)
         last = None if (window := self.window_of(context.index)) is None else window - 1

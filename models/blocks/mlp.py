@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from colonnade.kernels.activation import activated_linear
-from colonnade.kernels.linear import linear
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.cards.base import Card
 from colonnade.models.config import ModelConfig
@@ -18,8 +17,8 @@ class Up(ParameterModule):
     seams = ()
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        gate = linear(x, self.weight_of("gate")) if "gate" in self.specs else None
-        return linear(x, self.weight_of("up")), gate
+        gate = self.linear(x, "gate") if "gate" in self.specs else None
+        return self.linear(x, "up"), gate
 
 
 class Down(ParameterModule):
@@ -36,7 +35,8 @@ class Down(ParameterModule):
     ) -> Tensor:
         inner, poly = carried
         down = self.weight_of("down")
-        return activated_linear(*inner, down, self.activation, poly, self.sharding)
+        y = activated_linear(*inner, down, self.activation, poly, self.sharding)
+        return self.biased(y, "down")
 
 
 class Coefficients(ParameterModule):

@@ -19,7 +19,14 @@ from colonnade.models.options import (
     taps,
     width,
 )
-from colonnade.models.parameters import ParameterSpec, Split, constant, last_tap, normal
+from colonnade.models.parameters import (
+    ParameterSpec,
+    Split,
+    bias_of,
+    constant,
+    last_tap,
+    normal,
+)
 
 if TYPE_CHECKING:
     from colonnade.models.blocks.base import SubBlock
@@ -87,7 +94,11 @@ class AttentionCard(Card):
             "out", (c.hidden, inner), normal(out_std), "writes",
             tp=Split(1, c.heads, HEADS), half="second",
         )  # fmt: skip
-        return [*records, out]
+        return [
+            *records,
+            out,
+            *([bias_of(out)] if c.attention_bias == "all" and not latent(c) else []),
+        ]
 
     def mixing_flops(self, config: "ModelConfig", seq_len: int, index: int) -> int:
         """Counts 2 FLOPs per visible key and channel, for scores and for values: with the causal
@@ -106,7 +117,7 @@ class AttentionCard(Card):
 
 
 def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
-    """Returns projections, filters and norms of q, k and v, and the gate on the output."""
+    """Returns projections, biases, filters and norms of q, k and v, and the gate on the output."""
     keys = queries
     if c.is_explicit("kv_heads"):
         keys = Split(0, c.kv_heads, "model.kv_heads", replicable=True)
@@ -114,7 +125,8 @@ def grouped(c: "ModelConfig", queries: Split) -> list[ParameterSpec]:
     for name, split in {"q": queries, "k": keys, "v": keys}.items():
         size = split.units * c.head_dim
         fill = normal(0.0 if name == "q" and c.zero_init else c.init_std)
-        records.append(ParameterSpec(name, (size, c.hidden), fill, "reads", tp=split))
+        weight = ParameterSpec(name, (size, c.hidden), fill, "reads", tp=split)
+        records += [weight, *([bias_of(weight)] if c.attention_bias != "none" else [])]
         if c.attention_conv:  # the identity at first
             shape = size, c.attention_conv
             records.append(ParameterSpec(f"conv_{name}", shape, last_tap, decay=False, tp=split))
@@ -262,6 +274,9 @@ class AttentionOptions(Options):
     rope_truncate: Annotated[bool, choice(ROPE, YARN)] = option(
         True, "yarn: whole channels in the ramp's ends"
     )
+    attention_bias: Annotated[Literal["none", "qkv", "all"], choice(GQA)] = option(
+        "none", "biases on queries, keys and values, or on the output too"
+    )
     qk_norm: Annotated[Literal["none", "head", "full"], choice(GQA)] = option(
         "none", "norm queries and keys in each head, or over all of them"
     )
@@ -271,11 +286,25 @@ class AttentionOptions(Options):
     full_attention: Annotated[tuple[int, ...], Field(strict=False), choice(WINDOW)] = option(
         (), "which attentions of the row, counted from 0, have no window"
     )
+    window_rope_theta: Annotated[float, choice(ROPE, WINDOW)] = formula(
+        Formula("rope_theta"), "base of the rotary frequencies of attentions with a window", gt=0
+    )
+    window_rope_scaled: Annotated[bool, choice(ROPE, STRETCHED, WINDOW)] = option(
+        True, "rope_scaling applies to attentions with a window, too"
+    )
+    unrotated: Annotated[tuple[int, ...], Field(strict=False), choice(ROPE)] = option(
+        (), "which attentions of the row, counted from 0, have no rotary positions"
+    )
     sinks: Annotated[bool, choice()] = option(
         False, "a learned logit per head in the softmax, without a value"
     )
     attention_gate: Annotated[Literal["none", "head", "channel"], choice(GQA)] = option(
         "none", "sigmoid gate per head on its input slice, or per channel"
+    )
+    attention_multiplier: Annotated[float | None, choice()] = option(
+        None,
+        "factor of scores at the width of muP's base; default: 1 / √(channels of a score)",
+        gt=0,
     )
     attention_cap: Annotated[float | None, choice()] = option(
         None, "scores as cap · tanh(score / cap)", gt=0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from colonnade.kernels.activation_names import Activation, gated, polynomial
 from colonnade.models.cards.base import Card
 from colonnade.models.options import ROW, Count, Need, Options, choice, option, width
-from colonnade.models.parameters import ParameterSpec, Split, coefficients, normal
+from colonnade.models.parameters import ParameterSpec, Split, bias_of, coefficients, normal
 
 if TYPE_CHECKING:
     from colonnade.models.blocks.base import SubBlock
@@ -19,8 +19,10 @@ class MLPCard(Card):
     symbol, title, mixing = "-", "an MLP", None
 
     def parameters(self, config: "ModelConfig", out_std: float) -> list[ParameterSpec]:
-        """Returns the projections, and the coefficients of a polynomial activation."""
-        return [*mlp(config, config.ffn, "model.ffn", out_std), *activation(config)]
+        """Returns projections with their biases, and a polynomial activation's coefficients."""
+        weights = mlp(config, config.ffn, "model.ffn", out_std)
+        biases = map(bias_of, weights if config.mlp_bias else [])
+        return [*weights, *biases, *activation(config)]
 
     def build(self, config: "ModelConfig", out_std: float) -> "SubBlock":
         """Builds the module."""
@@ -88,6 +90,7 @@ class MLPOptions(Options):
     ffn: Annotated[Count, width(24, WIDTH, divided=True, symbols="-ET")] = option(
         704, "inner width of an MLP", ge=1
     )
+    mlp_bias: Annotated[bool, choice()] = option(False, "biases on an MLP's projections")
     activation: Annotated[Activation, choice(symbols="-ET")] = option(
-        "swiglu", "swiglu and geglu have a gate; polyrelu, polynorm: PolyCom"
+        "swiglu", "swiglu, geglu, geglu_tanh have a gate; polyrelu, polynorm: PolyCom"
     )

@@ -91,19 +91,20 @@ class Pipeline(Passes):
         reshard(self.model)
         return run.outcomes
 
-    def next_logits(self, tokens: Tensor, context: Context) -> Tensor:
+    def logits(self, tokens: Tensor, context: Context, last: int | None = None) -> Tensor:
         """As in `Passes`; the last stage's rank broadcasts the logits. Collective."""
         self.gather_ends()
-        run = Run(self, [DeviceInputs(tokens, context)], 1.0, training=False)
+        run = Run(self, [DeviceInputs(tokens, context, last=last)], 1.0, training=False)
         for action in forward_actions(self.parallel, 1)[self.rank]:
             run.perform(action)
         run.wait_for_sends()
-        shape = tokens.shape[1], self.model.config.vocab
+        count = len(tokens) if last is None else min(last, len(tokens))
+        shape = count, tokens.shape[1], self.model.config.vocab
         logits = torch.empty(shape, dtype=self.storage_dtype, device=self.device)
-        last = len(self.stages) - 1
-        if last in self.local:
-            (of_all,) = run.outputs[last, 0]
-            logits.copy_(of_all[-1])
+        final = len(self.stages) - 1
+        if final in self.local:
+            (of_all,) = run.outputs[final, 0]
+            logits.copy_(of_all)
         source = dist.get_global_rank(self.pipeline_group, self.placement.ranks[-1])
         dist.broadcast(logits, source, group=self.pipeline_group)
         return logits

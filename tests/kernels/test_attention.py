@@ -285,13 +285,14 @@ def test_memory_is_never_quadratic(option: str) -> None:
 
 
 def test_generation_is_one_fused_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single query takes no mask, and only the keys of its window."""
+    """A single query takes only the keys of its window, and a mask only with documents; query heads
+    of one key head are its queries, so that keys are not repeated."""
     calls = []
     fused = F.scaled_dot_product_attention
 
     def counted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        calls.append((k.shape[2], options["is_causal"]))
-        assert "attn_mask" not in options
+        masked = options.get("attn_mask") is not None
+        calls.append((k.shape[1:3], q.shape[2], options.get("is_causal", False), masked))
         return fused(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
@@ -299,7 +300,12 @@ def test_generation_is_one_fused_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for window in (None, 5, 40):
         attention(named["q"], named["k"], named["v"], window=window)
     attention(*(tensors()[n] for n in "qkv"), window=13)
-    assert calls == [(13, False), (5, False), (13, False), (13, True)]
+    rows = torch.arange(13)[:, None].expand(-1, named["q"].shape[1]) // 8
+    attention(named["q"], named["k"], named["v"], documents=rows)
+    groups, heads = named["k"].shape[2], named["q"].shape[2]
+    one = [((groups, n), heads // groups, False, False) for n in (13, 5, 13)]
+    of_all = ((groups, 13), 13, True, False)
+    assert calls == [*one, of_all, ((groups, 13), heads // groups, False, True)]
 
 
 # Precision

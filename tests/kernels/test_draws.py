@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colonnade.kernels.draws import _mixed, draw_integers, draw_normal, hashed
+from colonnade.kernels.draws import _mixed, draw_integers, draw_normal, draw_uniform, hashed
 
 COUNT = 100_000
 MASK = 2**64 - 1
@@ -76,6 +76,15 @@ def test_frozen_values() -> None:
     normal = draw_normal(1, 2, torch.arange(4), dtype=torch.float64)
     frozen = [0.928201079, 0.43515414, 0.0302233212, -0.615564406]
     assert normal.tolist() == pytest.approx(frozen, rel=1e-7)
+
+
+def test_uniform_numbers() -> None:
+    drawn = draw_uniform(3, torch.arange(100_000))
+    assert drawn.dtype == torch.float64
+    assert 0 <= drawn.min() < 1e-4
+    assert 1 - 1e-4 < drawn.max() < 1
+    assert torch.histc(drawn, 10, 0, 1).sub(10_000).abs().max() < 500
+    assert draw_uniform(3, 5) == drawn[5]
 
 
 def test_order_and_number_of_keys_matter() -> None:

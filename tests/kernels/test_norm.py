@@ -51,6 +51,14 @@ NORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda x, weight, **_: layer_norm(x, weight, None, EPS),
         lambda x, weight, **_: layer_norm_reference(x, weight, None, EPS),
     ),
+    "layer, plain": (
+        lambda x, **_: layer_norm(x, None, None, EPS),
+        lambda x, **_: layer_norm_reference(x, x.new_ones(x.shape[-1]), None, EPS),
+    ),
+    "rms, plain": (
+        lambda x, **_: rms_norm(x, None, EPS),
+        lambda x, **_: rms_norm_reference(x, x.new_ones(x.shape[-1]), EPS),
+    ),
     "crms": (
         lambda x, weight, **_: crms_norm(x, weight, EPS),
         lambda x, weight, **_: crms_norm_reference(x, weight, EPS),
@@ -70,6 +78,8 @@ OF_TORCH: dict[str, Callable[..., Tensor]] = {
     "rms, offset": lambda x, weight, bias: F.rms_norm(x, x.shape[-1:], 1 + weight, EPS) + bias,
     "layer": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, EPS),
     "layer, no bias": lambda x, weight, **_: F.layer_norm(x, x.shape[-1:], weight, None, EPS),
+    "layer, plain": lambda x, **_: F.layer_norm(x, x.shape[-1:], None, None, EPS),
+    "rms, plain": lambda x, **_: F.rms_norm(x, x.shape[-1:], None, EPS),
     "crms": lambda x, weight, **_: (
         F.rms_norm(last_channel(x), (x.shape[-1] + 1,), None, EPS)[..., :-1] * weight
     ),

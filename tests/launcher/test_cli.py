@@ -199,7 +199,7 @@ def test_a_user_error_that_only_a_rank_can_detect(tmp_path: Path) -> None:
         (["train", "quikstart"], "quickstart"),
         (["train"], "name a recipe"),
         (["train", "--resume", "nowhere"], "recipe.toml"),
-        (["generate", "nowhere"], "no complete checkpoint"),
+        (["generate", "nowhere"], "neither a run with a checkpoint, nor a checkpoint"),
         (["data", "nowhere.txt", "out"], "nowhere.txt"),
         (quick("data.sources.0.path=empty.txt"), "empty.txt"),
         (quick("train.device=cuda"), "train.device"),
@@ -218,13 +218,13 @@ FAILING = """
 import sys
 from colonnade.launcher import cli
 from colonnade.launcher.cluster import ranks
-from colonnade.launcher.train import job
+from colonnade.launcher.train import loop
 
 def fail(*_):
     raise ArithmeticError("raised by the test")
 
 if ranks.RankEnvironment.from_environment().rank == 1:
-    job.train_step = fail
+    loop.train_step = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -15,7 +15,7 @@ from colonnade.launcher.data import IndexedWriter, read_indexed
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.parallel.world import World
 

@@ -22,8 +22,8 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.events import Events, goodput, read_events
-from colonnade.launcher.train.job import run_job
 from colonnade.launcher.train.lines import Lines, read_lines
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.parallel import engine
 from colonnade.parallel.world import World

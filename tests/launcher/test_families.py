@@ -12,7 +12,7 @@ from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.generate import generate
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.parallel.world import World
 

@@ -1,11 +1,15 @@
 """Drawing tokens from logits, and extending a text with caches."""
 
+from typing import Any
+
 import pytest
 import torch
 from small import V, config_of, model_of
+from transformers import TopPLogitsWarper
 
 from colonnade.kernels.draws import draw_integers, hashed
-from colonnade.launcher.generate import extend, sample_token
+from colonnade.launcher.generate import extend
+from colonnade.launcher.generate.sampling import Sampling, sample_tokens
 from colonnade.models.blocks import thor
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -14,27 +18,59 @@ from colonnade.parallel.passes import Passes, evaluating
 CPU = torch.device("cpu")
 
 
-def frequencies(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:
-    logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    drawn = [sample_token(logits, temperature, top_k, generator) for _ in range(count)]
-    return torch.bincount(torch.tensor(drawn), minlength=4) / count
+def frequencies(count: int = 4000, **options: Any) -> torch.Tensor:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]]).expand(count, 4)
+    drawn = sample_tokens(
+        logits, Sampling(**options), torch.tensor([7]).expand(count), torch.arange(count)
+    )
+    return torch.bincount(drawn, minlength=4) / count
 
 
 def test_temperature_zero_is_greedy() -> None:
-    assert frequencies(0, None, 5).tolist() == [0, 1, 0, 0]
+    assert frequencies(5, temperature=0).tolist() == [0, 1, 0, 0]
 
 
 def test_draws_follow_the_softmax() -> None:
     expected = (torch.tensor([1.0, 3.0, 2.0, -1.0]) / 0.7).softmax(-1)
-    assert torch.allclose(frequencies(0.7, None), expected, atol=0.03)
+    assert torch.allclose(frequencies(temperature=0.7), expected, atol=0.03)
 
 
 def test_top_k_excludes_the_others() -> None:
     expected = torch.tensor([0.0, 3.0, 2.0, 0.0])[1:3].softmax(-1)
-    drawn = frequencies(1.0, 2)
+    drawn = frequencies(temperature=1.0, top_k=2)
     assert drawn[0] == drawn[3] == 0
     assert torch.allclose(drawn[1:3], expected, atol=0.03)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.7, 0.9, 0.95, 0.99, 1.0])
+def test_top_p_is_that_of_transformers(share: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]]).double()
+    theirs = TopPLogitsWarper(share)(torch.zeros(1, 1), logits.clone()).softmax(-1)[0]
+    drawn = frequencies(temperature=1.0, top_p=share)
+    assert torch.allclose(drawn, theirs.float(), atol=0.03)
+    assert (drawn[theirs == 0] == 0).all()
+
+
+def test_draws_depend_on_seed_text_and_position_alone() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
+    texts, positions = torch.arange(6), torch.arange(6) * 3
+    together = sample_tokens(logits, Sampling(seed=5), texts, positions)
+    for row in (2, 0, 5):
+        alone = sample_tokens(
+            logits[row : row + 1], Sampling(seed=5), texts[row : row + 1], positions[row : row + 1]
+        )
+        assert alone[0] == together[row]
+    same = logits[:1].expand(200, -1)
+    drawn = [
+        sample_tokens(same, Sampling(seed=seed), *keys).tolist()
+        for seed, keys in (
+            (5, (torch.arange(200), torch.zeros(200).long())),
+            (6, (torch.arange(200), torch.zeros(200).long())),
+            (5, (torch.zeros(200).long(), torch.arange(200))),
+        )
+    ]
+    assert all(len(set(row)) > 10 for row in drawn)
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
 
 def extend_without_cache(model: Decoder, tokens: list[int], count: int, seq_len: int) -> list[int]:

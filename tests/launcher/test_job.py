@@ -20,7 +20,8 @@ from colonnade.launcher.data import open_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.train.job import build, run_job
+from colonnade.launcher.train.job import build
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.step import validate_loss, validation_key

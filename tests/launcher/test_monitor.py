@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.train.metrics import current_rows, read_metrics
 from colonnade.launcher.train.monitor import Monitor
@@ -20,7 +21,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 def report(run: Path, recipe: Recipe, start: int, end: int, loss: float, attempt: int = 1) -> None:
     """Reports the steps after `start` up to `end`, as a run that stops there, or is interrupted."""
-    monitor = Monitor(run, recipe, start, attempt)
+    monitor = Monitor(run, recipe, training_stages(recipe)[0], start, attempt)
     for step in range(start + 1, end + 1):
         metrics = {"step": step, "loss": loss + step, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5}
         monitor.step(metrics, 10, WORLD)
@@ -33,7 +34,8 @@ def test_loads_are_curves_of_the_largest_share(
     """Only metrics.jsonl has the lists; a value that is not finite is null there."""
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monitor = Monitor(tmp_path, Recipe(train=TrainConfig(tensorboard=True, wandb=True)), 0, 3)
+    recipe = Recipe(train=TrainConfig(tensorboard=True, wandb=True))
+    monitor = Monitor(tmp_path, recipe, training_stages(recipe)[0], 0, 3)
     loads = {"loads": {"3": [1, 3]}, "largest_share": {"3": 0.75}}
     monitor.record({"step": 1, "loss": float("nan"), "lr": 0.5, **loads})
     monitor.close()

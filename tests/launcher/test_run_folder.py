@@ -24,13 +24,13 @@ from colonnade.launcher.train.folder import (
     CHECKPOINTS,
     COMING,
     RECIPE,
-    check_resumable,
     open_existing,
     open_named,
     open_new,
     run_of,
 )
 from colonnade.launcher.train.lock import host_of, locked, show_life
+from colonnade.launcher.train.resumable import check_resumable
 from colonnade.models.config import ModelConfig
 
 RESUMES = """
@@ -73,9 +73,9 @@ def test_paths_of_data_may_change_and_packing_may_not() -> None:
     def recipe(**fields: str) -> Recipe:
         return Recipe(data=DataConfig(**fields))  # type: ignore[arg-type]
 
-    check_resumable(recipe(tokenizer="a/tokenizer.json"), recipe(tokenizer="b/tokenizer.json"))
+    check_resumable(recipe(tokenizer="a/tokenizer.json"), recipe(tokenizer="b/tokenizer.json"), 1)
     with pytest.raises(RecipeError, match=r"data\.packing = 'whole'"):
-        check_resumable(recipe(), recipe(packing="whole"))
+        check_resumable(recipe(), recipe(packing="whole"), 1)
 
 
 def test_a_size_that_only_the_base_model_takes_over_may_not_change() -> None:
@@ -84,9 +84,9 @@ def test_a_size_that_only_the_base_model_takes_over_may_not_change() -> None:
     def recipe(**fields: int) -> Recipe:
         return Recipe(model=ModelConfig(hidden=256, heads=4, mup_base={"hidden": 128}, **fields))
 
-    check_resumable(recipe(), recipe())
+    check_resumable(recipe(), recipe(), 1)
     with pytest.raises(RecipeError, match=r"mup_base\.head_dim = 64: the run began with 32"):
-        check_resumable(recipe(), recipe(head_dim=64))
+        check_resumable(recipe(), recipe(head_dim=64), 1)
 
 
 def test_only_what_changed_is_named() -> None:
@@ -100,9 +100,9 @@ def test_only_what_changed_is_named() -> None:
             train=TrainConfig(precision=precision),
         )
 
-    check_resumable(recipe(64, "text", 1.0), recipe(64, "other", 1.0, "bf16"))
+    check_resumable(recipe(64, "text", 1.0), recipe(64, "other", 1.0, "bf16"), 1)
     with pytest.raises(RecipeError) as error:
-        check_resumable(recipe(64, "text", 1.0), recipe(128, "text", 2.0, "fp64"))
+        check_resumable(recipe(64, "text", 1.0), recipe(128, "text", 2.0, "fp64"), 1)
     fields = {fault.field for fault in error.value.faults}
     assert {"model.hidden", "train.precision", "data.sources.1.weight"} <= fields
     assert not [f for f in fields if "mamba" in f or "delta" in f or "s4d" in f]
@@ -112,9 +112,9 @@ def test_only_what_changed_is_named() -> None:
 def test_the_kind_of_optimizer_stays() -> None:
     """Its numbers may change; the checkpoint does not hold the state of another optimizer."""
     fast, muon = OptimizerConfig(lr=0.5), OptimizerConfig(name="muon")
-    check_resumable(Recipe(), Recipe(optimizer=fast))
+    check_resumable(Recipe(), Recipe(optimizer=fast), 1)
     with pytest.raises(RecipeError, match=r"optimizer\.name = 'muon': the run began with 'adamw'"):
-        check_resumable(Recipe(), Recipe(optimizer=muon))
+        check_resumable(Recipe(), Recipe(optimizer=muon), 1)
 
 
 def test_runs_of_one_second_have_different_folders(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from colonnade.launcher.checkpoint import Saver, folders, newest, saver, step_fo
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import ResumePoint
-from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.parallel.world import World
 

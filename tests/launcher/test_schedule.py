@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from colonnade.launcher.recipe.tables import OptimizerConfig, TrainConfig
+from colonnade.launcher.recipe.stages import training_stages
+from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.train.schedule import (
     batch_size,
     first_sample,
@@ -16,6 +17,7 @@ from colonnade.launcher.train.schedule import (
 )
 
 RAMP = TrainConfig(steps=50, global_batch=48, micro_batch=2, ramp_batch=8, ramp_steps=23)
+(STAGE,) = training_stages(Recipe(train=RAMP))
 
 
 def test_cosine_equals_torch() -> None:
@@ -60,7 +62,7 @@ def test_ramp_grows_in_units_to_the_global_batch() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_sample_is_read_once_whatever_the_ranks(ranks: int) -> None:
     for step in (0, 5, 40):
-        by_rank = [micro_batches(RAMP, step, rank, ranks) for rank in range(ranks)]
+        by_rank = [micro_batches(STAGE, step, rank, ranks) for rank in range(ranks)]
         read = sorted(sample for batches in by_rank for micro in batches for sample in micro)
         first = first_sample(RAMP, step)
         assert read == list(range(first, first + batch_size(RAMP, step)))
@@ -70,8 +72,8 @@ def test_every_sample_is_read_once_whatever_the_ranks(ranks: int) -> None:
 
 
 def test_plan_resumes_where_it_stopped() -> None:
-    complete = list(reading_plan(RAMP, 0, 1, 2))
-    resumed = list(reading_plan(RAMP, 20, 1, 2))
+    complete = list(reading_plan(STAGE, 0, 1, 2))
+    resumed = list(reading_plan(STAGE, 20, 1, 2))
     assert complete[-len(resumed) :] == resumed
     assert math.isclose(sum(map(len, complete)) * 2, first_sample(RAMP, 50))
 

@@ -25,7 +25,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         pattern="*-", repeat=12, window=128, full_attention=(5, 11), residual="ladder",
         ladder_last=20,
     ),
-    "windows in the first half": dict(pattern="*-", repeat=4, window=128, full_attention=(0, 1)),
+    "windows in the first half": dict(
+        pattern="*-", repeat=4, window=128, full_attention=(0, 1), unrotated=(2, 3),
+        window_rope_theta=100.0,
+    ),
     "ntk": dict(pattern="*-", rope_scaling="ntk", rope_factor=4.0),
     "yarn, latent": dict(
         pattern="*-", attention="mla", q_rank=96, kv_rank=64, rope_dim=32, value_dim=48,
@@ -105,7 +108,7 @@ def test_a_layout_fits_both_or_neither(name: str, ranks: int) -> None:
 def test_everything_but_widths_stays(name: str) -> None:
     large = RECIPES[name]
     small = shrink(large, 4, [Case({"tp": 4})])
-    may_change = {"init_std", "mup_base", "repeat", "full_attention", "ladder_last"}
+    may_change = {"init_std", "mup_base", "repeat", "full_attention", "unrotated", "ladder_last"}
     for field, known in FACTS.items():
         if field in may_change or known.kind in ("width", "length") or large.model.unused(field):
             continue

@@ -15,7 +15,7 @@ from colonnade.launcher.data.indexed import token_dtype
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train import picture
-from colonnade.launcher.train.job import run_job
+from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.timeline import PASSES, Timeline
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.pipeline.bubble import PassTimes, idle_share, shortest_step

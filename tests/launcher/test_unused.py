@@ -31,8 +31,9 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     **dict.fromkeys(
         ("attention=gqa", "heads=4", "kv_heads=2", "head_dim=8", "positions=rope", "rope_theta=1e4",
          "rope_fraction=0.5", "rope_scaling=none", "qk_norm=head", "window=8", "sinks=true",
-         "attention_gate=head", "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1",
-         "position_temperature=true", "attention_conv=3"),
+         "attention_bias=all", "attention_multiplier=0.2", "attention_gate=head",
+         "attention_cap=5.0", "clip_low=-0.1", "clip_high=1.1", "position_temperature=true",
+         "attention_conv=3"),
         "",
     ),
     **dict.fromkeys(_LATENT, "attention=mla"),
@@ -47,8 +48,14 @@ ATTENTION = {  # setting of [model]: the other settings of [model] that make it 
     "rope_mscale=1": f"{_YARN} rope_mscale_all=1",
     "rope_mscale_all=1": f"{_YARN} attention=mla",
     "full_attention=[0]": "window=8 repeat=2",
+    "unrotated=[0]": "repeat=2",
+    "window_rope_theta=1e3": "window=8",
+    "window_rope_scaled=false": "window=8 rope_scaling=linear rope_factor=2",
 }  # fmt: skip
-_ROTATED = [s for s in ATTENTION if s.startswith("rope_") and not s.startswith("rope_dim")]
+_ROTATED = [
+    s for s in ATTENTION
+    if s.startswith(("rope_", "window_rope", "unrotated")) and not s.startswith("rope_dim")
+]  # fmt: skip
 
 
 def model(settings: str) -> str:
@@ -67,6 +74,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("", "model.ladder_last=1", "model.residual=ladder"),
     ("", "model.norm_bias=true", "model.norm=layer"),
     ("model.norm=rms_offset", "model.norm_bias=true", "model.norm=pre_rms"),
+    ("model.norm=layer model.norm_weight=false", "model.norm_bias=true", "model.norm_weight=true"),
     ("", "model.mtp_pattern=M", "model.mtp=1"),
     ("", "model.mtp_weight=0.1", "model.mtp=1"),
     ("", "model.mup_zero_init=true", "model.mup_base.hidden=128"),
@@ -84,7 +92,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     *(
         ("model.attention=mla", f"model.{setting}", "model.attention=gqa")
         for setting in ("kv_heads=2", "rope_fraction=0.5", "qk_norm=full", "attention_gate=channel",
-                        "attention_conv=3")
+                        "attention_conv=3", "attention_bias=qkv")
     ),
     *(
         ("model.positions=none", f"model.{setting}", f"model.positions=rope {model(needs)}")
@@ -92,7 +100,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ),
     *(
         ("", f"model.{setting}", model(ATTENTION[setting]))
-        for setting in _ROTATED if ATTENTION[setting]
+        for setting in _ROTATED if ATTENTION[setting] and not setting.startswith("unrotated")
     ),
     (model("rope_scaling=ntk rope_factor=2"), "model.rope_original=8", "model.rope_scaling=llama3"),
     (model("rope_scaling=llama3 rope_factor=2"), "model.rope_fast=8", "model.rope_scaling=yarn"),
@@ -103,6 +111,8 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     (model(_YARN), "model.rope_mscale_all=1", "model.attention=mla"),
     (model(_YARN), "model.rope_mscale_all=1", "model.rope_mscale=1"),
     ("model.repeat=2", "model.full_attention=[1]", "model.window=8"),
+    (model("rope_scaling=linear rope_factor=2"), "model.window_rope_scaled=false",
+     "model.window=8"),
     # state-space mixers and DeltaNet
     *(
         ("model.pattern=*m-", f"model.mamba_{setting}", "model.pattern=*-M")
@@ -125,6 +135,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     # MLPs and experts
     ("model.pattern=*M", "model.activation=gelu", "model.pattern=*E"),
     ("model.pattern=*M", "model.activation=gelu", "model.pattern=*T"),
+    ("model.pattern=*E", "model.mlp_bias=true", "model.pattern=*-"),
     ("model.pattern=*M", "model.ffn=8", "model.pattern=*-"),
     ("model.pattern=*M", "model.ffn=8", "model.pattern=*T"),
     ("model.pattern=*E model.expert_ffn=8", "model.ffn=8", "model.expert_ffn="),
@@ -215,6 +226,9 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("parallel.pp=2", "parallel.stages_per_rank=1", "parallel.schedule=bfs"),
     ("", "train.init_only=['*']", "train.init=somewhere"),
     ("", "train.init_skip=['*']", "train.init=somewhere"),
+    ("stage.0.steps=4", "train.steps=8", "stage="),
+    ("stage.0.steps=4", "train.ramp_batch=8", "stage= train.ramp_steps=9"),
+    ("stage.0.steps=4", "train.ramp_steps=9", "stage= train.ramp_batch=8"),
     ("", "train.timeline=3", "parallel.pp=2"),
     ("parallel.pp=2 train.steps=3", "train.timeline=4", "train.steps=4"),
     ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),
@@ -258,7 +272,8 @@ def test_every_condition_of_every_setting_has_a_case(faults: Faults) -> None:
 def test_every_field_of_a_model_is_always_used_or_has_a_condition() -> None:
     always = {
         "pattern", "repeat", "hidden", "vocab", "tied", "norm", "norm_position", "norm_eps",
-        "init_std", "sigma_reparam", "logit_cap", "logit_z", "mtp", "mup_base",
+        "init_std", "sigma_reparam", "embedding_multiplier", "residual_multiplier",
+        "logit_multiplier", "norm_weight", "logit_cap", "logit_z", "mtp", "mup_base",
     }  # fmt: skip
     listed = {field for field, _ in conditions()}
     conditional = {f.removeprefix("model.") for f in listed if f.startswith("model.")}

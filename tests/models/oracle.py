@@ -207,6 +207,7 @@ def assert_config_round_trip(hf_model: Any) -> None:
     written = json.loads(json.dumps(family(hf_model).config_to_hf(config)))
     written |= dict.fromkeys(TOKENS)  # as `write_config` has them, where no source names others
     assert family(hf_model).config_from_hf(written) == config
+    written = dict.fromkeys(TOKENS) | written  # as in a folder
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with fp64():

@@ -19,10 +19,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("*M-", {"repeat": 2, "share": True}),
     "grouped queries, window": ("***", {"kv_heads": 2, "window": 4, "full_attention": (1,)}),
     "window of one": ("*", {"window": 1}),
+    "positions by kind": (
+        "****",
+        {"window": 4, "full_attention": (1, 3), "window_rope_theta": 30.0, "unrotated": (3,),
+         "window_rope_scaled": False, "rope_scaling": "linear", "rope_factor": 2.0},
+    ),
     "latent attention": ("*-*", {"attention": "mla", "q_rank": 5, "kv_rank": 7, "rope_dim": 4}),
     "gates, norms, convolutions": (
         "**",
-        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3},
+        {"attention_gate": "head", "qk_norm": "head", "attention_conv": 3, "attention_bias": "all"},
     ),
     "yarn, sinks, cap": (
         "**",
@@ -64,7 +69,7 @@ def test_a_window_bounds_its_cache() -> None:
     cache = Cache()
     with evaluating(model):
         model(data(2)[0], context(cache=cache))
-    assert [len(cache.tensors[t, "k"]) for t in (0, 1)] == [3, S]
+    assert [len(cache.get(t, "k")) for t in (0, 1)] == [3, S]
 
 
 def test_a_latent_cache_holds_latents_alone() -> None:
@@ -73,7 +78,7 @@ def test_a_latent_cache_holds_latents_alone() -> None:
     cache = Cache()
     with evaluating(model):
         model(data(3)[0], context(cache=cache))
-    assert {role: t.shape[2:] for (_, role), t in cache.tensors.items()} == {
+    assert {role: t.kept().shape[2:] for (_, role), t in cache.rows.items()} == {
         "latent": (7,),
         "k_rope": (1, 4),
     }

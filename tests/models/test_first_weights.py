@@ -41,8 +41,9 @@ def first_distribution(name: str, layers: int, config: ModelConfig) -> Callable[
 
 
 def test_first_weights_have_their_distribution() -> None:
-    """Kolmogorov-Smirnov test at a significance of 1 in 10 000; norms and D are 1."""
-    config = config_of("M-*E", init_std=0.05).model_copy(
+    """Kolmogorov-Smirnov test at a significance of 1 in 10 000; norms and D are 1, biases 0."""
+    biases = {"attention_bias": "all", "mlp_bias": True}
+    config = config_of("M-*E", init_std=0.05, **biases).model_copy(
         update={"hidden": 32, "mamba_heads": 1024, "mamba_conv": 3, "repeat": 2, "ffn": 33}
     )
     with torch.device("meta"):
@@ -52,6 +53,9 @@ def test_first_weights_have_their_distribution() -> None:
         flat = p.detach().double().flatten()
         if "norm" in name or "final" in name or name.endswith(".D"):
             assert bool((flat == 1).all()), name
+            continue
+        if name.endswith("_bias") and not name.split(".")[-1].startswith(("dt_", "conv_")):
+            assert bool((flat == 0).all()), name
             continue
         uniform = first_distribution(name, 8, config)(flat).sort().values
         n = len(uniform)

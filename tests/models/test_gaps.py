@@ -11,6 +11,7 @@ from small import B, S, V, config_of, context, data, model_of
 from torch import Tensor
 
 from colonnade.launcher.data import Batch
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import OptimizerConfig, Recipe, TrainConfig
 from colonnade.launcher.train.step import train_step
 from colonnade.models.blocks import thor
@@ -288,7 +289,7 @@ class Steps:
         batches, cpu = [self.batch(samples) for samples in rows], torch.device("cpu")
         mesh: Any = None  # on one rank nothing reads it
         one = engine.Engine(self.model, self.optimizer, mesh, cpu, Passes(self.model, cpu))
-        return train_step(one, batches, rows, self.recipe, number).report
+        return train_step(one, batches, rows, training_stages(self.recipe)[0], number).report
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -70,6 +70,10 @@ CASES = [
     case("llama-tied", "tied head", "Llama", lambda: llama(tie_word_embeddings=True)),
     case("llama-heads", "a key per query", "Llama", lambda: llama(num_key_value_heads=4)),
     case("llama-geglu", "GeGLU", "Llama", lambda: llama(hidden_act="gelu")),
+    case(
+        "llama-biases", "biases on all projections", "Llama",
+        lambda: llama(attention_bias=True, mlp_bias=True),
+    ),
     case("llama-linear", "linear RoPE scaling", "Llama", lambda: llama(LINEAR)),
     case("llama-llama3", "Llama 3 RoPE scaling", "Llama", lambda: llama(LLAMA3)),
     case("llama-yarn", "YaRN", "Llama", lambda: llama(YARN)),
@@ -82,7 +86,10 @@ CASES = [
         lambda: llama(YARN | {"attention_factor": 1.3}),
     ),
     case("qwen3", "QK-norm per head", "Qwen3", qwen3),
-    case("qwen3-tied", "QK-norm, tied head", "Qwen3", lambda: qwen3(tie_word_embeddings=True)),
+    case(
+        "qwen3-tied", "QK-norm, biases, tied head", "Qwen3",
+        lambda: qwen3(tie_word_embeddings=True, attention_bias=True),
+    ),
     case(
         "qwen3-windows", "sliding window in some layers", "Qwen3",
         lambda: qwen3(use_sliding_window=True, sliding_window=7, layer_types=WINDOWS),
@@ -127,9 +134,9 @@ def test_transformers_4_spelling() -> None:
 
 
 REFUSED = [
-    ("attention_bias", {"attention_bias": True}),
+    ("attention_bias", {"attention_bias": "all"}),
     ("attention_dropout", {"attention_dropout": 0.1}),
-    ("mlp_bias", {"mlp_bias": True}),
+    ("mlp_bias", {"mlp_bias": 1}),
     ("hidden_act", {"hidden_act": "relu"}),
     ("hidden_size", {"hidden_size": None}),
     ("hidden_size", {"hidden_size": 4096.5}),

@@ -2,17 +2,29 @@
 
 import oracle
 import pytest
+import test_hf_biased
 import test_hf_dense
+import test_hf_granite
 import test_hf_hybrid
 import test_hf_mamba
 import test_hf_mixtures
 import test_hf_moe
+import test_hf_positions
 import torch
 from oracle import Case
 
 from colonnade.launcher.convert.huggingface.families import FAMILIES
 
-MODULES = (test_hf_dense, test_hf_moe, test_hf_mixtures, test_hf_mamba, test_hf_hybrid)
+MODULES = (
+    test_hf_dense,
+    test_hf_biased,
+    test_hf_granite,
+    test_hf_positions,
+    test_hf_moe,
+    test_hf_mixtures,
+    test_hf_mamba,
+    test_hf_hybrid,
+)
 ALL = [case for module in MODULES for case in module.CASES]
 each = pytest.mark.parametrize("case", ALL, ids=str)
 

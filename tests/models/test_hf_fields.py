@@ -11,6 +11,9 @@ from typing import Any
 
 import oracle  # before transformers, which it keeps from packages that need a GPU
 import pytest
+import test_hf_biased
+import test_hf_granite
+import test_hf_positions
 import torch
 from equal import assert_equal
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +34,7 @@ from colonnade.models.context import Context
 BUILDS: dict[str, Any] = {
     "llama": llama, "qwen3": qwen3, "olmo2": olmo2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
     "deepseek": deepseek, "mamba": mamba, "mamba2": mamba2, "bamba": bamba,
+    **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", BUILDS)

@@ -122,8 +122,8 @@ def test_unsupported_fields(folder: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 2.0}
     edit(folder / CONFIG, rope_parameters=rope)
     assert_refused(folder, "rope_type", "'longrope'", "yarn")
-    edit(folder / CONFIG, rope_parameters=None, attention_bias=True)
-    assert_refused(folder, "attention_bias = True")
+    edit(folder / CONFIG, rope_parameters=None, attention_dropout=0.1)
+    assert_refused(folder, "attention_dropout = 0.1")
 
 
 def test_a_missing_shard(folder: Path) -> None:

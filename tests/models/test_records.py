@@ -15,11 +15,18 @@ from colonnade.models.shapes import measure
 MODELS = {
     **{symbol: {"pattern": symbol} for symbol in CARDS},
     "latent": {"pattern": "*-", "attention": "mla", "q_rank": 8, "kv_rank": 8, "sinks": True},
-    "gates": {"pattern": "*", "attention_gate": "head", "qk_norm": "full", "attention_conv": 3},
+    "gates": {
+        "pattern": "*",
+        "attention_gate": "head",
+        "qk_norm": "full",
+        "attention_conv": 3,
+        "attention_bias": "all",
+    },
     "shared": {"pattern": "*E", "repeat": 3, "share": True, "shared_ffn": 8, "shared_gate": True},
     "σReparam": {"pattern": "ME-", "sigma_reparam": True, "activation": "polynorm"},
     "further": {"pattern": "*", "mtp": 2, "mtp_pattern": "G-", "norm_position": "both"},
     "muP": {"pattern": "*m-", "mup_base": {"hidden": 32}, "tied": True, "mup_zero_init": True},
+    "biases": {"pattern": "*-", "attention_bias": "qkv", "mlp_bias": True},
     "norms": {"pattern": "D", "norm": "layer", "norm_bias": True, "router_bias": True},
 }
 

@@ -129,7 +129,7 @@ def test_a_small_change_of_gamma_is_seen_in_bf16() -> None:
 # LayerNorm to RMSNorm on a centred stream
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("*-M-", {}),
+    ("*-M-", {"attention_bias": "all", "mlp_bias": True}),
     ("*EmGD", {"shared_ffn": 5}),
     ("*-", {"tied": True, "attention": "mla", "kv_rank": 7, "rope_dim": 4}),
     ("T-*-", {"residual": "ladder", "logit_cap": 3.0}),

@@ -1,6 +1,7 @@
 """Types along the tp axis: every layout's forward passes spmd_types' checker, and no faulty one."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -48,7 +49,9 @@ ROWS: dict[str, dict[str, Any]] = {
         pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
         shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
     ),
-    "THOR": dict(pattern="*T", activation="polyrelu", thor_alpha=0.5),
+    "THOR, plain norms": dict(
+        pattern="*T", activation="polyrelu", thor_alpha=0.5, norm="layer", norm_weight=False,
+    ),
     "experts": dict(
         pattern="*E-", shared_ffn=8, shared_gate=True, balance_sequence=0.1, router_z=0.1,
         capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0,
@@ -56,11 +59,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "attention's options": dict(
         pattern="*-", attention_gate="head", qk_norm="full", sinks=True, kv_heads=2,
         position_temperature=True, attention_conv=3, norm="layer", norm_bias=True,
-        norm_position="both",
+        norm_position="both", attention_bias="all", mlp_bias=True,
     ),
     "more of them": dict(
         pattern="*-M", attention_gate="channel", qk_norm="head", window=3, norm="pre_rms",
-        norm_position="after", clip_low=-0.1, attention_cap=3.0,
+        norm_position="after", embedding_multiplier=2.0, residual_multiplier=0.5, clip_low=-0.1,
+        attention_cap=3.0, mlp_bias=True,
     ),
     "σReparam, multi-token prediction": dict(
         pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",
@@ -138,7 +142,14 @@ def test_logits(meshes: Meshes, sequence: bool) -> None:
 
 SUMMED = {
     "latent": dict(pattern="*-", **LATENT, activation="polynorm", norm="layer", norm_bias=True),
-    "shared": dict(pattern="*M", kv_heads=2, mamba_groups=1, qk_norm="head"),
+    "shared": dict(
+        pattern="*M-",
+        kv_heads=2,
+        mamba_groups=1,
+        qk_norm="head",
+        attention_bias="all",
+        mlp_bias=True,
+    ),
     "routed": dict(pattern="E", activation="polyrelu", shared_ffn=8, sigma_reparam=True),
     "multi-token": dict(pattern="G", mtp=1, mtp_pattern="m", norm_position="both"),
 }
@@ -234,6 +245,11 @@ def attach_on_every_rank(model: Decoder) -> None:
         block.attach = context.attach
 
 
+def bias_on_every_rank(model: Decoder) -> None:
+    for block in model.wiring.blocks.values():
+        block.second.sharding = replace(block.second.sharding, once=lambda t: t)
+
+
 def unsharded(model: Decoder) -> None:
     for block in model.wiring.blocks.values():
         (block.experts if isinstance(block, ExpertBlock) else block.second).sharding = UNSHARDED
@@ -263,6 +279,8 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "polynorm": (unsharded, dict(pattern="-", activation="polynorm")),
     "polynorm of experts": (unsharded, dict(pattern="E", activation="polynorm")),
     "balance on every rank": (attach_on_every_rank, dict(pattern="E")),
+    "output's bias on every rank": (bias_on_every_rank, dict(pattern="*", attention_bias="all")),
+    "down's bias on every rank": (bias_on_every_rank, dict(pattern="-", mlp_bias=True)),
     "shard of a vocabulary": (unsharded_vocabulary, dict(pattern="-")),
     "a norm's gradient": (one_norm_omitted, dict(pattern="*-")),
 }

@@ -57,7 +57,8 @@ def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str) -> None:
 PATTERNS: dict[str, dict[str, Any]] = {
     "*-": {}, "M-": {}, "mS-": LADDER, "D-": {}, "G-": LADDER, "M-*-": LADDER,
     "*": {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4},
-    "*-*-": {"window": 9, "full_attention": (1,), "sinks": True, "position_temperature": True,
+    "*-*-": {"window": 9, "full_attention": (1,), "window_rope_theta": 30.0, "unrotated": (1,),
+             "sinks": True, "position_temperature": True,
              "attention_cap": 3.0, **LADDER},
     "*-M": {"attention_conv": 3, "attention_gate": "head", "clip_low": -0.02, "qk_norm": "full"},
 }  # fmt: skip

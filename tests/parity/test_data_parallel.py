@@ -103,10 +103,15 @@ def compare(a: Trace, b: Trace, relative: float = 1e-9, of_all: float = 1e-12) -
 
 
 LADDER: dict[str, Any] = {"residual": "ladder"}
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+    "logit_multiplier": 2.0,
+}  # fmt: skip
+BIASED: dict[str, Any] = {"attention_bias": "all", "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {}),
-    "hybrid, ladder, tied": ("M-*E", {**LADDER, "tied": True}),
-    "mixture first": ("E*M-", {}),
+    "hybrid, ladder, tied, biases": ("M-*E", {**LADDER, **BIASED, "tied": True}),
+    "mixture first, plain norms": ("E*M-", {"norm": "layer", "norm_weight": False}),
     "recurrent": ("mDS-G", LADDER),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
     "shared depth": ("*E", {"repeat": 3, "share": True}),
@@ -119,9 +124,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm"}),
     "centred, latent": (
         "*-", {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4,
-               "position_temperature": True, "sinks": True},
+               "position_temperature": True, "sinks": True, "mlp_bias": True},
     ),
-    "muP": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}}),
+    "muP, multipliers": ("*-M", {"mup_base": {"hidden": 12, "ffn": 20}, **MULTIPLIERS}),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from equal import assert_equal
 from ranks import Ranks
-from test_data_parallel import LADDER, Trace, compare, recipe_for, trained
+from test_data_parallel import BIASED, LADDER, MULTIPLIERS, Trace, compare, recipe_for, trained
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +28,7 @@ STEERED = {
     "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 16, "balance_samples": 1,
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ladder, tied": ("M-*E", {**LADDER, "tied": True}),
+    "ladder, tied": ("M-*E", {**LADDER, **BIASED, "tied": True}),
     "eight, ladder, tied": ("M-*E", {**LADDER, "tied": True, "repeat": 2, "balance_samples": 1}),
     "steered": ("E-E*", STEERED),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "balance_samples": 1}),
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "norms after, ladder": ("*-M-", {"norm_position": "both", "norm": "layer", **LADDER}),
     "parallel": ("*-*-", {"residual": "parallel"}),
-    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2}),
+    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, **MULTIPLIERS}),
     "recurrences": ("mD-G", LADDER),
     "muP": ("*-M-", {"mup_base": {"hidden": 16, "ffn": 24}}),
 }

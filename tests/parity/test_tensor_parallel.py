@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from test_data_parallel import LADDER, MODELS, compare, recipe_for, reference, trained
+from test_data_parallel import (
+    BIASED,
+    LADDER,
+    MODELS,
+    MULTIPLIERS,
+    compare,
+    recipe_for,
+    reference,
+    trained,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,11 +47,12 @@ def test_two_ranks_equal_one(ranks1: Ranks, ranks2: Ranks, name: str, layout: st
 # With four ranks there are fewer key-value heads, groups or key heads than ranks.
 FOUR: dict[str, tuple[str, dict[str, Any]]] = {
     "few keys, normed over all heads": (
-        "*-", {"kv_heads": 2, "qk_norm": "full", "attention_gate": "head", "attention_conv": 3},
+        "*-", {"kv_heads": 2, "qk_norm": "full", "attention_gate": "head", "attention_conv": 3,
+                "attention_bias": "qkv"},
     ),
     "one key, gate per channel": (
         "*-", {"kv_heads": 1, "qk_norm": "head", "attention_gate": "channel",
-               "position_temperature": True, "sinks": True, "window": 5, **LADDER},
+               "position_temperature": True, "sinks": True, "window": 5, **BIASED, **LADDER},
     ),
     "latent": ("*-", {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4, **LADDER}),
     "one group": ("M-mS", {"mamba_groups": 1, **LADDER}),
@@ -55,13 +65,14 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
     "σReparam": ("*-M", {"kv_heads": 2, "sigma_reparam": True, "activation": "polynorm"}),
     "layer norms, parallel residual": (
         "*-E", {"norm": "layer", "norm_bias": True, "norm_position": "both",
-                "residual": "parallel"},
+                "residual": "parallel", "activation": "geglu_tanh"},
     ),
     "centred, multi-token prediction": (
         "*-", {"norm": "crms", "kv_heads": 4, "logit_cap": 3.0, "logit_z": 0.1, "mtp": 1,
                "mtp_pattern": "*-", **LADDER},
     ),
-    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True}),
+    "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, "tied": True,
+                                     **MULTIPLIERS}),
 }  # fmt: skip
 
 

@@ -59,15 +59,67 @@ def read_rope(
         native["rope_fraction"] = rotated
     elif rotated != 1.0:
         raise Unsupported("partial_rotary_factor", rotated, "this family rotates all channels")
-    kind = rope.get("rope_type", "type", default="default")
-    if kind != "default":
-        native |= read_scaling(rope, kind, length)
+    native |= read_scaling(rope, length)
     rope.finish()
     return native
 
 
-def read_scaling(rope: Fields, kind: object, length: Any) -> dict[str, Any]:
-    """Reads the native fields of a rotary scaling; `length` is max_position_embeddings or None."""
+# Kinds of attention, each with a table of its own in `rope_parameters`: whether it has a window.
+KINDS = {"full_attention": False, "sliding_attention": True}
+
+
+def read_ropes(fields: Fields, theta: float, window_theta: float) -> dict[str, Any]:
+    """Reads the native fields of rotary positions that attentions with and without a window have
+    each of their own.
+
+    Transformers 4 has a base for both, and stretches attentions without a window alone.
+
+    Args:
+        fields: the Hugging Face config.
+        theta, window_theta: the defaults of the base without and with a window.
+    """
+    tables, old = fields.table("rope_parameters"), fields.table("rope_scaling")
+    length = fields.get("max_position_embeddings", default=None)
+    if unknown := sorted(set(tables) - set(KINDS)):
+        remedy = f"must be a table for each of {', '.join(KINDS)}"
+        raise Unsupported(f"rope_parameters.{unknown[0]}", tables[unknown[0]], remedy)
+    native: dict[str, Any] = {} if length is None else {"rope_original": length}
+    defaults = {False: fields.number("rope_theta", default=theta), True: window_theta}
+    scalings = {}
+    for kind, windowed in KINDS.items():
+        table = Fields(tables, "rope_parameters.").table(kind) | ({} if windowed else old)
+        rope = Fields(table, f"rope_parameters.{kind}.", fields.notify)
+        name = "window_rope_theta" if windowed else "rope_theta"
+        native[name] = rope.number("rope_theta", default=defaults[windowed])
+        rope.only("partial_rotary_factor", 1.0)
+        rope.only("truncate", True, remedy="transformers reads no such field in these tables")
+        scalings[windowed] = read_scaling(rope, length)
+        rope.finish()
+    if scalings[True] and scalings[True] != scalings[False]:
+        remedy = "a window's positions are stretched as those without a window, or not at all"
+        raise Unsupported("rope_parameters.sliding_attention", tables["sliding_attention"], remedy)
+    return native | scalings[False] | {"window_rope_scaled": bool(scalings[True])}
+
+
+def write_ropes(config: ModelConfig) -> dict[str, Any]:
+    """Writes the fields that `read_ropes` reads."""
+    c, common = config, write_rope(config)
+    scaling = common["rope_scaling"] or {"rope_type": "default"}
+    scaling.pop("truncate", None)  # where it is false, reading shows that it cannot be written
+    windowed = scaling if c.window_rope_scaled else {"rope_type": "default"}
+    tables = {
+        "full_attention": {"rope_theta": c.rope_theta, **scaling},
+        "sliding_attention": {"rope_theta": c.window_rope_theta, **windowed},
+    }
+    return common | {"rope_parameters": tables}
+
+
+def read_scaling(rope: Fields, length: Any) -> dict[str, Any]:
+    """Reads the native fields of a rotary scaling, none where positions are not stretched; `length`
+    is max_position_embeddings or None."""
+    kind: object = rope.get("rope_type", "type", default="default")
+    if kind == "default":
+        return {}
     if not isinstance(kind, str) or kind not in SCALINGS:
         remedy = f"only default, {', '.join(SCALINGS)} can be represented"
         raise Unsupported("rope_scaling.rope_type", kind, remedy)
@@ -145,8 +197,13 @@ def function_fields(config: ModelConfig) -> dict[str, Any]:
         if not known.training and c.unused(name) is None
     }
     _drop(fields, "pattern repeat window full_attention")
+    _drop(fields, "window_rope_theta window_rope_scaled unrotated")
     fields["symbols"] = c.symbols
     fields["windows"] = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if c.has("*") and c.positions == "rope":
+        fields["ropes"] = [c.rope_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if c.attention_multiplier == c.score_width**-0.5 and "attention_multiplier" in fields:
+        fields["attention_multiplier"] = None  # the default
     if c.router_top_groups == c.router_groups:
         _drop(fields, "router_groups router_top_groups")
     if not c.share:

@@ -1,9 +1,10 @@
 """Converts Llama 3, Qwen3 and OLMo-2, and the fields and entries that other families share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from colonnade.kernels.activation_names import gated as has_gate
 from colonnade.launcher.convert.huggingface.config import pattern_fields, read_rope, write_rope
 from colonnade.launcher.convert.huggingface.entry import Entry, entry
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
@@ -12,37 +13,71 @@ from colonnade.models.config import ModelConfig
 
 # Activations of gated MLPs: hidden_act of Hugging Face to the native `activation`.
 GATED = {"silu": "swiglu", "gelu": "geglu"}
+# Those of MLPs without a gate.
+UNGATED: dict[str, Any] = {
+    "relu2": "relu2",
+    "relu": "relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 # (Hugging Face prefix, native prefix, config) -> the entries of one sub-block
 Block = Callable[[str, str, ModelConfig], list[Entry]]
 
 
+Biases = Literal["none", "qkv", "all"]
+
+
 def read_common(
-    f: Fields, eps: float = 1e-6, theta: float = 10000.0, fraction: float | None = None
+    f: Fields,
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+    biases: Biases = "none",
+    activations: Mapping[str, str] = GATED,
+    dropout: float = 0.0,
+    act: str = "hidden_act",
+    rope: Mapping[str, Any] | None = None,
+    fraction: float | None = None,
 ) -> dict[str, Any]:
     """Reads the native fields that all transformers share, including rotary positions.
 
-    `eps`, `theta` and `fraction` are defaults of the norms and of `read_rope`.
+    `biases` are those that `attention_bias` switches on; "none": it must be false. `activations`
+    are native ones by the value of the field `act`, the first the default. `dropout` is the default
+    of `attention_dropout`, which may have another value only where it is above 0. `rope` are native
+    fields of rotary positions that were read already, and `fraction` is as in `read_rope`.
     """
-    f.only("attention_bias", False)
-    f.only("attention_dropout", 0.0, null=0.0)
+    if biases == "none":
+        f.only("attention_bias", False)
+    biased = biases != "none" and f.truth("attention_bias", default=False)
+    if dropout:
+        leave_out_dropout(f, "attention_dropout", dropout)
+    else:
+        f.only("attention_dropout", 0.0, null=0.0)
     return {
         "vocab": f.get("vocab_size"),
         "hidden": f.integer("hidden_size", least=1),
         "heads": f.integer("num_attention_heads", least=1),
-        "activation": GATED[f.only("hidden_act", *GATED)],
+        "activation": activations[f.only(act, *activations)],
         "norm_eps": f.get("rms_norm_eps", default=eps),
         "tied": f.get("tie_word_embeddings", default=False),
         "init_std": f.get("initializer_range", default=0.02),
         "balance": 0.0,  # a recipe chooses the training losses
-        **read_rope(f, theta, fraction),
+        "attention_bias": biases if biased else "none",
+        **(read_rope(f, theta, fraction) if rope is None else rope),
     }
 
 
-def write_common(config: ModelConfig) -> dict[str, Any]:
+def leave_out_dropout(f: Fields, name: str, default: float) -> None:
+    """Notifies that a probability of dropout, which acts in training alone, is not read."""
+    if value := f.get(name, default=default, null=0.0):
+        f.notify(f"{name} = {value} is left out: training here drops nothing out")
+
+
+def write_common(config: ModelConfig, activations: Mapping[str, str] = GATED) -> dict[str, Any]:
     """Writes the Hugging Face fields that `read_common` reads."""
     c = config
-    hidden_acts = {native: hf for hf, native in GATED.items()}
+    hidden_acts = {native: hf for hf, native in activations.items()}
     if c.activation not in hidden_acts:
         remedy = f"only {' or '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)
@@ -55,7 +90,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "initializer_range": c.init_std,
-        "attention_bias": False,
+        "attention_bias": c.attention_bias != "none",
         "attention_dropout": 0.0,
         **write_rope(c),
     }
@@ -88,10 +123,19 @@ def write_heads(config: ModelConfig) -> dict[str, Any]:
 
 def attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     """Returns the entries of grouped-query attention."""
-    entries = [entry(f"{hf}.self_attn.{n}_proj.weight", f"{native}.{n}") for n in "qkv"]
+    biases, hf = config.attention_bias, f"{hf}.self_attn"
+    entries = [
+        e for n in "qkv" for e in linear(f"{hf}.{n}_proj", f"{native}.{n}", biases != "none")
+    ]
     if config.qk_norm != "none":
-        entries += [entry(f"{hf}.self_attn.{n}_norm.weight", f"{native}.{n}_norm") for n in "qk"]
-    return [*entries, entry(f"{hf}.self_attn.o_proj.weight", f"{native}.out")]
+        entries += [entry(f"{hf}.{n}_norm.weight", f"{native}.{n}_norm") for n in "qk"]
+    return [*entries, *linear(f"{hf}.o_proj", f"{native}.out", biases == "all")]
+
+
+def linear(hf: str, native: str, bias: bool) -> list[Entry]:
+    """Returns the entries of a linear weight, and of its bias where it has one."""
+    entries = [entry(f"{hf}.weight", native)]
+    return [*entries, entry(f"{hf}.bias", f"{native}_bias")] if bias else entries
 
 
 def gated(hf: str, native: str) -> list[Entry]:
@@ -100,8 +144,11 @@ def gated(hf: str, native: str) -> list[Entry]:
 
 
 def mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
-    """Returns the entries of a gated MLP."""
-    return gated(f"{hf}.mlp.", f"{native}.")
+    """Returns the entries of an MLP, gated or not."""
+    names = ("gate", "up", "down") if has_gate(config.activation) else ("up", "down")
+    return [
+        e for n in names for e in linear(f"{hf}.mlp.{n}_proj", f"{native}.{n}", config.mlp_bias)
+    ]
 
 
 NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
@@ -153,6 +200,10 @@ def layers(
     return entries
 
 
+# Written where no attention has a window: transformers makes a mask with one all the same.
+UNUSED_WINDOW = 4096
+
+
 def window_fields(kinds: Iterable[str], width: int) -> dict[str, Any]:
     """Returns the native fields of attention windows for the kinds of layers."""
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
@@ -163,25 +214,24 @@ DENSE: dict[str, Block] = {"*": attention, "-": mlp}
 
 
 def read_llama(f: Fields) -> ModelConfig:
-    """Reads a Llama config."""
-    f.only("mlp_bias", False)
+    """Reads a Llama config, with biases on all projections or on none."""
     return ModelConfig(
         **pattern_fields("*-" * f.integer("num_hidden_layers")),
         ffn=f.get("intermediate_size"),
-        **read_common(f),
+        mlp_bias=f.truth("mlp_bias", default=False),
+        **read_common(f, biases="all"),
         **read_heads(f),
     )
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """Writes a Llama config."""
-    mlp_fields = {"intermediate_size": config.ffn, "mlp_bias": False}
+    mlp_fields = {"intermediate_size": config.ffn, "mlp_bias": config.mlp_bias}
     return write_common(config) | write_heads(config) | mlp_fields
 
 
-def read_qwen3(f: Fields) -> ModelConfig:
-    """Reads a Qwen3 config: QK-norm in each head, and sliding windows in some layers."""
-    count, window = f.integer("num_hidden_layers"), {}
+def read_windows(f: Fields, count: int) -> dict[str, Any]:
+    """Reads the native fields of Qwen's sliding windows, in some of `count` layers."""
     kinds, width = f.entries("layer_types", of=str), f.get("sliding_window", default=None)
     from_layer = f.integer("max_window_layers", default=28)
     if f.get("use_sliding_window", default=False):
@@ -195,30 +245,55 @@ def read_qwen3(f: Fields) -> ModelConfig:
     if kinds and "sliding_attention" in kinds:
         if width is None or not f.get("use_sliding_window", default=False):
             raise Unsupported("sliding_window", width, "layer_types asks for a window; give both")
-        window = window_fields(kinds, width)
+        return window_fields(kinds, width)
+    return {}
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """Returns the kind of each attention of the row, for the field `layer_types`."""
+    windows = (config.window_of(t) for t, symbol in enumerate(config.symbols) if symbol == "*")
+    return ["full_attention" if w is None else "sliding_attention" for w in windows]
+
+
+def check_layer_types(kinds: list[str], count: int) -> list[str]:
+    """Returns the kinds of layers; raises Unsupported for an unknown one or a wrong number."""
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise Unsupported("layer_types", kind, "only full_attention or sliding_attention")
+    if len(kinds) != count:
+        raise Unsupported("layer_types", len(kinds), f"but num_hidden_layers = {count}")
+    return kinds
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """Writes the Hugging Face fields that `read_windows` reads."""
+    kinds = layer_types(config)
+    full = [kind == "full_attention" for kind in kinds]
+    return {
+        "use_sliding_window": not all(full),
+        "sliding_window": None if all(full) else config.window,
+        "max_window_layers": full.index(False) if not all(full) else len(full),
+        "layer_types": kinds,
+    }
+
+
+def read_qwen3(f: Fields) -> ModelConfig:
+    """Reads a Qwen3 config: QK-norm in each head, and sliding windows in some layers."""
+    count = f.integer("num_hidden_layers")
     return ModelConfig(
         **pattern_fields("*-" * count),
         ffn=f.get("intermediate_size"),
         qk_norm="head",
-        **read_common(f),
+        **read_common(f, biases="all"),
         **read_heads(f, kv_heads=32, head_dim=128),
-        **window,
+        **read_windows(f, count),
     )
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
     """Writes a Qwen3 config."""
-    attentions = [t for t, symbol in enumerate(config.symbols) if symbol == "*"]
-    full = [config.window_of(t) is None for t in attentions]
-    return {
-        **write_common(config),
-        **write_heads(config),
-        "intermediate_size": config.ffn,
-        "use_sliding_window": not all(full),
-        "sliding_window": None if all(full) else config.window,
-        "max_window_layers": full.index(False) if not all(full) else len(full),
-        "layer_types": ["full_attention" if f else "sliding_attention" for f in full],
-    }
+    fields = write_common(config) | write_heads(config) | write_windows(config)
+    return fields | {"intermediate_size": config.ffn}
 
 
 def read_olmo2(f: Fields) -> ModelConfig:
@@ -228,7 +303,7 @@ def read_olmo2(f: Fields) -> ModelConfig:
         ffn=f.get("intermediate_size"),
         qk_norm="full",
         norm_position="after",
-        **read_common(f, eps=1e-5),
+        **read_common(f, eps=1e-5, biases="all"),
         **read_heads(f),
     )
 

@@ -5,24 +5,44 @@ import difflib
 from colonnade.launcher.convert.huggingface import (
     deepseek_v2,
     dense,
+    dense_biased,
+    dense_positions,
+    gemma,
     glm_moe,
+    granite,
     mamba,
     minimax,
     moe,
     nemotron,
+    olmo,
     olmoe,
+    qwen2_moe,
     qwen3_5,
     qwen3_next,
 )
 from colonnade.launcher.convert.huggingface.family import Family, Unsupported
 
+# A model is written as the first that can represent it, so those with more options come last.
+MODULES = (
+    dense,
+    moe,
+    olmoe,
+    minimax,
+    glm_moe,
+    deepseek_v2,
+    mamba,
+    nemotron,
+    qwen3_next,
+    qwen3_5,
+    dense_biased,
+    dense_positions,
+    olmo,
+    gemma,
+    qwen2_moe,
+    granite,
+)
 FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for module in (
-        *(dense, moe, olmoe, minimax, glm_moe, deepseek_v2),
-        *(mamba, nemotron, qwen3_next, qwen3_5),
-    )
-    for family in module.FAMILIES
+    family.architecture: family for module in MODULES for family in module.FAMILIES
 }
 
 

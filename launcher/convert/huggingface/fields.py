@@ -133,6 +133,13 @@ class Fields:
             raise Unsupported(self.prefix + names[0], value, remedy)
         return value
 
+    def truth(self, *names: str, default: Any = REQUIRED) -> bool:
+        """As `get`, for true or false."""
+        value = self.get(*names, default=default)
+        if not isinstance(value, bool):
+            raise Unsupported(self.prefix + names[0], value, "must be true or false")
+        return value
+
     def number(self, *names: str, default: Any = REQUIRED) -> float:
         """As `get`, for any number above 0."""
         value = self.get(*names, default=default)

@@ -270,13 +270,6 @@ def read_bamba(f: Fields) -> ModelConfig:
     if attention_layers:
         check_rotated(0.5, head_dim)
     f.only("attn_rotary_emb", head_dim // 2)
-    inner = f.integer("mamba_expand", default=2, least=1) * hidden
-    mamba_heads = f.integer("mamba_n_heads", default=128, least=1)
-    automatic = f.get("mamba_d_head", default="auto") == "auto"
-    width = inner // mamba_heads if automatic else f.integer("mamba_d_head")
-    if width * mamba_heads != inner:
-        remedy = f"mamba_d_head is {width}, mamba_expand · hidden_size {inner}"
-        raise Unsupported("mamba_n_heads", mamba_heads, remedy)
     return ModelConfig(
         **pattern_fields("".join("*-" if i in attention_layers else "M-" for i in range(count))),
         hidden=hidden,
@@ -290,29 +283,35 @@ def read_bamba(f: Fields) -> ModelConfig:
         head_dim=head_dim,
         **rope,
         ffn=f.get("intermediate_size", default=14336),
-        mamba_heads=mamba_heads,
-        mamba_head_dim=width,
-        mamba_state=f.get("mamba_d_state", default=256),
-        mamba_groups=f.get("mamba_n_groups", default=1),
-        mamba_conv=f.get("mamba_d_conv", default=4),
-        mamba_chunk=f.get("mamba_chunk_size", default=256),
+        **read_mamba2_sizes(f, hidden),
     )
 
 
-def write_bamba(config: ModelConfig) -> dict[str, Any]:
-    """Writes a Bamba config."""
-    c = config
-    check_symbols(c, "M*", "-")
-    heads = c.mamba_heads
+def read_mamba2_sizes(f: Fields, hidden: int) -> dict[str, Any]:
+    """Reads the native fields of the Mamba-2 of Bamba and Granite."""
+    inner = f.integer("mamba_expand", default=2, least=1) * hidden
+    heads = f.integer("mamba_n_heads", default=128, least=1)
+    automatic = f.get("mamba_d_head", default="auto") == "auto"
+    width = inner // heads if automatic else f.integer("mamba_d_head")
+    if width * heads != inner:
+        remedy = f"mamba_d_head is {width}, mamba_expand · hidden_size {inner}"
+        raise Unsupported("mamba_n_heads", heads, remedy)
     return {
-        **write_common(c),
-        **write_heads(c),
-        "partial_rotary_factor": 0.5,
-        "attn_layer_indices": [i for i, symbol in enumerate(c.symbols[::2]) if symbol == "*"],
-        "intermediate_size": c.ffn,
-        "mlp_bias": False,
-        "mamba_expand": expansion(c, "mamba_heads", heads * c.mamba_head_dim),
-        "mamba_n_heads": heads,
+        "mamba_heads": heads,
+        "mamba_head_dim": width,
+        "mamba_state": f.get("mamba_d_state", default=256),
+        "mamba_groups": f.get("mamba_n_groups", default=1),
+        "mamba_conv": f.get("mamba_d_conv", default=4),
+        "mamba_chunk": f.get("mamba_chunk_size", default=256),
+    }
+
+
+def write_mamba2_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Writes the Hugging Face fields that `read_mamba2_sizes` reads, and the biases' switches."""
+    c = config
+    return {
+        "mamba_expand": expansion(c, "mamba_heads", c.mamba_heads * c.mamba_head_dim),
+        "mamba_n_heads": c.mamba_heads,
         "mamba_d_head": c.mamba_head_dim,
         "mamba_d_state": c.mamba_state,
         "mamba_n_groups": c.mamba_groups,
@@ -320,6 +319,21 @@ def write_bamba(config: ModelConfig) -> dict[str, Any]:
         "mamba_chunk_size": c.mamba_chunk,
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,
+    }
+
+
+def write_bamba(config: ModelConfig) -> dict[str, Any]:
+    """Writes a Bamba config."""
+    c = config
+    check_symbols(c, "M*", "-")
+    return {
+        **write_common(c),
+        **write_heads(c),
+        "partial_rotary_factor": 0.5,
+        "attn_layer_indices": [i for i, symbol in enumerate(c.symbols[::2]) if symbol == "*"],
+        "intermediate_size": c.ffn,
+        "mlp_bias": False,
+        **write_mamba2_sizes(c),
     }
 
 

@@ -72,9 +72,7 @@ def read_top_k(f: Fields, normalised: bool, default: Any = REQUIRED) -> dict[str
     is that of the number, `normalised` that of the normalisation.
     """
     top_k, name = f.get("num_experts_per_tok", default=default), "norm_topk_prob"
-    given = f.get(name, default=normalised)
-    if not isinstance(given, bool):
-        raise Unsupported(name, given, "must be true or false")
+    given = f.truth(name, default=normalised)
     if given and top_k == 1:
         raise Unsupported(name, given, "with one expert per token its router could not learn")
     return {"top_k": top_k, "router_normalise": given}
@@ -166,7 +164,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
         **read_top_k(f, False, default=8),
         qk_norm="head",
         window=window if windowed else None,
-        **read_common(f),
+        **read_common(f, biases="all"),
         **read_heads(f, kv_heads=4),
     )
 

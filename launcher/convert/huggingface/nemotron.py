@@ -9,7 +9,7 @@ from colonnade.launcher.convert.huggingface.config import (
     pattern_fields,
     symbols_of,
 )
-from colonnade.launcher.convert.huggingface.dense import write_heads
+from colonnade.launcher.convert.huggingface.dense import UNGATED, write_heads
 from colonnade.launcher.convert.huggingface.entry import Entry, entry, stacked
 from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
@@ -31,13 +31,6 @@ from colonnade.models.config import ModelConfig
 MAMBA = ("linear_attention", "mamba")
 FULL = ("full_attention", "attention")
 NEMOTRON = dict.fromkeys(MAMBA, "M") | dict.fromkeys(FULL, "*") | {"mlp": "-", "moe": "E"}
-ACTIVATIONS: dict[str, Any] = {
-    "relu2": "relu2",
-    "relu": "relu",
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 # Transformers 5 clamps dt to at least time_step_min. Nemotron-H's own code and Megatron, which
 # trained it, only draw initial biases from that field. So it is not read, and is written so small
 # that it clamps no dt. It is not 0 because transformers takes its logarithm for initial biases.
@@ -76,7 +69,7 @@ def read_nemotron(f: Fields) -> ModelConfig:
         kv_heads=f.get("num_key_value_heads", default=8, null=heads),
         head_dim=head_dim,
         ffn=f.get("intermediate_size", default=21504),
-        activation=ACTIVATIONS[f.only("mlp_hidden_act", *ACTIVATIONS)],
+        activation=UNGATED[f.only("mlp_hidden_act", *UNGATED)],
         mamba_heads=f.get("mamba_num_heads", default=128),
         mamba_head_dim=f.get("mamba_head_dim", default=64),
         mamba_state=f.get("ssm_state_size", default=128),
@@ -137,7 +130,7 @@ def write_nemotron(config: ModelConfig) -> dict[str, Any]:
     """Writes a Nemotron-H config."""
     c = config
     check_symbols(c, "M*-E")
-    hidden_acts = {native: hf for hf, native in ACTIVATIONS.items()}
+    hidden_acts = {native: hf for hf, native in UNGATED.items()}
     if c.has("-", "E") and c.activation not in hidden_acts:
         remedy = f"only {', '.join(hidden_acts)} can be represented"
         raise Unsupported("activation", c.activation, remedy)

@@ -31,25 +31,40 @@ def gate_slices(r: Recipe, world_size: int | None) -> Iterator[Fault]:
 @RULES.add(*ROW_FIELDS, "model.repeat", "model.window")
 def full_attention(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """`full_attention` indexes attentions of the row, each once, and not all of them."""
-    m, count = r.model, r.model.symbols.count("*")
-    indices = m.full_attention
-    if not m.has("*") or m.window is None or not indices:
+    if r.model.window is not None:
+        none_left = "none has the window; take some out, or leave both it and model.window out"
+        yield from attention_numbers(r.model, "full_attention", none_left)
+
+
+@RULES.add(*ROW_FIELDS, "model.repeat", "model.positions")
+def unrotated(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """`unrotated` indexes attentions of the row, each once, and not all of them."""
+    if r.model.positions != "none":
+        none_left = "none has positions; take some out, or set model.positions to none"
+        yield from attention_numbers(r.model, "unrotated", none_left)
+
+
+def attention_numbers(m: ModelConfig, field: str, none_left: str) -> Iterator[Fault]:
+    """Yields the fault of a field that lists attentions of the row, if it has one.
+
+    `none_left` is said where it lists all of them. Modules of mtp never count as listed.
+    """
+    indices, count = getattr(m, field), m.symbols.count("*")
+    if not m.has("*") or not indices:
         return
     value, attentions = list(indices), f"the row has {count} attentions, 0..{count - 1}"
     mtp_attention = m.mtp > 0 and "*" in m.mtp_pattern
     if not count:
         remedy = "model.pattern has no attention (`*`); leave it out"
-        yield Fault("model.full_attention", value, remedy)
+        yield Fault(f"model.{field}", value, remedy)
     elif wrong := sorted({n for n in indices if not 0 <= n < count}):
         remedy = f"{attentions}; take out {', '.join(map(str, wrong))}"
-        yield Fault("model.full_attention", value, remedy)
+        yield Fault(f"model.{field}", value, remedy)
     elif len(set(indices)) < len(indices):
-        remedy = f"name each once; set model.full_attention to {sorted(set(indices))}"
-        yield Fault("model.full_attention", value, remedy)
-    elif len(indices) == count and not mtp_attention:  # modules of mtp always have the window
-        remedy = f"{attentions}: none has the window; take some out, or leave both it and "
-        remedy += "model.window out"
-        yield Fault("model.full_attention", value, remedy)
+        remedy = f"name each once; set model.{field} to {sorted(set(indices))}"
+        yield Fault(f"model.{field}", value, remedy)
+    elif len(indices) == count and not mtp_attention:
+        yield Fault(f"model.{field}", value, f"{attentions}: {none_left}")
 
 
 def head_counts(m: ModelConfig) -> list[int]:
@@ -115,9 +130,11 @@ def rope_scaling(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault(
             "model.rope_scaling", kind, f"{remedy}have one; rotate 4 or more, or set linear"
         )
-    if kind == "yarn" and m.rope_theta <= 1:
-        remedy = "yarn divides by its logarithm; set model.rope_theta above 1"
-        yield Fault("model.rope_theta", m.rope_theta, remedy)
+    windowed = m.window is not None and m.window_rope_scaled
+    for field in ("rope_theta", *(["window_rope_theta"] if windowed else [])):
+        if kind == "yarn" and m.is_explicit(field) and getattr(m, field) <= 1:
+            remedy = f"yarn divides by its logarithm; set model.{field} above 1"
+            yield Fault(f"model.{field}", getattr(m, field), remedy)
     low, high = {"llama3": ("low", "high"), "yarn": ("slow", "fast")}.get(kind, ("", ""))
     if low:
         lower, upper = getattr(m, f"rope_{low}"), getattr(m, f"rope_{high}")

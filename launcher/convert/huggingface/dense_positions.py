@@ -1,0 +1,128 @@
+"""Converts SmolLM3, some of whose layers have no positions, and Helium, whose rotary pairs are
+adjacent channels."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from colonnade.launcher.convert.huggingface.config import pattern_fields
+from colonnade.launcher.convert.huggingface.dense import (
+    DENSE,
+    NORMS_BEFORE,
+    attention,
+    check_layer_types,
+    layer_types,
+    layers,
+    mlp,
+    read_common,
+    read_heads,
+    window_fields,
+    write_common,
+    write_heads,
+)
+from colonnade.launcher.convert.huggingface.entry import Entry, interleaved
+from colonnade.launcher.convert.huggingface.family import Family, Unsupported
+from colonnade.launcher.convert.huggingface.fields import Fields
+from colonnade.models.config import ModelConfig
+
+
+def read_smollm3(f: Fields) -> ModelConfig:
+    """Reads a SmolLM3 config: `no_rope_layers` has a 0 for each layer without positions."""
+    count = f.integer("num_hidden_layers")
+    every = f.integer("no_rope_layer_interval", default=4, least=1)
+    rotated = f.entries("no_rope_layers", of=int) or [
+        int((i + 1) % every != 0) for i in range(count)
+    ]
+    if len(rotated) < count:
+        raise Unsupported("no_rope_layers", rotated, f"has fewer than {count} entries")
+    switched = f.truth("use_sliding_window", default=False)
+    window = f.get("sliding_window", default=None)
+    with_window = switched and window is not None
+    kinds = f.entries("layer_types", of=str) or [
+        "sliding_attention" if with_window and not rotates else "full_attention"
+        for rotates in rotated[:count]
+    ]
+    windowed = "sliding_attention" in check_layer_types(kinds, count)
+    if windowed and not with_window:
+        raise Unsupported("sliding_window", window, "layer_types asks for a window; give both")
+    common = read_common(f, theta=2e6, biases="all")
+    unrotated = tuple(i for i, rotates in enumerate(rotated[:count]) if not rotates)
+    positions = {"unrotated": unrotated} if len(unrotated) < count else {"positions": "none"}
+    return ModelConfig(
+        **pattern_fields("*-" * count),
+        ffn=f.integer("intermediate_size", least=1),
+        mlp_bias=f.truth("mlp_bias", default=False),
+        **common | {"tied": f.get("tie_word_embeddings", default=True)},
+        **read_heads(f, kv_heads=4),
+        **positions,
+        **(window_fields(kinds, window) if windowed else {}),
+    )
+
+
+def write_smollm3(config: ModelConfig) -> dict[str, Any]:
+    """Writes a SmolLM3 config."""
+    c = config
+    attentions = [t for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    return {
+        **write_common(c),
+        **write_heads(c),
+        "intermediate_size": c.ffn,
+        "mlp_bias": c.mlp_bias,
+        "no_rope_layers": [int(c.rope_of(t) is not None) for t in attentions],
+        "use_sliding_window": c.window is not None,
+        "sliding_window": c.window,
+        "layer_types": layer_types(c),
+    }
+
+
+def read_helium(f: Fields) -> ModelConfig:
+    """Reads a Helium config; the width of all its heads is that of the stream."""
+    common = read_common(f, eps=1e-8, theta=100000.0, biases="qkv")
+    heads = read_heads(f, kv_heads=20, head_dim=128)
+    if heads["head_dim"] * common["heads"] != common["hidden"]:
+        remedy = f"times num_attention_heads it must be hidden_size = {common['hidden']}"
+        raise Unsupported("head_dim", heads["head_dim"], remedy)
+    return ModelConfig(
+        **pattern_fields("*-" * f.integer("num_hidden_layers")),
+        ffn=f.integer("intermediate_size", least=1),
+        mlp_bias=f.truth("mlp_bias", default=False),
+        **common,
+        **heads,
+    )
+
+
+def write_helium(config: ModelConfig) -> dict[str, Any]:
+    """Writes a Helium config."""
+    fields = write_common(config) | write_heads(config)
+    return fields | {"intermediate_size": config.ffn, "mlp_bias": config.mlp_bias}
+
+
+def helium_attention(hf: str, native: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of attention whose rotary pairs are adjacent channels."""
+    heads = {"q": config.heads, "k": config.kv_heads}
+    order = interleaved(0, config.head_dim)
+
+    def in_pairs(e: Entry) -> Entry:
+        name = e.native_names[0].removeprefix(f"{native}.").removesuffix("_bias")
+        return replace(e, groups=heads[name], order=order) if name in heads else e
+
+    return [in_pairs(e) for e in attention(hf, native, config)]
+
+
+FAMILIES = (
+    Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        read_smollm3,
+        write_smollm3,
+        partial(layers, DENSE, NORMS_BEFORE),
+        harmless=frozenset({"max_window_layers"}),
+    ),
+    Family(
+        "HeliumForCausalLM",
+        "helium",
+        read_helium,
+        write_helium,
+        partial(layers, {"*": helium_attention, "-": mlp}, NORMS_BEFORE),
+    ),
+)

@@ -1,0 +1,142 @@
+"""Reports of a training job: its start, its steps, its validations, its end."""
+
+from typing import Any
+
+from colonnade.launcher.checkpoint import newest, step_folder
+from colonnade.launcher.cluster.collective import on_rank_zero
+from colonnade.launcher.errors import UserError
+from colonnade.launcher.generate import extend
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import Job
+from colonnade.launcher.train.lines import write_below
+from colonnade.launcher.train.monitor import Monitor
+from colonnade.launcher.train.schedule import batch_size, describe_stage
+from colonnade.launcher.train.step import Result, validate_loss, validation_key
+from colonnade.launcher.train.summary import (
+    describe_data,
+    describe_job,
+    start_facts,
+)
+
+
+def open_monitor(job: Job, recipe: Recipe) -> Monitor | None:
+    """Opens the monitor and records the start on rank 0, and returns None on others; if it fails,
+    all ranks raise. `recipe` is the run's."""
+    opened: list[Monitor] = []  # not the result of `on_rank_zero`, which would broadcast it
+
+    def open_on_this_rank() -> None:
+        opened.append(Monitor(job.run, recipe, job.stage, job.step, job.events.attempt))
+        opened[0].say(describe_job(job.recipe, job.world, job.data, job.step, job.steps))
+        if len(job.stages) > 1:
+            opened[0].say(describe_stage(job.stage))
+        checkpoint = step_folder(job.checkpoints, job.step).name if job.step else None
+        job.events.start(job.step, checkpoint, **start_facts(job.recipe, job.world))
+
+    on_rank_zero(lambda: write_below(job.run, open_on_this_rank))
+    return opened[0] if opened else None
+
+
+def report_stage(job: Job, monitor: Monitor | None) -> None:
+    """Records that a training stage begins. Collective."""
+
+    def report() -> None:
+        assert monitor is not None  # on rank 0
+        monitor.begin_stage(job.stage)
+        job.events.stage(job.step, job.stage.index, job.recipe.parallel.layout(job.world.size))
+        monitor.say(describe_stage(job.stage))
+        monitor.say(describe_data(job.recipe, job.data))
+
+    on_rank_zero(lambda: write_below(job.run, report))
+
+
+def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
+    """Records a step on rank 0; returns a write error, which `sync_status` raises on all ranks."""
+    if monitor is None:
+        return None
+    try:
+        write_below(job.run, lambda: record_step(job, monitor, result))
+    except UserError as error:
+        return error
+    return None
+
+
+def stop_for_bad_steps(job: Job, result: Result) -> None:
+    """Raises UserError on all ranks, after too many bad steps, with remedies. Collective."""
+    last, recipe = on_rank_zero(lambda: newest(job.checkpoints)), job.recipe
+    report, limit = result.report, recipe.train.bad_steps
+    saved = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+    raise UserError(
+        f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite for "
+        f"{job.bad_steps} steps in a row, so the run stops (train.bad_steps = {limit}); "
+        f"{saved}. Lower optimizer.lr = {recipe.optimizer.lr}, lengthen optimizer.warmup = "
+        f"{recipe.optimizer.warmup}, or set train.precision = 'fp32'"
+    )
+
+
+def record_step(job: Job, monitor: Monitor, result: Result) -> None:
+    """Records a step's metrics: `tokens` are all, `trained_tokens` those with a loss."""
+    recipe, report = job.recipe.train, result.report
+    seconds, parts = job.timer.restart()
+    tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
+    metrics: dict[str, Any] = {
+        "step": job.step,
+        **({"stage": job.stage.index} if len(job.stages) > 1 else {}),
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": result.lr,
+        "tokens": tokens,
+        "trained_tokens": report.tokens,
+        "seconds": round(seconds, 6),
+        "parts": {name: round(part, 6) for name, part in parts.items()},
+    }
+    if report.balance:
+        metrics["balance"] = report.balance
+    metrics |= report.extras
+    if result.skipped:
+        metrics["skipped"] = True
+        monitor.say(
+            f"step {job.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite, "
+            f"step skipped ({job.bad_steps} in a row, {recipe.bad_steps} end the run)"
+        )
+    metrics |= monitor.loads.observe(job.step, report.loads, result.skipped, monitor.say)
+    monitor.step(metrics, tokens, job.world)
+
+
+def run_validation(job: Job, monitor: Monitor | None) -> None:
+    """Computes the validation loss, and records it on rank 0. Collective."""
+    rows, count = job.data.validation, job.recipe.train.validate_rows
+    if rows is None or count == 0:
+        return
+    lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
+    rng_key = validation_key(job.recipe.train.seed, job.step)
+    with job.timer.part("validation"):
+        loss, bits = validate_loss(job.engine, rows, job.recipe, lengths, rng_key)
+
+    def record() -> None:
+        assert monitor is not None  # on rank 0
+        metrics = {"step": job.step, "validation_loss": loss}
+        text = f"validation  loss {loss:.4f}"
+        if bits is not None:
+            metrics["validation_bits_per_byte"] = bits
+            text += f", {bits:.3f} bits per byte"
+        monitor.record(metrics)
+        job.events.validation(job.step, loss, job.timer.parts["validation"])
+        monitor.say(f"{text} at step {job.step}")
+
+    on_rank_zero(lambda: write_below(job.run, record))
+
+
+def finish(job: Job, monitor: Monitor | None) -> None:
+    """Ends a complete run: validates, and writes a sample of the model's text. Collective."""
+    run_validation(job, monitor)
+    count, tokenizer = job.recipe.train.sample, job.data.tokenizer
+    if not count or tokenizer is None:
+        return
+    prompt = tokenizer.encode(["def "])[0]
+    passes, length = job.engine.passes, job.recipe.train.seq_len
+    generated = extend(passes, prompt, count, length, None)
+    text = "def " + tokenizer.decode(generated)
+    path = job.run / "sample.txt"
+    on_rank_zero(lambda: write_below(path, lambda: path.write_text(text + "\n", encoding="utf-8")))
+    if monitor:
+        monitor.say(f"sample\n{text}\n")
