@@ -26,6 +26,7 @@ MODELS: list[tuple[dict[str, Any], str, list[str]]] = [
         {"residual": "ladder", "logit_cap": 30.0}, "LlamaForCausalLM",
         ["residual = 'ladder': no", "has 'standard'", "logit_cap = None where this is 30.0"],
     ),
+    ({"share": True, "repeat": 2}, "LlamaForCausalLM", ["share = True: no", "has False"]),
     ({"attention_cap": 5.0}, "LlamaForCausalLM", ["attention_cap = 5.0: no", "has None"]),
     (
         {"pattern": "S-", "repeat": 2}, "LlamaForCausalLM",
@@ -53,14 +54,15 @@ def test_the_nearest_class_is_named(fields: dict[str, Any], nearest: str, words:
     assert "\n" not in message
 
 
-def test_a_window_in_all_layers_but_one() -> None:
-    """Llama has no windows, and Qwen3, which has, has norms of queries and keys."""
+def test_fewer_options_are_nearer() -> None:
+    """Llama has no windows, Qwen3, which has, has norms of queries and keys; Ministral has both."""
     config = ModelConfig(**SIZES, window=8, repeat=3, full_attention=(1,))
-    with pytest.raises(Unsupported, match=r"^window = \[8, None, 8\]: .* LlamaForCausalLM, has"):
-        family_for(config)
-    qwen3 = differences(FAMILIES["Qwen3ForCausalLM"], config)
+    llama, qwen3 = (differences(FAMILIES[f"{n}ForCausalLM"], config) for n in ("Llama", "Qwen3"))
     assert [(d.field, d.value, d.other) for d in qwen3] == [("qk_norm", "none", "'head'")]
-    assert family_for(config.changed(qk_norm="head")).architecture == "Qwen3ForCausalLM"
+    assert [(d.field, d.value) for d in llama] == [("window", [8, None, 8])]
+    assert family_for(config).architecture == "MinistralForCausalLM"
+    with pytest.raises(Unsupported, match=r"^residual = 'ladder': .* MinistralForCausalLM, has"):
+        family_for(config.changed(residual="ladder"))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -54,7 +54,7 @@ def write_mixtures(config: ModelConfig) -> dict[str, Any]:
 def read_glm4_moe(f: Fields) -> ModelConfig:
     """Reads a GLM-4.5 config: rotary positions on a part of each head."""
     heads = read_heads(f)
-    common = read_common(f, eps=1e-5, fraction=0.5)
+    common = read_common(f, eps=1e-5, fraction=0.5, biases="qkv")
     check_rotated(common["rope_fraction"], heads["head_dim"])
     return ModelConfig(
         **pattern_fields(dense_first(f, default=1)),
@@ -102,7 +102,7 @@ def read_dots1(f: Fields) -> ModelConfig:
         **pattern_fields(symbols),
         qk_norm="head",
         **read_mixtures(f, 1.0, False),
-        **read_common(f),
+        **read_common(f, biases="all"),
         **read_heads(f),
         **(window_fields(kinds, width) if has_window else {}),
     )

@@ -68,14 +68,18 @@ def differences(family: Family, config: ModelConfig) -> list[Difference]:
 
 
 def compared(expected: dict[str, Any], actual: dict[str, Any]) -> list[Difference]:
-    """Returns the fields that differ; where rows differ, of the others those that both have."""
-    if expected["symbols"] == actual["symbols"]:
-        names = [name for name in expected | actual if expected.get(name) != actual.get(name)]
-        return [Difference(FIELDS.get(n, n), expected.get(n), repr(actual.get(n))) for n in names]
-    kinds = {*expected["symbols"]} ^ {*actual["symbols"]}
-    row = Difference(
-        "pattern", expected["symbols"], repr(actual["symbols"]), OTHER_ROW + len(kinds)
-    )
-    both = (expected.keys() & actual.keys()) - {"symbols", "windows"}
-    others = [name for name in expected if name in both and expected[name] != actual[name]]
-    return [row, *(Difference(n, expected[n], repr(actual[n])) for n in others)]
+    """Returns the fields that differ: those that both have, because the others follow from these;
+    where none does, those that one has."""
+    same_row = expected["symbols"] == actual["symbols"]
+    derived = set() if same_row else {"symbols", "windows"}
+    both = [n for n in expected if n in actual and n not in derived and expected[n] != actual[n]]
+    found = [Difference(FIELDS.get(n, n), expected[n], repr(actual[n])) for n in both]
+    if not same_row:
+        row, other = expected["symbols"], actual["symbols"]
+        return [Difference("pattern", row, repr(other), OTHER_ROW + len({*row} ^ {*other})), *found]
+    if not found:
+        initial = ModelConfig()
+        for name in expected.keys() ^ actual.keys():
+            value, other = (side.get(name, getattr(initial, name)) for side in (expected, actual))
+            found.append(Difference(name, value, repr(other)))
+    return found
