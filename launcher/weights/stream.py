@@ -27,7 +27,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def in_order(pieces: Sequence[Piece]) -> list[Piece]:
     """Returns pieces in their order in a file: the widest elements first, so that all lie at
-    multiples of their size, as safetensors' reader needs."""
+    multiples of their size, and a reader may use them where they are."""
     return sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
 
 

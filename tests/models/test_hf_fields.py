@@ -13,6 +13,7 @@ import oracle  # before transformers, which it keeps from packages that need a G
 import pytest
 import test_hf_biased
 import test_hf_granite
+import test_hf_mixtures
 import test_hf_positions
 import torch
 from equal import assert_equal
@@ -35,6 +36,7 @@ BUILDS: dict[str, Any] = {
     "llama": llama, "qwen3": qwen3, "olmo2": olmo2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
     "deepseek": deepseek, "mamba": mamba, "mamba2": mamba2, "bamba": bamba,
     **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
+    **test_hf_mixtures.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", BUILDS)

@@ -1,5 +1,6 @@
 """OLMoE, FlexOlmo, MiniMax-M2, GLM-4.5, dots.llm1, GLM-4.7-Flash, DeepSeek-V2 and Qwen3.5."""
 
+from functools import partial
 from typing import Any
 
 import oracle  # before transformers, which it keeps from packages that need a GPU
@@ -86,6 +87,9 @@ def build(name: str, **more: Any) -> Any:
         return getattr(transformers, model)(
             getattr(transformers, config)(**(SHAPE | experts | fields | more))
         )
+
+
+BUILDS = {name: partial(build, name) for name in MODELS}  # for `test_hf_fields`
 
 
 def case(test: str, symbols: str, options: str, model: str, **more: Any) -> Case:
