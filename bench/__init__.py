@@ -133,6 +133,13 @@ def bench_convert() -> dict[str, Any]:
     return run()
 
 
+def bench_init() -> dict[str, Any]:
+    """Memory of two ranks that read their shards of an 8B Llama's tensors; needs half of memory."""
+    from colonnade.bench.init import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -148,6 +155,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
     "convert": bench_convert,
+    "init": bench_init,
 }
 
 

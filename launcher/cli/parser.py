@@ -146,6 +146,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=["fp64", "fp32", "bf16", "fp16"], help="default: of each tensor"
     )
+    convert.add_argument(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="weight surgery, several in order: ladder=N, blocks=0-3,3,5, norm=pre_rms, "
+        "experts=8,top_k=2, average=PATH",
+    )
     convert.add_argument("--family", help="Hugging Face's class (default: the first that fits)")
 
     inspect = add("inspect", verbs.run_inspect)

@@ -215,7 +215,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
     a = arguments
     try:
-        report = convert(a.source, a.destination, a.to, a.dtype, a.family)
+        report = convert(a.source, a.destination, a.to, a.dtype, a.family, a.edit)
     except LogitsDifferError as error:
         report_failure(str(error), started=False)
         return 1

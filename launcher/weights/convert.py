@@ -10,6 +10,7 @@ source, and the folder gets its name.
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from colonnade.launcher.weights.native import NativeTarget
 from colonnade.launcher.weights.progress import Progress
 from colonnade.launcher.weights.source import Weights, open_weights
 from colonnade.launcher.weights.stream import Stream
+from colonnade.launcher.weights.surgery import edited
 from colonnade.launcher.weights.target import Piece, Target
 
 FILE_BYTES = 2 * 10**9  # largest file, unless one piece is larger
@@ -64,6 +66,7 @@ def convert(
     to: str,
     dtype: str | None = None,
     family: str | None = None,
+    edits: Sequence[str] = (),
     file_bytes: int = FILE_BYTES,
     report: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Converted:
@@ -76,6 +79,7 @@ def convert(
         dtype: fp64, fp32, bf16 or fp16; None: that of each tensor.
         family: the Hugging Face class, such as "LlamaForCausalLM"; None: the first that can
             represent the model.
+        edits: weight surgery, `NAME=VALUE` each (`launcher.weights.surgery`).
         file_bytes: largest size of a file, unless one tensor is larger.
         report: is called with lines of progress, and with what is left out.
 
@@ -87,11 +91,13 @@ def convert(
     start, folder = time.monotonic(), Path(destination)
     if folder.exists():
         raise UserError(f"convert: {folder} exists already; name a new folder")
-    with open_weights(Path(source), report, once=True) as weights:
+    # edits read a tensor several times, or parts of it in another order than its file has
+    with ExitStack() as others, open_weights(Path(source), report, once=not edits) as opened:
+        weights = edited(opened, edits, others, report)
         target = target_of(to, weights, family, report)
         files = in_files(target.pieces(dtype_of(dtype)), lambda piece: piece.bytes, file_bytes)
         named = dict(zip(target.file_names(len(files)), files, strict=True))
-        progress = Progress.open(folder, identity(weights, target, dtype, file_bytes))
+        progress = Progress.open(folder, identity(weights, target, dtype, edits, file_bytes))
         kept = len(progress.files)
         write(progress, named, target.metadata, report)
         progress.complete(target, named)
@@ -154,7 +160,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def identity(
-    weights: Weights, target: Target, dtype: str | None, file_bytes: int
+    weights: Weights, target: Target, dtype: str | None, edits: Sequence[str], file_bytes: int
 ) -> dict[str, Any]:
     """Returns what makes two conversions the same: the source's files, and the options."""
     stats = [
@@ -167,5 +173,6 @@ def identity(
         "files": [list(stat) for stat in stats],
         "target": target.describe(),
         "dtype": dtype,
+        **({"edits": list(edits)} if edits else {}),
         "file_bytes": file_bytes,
     }
