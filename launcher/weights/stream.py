@@ -21,7 +21,7 @@ from colonnade.launcher.weights.direct import DTYPES, Output, bytes_of
 from colonnade.launcher.weights.target import Piece
 
 Result = TypeVar("Result")
-IN_FLIGHT = 10**9  # bytes of tensors between reading and writing, unless one is larger
+IN_FLIGHT = 3 * 10**8  # bytes of tensors between reading and writing, unless one is larger
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

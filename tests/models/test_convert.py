@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -225,8 +226,12 @@ def test_memory_is_bounded(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_files_of_many_blocks(llama: Path, tmp_path: Path, is_direct: bool) -> None:
     """Tensors begin, end and lie within blocks, of which each is compared when it is read."""
-    flag = mock.patch.object(os, "O_DIRECT", os.O_DIRECT if is_direct else 0)
-    with flag, mock.patch.object(manifest, "BLOCK", 4096), mock.patch.object(direct, "BLOCK", 4096):
+    with ExitStack() as patched:
+        for module in (manifest, direct):
+            patched.enter_context(mock.patch.object(module, "BLOCK", 4096))
+        flag = os.O_DIRECT if is_direct else 0
+        patched.enter_context(mock.patch.object(os, "O_DIRECT", flag))
+        patched.enter_context(mock.patch.object(direct, "POOLED", 0))  # memory is used again
         convert(llama, tmp_path / "native", "native", "fp64", report=ignore)
         (path,) = (tmp_path / "native").rglob("*.safetensors")
         assert path.stat().st_size > 5 * 4096
@@ -245,6 +250,13 @@ def test_files_of_many_blocks(llama: Path, tmp_path: Path, is_direct: bool) -> N
             convert(tmp_path / "native", tmp_path / "other", "hf", report=ignore)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("other*"))
+
+
+def test_a_source_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
+    """The error names the file of the source, not the destination."""
+    failed = mock.patch.object(direct, "read_into", side_effect=OSError(errno.EIO, "I/O error"))
+    with failed, pytest.raises(UserError, match=r"llama/model.safetensors cannot be read"):
+        convert(llama, tmp_path / "out", "native", report=ignore)
 
 
 def test_tensors_at_odd_places(llama: Path, tmp_path: Path) -> None:
