@@ -252,6 +252,18 @@ def test_files_of_many_blocks(llama: Path, tmp_path: Path, is_direct: bool) -> N
     assert not list(tmp_path.glob("other*"))
 
 
+def test_memory_is_used_again_only_when_its_tensor_is_gone() -> None:
+    pool = direct.Pool()
+    first, second = (pool.memory(direct.POOLED) for _ in range(2))
+    place, rest = first.data_ptr(), first[5:]
+    assert place != second.data_ptr()
+    del first
+    third = pool.memory(direct.POOLED)
+    assert third.data_ptr() != place
+    del rest
+    assert pool.memory(direct.POOLED).data_ptr() == place
+
+
 def test_a_source_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
     """The error names the file of the source, not the destination."""
     failed = mock.patch.object(direct, "read_into", side_effect=OSError(errno.EIO, "I/O error"))
