@@ -126,6 +126,13 @@ def bench_checkpoint() -> dict[str, Any]:
     return run()
 
 
+def bench_generate() -> dict[str, Any]:
+    """Tokens per second of attention, hybrid and Mamba-2 by context; ladder on hosts, as root."""
+    from colonnade.bench.generate import run
+
+    return run()
+
+
 def bench_convert() -> dict[str, Any]:
     """Weights of 16 GB to our format and back, beside plain reads and writes; needs 50 GB."""
     from colonnade.bench.convert import run
@@ -154,6 +161,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "context": bench_context,
     "pipeline": bench_pipeline,
     "checkpoint": bench_checkpoint,
+    "generate": bench_generate,
     "convert": bench_convert,
     "init": bench_init,
 }

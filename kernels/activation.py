@@ -36,6 +36,8 @@ _GATE_BACKWARD: dict[str, Callable[..., Tensor]] = {
     "geglu": aten.gelu_backward.grad_input,
     "geglu_tanh": partial(aten.gelu_backward.grad_input, approximate="tanh"),
 }
+# The clamped SwiGLU of gpt-oss: the factor inside the sigmoid, and the largest gate and |up|.
+ALPHA, LIMIT = 1.702, 7.0
 POLYNORM_EPS = 1e-6
 
 NAMES = get_args(Activation)
@@ -132,10 +134,27 @@ def _polynomial_backward(
     return d_x.to(x.dtype), d_poly
 
 
+def _clamped(up: Tensor, gate: Tensor) -> Tensor:
+    u, g = wide(up).clamp(-LIMIT, LIMIT), wide(gate).clamp(max=LIMIT)
+    return ((u + 1) * g * torch.sigmoid(ALPHA * g)).to(up.dtype)
+
+
+def _clamped_backward(grad: Tensor, up: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `up` and `gate` from that of the output."""
+    d, u, g = wide(grad), wide(up), wide(gate).clamp(max=LIMIT)
+    s = torch.sigmoid(ALPHA * g)
+    d_up = d * g * s * (u.abs() <= LIMIT)
+    slope = s * (1 + ALPHA * g * (1 - s)) * (wide(gate) <= LIMIT)
+    d_gate = d * (u.clamp(-LIMIT, LIMIT) + 1) * slope
+    return d_up.to(up.dtype), d_gate.to(gate.dtype)
+
+
 def _value(
     up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None, scales: Tensor | None
 ) -> Tensor:
     if gate is not None:
+        if name == "swiglu_clamped":
+            return _clamped(up, gate)
         return _UNGATED[_GATES[name]][0](gate).mul_(up)
     if poly is not None:
         return _polynomial(up, poly, scales)
@@ -178,6 +197,8 @@ class _Activate(torch.autograd.Function):
         if gate is None:
             d_up, d_poly = _ungated_backward(grad, up, ctx.name, poly, scales, ctx.sharding)
             return d_up, None, None, d_poly, None
+        if ctx.name == "swiglu_clamped":
+            return *_clamped_backward(grad, up, gate), None, None, None
         function, backward = _UNGATED[_GATES[ctx.name]]
         return function(gate).mul_(grad), backward(grad * up, gate), None, None, None
 
@@ -205,9 +226,9 @@ class _ActivatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         up, gate, weight, poly, scales = ctx.saved_tensors
-        activated_gate = None if gate is None else _UNGATED[_GATES[ctx.name]][0](gate)
+        activated_gate = _UNGATED[_GATES[ctx.name]][0](gate) if ctx.name in _GATES else None
         if activated_gate is None:
-            inner = _value(up, None, ctx.name, poly, scales)
+            inner = _value(up, gate, ctx.name, poly, scales)
         else:
             inner = activated_gate * up
         d_weight = None
@@ -218,6 +239,8 @@ class _ActivatedLinear(torch.autograd.Function):
             d_weight = weight_gradient(grad, inner)
         del inner  # frees its memory for `d_inner`
         d_inner = product(grad, weight.T)
+        if activated_gate is None and gate is not None:
+            return *_clamped_backward(d_inner, up, gate), d_weight, None, None, None, None
         if activated_gate is None:
             d_up, d_poly = _ungated_backward(d_inner, up, ctx.name, poly, scales, ctx.sharding)
             return d_up, None, d_weight, None, d_poly, None, None
@@ -240,6 +263,7 @@ def activate(
     |---|---|
     | `swiglu`, `geglu` | silu(gate)·up, gelu(gate)·up (Shazeer 2020, arXiv:2002.05202, eq. 6) |
     | `geglu_tanh` | gelu_tanh(gate)·up |
+    | `swiglu_clamped` | (u + 1)·g·sigmoid(1.702 g), u = up in ±7, g = gate up to 7 (gpt-oss) |
     | `silu`, `gelu`, `relu` | x·sigmoid(x), x·Φ(x), max(x, 0) |
     | `gelu_tanh` | gelu with tanh in place of Φ |
     | `relu2` | relu(x)² (Primer, arXiv:2109.08668) |
@@ -294,6 +318,9 @@ def activate_reference(
     up: Tensor, gate: Tensor | None, name: str, poly: Tensor | None = None
 ) -> Tensor:
     """`activate` by its formula."""
+    if gate is not None and name == "swiglu_clamped":
+        u, g = up.clamp(-LIMIT, LIMIT), gate.clamp(max=LIMIT)
+        return (u + 1) * g * torch.sigmoid(ALPHA * g)
     if gate is not None:
         return activate_reference(gate, None, _GATES[name]) * up
     if poly is not None:

@@ -6,6 +6,7 @@ Activation = Literal[
     "swiglu",
     "geglu",
     "geglu_tanh",
+    "swiglu_clamped",
     "gelu",
     "gelu_tanh",
     "relu",
@@ -18,7 +19,7 @@ Activation = Literal[
 
 def gated(activation: str) -> bool:
     """Whether an activation has a gate projection in addition to `up`."""
-    return activation in ("swiglu", "geglu", "geglu_tanh")
+    return activation in ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped")
 
 
 def polynomial(activation: str) -> bool:

@@ -269,6 +269,8 @@ def delta_rule(
     K, P = k.shape[2:]
     if H % K or chunk < 1:
         raise ValueError(f"delta_rule: {H} value heads, {K} key heads, chunks of {chunk} tokens")
+    if S == 1 and state_passing is None:  # as in generation: a step has no chunks
+        return delta_rule_recurrence(q, k, v, beta, decay, initial_state=initial_state)
     chunking = Chunking("delta_rule", S, chunk, state_passing, initial_state)
     chunks, dtype = chunking.to_chunks, wide_dtype(v.dtype)
     if initial_state is None:

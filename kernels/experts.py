@@ -4,6 +4,7 @@ Shape letters: T tokens, k experts per token, E experts, D hidden, F inner width
 Rows are moved by gathers only, forward and backward, so results do not depend on thread timing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,8 +190,12 @@ def expert_mlp(
     activation: str,
     poly: Tensor | None = None,
     sharding: Sharding = UNSHARDED,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """down_e · act(gate_e · row, up_e · row) for every row, e being its expert.
+    """down_e · act(gate_e · row, up_e · row) for every row, e being its expert; each product plus
+    its bias.
 
     Args:
         rows: `[M, D]`, the first `counts[0]` rows are expert 0's, and so on; the remaining rows
@@ -202,19 +207,26 @@ def expert_mlp(
         activation: a name of `kernels.activation.NAMES`.
         poly: `[4]`, the coefficients of a polynomial activation, shared by the experts.
         sharding: of the inner width, where F is one rank's shard of it.
+        gate_bias, up_bias: `[E, F]`; None: none.
+        down_bias: `[E, D]`, zeros on all but one of the ranks that share the width; None: none.
 
     Returns:
         `[M, D]`, undefined in rows without an expert. Where the inner width is sharded it is this
         rank's partial sum, which the caller all-reduces.
     """
+    biases = gate_bias, up_bias, down_bias
     if _grouped(rows, up):
-        return _grouped_mlp(rows, counts, gate, up, down, activation, poly, sharding)
+        return _grouped_mlp(rows, counts, gate, up, down, activation, poly, sharding, biases)
     sizes = counts_on_host(counts, len(rows))
     *by_expert, remaining = rows.split([*sizes, len(rows) - sum(sizes)])
-    gates = [None] * len(up) if gate is None else gate.unbind()
-    operands = zip(by_expert, gates, up.unbind(), down.unbind(), strict=True)
-    y = [_mlp(x, g, u, d, activation, poly, sharding) for x, g, u, d in operands]
+    of_experts = ([None] * len(up) if t is None else t.unbind() for t in (gate, up, down, *biases))
+    operands = zip(by_expert, *of_experts, strict=True)
+    y = [_mlp(x, g, u, d, activation, poly, sharding, b) for x, g, u, d, *b in operands]
     return torch.cat([*y, torch.zeros_like(remaining)])
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
 
 
 def _mlp(
@@ -225,9 +237,12 @@ def _mlp(
     activation: str,
     poly: Tensor | None,
     sharding: Sharding,
+    biases: Sequence[Tensor | None],
 ) -> Tensor:
-    inner = None if gate is None else linear(x, gate)
-    return activated_linear(linear(x, up), inner, down, activation, poly, sharding)
+    gate_bias, up_bias, down_bias = biases
+    gated = None if gate is None else _plus(linear(x, gate), gate_bias)
+    inner = _plus(linear(x, up), up_bias)
+    return _plus(activated_linear(inner, gated, down, activation, poly, sharding), down_bias)
 
 
 def _grouped_mlp(
@@ -239,18 +254,31 @@ def _grouped_mlp(
     activation: str,
     poly: Tensor | None = None,
     sharding: Sharding = UNSHARDED,
+    biases: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensor:
     """`expert_mlp` by grouped products, without copying the counts to the host."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    gated = None if gate is None else grouped_product(rows, gate, ends)
-    inner = grouped_product(rows, up, ends)
+    gate_bias, up_bias, down_bias = biases
+    # Gradients of biases and of `poly` sum over rows, and rows without an expert hold arbitrary
+    # values.
+    index = torch.arange(len(rows), device=rows.device)[:, None]
+    has_expert = index < ends[-1]
+
+    def plus(y: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return y
+        # A product with ones and zeros, whose backward sums rows in an order of its own.
+        of_expert = ((index < ends) & (index >= ends - counts)).to(y.dtype)
+        return torch.where(has_expert, y + of_expert @ bias, 0)
+
+    gated = None if gate is None else plus(grouped_product(rows, gate, ends), gate_bias)
+    inner = plus(grouped_product(rows, up, ends), up_bias)
     if poly is None:
         inner = activate(inner, gated, activation)
-    else:  # its gradient sums over rows, and rows without an expert hold arbitrary values
-        has_expert = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
+    else:
         inner = activate(torch.where(has_expert, inner, 0), gated, activation, poly, sharding)
         inner = torch.where(has_expert, inner, 0)
-    return grouped_product(inner, down, ends)
+    return plus(grouped_product(inner, down, ends), down_bias)
 
 
 def experts(
@@ -264,13 +292,14 @@ def experts(
     poly: Tensor | None = None,
     keep_mask: Tensor | None = None,
     sharding: Sharding = UNSHARDED,
+    **biases: Tensor | None,
 ) -> Tensor:
     """y_t = Σ_j weight[t, j] · expert_{chosen[t, j]}(x_t): `dispatch`, `expert_mlp`, `combine`.
 
     Args and result as for these: x `[T, D]`, chosen, weight and keep_mask `[T, k]`, y `[T, D]`.
     """
     rows, order = dispatch(x, chosen, len(up), keep_mask)
-    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly, sharding)
+    out = expert_mlp(rows, order.counts, gate, up, down, activation, poly, sharding, **biases)
     return combine(out, order, weight)
 
 
@@ -284,12 +313,18 @@ def experts_reference(
     activation: str,
     poly: Tensor | None = None,
     keep_mask: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """`experts` by its formula: every expert on every token, masked."""
     y = torch.zeros_like(x)
+    zero = x.new_zeros(len(up), 1)
+    b_gate, b_up, b_down = (zero if b is None else b for b in (gate_bias, up_bias, down_bias))
     for e in range(len(up)):
-        g = None if gate is None else x @ gate[e].T
-        out = activate_reference(x @ up[e].T, g, activation, poly) @ down[e].T
+        g = None if gate is None else x @ gate[e].T + b_gate[e]
+        inner = activate_reference(x @ up[e].T + b_up[e], g, activation, poly)
+        out = inner @ down[e].T + b_down[e]
         used = chosen == e if keep_mask is None else (chosen == e) & keep_mask
         y = y + torch.where(used, weight, 0).sum(1)[:, None] * out
     return y.to(x.dtype)

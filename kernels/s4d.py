@@ -378,9 +378,12 @@ def s4d(
     """
     if chunk < 1:
         raise ValueError(f"s4d: chunks of {chunk} tokens")
-    chunks = Chunking("s4d", len(x), chunk, state_passing, initial_state)
-    dtype, batch = wide_dtype(x.dtype), chunks.segments * x.shape[1]
+    dtype = wide_dtype(x.dtype)
     parameters = _Parameters(*(t.to(dtype) for t in (dt, A_real, A_imag, C_real, C_imag, D)))
+    if len(x) == 1 and state_passing is None:  # as in generation: a step has no chunks
+        return s4d_recurrence(x, *parameters, initial_state=initial_state)
+    chunks = Chunking("s4d", len(x), chunk, state_passing, initial_state)
+    batch = chunks.segments * x.shape[1]
     if initial_state is None:
         initial_state = torch.zeros(batch, *A_real.shape, 2, dtype=dtype, device=x.device)
     ids = None if documents is None else chunks.to_chunks(documents, repeat_last=True)

@@ -340,6 +340,8 @@ def selective_scan(
     """
     if chunk < 1:
         raise ValueError(f"selective_scan: chunks of {chunk} tokens")
+    if len(x) == 1 and state_passing is None:  # as in generation: a step has no chunks
+        return selective_scan_recurrence(x, dt, A, B, C, D, initial_state=initial_state)
     if state_passing is not None:
         check_segments("selective_scan", len(x), state_passing, initial_state)
         segments = state_passing.segments

@@ -307,6 +307,8 @@ def ssd(
     G, N = B.shape[2:]
     if H % G or chunk < 1:
         raise ValueError(f"ssd: {H} heads in {G} groups, chunks of {chunk} tokens")
+    if S == 1 and state_passing is None:  # as in generation: a step has no chunks
+        return ssd_recurrence(x, dt, A, B, C, D, initial_state=initial_state)
     chunking = Chunking("ssd", S, chunk, state_passing, initial_state)
     chunks, heads, dtype = chunking.to_chunks, (G, H // G), wide_dtype(x.dtype)
     if initial_state is None:

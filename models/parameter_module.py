@@ -89,10 +89,16 @@ class ParameterModule(nn.Module):
         The output of a weight that writes onto the stream is a partial sum over the ranks that
         shard its input: one of them adds the bias.
         """
+        bias = self.bias_of(name)
+        return y if bias is None else y + bias
+
+    def bias_of(self, name: str) -> Tensor | None:
+        """Returns the bias of the weight `name`, on one rank alone where `biased` says so; None: it
+        has none."""
         if (spec := self.specs.get(f"{name}_bias")) is None:
-            return y
+            return None
         bias = self.weight_of(spec.name)
-        return y + (self.sharding.once(bias) if spec.role == "bias" else bias)
+        return self.sharding.once(bias) if spec.role == "bias" else bias
 
     def state_of(self, name: str) -> Tensor:
         """Returns the rank's shard of the buffer `name`, which shares its memory."""

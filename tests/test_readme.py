@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.launcher.cli import main
 from colonnade.launcher.recipe.load import load_recipe
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.verify.matrix import matrix
 from colonnade.models.config import CARDS
 
@@ -66,10 +67,21 @@ def test_the_recipe_of_ones_own_data_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (recipe,) = (block for block in blocks("toml") if "answers.jsonl" in block)
+    (recipe,) = (block for block in blocks("toml") if 'name = "mine"' in block)
     Path("mine.toml").write_text(recipe)
     rows = [{"question": f"What is {i} + {i}?", "answer": f" It is {2 * i}."} for i in range(900)]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["train", "mine.toml", "train.steps=2", "train.sample=5"]) == 0
     (run,) = Path("runs").iterdir()
     assert load_recipe(run / "recipe.toml").data.packing == "whole"
+
+
+def test_the_stages_are_a_recipe(tmp_path: Path) -> None:
+    """Behind the recipe of one's own data, on the ranks that its layouts need."""
+    own, stages = (next(b for b in blocks("toml") if t in b) for t in ("mine", "[[stage]]"))
+    path = tmp_path / "staged.toml"
+    path.write_text(own.replace("steps = 200\n", "") + stages)
+    first, second, third = training_stages(load_recipe(path, world_size=2))
+    assert (first.stop, second.recipe.train.seq_len, second.recipe.parallel.cp) == (1000, 8192, 2)
+    assert second.steps == -(-50_000_000 // (32 * 8192))
+    assert third.recipe.train.freeze == ("embedding.*", "blocks.[0-9].*")

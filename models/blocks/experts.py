@@ -149,7 +149,10 @@ class Experts(ParameterModule):
     def forward(self, rows: Tensor, counts: Tensor, poly: Tensor | None) -> Tensor:
         gate = self.weight_of("gate") if "gate" in self.specs else None
         up, down = self.weight_of("up"), self.weight_of("down")
-        return expert_mlp(rows, counts, gate, up, down, self.activation, poly, self.sharding)
+        biases = {f"{n}_bias": self.bias_of(n) for n in ("gate", "up", "down")}
+        return expert_mlp(
+            rows, counts, gate, up, down, self.activation, poly, self.sharding, **biases
+        )
 
 
 class Combine(ParameterModule):

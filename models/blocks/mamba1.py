@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colonnade.kernels.linear import linear
+from colonnade.kernels.norm import rms_norm
 from colonnade.kernels.precision import wide
 from colonnade.kernels.segments import StatePassing
 from colonnade.kernels.selective_scan import selective_scan
@@ -63,21 +64,29 @@ class ScanOut(ParameterModule):
     seams = (Seam("scan", local_scan, SCAN.kinds),)
     scan: Scan
 
-    def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
+    def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
         super().__init__(records)
-        self.chunk = chunk
+        self.chunk = config.mamba1_chunk
+        self.norm, self.eps = config.mamba1_norm, config.mamba1_norm_eps
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns low-rank dt `[S, B, R]`, B and C `[S, B, N]`, from all channels of a token.
+        """Returns low-rank dt `[S, B, R]`, B and C `[S, B, N]`, from all channels of a token, each
+        normed if configured.
 
         Where ranks shard the channels, all-reduces the partial products, in one call.
         """
         dt, B, C = (linear(x, self.weight_of(name)) for name in ("dt_a", "B", "C"))
-        if self.sharding.size == 1:
+        if self.sharding.size > 1:
+            widths = [t.shape[-1] for t in (dt, B, C)]
+            dt, B, C = self.sharding.all_reduce(torch.cat([dt, B, C], -1)).split(widths, -1)
+        if self.norm == "none":
             return dt, B, C
-        widths = [t.shape[-1] for t in (dt, B, C)]
-        dt, B, C = self.sharding.all_reduce(torch.cat([dt, B, C], -1)).split(widths, -1)
-        return dt, B, C
+        return self.normed(dt, "dt_a"), self.normed(B, "B"), self.normed(C, "C")
+
+    def normed(self, x: Tensor, name: str) -> Tensor:
+        """Returns the RMSNorm of one of them."""
+        weight = self.weight_of(f"{name}_norm") if self.norm == "weighted" else None
+        return rms_norm(x, weight, self.eps)
 
     def forward(self, carried: tuple[Projected, Decay], context: Context) -> Tensor:
         (z, x), small = carried
@@ -99,7 +108,7 @@ class Mamba1(SubBlock):
         records = card.records(config, out_std)
         self.first = InConv(of_half(records, "first"))
         self.small = Decay(of_half(records, "small"))
-        self.second = ScanOut(of_half(records, "second"), config.mamba1_chunk)
+        self.second = ScanOut(of_half(records, "second"), config)
 
     def finish(self, carried: Projected, context: Context) -> Tensor:
         return self.second((carried, self.small), context)

@@ -38,6 +38,8 @@ class Router(Coefficients):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         logits = wide(x) @ wide(self.weight_of("router")).T
+        if "router_offset" in self.specs:
+            logits = logits + wide(self.weight_of("router_offset"))
         if self.noise and self.training:
             S, _, E = logits.shape
             # Keyed by sample and by token index in the full sequence: alike on every layout.

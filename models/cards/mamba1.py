@@ -1,13 +1,15 @@
 """`m`: Mamba-1, a state-space mixer with a decay per channel and state (arXiv:2312.00752)."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from colonnade.models.cards.base import Argument, Card, Mixing
 from colonnade.models.options import (
     Count,
     Formula,
     Length,
+    Need,
     Options,
+    choice,
     formula,
     length,
     option,
@@ -74,6 +76,7 @@ class Mamba1Card(Card):
         dt_bias = inverse_softplus_dt(1e-3, 0.1, 1e-4)
         init = normal(c.init_std)
         selected = {"dt_a": rank, "B": c.mamba1_state, "C": c.mamba1_state}
+        normed = selected if c.mamba1_norm == "weighted" else {}
         return [
             ParameterSpec("z", (C, c.hidden), init, "reads", tp=channels),
             ParameterSpec("x", (C, c.hidden), init, "reads", tp=channels),
@@ -87,6 +90,10 @@ class Mamba1Card(Card):
             *(
                 ParameterSpec(name, (size, C), init, "inner", tp=inputs, half="second")
                 for name, size in selected.items()
+            ),
+            *(
+                ParameterSpec(f"{name}_norm", (size,), constant(1.0), half="second")
+                for name, size in normed.items()
             ),
             ParameterSpec(
                 "dt_b", (C, rank), dt_projection_fill(c), "inner", tp=channels, half="second"
@@ -107,6 +114,9 @@ class Mamba1Card(Card):
         return Mamba1(self, config, out_std)
 
 
+NORMED = Need(lambda m: m.mamba1_norm != "none", "with model.mamba1_norm = none", ("mamba1_norm",))
+
+
 class Mamba1Options(Options):
     """`m`: Mamba-1."""
 
@@ -120,6 +130,12 @@ class Mamba1Options(Options):
         Formula("hidden", by=16, up=True), "rank of dt", ge=1
     )
     mamba1_conv: Annotated[Count, taps()] = option(4, "width of the causal convolution", ge=1)
+    mamba1_norm: Annotated[Literal["none", "plain", "weighted"], choice()] = option(
+        "none", "norm the low-rank dt, B and C: without weights, or with"
+    )
+    mamba1_norm_eps: Annotated[float, choice(NORMED)] = formula(
+        Formula("norm_eps"), "norm_eps of these norms", gt=0
+    )
     mamba1_chunk: Annotated[Length, length(4, training=True)] = option(
         64, "tokens per chunk of the scan", ge=1
     )

@@ -37,6 +37,9 @@ class MixtureCard(Card):
             bias = ParameterSpec("router_bias", (c.experts,), constant(0.0), half="small")
             bias.state = True
             router.append(bias)
+        if c.router_offset:
+            shape = (c.experts,)
+            router.append(ParameterSpec("router_offset", shape, constant(0.0), half="small"))
         shared = mlp(c, c.shared_ffn, "model.shared_ffn", out_std, "shared_")
         if c.shared_gate:
             shared.append(ParameterSpec("shared_open", (1, c.hidden), init, "reads"))
@@ -88,6 +91,7 @@ class ExpertOptions(Options):
     expert_ffn: Annotated[Count, width(12, divided=True)] = formula(
         Formula("ffn"), "inner width of an expert", ge=1
     )
+    expert_bias: Annotated[bool, choice()] = option(False, "biases on the experts' projections")
     shared_ffn: Annotated[Count, width(12, divided=True, optional=True, symbols="E")] = option(
         0, "inner width of the shared expert, which every token uses; 0: none", ge=0
     )
@@ -106,6 +110,9 @@ class ExpertOptions(Options):
     )
     router_top_groups: Annotated[Count | None, choice(GROUPED, symbols="E")] = option(
         None, "groups a token may choose from", ge=1
+    )
+    router_offset: Annotated[bool, choice(symbols="E")] = option(
+        False, "a learned bias on the logits of experts"
     )
     router_bias: Annotated[bool, choice(symbols="E")] = option(
         False, "a bias on the choice of experts balances loads; set balance to 0 to drop the loss"

@@ -60,7 +60,8 @@ def experts(c: "ModelConfig", out_std: float, used: Fraction) -> list[ParameterS
         "down", (E, D, F), normal(out_std), "writes",
         ep=over_experts, etp=Split(2, F, field), half="experts", used=used,
     )  # fmt: skip
-    return [*inner, down]
+    weights = [*inner, down]
+    return [*weights, *map(bias_of, weights if c.expert_bias else [])]
 
 
 def activation(c: "ModelConfig") -> list[ParameterSpec]:
@@ -92,5 +93,5 @@ class MLPOptions(Options):
     )
     mlp_bias: Annotated[bool, choice()] = option(False, "biases on an MLP's projections")
     activation: Annotated[Activation, choice(symbols="-ET")] = option(
-        "swiglu", "swiglu, geglu, geglu_tanh have a gate; polyrelu, polynorm: PolyCom"
+        "swiglu", "swiglu…, geglu… have a gate; polyrelu, polynorm: PolyCom"
     )

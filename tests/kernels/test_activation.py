@@ -28,6 +28,9 @@ OF_TORCH: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda up, gate: F.silu(gate) * up,
     "geglu": lambda up, gate: F.gelu(gate) * up,
     "geglu_tanh": lambda up, gate: F.gelu(gate, approximate="tanh") * up,
+    "swiglu_clamped": lambda up, gate: (
+        (up.clamp(-7, 7) + 1) * gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7))
+    ),
     "silu": lambda up: F.silu(up),
     "gelu": lambda up: F.gelu(up),
     "gelu_tanh": lambda up: F.gelu(up, approximate="tanh"),
@@ -76,7 +79,7 @@ def named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
 
 def test_names() -> None:
     assert set(NAMES) == set(OF_TORCH)
-    assert [n for n in NAMES if gated(n)] == ["swiglu", "geglu", "geglu_tanh"]
+    assert [n for n in NAMES if gated(n)] == ["swiglu", "geglu", "geglu_tanh", "swiglu_clamped"]
     assert [n for n in NAMES if polynomial(n)] == ["polyrelu", "polynorm"]
 
 

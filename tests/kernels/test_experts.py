@@ -9,15 +9,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.kernels import experts as module
+from colonnade.kernels.activation import gated
 from colonnade.kernels.experts import combine, dispatch, expert_mlp, experts, experts_reference
 
 Inputs = dict[str, Tensor]
 
 
-def inputs(T: int = 20, k: int = 2, E: int = 5, D: int = 6, F: int = 7, seed: int = 0) -> Inputs:
-    """Random fp64 arguments of experts, gate included; the last expert is never chosen if k < E."""
+def inputs(
+    T: int = 20, k: int = 2, E: int = 5, D: int = 6, F: int = 7, seed: int = 0, bias: bool = False
+) -> Inputs:
+    """Random fp64 arguments of experts, gate included, and biases with `bias`; the last expert is
+    never chosen if k < E."""
     g = torch.Generator().manual_seed(seed)
     shapes = {"x": (T, D), "weight": (T, k), "gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
+    if bias:
+        shapes |= {"gate_bias": (E, F), "up_bias": (E, F), "down_bias": (E, D)}
     t = {name: torch.randn(v, generator=g, dtype=torch.float64) for name, v in shapes.items()}
     available = E if k == E else E - 1
     t["chosen"] = torch.rand(T, available, generator=g).argsort(1)[:, :k]
@@ -34,11 +40,11 @@ def results(function: Callable[..., Tensor], t: Inputs, activation: str) -> Inpu
     return {"y": y.detach(), **{f"d{k}": v for k, v in zip(t, gradients, strict=True)}}
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2", "swiglu_clamped"])
 @pytest.mark.parametrize(("T", "k"), [(20, 2), (20, 1), (13, 5), (1, 3)])
 def test_equals_reference(T: int, k: int, activation: str) -> None:
-    t = inputs(T, k)
-    if activation != "swiglu":
+    t = inputs(T, k, bias=activation == "swiglu_clamped")
+    if not gated(activation):
         del t["gate"]
     expected = results(experts_reference, t, activation)
     assert_equal(results(experts, t, activation), expected, of_all=0)
@@ -49,8 +55,9 @@ def dropping(t: Inputs, activation: str, share: float = 0.4) -> Inputs:
     g = torch.Generator().manual_seed(2)
     t = dict(t, keep_mask=torch.rand(t["chosen"].shape, generator=g) > share)
     t["keep_mask"][0] = False
-    if activation != "swiglu":
+    if not gated(activation):
         del t["gate"]
+        t.pop("gate_bias", None)
     if activation.startswith("poly"):
         t["poly"] = torch.randn(4, generator=g, dtype=torch.float64)
     return t
@@ -97,14 +104,15 @@ def uninitialised_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2", "polyrelu", "polynorm"])
 def test_grouped_products_read_no_uninitialised_rows(
-    activation: str, drop: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, drop: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", uninitialised_grouped_mm)
-    t = dropping(inputs(), activation, 0.4 if drop else -1)
+    t = dropping(inputs(bias=bias), activation, 0.4 if drop else -1)
     if not drop:
         t["keep_mask"][0] = True
     assert_equal(
@@ -118,7 +126,7 @@ def test_grouped_path_copies_no_counts_to_the_host(
 ) -> None:
     """It runs on meta tensors, which have no values to copy."""
     monkeypatch.setattr(module, "_grouped", lambda rows, up: True)
-    t = dropping(inputs(D=8, F=8), activation)
+    t = dropping(inputs(D=8, F=8, bias=True), activation)
     t = {k: (v.bfloat16() if v.is_floating_point() else v).to("meta") for k, v in t.items()}
     t = {k: v.requires_grad_(v.is_floating_point()) for k, v in t.items()}
     experts(activation=activation, **{"gate": None, **t}).sum().backward()

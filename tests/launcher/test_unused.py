@@ -120,8 +120,10 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ),
     *(
         ("model.pattern=*M-", f"model.mamba1_{setting}", "model.pattern=m")
-        for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8")
+        for setting in ("inner=64", "state=8", "rank=4", "conv=4", "chunk=8", "norm=plain")
     ),
+    ("model.pattern=*M-", "model.mamba1_norm_eps=1e-3", "model.pattern=m model.mamba1_norm=plain"),
+    ("model.pattern=m", "model.mamba1_norm_eps=1e-3", "model.mamba1_norm=weighted"),
     *(
         ("model.pattern=*M-", f"model.s4d_{setting}", "model.pattern=S")
         for setting in ("inner=64", "state=8", "chunk=8")
@@ -142,7 +144,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     *(
         ("model.pattern=*-", f"model.{setting}", f"model.pattern=*{symbol}")
         for symbol in "ET"
-        for setting in ("experts=4", "expert_ffn=8", "balance_samples=2")
+        for setting in ("experts=4", "expert_ffn=8", "expert_bias=true", "balance_samples=2")
     ),
     *(
         ("model.pattern=*T", f"model.{setting}", f"model.pattern=*E {model(needs)}")
@@ -151,6 +153,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
             "router_score=sigmoid": "", "router_normalise=false": "", "router_scale=2.5": "",
             "router_groups=4": "router_top_groups=2", "router_top_groups=2": "router_groups=4",
             "router_bias=true": "", "router_bias_rate=0.1": "router_bias=true",
+            "router_offset=true": "",
             "router_noise=0.1": "", "capacity=1.0": "", "balance=0.0": "",
             "balance_sequence=0.1": "", "router_z=0.1": "",
         }.items()

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "**", {"clip_low": -0.05, "clip_high": 1.1, "position_temperature": True},
     ),
     "capacity": ("E*E", {"capacity": 1.0}),
+    "normed dt, B, C": ("mm", {"mamba1_norm": "weighted"}),
 }  # fmt: skip
 
 

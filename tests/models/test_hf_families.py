@@ -4,11 +4,14 @@ import oracle
 import pytest
 import test_hf_biased
 import test_hf_dense
+import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_hybrid
 import test_hf_mamba
 import test_hf_mixtures
 import test_hf_moe
+import test_hf_normed_mamba
+import test_hf_phi3
 import test_hf_positions
 import torch
 from oracle import Case
@@ -19,8 +22,11 @@ MODULES = (
     test_hf_dense,
     test_hf_biased,
     test_hf_granite,
+    test_hf_gpt_oss,
     test_hf_positions,
+    test_hf_normed_mamba,
     test_hf_moe,
+    test_hf_phi3,
     test_hf_mixtures,
     test_hf_mamba,
     test_hf_hybrid,

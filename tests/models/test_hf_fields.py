@@ -12,8 +12,11 @@ from typing import Any
 import oracle  # before transformers, which it keeps from packages that need a GPU
 import pytest
 import test_hf_biased
+import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_mixtures
+import test_hf_normed_mamba
+import test_hf_phi3
 import test_hf_positions
 import torch
 from equal import assert_equal
@@ -37,6 +40,7 @@ BUILDS: dict[str, Any] = {
     "deepseek": deepseek, "mamba": mamba, "mamba2": mamba2, "bamba": bamba,
     **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
     **test_hf_mixtures.BUILDS,
+    **test_hf_gpt_oss.BUILDS, **test_hf_normed_mamba.BUILDS, **test_hf_phi3.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", BUILDS)

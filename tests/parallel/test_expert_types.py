@@ -79,7 +79,7 @@ def sharded(world: World, layout: dict[str, Any], **fields: Any) -> Sharded:
     with torch.device("meta"):
         model = Decoder(ModelConfig.model_validate({**SMALL, **fields}), loss_chunk=8)
     config = ParallelConfig(**layout)
-    train = SimpleNamespace(precision="fp64", recompute="none", compile=False)
+    train = SimpleNamespace(precision="fp64", recompute="none", compile=False, freeze=())
     mesh, expert_mesh = build_mesh(config, world), build_expert_mesh(config, world)
     recipe = SimpleNamespace(train=train, parallel=config)
     parallelize.parallelize(model, mesh, recipe, expert_mesh)

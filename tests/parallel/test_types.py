@@ -47,14 +47,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "gqa, one group, tied": dict(pattern="*-MmSDGE", kv_heads=2, mamba_groups=1, tied=True),
     "mla, polynorm, two groups": dict(
         pattern="*-MDGmE", **LATENT, activation="polynorm", mamba_groups=2, delta_key_heads=2,
-        shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
+        mamba1_norm="weighted", shared_ffn=8, shared_gate=True, router_z=0.1, router_noise=0.1,
     ),
     "THOR, plain norms": dict(
         pattern="*T", activation="polyrelu", thor_alpha=0.5, norm="layer", norm_weight=False,
     ),
     "experts": dict(
         pattern="*E-", shared_ffn=8, shared_gate=True, balance_sequence=0.1, router_z=0.1,
-        capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0,
+        capacity=1.0, router_bias=True, logit_z=0.1, logit_cap=5.0, expert_bias=True,
+        router_offset=True, activation="swiglu_clamped",
     ),
     "attention's options": dict(
         pattern="*-", attention_gate="head", qk_norm="full", sinks=True, kv_heads=2,
@@ -343,7 +344,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "expert_mlp": dict(
         rows=drawn(9, 3), counts=torch.tensor([4, 0, 3]), gate=drawn(3, 4, 3), up=drawn(3, 4, 3),
-        down=drawn(3, 3, 4), activation="swiglu",
+        down=drawn(3, 3, 4), gate_bias=drawn(3, 4), up_bias=drawn(3, 4), down_bias=drawn(3, 3),
+        activation="swiglu",
     ),
 }  # fmt: skip
 

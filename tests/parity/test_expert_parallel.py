@@ -28,9 +28,10 @@ STEERED = {
     "router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1, "router_noise": 0.3,
     "capacity": 1.0, "balance_sequence": 0.1, "shared_ffn": 16, "shared_gate": True,
 }  # fmt: skip
+BIASES = {"expert_bias": True, "router_offset": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid": ("M-*E", LADDER),
-    "standard": ("*EE-", {"shared_ffn": 16, "activation": "polynorm"}),
+    "standard": ("*EE-", {"shared_ffn": 16, "activation": "polynorm", **BIASES}),
     "steered, noisy, with a capacity": ("E-E", STEERED),
     "steered, in a ladder": ("E-E", {**STEERED, **LADDER}),
     "groups of experts": (
@@ -41,7 +42,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi-token": ("*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1}),
     "σReparam, polynomials": ("*-E", {"sigma_reparam": True, "activation": "polynorm", **LADDER}),
     "one mixture": ("E", {"repeat": 3, "share": True, "shared_ffn": 16, **LADDER}),
-    "parallel": ("*E*-", {"residual": "parallel", "norm_position": "both"}),
+    "parallel": (
+        "*E*-", {"residual": "parallel", "norm_position": "both", "activation": "swiglu_clamped",
+                 **BIASES},
+    ),
     "muP": ("*E", {"mup_base": {"hidden": 16, "ffn": 24}, "tied": True}),
 }  # fmt: skip
 FOUR: dict[str, dict[str, Any]] = {

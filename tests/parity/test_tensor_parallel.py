@@ -55,7 +55,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
                "position_temperature": True, "sinks": True, "window": 5, **BIASED, **LADDER},
     ),
     "latent": ("*-", {"attention": "mla", "kv_heads": None, "q_rank": 6, "rope_dim": 4, **LADDER}),
-    "one group": ("M-mS", {"mamba_groups": 1, **LADDER}),
+    "one group": ("M-mS", {"mamba_groups": 1, "mamba1_norm": "plain", **LADDER}),
     "two groups": ("M-", {"mamba_groups": 2, "norm_position": "both", **LADDER}),
     "few key heads": ("GD", {"delta_heads": 8, "delta_key_heads": 2}),
     "experts": (

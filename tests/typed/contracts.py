@@ -74,7 +74,9 @@ CONTRACTS: dict[Function, Contract] = {
     delta.delta_rule: Contract(over_heads("G"), (S(2), S(1))),
     # over the inner width of every expert, which the last product sums
     experts.expert_mlp: Contract(
-        sharded(1, "gate", "up") | sharded(2, "down"), (P,), sharding=True
+        sharded(1, "gate", "up", "gate_bias", "up_bias") | sharded(2, "down") | {"down_bias": P},
+        (P,),
+        sharding=True,
     ),
 }  # fmt: skip
 

@@ -62,7 +62,11 @@ OF_TOKENS: dict[Function, Contract] = {
 # What experts compute by the role of the axis: rows that arrive, weights, and outputs.
 OF_ROLE: dict[Role, Contract] = {
     "edp": OF_TOKENS[experts.expert_mlp],
-    "ep": Contract({"rows": V, "counts": V} | sharded(0, "gate", "up", "down"), (V,)),
+    "ep": Contract(
+        {"rows": V, "counts": V}
+        | sharded(0, "gate", "up", "down", "gate_bias", "up_bias", "down_bias"),
+        (V,),
+    ),
     "etp": CONTRACTS[experts.expert_mlp],
 }
 

@@ -232,21 +232,13 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 def read_windows(f: Fields, count: int) -> dict[str, Any]:
     """Reads the native fields of Qwen's sliding windows, in some of `count` layers."""
-    kinds, width = f.entries("layer_types", of=str), f.get("sliding_window", default=None)
-    from_layer = f.integer("max_window_layers", default=28)
-    if f.get("use_sliding_window", default=False):
-        width = f.get("sliding_window")
-        kinds = kinds or [
-            "sliding_attention" if i >= from_layer else "full_attention" for i in range(count)
-        ]
-    for kind in kinds or ():
-        if kind not in ("full_attention", "sliding_attention"):
-            raise Unsupported("layer_types", kind, "only full_attention or sliding_attention")
-    if kinds and "sliding_attention" in kinds:
-        if width is None or not f.get("use_sliding_window", default=False):
-            raise Unsupported("sliding_window", width, "layer_types asks for a window; give both")
-        return window_fields(kinds, width)
-    return {}
+    switched = f.get("use_sliding_window", default=False)
+    width = f.get("sliding_window", **({} if switched else {"default": None}))
+    first = f.integer("max_window_layers", default=28)
+    kinds = f.entries("layer_types", of=str) or [
+        "sliding_attention" if switched and i >= first else "full_attention" for i in range(count)
+    ]
+    return windows_of(kinds, count, width if switched else None)
 
 
 def layer_types(config: ModelConfig) -> list[str]:
@@ -255,14 +247,21 @@ def layer_types(config: ModelConfig) -> list[str]:
     return ["full_attention" if w is None else "sliding_attention" for w in windows]
 
 
-def check_layer_types(kinds: list[str], count: int) -> list[str]:
-    """Returns the kinds of layers; raises Unsupported for an unknown one or a wrong number."""
+def windows_of(kinds: list[str], count: int, window: int | None) -> dict[str, Any]:
+    """Returns the native fields of attention windows for the kinds of `count` layers.
+
+    Raises Unsupported for an unknown kind, a wrong number of layers, or a missing width.
+    """
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise Unsupported("layer_types", kind, "only full_attention or sliding_attention")
     if len(kinds) != count:
         raise Unsupported("layer_types", len(kinds), f"but num_hidden_layers = {count}")
-    return kinds
+    if "sliding_attention" not in kinds:
+        return {}
+    if window is None:
+        raise Unsupported("sliding_window", window, "layer_types asks for a window; give both")
+    return window_fields(kinds, window)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_BEFORE,
     UNGATED,
     UNUSED_WINDOW,
-    check_layer_types,
     layer_types,
     layers,
     leave_out_dropout,
     read_common,
     read_heads,
     read_windows,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
     write_windows,
@@ -74,11 +73,8 @@ def read_ministral(f: Fields) -> ModelConfig:
     fields, count = read_dense(f), f.integer("num_hidden_layers")
     window = f.get("sliding_window", default=WINDOW, null=None)
     default = "full_attention" if window is None else "sliding_attention"
-    kinds = check_layer_types(f.entries("layer_types", of=str) or [default] * count, count)
-    if "sliding_attention" in kinds:
-        if window is None:
-            raise Unsupported("sliding_window", None, "layer_types asks for a window; give both")
-        fields |= window_fields(kinds, window)
+    kinds = f.entries("layer_types", of=str) or [default] * count
+    fields |= windows_of(kinds, count, window)
     return ModelConfig(**fields, **read_common(f), **read_heads(f, kv_heads=8))
 
 

@@ -10,13 +10,12 @@ from colonnade.launcher.convert.huggingface.dense import (
     DENSE,
     NORMS_BEFORE,
     attention,
-    check_layer_types,
     layer_types,
     layers,
     mlp,
     read_common,
     read_heads,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
 )
@@ -42,9 +41,6 @@ def read_smollm3(f: Fields) -> ModelConfig:
         "sliding_attention" if with_window and not rotates else "full_attention"
         for rotates in rotated[:count]
     ]
-    windowed = "sliding_attention" in check_layer_types(kinds, count)
-    if windowed and not with_window:
-        raise Unsupported("sliding_window", window, "layer_types asks for a window; give both")
     common = read_common(f, theta=2e6, biases="all")
     unrotated = tuple(i for i, rotates in enumerate(rotated[:count]) if not rotates)
     positions = {"unrotated": unrotated} if len(unrotated) < count else {"positions": "none"}
@@ -55,7 +51,7 @@ def read_smollm3(f: Fields) -> ModelConfig:
         **common | {"tied": f.get("tie_word_embeddings", default=True)},
         **read_heads(f, kv_heads=4),
         **positions,
-        **(window_fields(kinds, window) if windowed else {}),
+        **windows_of(kinds, count, window if switched else None),
     )
 
 

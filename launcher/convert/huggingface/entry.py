@@ -22,6 +22,7 @@ class Entry:
             within each group.
         order: within a group, native index i is Hugging Face index `order[i]`; None: equal order.
         squeeze: dimension of size 1 that only the Hugging Face tensor has.
+        transposed: whether the last two dimensions are swapped in the Hugging Face tensor.
     """
 
     hf_names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Entry:
     groups: int = 1
     order: tuple[int, ...] | None = None
     squeeze: int | None = None
+    transposed: bool = False
 
     def widths(self, shapes: Shapes) -> list[int]:
         """Returns the size of each native tensor along `dim` within a group."""
@@ -43,6 +45,8 @@ class Entry:
             shape = shape[1:]
         if self.squeeze is not None:
             shape.insert(self.squeeze, 1)
+        if self.transposed:
+            shape[-2:] = shape[:-3:-1]
         return torch.Size(shape)
 
     def split(self, hf_tensors: list[Tensor], shapes: Shapes) -> dict[str, Tensor]:
@@ -50,6 +54,8 @@ class Entry:
         packed = hf_tensors[0] if len(self.hf_names) == 1 else torch.stack(hf_tensors)
         if self.squeeze is not None:
             packed = packed.squeeze(self.squeeze)
+        if self.transposed:
+            packed = packed.transpose(-2, -1)
         grouped = packed.unflatten(self.dim, (self.groups, -1))
         if self.order is not None:
             index = torch.tensor(self.order, device=packed.device)
@@ -91,8 +97,10 @@ class Entry:
             start, at = sum(shapes[n][self.dim] for n in before), box[self.dim]
             moved = slice(at.start + start, at.stop + start)
             box = (*box[: self.dim], moved, *box[self.dim + 1 :])
+        if self.transposed:
+            box = (*box[:-2], box[-1], box[-2])
         part: Tensor = source[box]
-        return part
+        return part.transpose(-2, -1) if self.transposed else part
 
     def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Joins native tensors into the Hugging Face tensors of this entry, by name."""
@@ -104,6 +112,8 @@ class Entry:
         packed = grouped.flatten(self.dim, self.dim + 1)
         if self.squeeze is not None:
             packed = packed.unsqueeze(self.squeeze)
+        if self.transposed:
+            packed = packed.transpose(-2, -1).contiguous()
         hf_tensors = packed.unbind() if len(self.hf_names) > 1 else [packed]
         return dict(zip(self.hf_names, hf_tensors, strict=True))
 
@@ -115,10 +125,11 @@ def entry(
     groups: int = 1,
     order: Iterable[int] | None = None,
     squeeze: int | None = None,
+    transposed: bool = False,
 ) -> Entry:
     """Returns the entry of one Hugging Face tensor, with the options of `Entry`."""
     indices = None if order is None else tuple(order)
-    return Entry((hf_name,), native_names, dim, groups, indices, squeeze)
+    return Entry((hf_name,), native_names, dim, groups, indices, squeeze, transposed)
 
 
 def stacked(hf_name: str, native_name: str, count: int) -> Entry:

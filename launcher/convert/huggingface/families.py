@@ -9,13 +9,16 @@ from colonnade.launcher.convert.huggingface import (
     dense_positions,
     gemma,
     glm_moe,
+    gpt_oss,
     granite,
+    jamba,
     mamba,
     minimax,
     moe,
     nemotron,
     olmo,
     olmoe,
+    phi3,
     qwen2_moe,
     qwen3_5,
     qwen3_next,
@@ -39,7 +42,10 @@ MODULES = (
     olmo,
     gemma,
     qwen2_moe,
+    phi3,
+    jamba,
     granite,
+    gpt_oss,
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family for module in MODULES for family in module.FAMILIES

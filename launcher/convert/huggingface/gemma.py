@@ -12,17 +12,16 @@ from colonnade.launcher.convert.huggingface.dense import (
     DENSE,
     GATED,
     UNUSED_WINDOW,
-    check_layer_types,
     layer_types,
     layers,
     read_common,
     read_heads,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
 )
 from colonnade.launcher.convert.huggingface.entry import Entry, entry
-from colonnade.launcher.convert.huggingface.family import Family, Unsupported
+from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 
@@ -45,9 +44,7 @@ def read_gemma(
     kinds = f.entries("layer_types", of=str) or [
         "sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)
     ]
-    windowed = "sliding_attention" in check_layer_types(kinds, count)
-    if windowed and window is None:
-        raise Unsupported("sliding_window", None, "layer_types asks for a window; give both")
+    windows = windows_of(kinds, count, window)
     common = read_common(
         f, biases="all", activations=ACTIVATIONS, act="hidden_activation", rope=rope
     )
@@ -62,7 +59,7 @@ def read_gemma(
         "embedding_multiplier": common["hidden"] ** 0.5,
         "attention_multiplier": f.number("query_pre_attn_scalar", default=256) ** -0.5,
         "logit_cap": f.get("final_logit_softcapping", default=logit_cap, null=None),
-        **(window_fields(kinds, window) if windowed else {}),
+        **windows,
     }
 
 

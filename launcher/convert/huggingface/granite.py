@@ -78,17 +78,17 @@ def write_granite(config: ModelConfig) -> dict[str, Any]:
     return write_granite_common(config) | mlp_fields
 
 
-def read_experts(f: Fields, shared: int) -> dict[str, Any]:
+def read_experts(f: Fields, shared: int, experts: int = 8, top_k: int = 2) -> dict[str, Any]:
     """Reads the native fields of mixtures; the weights of a token's experts sum to 1.
 
-    `shared` is the width of the shared expert; 0: none.
+    `shared` is the width of the shared expert; 0: none. `experts` and `top_k` are defaults.
     """
-    top_k = f.integer("num_experts_per_tok", default=2, least=1)
+    top_k = f.integer("num_experts_per_tok", default=top_k, least=1)
     if top_k == 1:
         remedy = "with one expert per token its router could not learn"
         raise Unsupported("num_experts_per_tok", top_k, remedy)
     return {
-        "experts": f.integer("num_local_experts", default=8, least=1),
+        "experts": f.integer("num_local_experts", "num_experts", default=experts, least=1),
         "top_k": top_k,
         "expert_ffn": f.integer("intermediate_size", least=1),
         "shared_ffn": shared,

@@ -132,8 +132,8 @@ def write_mamba_common(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_mamba1(fields: Fields) -> ModelConfig:
-    """Reads a Mamba config."""
+def read_mamba1(fields: Fields, **more: Any) -> ModelConfig:
+    """Reads a Mamba config; `more` are further native fields."""
     check_mixer(fields)
     fields.only("hidden_act", "silu")
     fields.only("rms_norm", True)
@@ -154,7 +154,19 @@ def read_mamba1(fields: Fields) -> ModelConfig:
         mamba1_state=fields.get("state_size", default=16),
         mamba1_rank=-(-hidden // 16) if rank == "auto" else rank,
         mamba1_conv=fields.get("conv_kernel", default=4),
+        **more,
     )
+
+
+def read_falcon_mamba(fields: Fields) -> ModelConfig:
+    """Reads a Falcon Mamba config: Mamba with norms of dt, B and C."""
+    eps = fields.number("mixer_rms_eps", default=1e-6)
+    return read_mamba1(fields, mamba1_norm="plain", mamba1_norm_eps=eps)
+
+
+def write_falcon_mamba(config: ModelConfig) -> dict[str, Any]:
+    """Writes a Falcon Mamba config."""
+    return write_mamba1(config) | {"mixer_rms_eps": config.mamba1_norm_eps}
 
 
 def write_mamba1(config: ModelConfig) -> dict[str, Any]:
@@ -357,6 +369,15 @@ FAMILIES = (
         mamba1_entries,
         copies=tied_backbone,
         harmless=HARMLESS | {"fused_add_norm", "pad_vocab_size_multiple"},
+    ),
+    Family(
+        "FalconMambaForCausalLM",
+        "falcon_mamba",
+        read_falcon_mamba,
+        write_falcon_mamba,
+        mamba1_entries,
+        copies=tied_backbone,
+        harmless=HARMLESS | {"use_falcon_mambapy"},
     ),
     Family(
         "Mamba2ForCausalLM",

@@ -9,17 +9,16 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_AFTER,
     NORMS_BEFORE,
     UNUSED_WINDOW,
-    check_layer_types,
     layer_types,
     layers,
     read_common,
     read_heads,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
 )
 from colonnade.launcher.convert.huggingface.entry import Entry
-from colonnade.launcher.convert.huggingface.family import Family, Unsupported
+from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.models.config import ModelConfig
 
@@ -62,9 +61,6 @@ def read_olmo3(f: Fields) -> ModelConfig:
     kinds = f.entries("layer_types", of=str) or [
         "sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(count)
     ]
-    windowed = "sliding_attention" in check_layer_types(kinds, count)
-    if windowed and window is None:
-        raise Unsupported("sliding_window", None, "layer_types asks for a window; give both")
     return ModelConfig(
         **pattern_fields("*-" * count),
         ffn=f.integer("intermediate_size", least=1),
@@ -72,7 +68,7 @@ def read_olmo3(f: Fields) -> ModelConfig:
         norm_position="after",
         **read_common(f, eps=1e-5, biases="all", rope=read_ropes(f, THETA, THETA)),
         **read_heads(f),
-        **(window_fields(kinds, window) if windowed else {}),
+        **windows_of(kinds, count, window),
     )
 
 

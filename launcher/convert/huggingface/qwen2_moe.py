@@ -8,19 +8,18 @@ from colonnade.launcher.convert.huggingface.dense import (
     NORMS_BEFORE,
     Block,
     attention,
-    check_layer_types,
     layer_types,
     layers,
     mlp,
     read_common,
     read_heads,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
 )
 from colonnade.launcher.convert.huggingface.dense_biased import without_attention_bias
 from colonnade.launcher.convert.huggingface.entry import Entry
-from colonnade.launcher.convert.huggingface.family import Family, Unsupported
+from colonnade.launcher.convert.huggingface.family import Family
 from colonnade.launcher.convert.huggingface.fields import Fields
 from colonnade.launcher.convert.huggingface.moe import read_top_k, sparse_layers, write_experts
 from colonnade.launcher.convert.huggingface.qwen3_next import qwen3_next_mixture
@@ -36,11 +35,7 @@ def read_windows(f: Fields, count: int) -> dict[str, Any]:
         "sliding_attention" if switched and i % 2 == 0 and i < last else "full_attention"
         for i in range(count)
     ]
-    if "sliding_attention" not in check_layer_types(kinds, count):
-        return {}
-    if not switched or window is None:
-        raise Unsupported("sliding_window", window, "layer_types asks for a window; give both")
-    return window_fields(kinds, window)
+    return windows_of(kinds, count, window if switched else None)
 
 
 def read_qwen2_moe(f: Fields) -> ModelConfig:
