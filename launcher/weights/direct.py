@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from colonnade.launcher.checkpoint.folders import damaged_error
 from colonnade.launcher.checkpoint.manifest import BLOCK, FileRecord
+from colonnade.launcher.errors import UserError
 
 PAGE = mmap.PAGESIZE  # O_DIRECT takes places, lengths and addresses that are multiples of it
+POOLED, FREE = 1 << 20, 1 << 29  # bytes: of the smallest memory to use again, of all that is free
 KEPT_BLOCKS = 4  # that several tensors share, in memory
 # safetensors' names of dtypes
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,11 +47,39 @@ def pages(size: int) -> int:
 
 def memory(size: int) -> Tensor:
     """Returns bytes that begin at a page and end with one; at least one page."""
+    return torch.frombuffer(mapped(size), dtype=torch.uint8)
+
+
+def mapped(size: int) -> mmap.mmap:
+    """Returns memory of the system in whole pages, at least one."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     buffer = mmap.mmap(-1, max(PAGE, pages(size)), flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+    return buffer
+
+
+class Pool:
+    """Memory for tensors, which returns when its tensor is gone: new pages cost the system as much
+    as reading them."""
+
+    def __init__(self) -> None:
+        self.free: list[mmap.mmap] = []
+
+    def memory(self, size: int) -> Tensor:
+        """Returns as `memory` does, where it can what an earlier tensor had."""
+        if size < POOLED:
+            return memory(size)
+        buffer = next((b for b in self.free if size <= len(b) <= 2 * size), None)
+        if buffer is None:
+            buffer = mapped(size)
+        else:
+            self.free.remove(buffer)
+        while sum(map(len, self.free)) > FREE:
+            self.free.pop(0)
+        view = memoryview(buffer)  # the tensor keeps it, not its buffer
+        weakref.finalize(view, self.free.append, buffer)
+        return torch.frombuffer(view, dtype=torch.uint8)[: pages(size)]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -91,6 +122,7 @@ class Files:
 
     def __init__(self, folder: Path, records: Mapping[str, FileRecord] | None = None) -> None:
         self.folder, self.records = folder, records
+        self.pool = Pool()
         self.descriptors: dict[str, int] = {}
         self.headers: dict[str, tuple[int, dict[str, Any]]] = {}
         self.blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
@@ -113,15 +145,19 @@ class Files:
         """Returns bytes `start` to `stop` of a file.
 
         Raises:
-            UserError: a block is not what its record says.
+            UserError: a block is not what its record says, or cannot be read.
         """
         if file not in self.descriptors:
             self.descriptors[file] = open_direct(self.folder / file, os.O_RDONLY)
         first = start // PAGE * PAGE
-        found = memory(stop - first)
+        found = self.pool.memory(stop - first)
         view = bytes_of(found)
         if self.records is None:
-            read_into(self.descriptors[file], view, first, stop)
+            try:
+                read_into(self.descriptors[file], view, first, stop)
+            except OSError as error:
+                path, reason = self.folder / file, error.strerror or error
+                raise UserError(f"{path} cannot be read ({reason}); fetch it again") from error
         else:
             self.read_checked(file, self.records[file], view, first, start, stop)
         return found[start - first : stop - first]

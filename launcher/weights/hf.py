@@ -14,13 +14,13 @@ from colonnade.launcher.convert.huggingface.families import family_of
 from colonnade.launcher.convert.huggingface.family import Unsupported, entries_of
 from colonnade.launcher.convert.huggingface.folder import (
     CONFIG,
-    family_for,
     file_names,
     token_fields,
     tokenizer_files,
     write_config,
     write_index,
 )
+from colonnade.launcher.convert.huggingface.nearest import family_for
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.weights.logits import of_transformers
 from colonnade.launcher.weights.source import Weights, tokenizer_folder, whole_box

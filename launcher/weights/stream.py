@@ -21,13 +21,13 @@ from colonnade.launcher.weights.direct import DTYPES, Output, bytes_of
 from colonnade.launcher.weights.target import Piece
 
 Result = TypeVar("Result")
-IN_FLIGHT = 10**9  # bytes of tensors between reading and writing, unless one is larger
+IN_FLIGHT = 3 * 10**8  # bytes of tensors between reading and writing, unless one is larger
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def in_order(pieces: Sequence[Piece]) -> list[Piece]:
     """Returns pieces in their order in a file: the widest elements first, so that all lie at
-    multiples of their size, as safetensors' reader needs."""
+    multiples of their size, and a reader may use them where they are."""
     return sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
 
 

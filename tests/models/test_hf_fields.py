@@ -14,6 +14,7 @@ import pytest
 import test_hf_biased
 import test_hf_gpt_oss
 import test_hf_granite
+import test_hf_mixtures
 import test_hf_normed_mamba
 import test_hf_phi3
 import test_hf_positions
@@ -39,6 +40,7 @@ BUILDS: dict[str, Any] = {
     "llama": llama, "qwen3": qwen3, "olmo2": olmo2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
     "deepseek": deepseek, "mamba": mamba, "mamba2": mamba2, "bamba": bamba,
     "gpt2": gpt2, **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
+    **test_hf_mixtures.BUILDS,
     **test_hf_gpt_oss.BUILDS, **test_hf_normed_mamba.BUILDS, **test_hf_phi3.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """OLMoE, FlexOlmo, MiniMax-M2, GLM-4.5, dots.llm1, GLM-4.7-Flash, DeepSeek-V2 and Qwen3.5."""
 
+from functools import partial
 from typing import Any
 
 import oracle  # before transformers, which it keeps from packages that need a GPU
@@ -88,26 +89,31 @@ def build(name: str, **more: Any) -> Any:
         )
 
 
+BUILDS = {name: partial(build, name) for name in MODELS}  # for `test_hf_fields`
+
+
 def case(test: str, symbols: str, options: str, model: str, **more: Any) -> Case:
     return Case(test, symbols, options, f"transformers {model}", lambda: build(model, **more))
 
 
 CASES = [
     case("olmoe", "*E", "QK-norm over all heads, weights as they are", "OLMoE"),
-    case("olmoe-normalised", "*E", "weights of a token sum to 1, tied head", "OLMoE",
-         norm_topk_prob=True, tie_word_embeddings=True),
+    case("olmoe-normalised", "*E", "weights of a token sum to 1, tied head, biases of attention",
+         "OLMoE", attention_bias=True, norm_topk_prob=True, tie_word_embeddings=True),
     case("flex-olmo", "*E", "norms behind sub-blocks, QK-norm over all heads", "FlexOlmo"),
-    case("flex-olmo-one", "*E", "one expert per token", "FlexOlmo", num_experts_per_tok=1),
+    case("flex-olmo-one", "*E", "one expert per token, biases of attention", "FlexOlmo",
+         num_experts_per_tok=1, attention_bias=True),
     case("minimax", "*E", "sigmoid router with bias, RoPE on half", "MiniMax-M2"),
     case("minimax-three", "*E", "three experts per token, RoPE on all channels", "MiniMax-M2",
          num_experts_per_tok=3, rope_parameters=SHAPE["rope_parameters"]),
     case("glm-4.5", "*-E", "RoPE on half, sigmoid router with bias, shared expert", "GLM-4.5"),
-    case("glm-4.5-plain", "*E", "no QK-norm, one group, two shared experts", "GLM-4.5",
+    case("glm-4.5-plain", "*E", "no QK-norm, one group, two shared experts, biases of q, k, v",
+         "GLM-4.5", attention_bias=True,
          use_qk_norm=False, n_group=1, n_shared_experts=2, first_k_dense_replace=0,
          norm_topk_prob=False),
     case("dots1", "*-E", "QK-norm, sigmoid router with bias, shared expert", "dots.llm1"),
-    case("dots1-window", "*-E", "sliding window in the last layers", "dots.llm1",
-         sliding_window=7, max_window_layers=1, norm_topk_prob=True),
+    case("dots1-window", "*-E", "sliding window in the last layers, biases", "dots.llm1",
+         attention_bias=True, sliding_window=7, max_window_layers=1, norm_topk_prob=True),
     case("glm-4.7-flash", "*-E", "latent attention, shared expert", "GLM-4.7-Flash"),
     case("glm-4.7-flash-kinds", "*-E", "dense layers anywhere, no latent of queries",
          "GLM-4.7-Flash", mlp_layer_types=["sparse", "dense", "sparse"], q_lora_rank=None),

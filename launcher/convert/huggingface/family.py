@@ -86,14 +86,22 @@ class Family:
         fields.finish(HARMLESS | self.harmless, {**INERT, **self.inert})
         return config
 
+    def fields_of(self, config: ModelConfig) -> dict[str, Any]:
+        """Returns the Hugging Face fields of a native config, some of whose fields they may lack.
+
+        Raises:
+            Unsupported: a value of a native field has no Hugging Face value.
+        """
+        hf_config = {"architectures": [self.architecture], "model_type": self.model_type}
+        return hf_config | self.write(config)
+
     def config_to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """Converts a native config to a Hugging Face one.
 
         Raises:
             Unsupported: names a native field that the family cannot represent.
         """
-        hf_config = {"architectures": [self.architecture], "model_type": self.model_type}
-        hf_config |= self.write(config)
+        hf_config = self.fields_of(config)
         # Read the config back: a field that comes back with another value cannot be represented.
         expected = function_fields(config)
         actual = function_fields(self.config_from_hf(hf_config))

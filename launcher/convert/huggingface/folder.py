@@ -25,6 +25,7 @@ from colonnade.launcher.convert.huggingface.family import (
     without_absent_mtp,
 )
 from colonnade.launcher.convert.huggingface.fields import FP8
+from colonnade.launcher.convert.huggingface.nearest import family_for
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.models.config import ModelConfig
@@ -263,18 +264,6 @@ def token_fields(like: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     length = hf_config.get("max_position_embeddings")
     unscaled = not fields.get("rope_scaling") and isinstance(length, int)
     return copied | ({"max_position_embeddings": length} if unscaled else {})
-
-
-def family_for(config: ModelConfig) -> Family:
-    """Returns the first family that can represent this model."""
-    reasons = []
-    for family in FAMILIES.values():
-        try:
-            family.config_to_hf(config)
-            return family
-        except Unsupported as error:
-            reasons.append(f"{family.architecture}: {error}")
-    raise Unsupported("family", None, "none can represent this model:\n  " + "\n  ".join(reasons))
 
 
 def write_config(folder: Path, fields: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> None:

@@ -15,7 +15,7 @@ from colonnade.launcher.convert.huggingface.dense import (
 )
 from colonnade.launcher.convert.huggingface.entry import Entry
 from colonnade.launcher.convert.huggingface.family import Family, tied_head
-from colonnade.launcher.convert.huggingface.fields import Fields, Unsupported
+from colonnade.launcher.convert.huggingface.fields import REQUIRED, Fields, Unsupported
 from colonnade.launcher.convert.huggingface.mamba import check_rotated
 from colonnade.launcher.convert.huggingface.moe import (
     deepseek,
@@ -34,11 +34,13 @@ from colonnade.launcher.convert.huggingface.moe import (
 from colonnade.models.config import ModelConfig
 
 
-def read_mixtures(f: Fields, scale: float, normalised: bool) -> dict[str, Any]:
+def read_mixtures(
+    f: Fields, scale: float, normalised: bool, shared: Any = REQUIRED
+) -> dict[str, Any]:
     """Reads the native fields of the mixtures; the arguments are defaults of transformers."""
     return {
         "ffn": f.get("intermediate_size"),
-        **read_shared(f, default=1),
+        **read_shared(f, default=shared),
         "router_scale": f.get("routed_scaling_factor", default=scale),
         **read_top_k(f, normalised),
         **read_biased_router(f, default=1),
@@ -53,15 +55,15 @@ def write_mixtures(config: ModelConfig) -> dict[str, Any]:
 
 def read_glm4_moe(f: Fields) -> ModelConfig:
     """Reads a GLM-4.5 config: rotary positions on a part of each head."""
-    heads = read_heads(f)
-    common = read_common(f, eps=1e-5, fraction=0.5)
+    heads = read_heads(f, kv_heads=8)
+    common = read_common(f, eps=1e-5, fraction=0.5, biases="qkv")
     check_rotated(common["rope_fraction"], heads["head_dim"])
     return ModelConfig(
         **pattern_fields(dense_first(f, default=1)),
         mtp=f.get("num_nextn_predict_layers", "num_mtp_layers", default=1),
         mtp_pattern="*E",
         qk_norm="head" if f.only("use_qk_norm", False, True) else "none",
-        **read_mixtures(f, 1.0, True),
+        **read_mixtures(f, 1.0, True, shared=1),
         **common,
         **heads,
     )
@@ -102,8 +104,8 @@ def read_dots1(f: Fields) -> ModelConfig:
         **pattern_fields(symbols),
         qk_norm="head",
         **read_mixtures(f, 1.0, False),
-        **read_common(f),
-        **read_heads(f),
+        **read_common(f, biases="all"),
+        **read_heads(f, kv_heads=32),
         **(window_fields(kinds, width) if has_window else {}),
     )
 
@@ -145,7 +147,7 @@ def read_glm4_lite(f: Fields) -> ModelConfig:
         mtp=f.get("num_nextn_predict_layers", default=0),
         mtp_pattern="*E",
         **read_latent(f),
-        **read_mixtures(f, 1.8, True),
+        **read_mixtures(f, 1.8, True, shared=1),
         **read_common(f, eps=1e-5),
     )
 

@@ -29,7 +29,7 @@ def read_mixtures(f: Fields, experts: int, top_k: int, eps: float, theta: float)
         "experts": f.get("num_experts", "num_local_experts", default=experts),
         **read_top_k(f, False, default=top_k),
         "qk_norm": "full",
-        **read_common(f, eps, theta),
+        **read_common(f, eps, theta, biases="all"),
         **read_heads(f),
     }
 
