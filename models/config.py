@@ -42,6 +42,9 @@ BIASED = Need(  # a rule refuses crms
     ("norm",),
 )
 WEIGHTED = Need(lambda m: m.norm_weight, "with model.norm_weight = false", ("norm_weight",))
+MOVABLE = Need(
+    lambda m: m.norm_position != "after", "with model.norm_position = after", ("norm_position",)
+)
 MTP = Need(lambda m: m.mtp > 0, "with model.mtp = 0", ("mtp",))
 BASE = Need(lambda m: m.mup_base is not None, "without model.mup_base", ("mup_base",))
 ZERO = Need(
@@ -50,6 +53,9 @@ ZERO = Need(
     (*ROW, "tied"),
 )
 Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+Position = Literal["before", "after", "both"]
 
 
 class StreamOptions(Options):
@@ -86,8 +92,14 @@ class StreamOptions(Options):
     norm_bias: Annotated[bool, choice(BIASED, WEIGHTED)] = option(
         False, "layer and pre_rms: the norms add a bias"
     )
-    norm_position: Annotated[Literal["before", "after", "both"], choice()] = option(
+    norm_position: Annotated[Position, choice()] = option(
         "before", "of each sub-block: at its input, at its output, or at both"
+    )
+    norm_after: Annotated[str, choice(MOVABLE)] = option(
+        "",
+        "symbols of sequence mixers that, with the channel mixers behind each, have norms only at "
+        "their outputs",
+        max_length=64,
     )
     norm_eps: Annotated[float, choice()] = option(1e-5, "added to the mean square in norms", gt=0)
     embedding_multiplier: Annotated[float, choice()] = option(1.0, "factor of embeddings", gt=0)
@@ -204,6 +216,20 @@ class ModelConfig(  # pydantic takes the fields of the last one first
             if not need.holds(self) and not (unknown and "pattern" in need.involves):
                 return need
         return None
+
+    def norm_positions(self, row: str) -> list[Position]:
+        """Returns where the norms of each sub-block of a row are.
+
+        A sequence mixer of `norm_after` has its norm at its output, and so have the channel mixers
+        between it and the next sequence mixer; all others have theirs at `norm_position`.
+        """
+        positions: list[Position] = []
+        position = self.norm_position
+        for symbol in row:
+            if mixes_sequence(symbol):
+                position = "after" if symbol in self.norm_after else self.norm_position
+            positions.append(position)
+        return positions
 
     def attention_number(self, index: int) -> int:
         """Returns how many attentions the row has before the one at `index`."""

@@ -69,10 +69,10 @@ def row_records(
         yield from with_prefix(
             f"{prefix}blocks.{t}", CARDS[symbol].records(c, writing_std(c, symbols))
         )
-    for t in range(len(symbols)):
-        if c.norm_position != "after":
+    for t, position in enumerate(c.norm_positions(symbols)):
+        if position != "after":
             yield from with_prefix(f"{prefix}norms.{t}", norm(c))
-        if c.norm_position != "before":
+        if position != "before":
             yield from with_prefix(f"{prefix}after.{t}", norm(c))
     yield from with_prefix(f"{prefix}final", norm(c))
 

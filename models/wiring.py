@@ -101,7 +101,8 @@ class Wiring(nn.Module):
     may recompute them in backward. `start` is the index of the row's first sub-block in the model.
 
     Of a pipeline it has the sub-blocks of the `stages` of one rank, and runs one of these at a
-    time. Sub-blocks and norms are keyed by their index in the whole row. A norm after sub-block t
+    time. Sub-blocks and norms are keyed by their index in the whole row; which norms there are, the
+    config says (`norm_positions`). A norm after sub-block t
     is in the stage that adds t's output to the stream, which is the stage of sub-block t + 1 where
     that one skips the newest output.
     """
@@ -121,16 +122,20 @@ class Wiring(nn.Module):
         stages = [self.whole_row] if stages is None else stages
         indices = sorted(t for stage in stages for t in stage.indices)
         std = writing_std(config, row)
-        before, after = config.norm_position != "after", config.norm_position != "before"
-        added = [t for t in range(len(row)) if after and t + self.defers_add(t) in indices]
+        positions = config.norm_positions(row)
+        added = [t for t in range(len(row)) if t + self.defers_add(t) in indices]
         self.blocks = nn.ModuleDict(
             {
                 str(t): CARDS[row[t]].build(config, std)
                 for t in dict.fromkeys(t % distinct for t in indices)
             }
         )
-        self.norms = nn.ModuleDict({str(t): Norm(config) for t in indices if before})
-        self.after = nn.ModuleDict({str(t): Norm(config) for t in added})
+        self.norms = nn.ModuleDict(
+            {str(t): Norm(config) for t in indices if positions[t] != "after"}
+        )
+        self.after = nn.ModuleDict(
+            {str(t): Norm(config) for t in added if positions[t] != "before"}
+        )
         if any(stage.stop == len(row) for stage in stages):
             self.final = Norm(config)
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
@@ -156,7 +161,7 @@ class Wiring(nn.Module):
         """Returns sub-block t's input; None past the stage: it is left to the next one."""
         if t not in stage.indices:
             return None
-        return self.enter(self.norms[str(t)](stream) if len(self.norms) else stream)
+        return self.enter(self.norms[str(t)](stream) if str(t) in self.norms else stream)
 
     def add_output(self, t: int, stream: Tensor, pending: Pending | None) -> Tensor:
         """Returns the stream plus sub-block t's output, normed and multiplied if configured; None
@@ -164,7 +169,7 @@ class Wiring(nn.Module):
         if pending is None:
             return stream
         output = pending()
-        if len(self.after):
+        if str(t) in self.after:
             output = self.after[str(t)](output)
         return stream + (output if self.multiplier == 1.0 else self.multiplier * output)
 

@@ -77,7 +77,13 @@ def check_layer_norm(config: ModelConfig) -> None:
 
     The output of a norm behind a sub-block is not centred.
     """
-    required = {"norm": "layer", "norm_position": "before", "sigma_reparam": False, "mtp": 0}
+    required = {
+        "norm": "layer",
+        "norm_position": "before",
+        "norm_after": "",
+        "sigma_reparam": False,
+        "mtp": 0,
+    }
     for field, wanted in required.items():
         if (value := getattr(config, field)) != wanted:
             raise ValueError(f"model.{field} = {value}: this conversion starts from {wanted}")

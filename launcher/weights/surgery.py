@@ -94,14 +94,32 @@ class Reordered(Edited):
         }
         if c.residual == "ladder" and c.ladder_last is not None:
             fields["ladder_last"] = min(c.ladder_last, len(self.rows))
-        pattern = pattern_fields("".join(c.symbols[t] for t in self.rows))
-        super().__init__(source, **pattern, **fields)
+        symbols = "".join(c.symbols[t] for t in self.rows)
+        positions = [c.norm_positions(c.symbols)[t] for t in self.rows]
+        for t, old, new in zip(self.rows, positions, c.norm_positions(symbols), strict=True):
+            if old != new:
+                raise UserError(
+                    f"convert --edit blocks: sub-block {t} of the source has norms {old!r}, and "
+                    f"behind another sequence mixer would have {new!r} (model.norm_after = "
+                    f"{c.norm_after!r}); take a sequence mixer and what follows it together"
+                )
+        if c.norm_after:
+            fields |= norms_after(c, symbols, positions)
+        super().__init__(source, **pattern_fields(symbols), **fields)
 
     def name_in_source(self, name: str) -> str:
         if match := OF_A_SUB_BLOCK.fullmatch(name):
             kind, index, rest = match.groups()
             return f"{kind}.{self.rows[int(index)]}.{rest}"
         return name
+
+
+def norms_after(config: ModelConfig, symbols: str, positions: Sequence[str]) -> dict[str, object]:
+    """Returns the fields of the positions of norms for a row of some of the sub-blocks."""
+    further = config.mtp_pattern if config.mtp else ""
+    if {*positions, *config.norm_positions(further)} == {"after"}:
+        return {"norm_position": "after", "norm_after": ""}
+    return {"norm_after": "".join(s for s in config.norm_after if s in symbols + further)}
 
 
 def with_blocks(source: Weights, value: str) -> Weights:

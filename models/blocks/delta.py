@@ -98,7 +98,7 @@ class DeltaOut(ParameterModule):
 
     def __init__(self, records: list[ParameterSpec], config: ModelConfig) -> None:
         super().__init__(records)
-        self.chunk, self.eps = config.delta_chunk, config.norm_eps
+        self.chunk, self.eps = config.delta_chunk, config.delta_norm_eps
         self.max_beta = 2.0 if config.delta_negative else 1.0
 
     def forward(self, carried: tuple[Projected, Tensor | None], context: Context) -> Tensor:

@@ -127,4 +127,7 @@ class DeltaOptions(Options):
     delta_value_dim: Annotated[Count, width(6)] = formula(Formula("delta_key_dim"), ge=1)
     delta_conv: Annotated[Count, taps()] = option(4, "width of the causal convolution", ge=1)
     delta_chunk: Annotated[Length, length(4, training=True)] = option(64, "tokens per chunk", ge=1)
+    delta_norm_eps: Annotated[float, choice()] = formula(
+        Formula("norm_eps"), "norm_eps of the norms of each head's output", gt=0
+    )
     delta_negative: Annotated[bool, choice()] = option(False, "beta up to 2: negative eigenvalues")

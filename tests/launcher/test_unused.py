@@ -77,6 +77,8 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("", "model.norm_bias=true", "model.norm=layer"),
     ("model.norm=rms_offset", "model.norm_bias=true", "model.norm=pre_rms"),
     ("model.norm=layer model.norm_weight=false", "model.norm_bias=true", "model.norm_weight=true"),
+    ("model.pattern=*M model.norm_position=after", "model.norm_after=M",
+     "model.norm_position=both"),
     ("", "model.mtp_pattern=M", "model.mtp=1"),
     ("", "model.mtp_weight=0.1", "model.mtp=1"),
     ("", "model.mup_zero_init=true", "model.mup_base.hidden=128"),
@@ -135,7 +137,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
         ("model.pattern=*-", f"model.delta_{setting}", f"model.pattern=*{symbol}")
         for symbol in "DG"
         for setting in ("heads=4", "key_heads=2", "key_dim=32", "value_dim=8", "conv=2", "chunk=8",
-                        "negative=true")
+                        "norm_eps=1e-3", "negative=true")
     ),
     # MLPs and experts
     ("model.pattern=*M", "model.activation=gelu", "model.pattern=*E"),

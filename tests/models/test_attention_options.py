@@ -92,12 +92,12 @@ def test_option_is_its_formula(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     target = torch.randn(S, tokens.shape[1], config.hidden, generator=g, dtype=torch.float64)
 
-    ours, _ = wiring(model.embedding(tokens), context())
+    ours, _ = wiring(model.embedding(tokens, context().positions), context())
     (ours * target).sum().backward()
     our_gradients = {n: g for n, g in gradients(model.wiring).items()}
     model.zero_grad()
 
-    stream = model.embedding(tokens)
+    stream = model.embedding(tokens, context().positions)
     for t in range(3):
         stream = stream + attended(model, t, wiring.norms[str(t)](stream))
     expected = wiring.final(stream)

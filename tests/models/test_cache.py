@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                "query_temperature": 0.5, "query_temperature_length": 5},
     ),
     "learned positions": ("**", {"positions": "none", "learned_positions": 40}),
+    "norms by kind": ("G-*-", {"norm_after": "*", "delta_norm_eps": 1e-2, "delta_negative": True}),
     "capacity": ("E*E", {"capacity": 1.0}),
     "normed dt, B, C": ("mm", {"mamba1_norm": "weighted"}),
 }  # fmt: skip

@@ -157,7 +157,7 @@ def test_two_passes_balance_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thor, "draw_integers", lambda n, *keys: torch.zeros_like(keys[-1]))
     model, (tokens, labels) = model_of(config_of("TE", balance=0.2, router_z=0.1), 5), data(5)
     _, two_passes = model(tokens, context(groups=2.0), labels)
-    _, one_pass = model.wiring(model.embedding(tokens), context(groups=2.0))
+    _, one_pass = model.wiring(model.embedding(tokens, context().positions), context(groups=2.0))
     assert_equal({"term": two_passes.terms[1]}, {"term": one_pass.terms[1]})
 
 

@@ -146,7 +146,9 @@ def test_layer_norm_becomes_pre_rms(pattern: str, fields: dict[str, Any], bias: 
     with torch.no_grad():
         tokens, _ = data(3)
         assert_equal({"logits": after(tokens, context())}, {"logits": before(tokens, context())})
-        (written, _), _ = after.wiring.run(State(after.embedding(tokens)), context())
+        (written, _), _ = after.wiring.run(
+            State(after.embedding(tokens, context().positions)), context()
+        )
     assert written.mean(-1).abs().max() < 1e-12 * written.abs().max()
 
 
@@ -180,7 +182,9 @@ def test_a_centred_stream_stays_centred_in_training() -> None:
         model(tokens, context(), labels)[0].backward()
         optimizer.step()
     with torch.no_grad():
-        (stream, _), _ = model.wiring.run(State(model.embedding(tokens)), context())
+        (stream, _), _ = model.wiring.run(
+            State(model.embedding(tokens, context().positions)), context()
+        )
     assert stream.mean(-1).abs().max() < 1e-12 * stream.abs().max()
 
 
@@ -189,6 +193,7 @@ def test_a_centred_stream_stays_centred_in_training() -> None:
     [
         ("norm", {"norm": "rms"}),
         ("norm_position", {"norm_position": "after"}),
+        ("norm_after", {"norm_after": "*"}),
         ("sigma_reparam", {"sigma_reparam": True}),
         ("norm_bias", {"norm_bias": True}),
         ("share", {"share": True, "repeat": 2}),

@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     for position in ("before", "after", "both")
 }
 CASES |= {
+    "ladder, by kind": {"residual": "ladder", "norm_position": "both", "norm_after": "*"},
+    "standard, by kind": {"norm_after": "*"},
     "ladder at the end": {"residual": "ladder", "ladder_last": 2, "norm_position": "both"},
     "muP, sigma-reparam": {"mup_base": {"hidden": 6, "ffn": 5}, "sigma_reparam": True},
 }
@@ -45,7 +47,7 @@ def run(models: Sequence[Decoder], tokens: Tensor, labels: Tensor | None) -> tup
     """Returns the output of the last stage, and the merged reports of all."""
     output, report = None, PassReport({}, {}, {})
     for model in models:
-        output = model(tokens, context(groups=3.0, rng_key=1), labels, output)
+        output = model(tokens, context(groups=3.0, rng_key=1), labels, state=output)
         if labels is not None:
             output, stage_report = output
             report = report.merged(stage_report)

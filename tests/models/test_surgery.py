@@ -108,6 +108,18 @@ def test_blocks_of_a_hybrid_keep_their_windows(tmp_path: Path) -> None:
     check_boxes(made)
 
 
+def test_blocks_keep_the_places_of_their_norms(tmp_path: Path) -> None:
+    fields = {"pattern": "*-M-", "norm_after": "*", "mamba_head_dim": 4}
+    source = Memory(tmp_path, mamba_state=4, mamba_chunk=4, **fields)
+    made = edit(source, "blocks=2-3,0-1")
+    assert (made.config.symbols, made.config.norm_after) == ("M-*-", "*")
+    assert torch.equal(made.whole("after.3.weight"), source.tensors["after.1.weight"])
+    fewer = [edit(source, f"blocks={rows}").config for rows in ("0-1", "2-3")]
+    assert [(c.norm_position, c.norm_after) for c in fewer] == [("after", ""), ("before", "")]
+    with pytest.raises(UserError, match=r"sub-block 3 .*before.*model.norm_after = .\*"):
+        edit(source, "blocks=0-1,3")
+
+
 @pytest.mark.parametrize("last", ["0", "2", "all"])
 def test_ladder_takes_the_weights_as_they_are(tmp_path: Path, last: str) -> None:
     source = Memory(tmp_path, pattern="*-*-")

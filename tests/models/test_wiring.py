@@ -194,6 +194,17 @@ def test_norms_behind_sub_blocks(position: str, residual: str, recompute: str) -
     check_wiring("*-M-", recompute, residual=residual, norm_position=position)
 
 
+@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
+@pytest.mark.parametrize("position", ["before", "both"])
+def test_norms_behind_sub_blocks_of_some_kinds(position: str, residual: str) -> None:
+    config = config_of("-*-M-", residual, norm_position=position, norm_after="*")
+    assert config.norm_positions(config.symbols) == [position, *["after"] * 2, *[position] * 2]
+    fields = {"residual": residual, "norm_position": position, "norm_after": "*"}
+    check_wiring("*-M-", "block", **fields)
+    if residual != "parallel":  # whose recursion here has layers of two
+        check_wiring("-*-M", "none", **fields)
+
+
 def test_ladder_of_no_sub_block_has_the_bits_of_standard() -> None:
     tokens, labels = data(5)
     results = []

@@ -70,6 +70,7 @@ ROWS: dict[str, dict[str, Any]] = {
     ),
     "σReparam, multi-token prediction": dict(
         pattern="*mE", norm="crms", kv_heads=1, sigma_reparam=True, mtp=1, mtp_pattern="M-",
+        norm_after="m",
     ),
 }  # fmt: skip
 

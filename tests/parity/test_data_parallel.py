@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-", {"learned_positions": 16}),
     "hybrid, ladder, tied, biases": ("M-*E", {**LADDER, **BIASED, "tied": True}),
     "mixture first, plain norms": ("E*M-", {"norm": "layer", "norm_weight": False}),
-    "recurrent": ("mDS-G", {**LADDER, "mamba1_norm": "weighted"}),
+    "recurrent": ("mDS-G", {**LADDER, "mamba1_norm": "weighted", "norm_after": "S"}),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "experts": 4}),
     "shared depth": ("*E", {"repeat": 3, "share": True}),
     "steered and noisy routing": (

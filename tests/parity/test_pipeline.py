@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"norm": "pre_rms", "attention": "mla", "kv_heads": None, "rope_dim": 4, "sinks": True},
     ),
     "norms after, ladder": ("*-M-", {"norm_position": "both", "norm": "layer", **LADDER}),
+    "norms by kind, ladder": ("G-*-", {"norm_after": "*", **LADDER}),
     "parallel": ("*-*-", {"residual": "parallel"}),
     "ladder at the end": ("*-M-", {"residual": "ladder", "ladder_last": 2, **MULTIPLIERS}),
     "recurrences": ("mD-G", LADDER),

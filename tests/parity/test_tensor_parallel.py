@@ -58,6 +58,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
     "one group": ("M-mS", {"mamba_groups": 1, "mamba1_norm": "plain", **LADDER}),
     "two groups": ("M-", {"mamba_groups": 2, "norm_position": "both", **LADDER}),
     "few key heads": ("GD", {"delta_heads": 8, "delta_key_heads": 2}),
+    "norms by kind": ("G-*-", {"norm_after": "*", "delta_norm_eps": 1e-2, **LADDER}),
     "experts": (
         "ET", {"experts": 4, "activation": "polynorm", "shared_ffn": 16, "shared_gate": True,
                "thor_alpha": 0.5, "router_bias": True, **LADDER},

@@ -31,7 +31,7 @@ from typed.operators import local_over
 from typed.types import Type, stamp
 
 
-def typed_embedding(self: Embedding, tokens: Tensor) -> Tensor:
+def typed_embedding(self: Embedding, tokens: Tensor, positions: Tensor) -> Tensor:
     """`Embedding.forward`: a rank has zeros for tokens whose row another rank holds, so that its
     output is a partial sum."""
     leave = self.leave
@@ -43,7 +43,7 @@ def typed_embedding(self: Embedding, tokens: Tensor) -> Tensor:
     self.leave = typed_leave
     try:
         with spmd.local():
-            return _embedding(self, tokens)
+            return _embedding(self, tokens, positions)
     finally:
         self.leave = leave
 

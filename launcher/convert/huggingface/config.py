@@ -202,6 +202,8 @@ def function_fields(config: ModelConfig) -> dict[str, Any]:
     fields["windows"] = [c.window_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
     if c.has("*") and c.positions == "rope":
         fields["ropes"] = [c.rope_of(t) for t, symbol in enumerate(c.symbols) if symbol == "*"]
+    if "norm_after" in fields:
+        fields["norm_after"] = "".join(sorted(c.norm_after))
     if c.attention_multiplier == c.score_width**-0.5 and "attention_multiplier" in fields:
         fields["attention_multiplier"] = None  # the default
     if c.router_top_groups == c.router_groups:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules.base import Rules
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.models.config import CARDS, LONGEST_ROW
+from colonnade.models.config import CARDS, LONGEST_ROW, mixes_sequence
 
 RULES = Rules()
 
@@ -59,12 +59,34 @@ def centred_stream(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     equal LayerNorm.
     """
     m = r.model
-    if m.norm == "pre_rms" and m.norm_position != "before":
-        remedy = "model.norm = pre_rms needs a centred stream, and the output of norms behind "
-        remedy += (
-            "sub-blocks is not centred; set model.norm_position to before, or model.norm to layer"
-        )
+    if m.norm != "pre_rms":
+        return
+    remedy = "model.norm = pre_rms needs a centred stream, and the output of norms behind "
+    remedy += "sub-blocks is not centred; "
+    if m.norm_position != "before":
+        remedy += "set model.norm_position to before, or model.norm to layer"
         yield Fault("model.norm_position", m.norm_position, remedy)
+    elif m.norm_after:
+        yield Fault(
+            "model.norm_after", m.norm_after, f"{remedy}leave it out, or set model.norm to layer"
+        )
+
+
+@RULES.add("model.pattern", "model.mtp_pattern", "model.norm_position")
+def norms_after(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """`norm_after` has sequence mixers of the model, each once, and leaves some sub-blocks out."""
+    m, listed = r.model, r.model.norm_after
+    if not listed or m.norm_position == "after":
+        return
+    rows = m.rows()
+    mixers = [s for s in dict.fromkeys("".join(rows)) if mixes_sequence(s)]
+    if len(set(listed)) < len(listed) or not set(listed) <= set(mixers):
+        known = ", ".join(f"`{s}`" for s in mixers) or "none"
+        remedy = f"must have sequence mixers of the model ({known}), each once; set it to some of "
+        yield Fault("model.norm_after", listed, f"{remedy}these, or leave it out")
+    elif all(position == "after" for row in rows for position in m.norm_positions(row)):
+        remedy = "all norms are then behind their sub-blocks; leave it out, and set "
+        yield Fault("model.norm_after", listed, f"{remedy}model.norm_position to after")
 
 
 @RULES.add("model.norm", "model.mtp_pattern")
