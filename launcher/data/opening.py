@@ -179,7 +179,7 @@ def _open_whole(recipe: Recipe, source: SourceConfig, tokenizer: Tokenizer | Non
     size = None if tokenizer is None else tokenizer.size
     if source.format == "tokens":
         tokens = read_indexed(source_path(source), verify=True)
-        _check_tokens(recipe, tokens, tokenizer)
+        check_tokens(recipe, tokens, tokenizer)
     else:
         assert tokenizer is not None  # the default for text is `bytes`
         tokens, _ = _tokens_of_text(recipe, source, 0.0, tokenizer)
@@ -216,7 +216,7 @@ def _open_tokens(
     a row, or none if then too few tokens remain to train on.
     """
     tokens = read_indexed(source_path(source), verify)
-    _check_tokens(recipe, tokens, tokenizer)
+    check_tokens(recipe, tokens, tokenizer)
     S, vocab = recipe.train.seq_len, recipe.model.vocab
     size, rows_class = None if tokenizer is None else tokenizer.size, _rows_class(recipe)
     total, starts = len(tokens.tokens), tokens.starts
@@ -234,7 +234,7 @@ def _open_tokens(
     )
 
 
-def _check_tokens(recipe: Recipe, tokens: Tokens, tokenizer: Tokenizer | None) -> None:
+def check_tokens(recipe: Recipe, tokens: Tokens, tokenizer: Tokenizer | None) -> None:
     """Raises UserError or RecipeError if tokens do not fit the named tokenizer or model.vocab.
 
     Compares the record beside the token file; without one, checks the ids of sampled blocks.

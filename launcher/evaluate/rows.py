@@ -9,7 +9,7 @@ from colonnade.kernels.loss import IGNORED
 from colonnade.launcher.data.cache import cached_tokens
 from colonnade.launcher.data.files import source_name, source_path
 from colonnade.launcher.data.indexed import read_indexed
-from colonnade.launcher.data.opening import _check_tokens
+from colonnade.launcher.data.opening import check_tokens
 from colonnade.launcher.data.rows import Batch, Tokens, slice_rows
 from colonnade.launcher.data.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
@@ -58,7 +58,7 @@ def open_rows(recipe: Recipe, source: SourceConfig, tokenizer: Tokenizer | None)
     train, vocab = recipe.train, recipe.model.vocab
     if source.format == "tokens":
         tokens = read_indexed(source_path(source), verify=True)
-        _check_tokens(recipe, tokens, tokenizer)
+        check_tokens(recipe, tokens, tokenizer)
         size = None if tokenizer is None else tokenizer.size
         return WholeRows(tokens, train.seq_len, vocab, size)
     if tokenizer is None:

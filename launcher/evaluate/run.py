@@ -14,10 +14,10 @@ from colonnade.launcher.cluster.ranks import choose_device, start_ranks
 from colonnade.launcher.data.files import resolve_format, source_name
 from colonnade.launcher.data.tokenizer import tokenizer_of
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.evaluate.loss import Sums, sum_losses
 from colonnade.launcher.evaluate.rows import open_rows
 from colonnade.launcher.generate.opening import opened, recipe_for
 from colonnade.launcher.recipe.tables import Recipe, SourceConfig
+from colonnade.launcher.train.losses import Sums, sum_losses
 from colonnade.launcher.train.step import sync_errors
 
 ORDER, REPORT = "order.json", "report.json"
@@ -159,7 +159,9 @@ def evaluate_as_rank(order: Order) -> dict[str, Any]:
             rows = open_this() if alone else sync_errors(open_this, trained.device)
             count = min(order.rows or rows.rows, rows.rows)
             samples = [i * rows.rows // count for i in range(count)]
-            sums = sum_losses(trained, rows, samples, order.batch)
+            sums = sum_losses(
+                trained.passes, trained.mesh, rows, samples, order.batch, trained.byte_lengths
+            )
             by_source[source_name(source)] = {**sums.figures(), "rows": count}
             total, all_rows = total.plus(sums), all_rows + count
     return {

@@ -68,6 +68,11 @@ class Trained:
     mesh: DeviceMesh | None = None
 
     @property
+    def byte_lengths(self) -> torch.Tensor | None:
+        """The bytes of every token of the vocabulary; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.byte_lengths()
+
+    @property
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.passes.device

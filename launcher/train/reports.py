@@ -9,9 +9,10 @@ from colonnade.launcher.generate import extend
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import Job
 from colonnade.launcher.train.lines import write_below
+from colonnade.launcher.train.losses import validate_loss, validation_key
 from colonnade.launcher.train.monitor import Monitor
 from colonnade.launcher.train.schedule import batch_size, describe_stage
-from colonnade.launcher.train.step import Result, validate_loss, validation_key
+from colonnade.launcher.train.step import Result
 from colonnade.launcher.train.summary import (
     describe_data,
     describe_job,

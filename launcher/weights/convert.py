@@ -165,7 +165,8 @@ def identity(
     """Returns what makes two conversions the same: the source's files, and the options."""
     stats = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(weights.folder.iterdir())
+        for folder in weights.folders
+        for path in sorted(folder.iterdir())
         if path.is_file()
     ]
     return {

@@ -63,6 +63,11 @@ class Weights(ABC):
     def read(self, name: str, box: Box) -> Tensor:
         """Returns a box of a tensor, in its dtype on disk."""
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all weights of which these are made."""
+        return [self.folder]
+
     def whole(self, name: str) -> Tensor:
         """Returns a whole tensor."""
         return self.read(name, whole_box(self.shapes[name]))

@@ -46,6 +46,10 @@ class Edited(Weights):
         self.config = checked(source.config.changed(**fields))
         self.shapes = shapes_of(self.config)
 
+    @property
+    def folders(self) -> list[Path]:
+        return self.source.folders
+
     def name_in_source(self, name: str) -> str:
         """Returns the tensor of the source from which a tensor is made."""
         return name
@@ -239,6 +243,10 @@ class Averaged(Edited):
     def __init__(self, sources: Sequence[Weights]) -> None:
         super().__init__(sources[0])
         self.sources = sources
+
+    @property
+    def folders(self) -> list[Path]:
+        return [folder for source in self.sources for folder in source.folders]
 
     def read(self, name: str, box: Box) -> Tensor:
         total = None

@@ -17,10 +17,10 @@ from trained import llama_folder, run_folder
 
 from colonnade.launcher.cli import main
 from colonnade.launcher.data import open_data
-from colonnade.launcher.evaluate.loss import sum_losses
 from colonnade.launcher.evaluate.rows import open_rows
 from colonnade.launcher.evaluate.run import Order, evaluate
 from colonnade.launcher.generate.opening import load, recipe_for
+from colonnade.launcher.train.losses import sum_losses
 from colonnade.launcher.weights.convert import convert
 from colonnade.parallel.world import World
 
@@ -157,7 +157,11 @@ def sums_as_rank(
     trained = load(Path(order.model), recipe, world.device, world)
     (source,) = order.sources()
     rows = open_rows(recipe, source, trained.tokenizer)
-    return tuple(sum_losses(trained, rows, range(rows.rows), order.batch))  # type: ignore[return-value]
+    return tuple(
+        sum_losses(
+            trained.passes, trained.mesh, rows, range(rows.rows), order.batch, trained.byte_lengths
+        )
+    )  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

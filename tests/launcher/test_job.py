@@ -22,9 +22,9 @@ from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build
 from colonnade.launcher.train.loop import run_job
+from colonnade.launcher.train.losses import validate_loss, validation_key
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
-from colonnade.launcher.train.step import validate_loss, validation_key
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
