@@ -12,6 +12,7 @@ import test_hf_mamba
 import test_hf_mixtures
 import test_hf_moe
 import test_hf_normed_mamba
+import test_hf_olmo_hybrid
 import test_hf_phi3
 import test_hf_positions
 import torch
@@ -32,6 +33,7 @@ MODULES = (
     test_hf_mixtures,
     test_hf_mamba,
     test_hf_hybrid,
+    test_hf_olmo_hybrid,
 )
 ALL = [case for module in MODULES for case in module.CASES]
 each = pytest.mark.parametrize("case", ALL, ids=str)

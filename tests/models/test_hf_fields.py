@@ -16,6 +16,7 @@ import test_hf_gpt_oss
 import test_hf_granite
 import test_hf_mixtures
 import test_hf_normed_mamba
+import test_hf_olmo_hybrid
 import test_hf_phi3
 import test_hf_positions
 import torch
@@ -42,6 +43,7 @@ BUILDS: dict[str, Any] = {
     "gpt2": gpt2, **test_hf_biased.BUILDS, **test_hf_granite.BUILDS, **test_hf_positions.BUILDS,
     **test_hf_mixtures.BUILDS,
     **test_hf_gpt_oss.BUILDS, **test_hf_normed_mamba.BUILDS, **test_hf_phi3.BUILDS,
+    **test_hf_olmo_hybrid.BUILDS,
     "nemotron": lambda: nemotron("ME*-"), "qwen3_next": lambda: qwen3_next("G*"),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", BUILDS)

@@ -151,6 +151,8 @@ def mlp(hf: str, native: str, config: ModelConfig) -> list[Entry]:
     ]
 
 
+Norms = tuple[str, str]  # Hugging Face names of the norms of the two sub-blocks of a layer
+
 NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
 NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -162,7 +164,7 @@ def layer(
     symbols: str,
     config: ModelConfig,
     blocks: dict[str, Block],
-    norms: tuple[str, str],
+    norms: Norms,
 ) -> list[Entry]:
     """Returns the entries of one Hugging Face layer, which is two native sub-blocks.
 
@@ -175,18 +177,23 @@ def layer(
         blocks: what returns the entries of a sub-block, by symbol.
         norms: Hugging Face names of the norms of the two sub-blocks.
     """
-    native_norms = "after" if norms == NORMS_AFTER else "norms"
     entries = []
-    for t, (symbol, norm) in enumerate(zip(symbols, norms, strict=True), start=first):
+    kinds = zip(symbols, norms, config.norm_positions(symbols), strict=True)
+    for t, (symbol, norm, position) in enumerate(kinds, start=first):
+        native_norms = "after" if position == "after" else "norms"
         entries.append(entry(f"{hf}.{norm}.weight", f"{prefix}{native_norms}.{t}.weight"))
         entries += blocks[symbol](hf, f"{prefix}blocks.{t}", config)
     return entries
 
 
 def layers(
-    blocks: dict[str, Block], norms: tuple[str, str], config: ModelConfig, last_norm: str = "norm"
+    blocks: dict[str, Block],
+    norms: Norms | Mapping[str, Norms],
+    config: ModelConfig,
+    last_norm: str = "norm",
 ) -> list[Entry]:
-    """Returns the entries of a model whose layers are a sequence mixer and a channel mixer."""
+    """Returns the entries of a model whose layers are a sequence mixer and a channel mixer; where
+    the names of `norms` depend on the sequence mixer, they are given by its symbol."""
     entries = [
         entry("model.embed_tokens.weight", "embedding.weight"),
         entry(f"model.{last_norm}.weight", "final.weight"),
@@ -196,7 +203,8 @@ def layers(
     for t in range(0, len(config.symbols), 2):
         pair = config.symbols[t : t + 2]
         hf = f"model.layers.{t // 2}"
-        entries += layer(hf, "", t, pair, config, blocks, norms)
+        names = norms[pair[0]] if isinstance(norms, Mapping) else norms
+        entries += layer(hf, "", t, pair, config, blocks, names)
     return entries
 
 

@@ -12,10 +12,11 @@ Shapes = dict[str, torch.Size]
 
 @dataclass(frozen=True)
 class Entry:
-    """A Hugging Face tensor (or several, stacked), and the native tensors that it is made of.
+    """A Hugging Face tensor (or several), and the native tensors that it is made of.
 
     Attributes:
-        hf_names: one name; or several (one per expert), to be stacked along a new dimension 0.
+        hf_names: one name; or several (one per expert), to be stacked along a new dimension 0, or,
+            where `chunked`, concatenated along their dimension 0.
         native_names: one name; or several, which are concatenated along `dim`.
         dim: dimension of the native tensors along which they are concatenated.
         groups: number of equal groups (heads) along `dim`; the native tensors are concatenated
@@ -23,6 +24,7 @@ class Entry:
         order: within a group, native index i is Hugging Face index `order[i]`; None: equal order.
         squeeze: dimension of size 1 that only the Hugging Face tensor has.
         transposed: whether the last two dimensions are swapped in the Hugging Face tensor.
+        chunked: whether several Hugging Face tensors are chunks of one, of equal size.
     """
 
     hf_names: tuple[str, ...]
@@ -32,6 +34,7 @@ class Entry:
     order: tuple[int, ...] | None = None
     squeeze: int | None = None
     transposed: bool = False
+    chunked: bool = False
 
     def widths(self, shapes: Shapes) -> list[int]:
         """Returns the size of each native tensor along `dim` within a group."""
@@ -41,7 +44,9 @@ class Entry:
         """Returns the shape of each Hugging Face tensor, given those of the native ones."""
         shape = list(shapes[self.native_names[0]])
         shape[self.dim] = sum(shapes[name][self.dim] for name in self.native_names)
-        if len(self.hf_names) > 1:
+        if self.chunked:
+            shape[0] //= len(self.hf_names)
+        elif len(self.hf_names) > 1:
             shape = shape[1:]
         if self.squeeze is not None:
             shape.insert(self.squeeze, 1)
@@ -51,7 +56,8 @@ class Entry:
 
     def split(self, hf_tensors: list[Tensor], shapes: Shapes) -> dict[str, Tensor]:
         """Splits the Hugging Face tensors of this entry into native tensors, by name."""
-        packed = hf_tensors[0] if len(self.hf_names) == 1 else torch.stack(hf_tensors)
+        several = torch.cat if self.chunked else torch.stack
+        packed = hf_tensors[0] if len(self.hf_names) == 1 else several(hf_tensors)
         if self.squeeze is not None:
             packed = packed.squeeze(self.squeeze)
         if self.transposed:
@@ -81,6 +87,9 @@ class Entry:
             source_of: returns, for a Hugging Face name, what gives a tensor for a tuple of slices
                 (`get_slice` of safetensors).
         """
+        if self.chunked:
+            chunks = [source_of(n)[(slice(None),) * len(self.shape(shapes))] for n in self.hf_names]
+            return self.split(chunks, shapes)[name][box]
         if len(self.hf_names) > 1:  # experts: only those in the box
             inner = {n: torch.Size(shapes[n][1:]) for n in self.native_names}
             experts = range(box[0].start, box[0].stop)
@@ -114,7 +123,10 @@ class Entry:
             packed = packed.unsqueeze(self.squeeze)
         if self.transposed:
             packed = packed.transpose(-2, -1).contiguous()
-        hf_tensors = packed.unbind() if len(self.hf_names) > 1 else [packed]
+        hf_tensors: Iterable[Tensor] = [packed]
+        if len(self.hf_names) > 1:
+            count = len(self.hf_names)
+            hf_tensors = packed.chunk(count) if self.chunked else packed.unbind()
         return dict(zip(self.hf_names, hf_tensors, strict=True))
 
 

@@ -27,6 +27,8 @@ from colonnade.launcher.convert.huggingface.fields import (
 from colonnade.models.config import ModelConfig
 from colonnade.models.records import records_of
 
+Table = Callable[[ModelConfig], list[Entry]]
+
 
 def tied_head(config: ModelConfig) -> dict[str, str]:
     """Returns `Family.copies` for Llama's names: a tied head has the embedding's weights."""
@@ -44,6 +46,7 @@ class Family:
         write: converts a native config to Hugging Face fields that transformers 4 and 5 both read.
         entries: returns the tensors of a checkpoint.
         packed: returns the tensors as transformers 5 has them in memory, if that differs (experts).
+        also_read: other tables of the tensors of a checkpoint, which are read and never written.
         copies: returns the Hugging Face tensors that equal another one, which is the value, by
             name. They may be absent from a checkpoint, and are not written.
         ignored: suffixes of names of tensors without weights (buffers derived from the config).
@@ -57,8 +60,9 @@ class Family:
     model_type: str
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
-    entries: Callable[[ModelConfig], list[Entry]]
-    packed: Callable[[ModelConfig], list[Entry]] | None = None
+    entries: Table
+    packed: Table | None = None
+    also_read: tuple[Table, ...] = ()
     copies: Callable[[ModelConfig], dict[str, str]] = tied_head
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     unread: tuple[tuple[str, str], ...] = ()
@@ -136,7 +140,7 @@ def without_absent_mtp(
     if not config.mtp:
         return config
     all_names = set(names)
-    for table in (family.entries, family.packed or family.entries):
+    for table in tables_of(family):
         for e in table(config):
             is_mtp = any(name.startswith("mtp.") for name in e.native_names)
             if is_mtp and not all_names.isdisjoint(e.hf_names):
@@ -152,12 +156,23 @@ def shapes_of(config: ModelConfig, state: bool = True) -> Shapes:
     return {name: torch.Size(r.shape) for name, r in records if state or not r.state}
 
 
+def tables_of(family: Family) -> tuple[Table, ...]:
+    """Returns the tables by which a family's tensors are read."""
+    return (family.entries, *([family.packed] if family.packed else []), *family.also_read)
+
+
 def entries_of(family: Family, config: ModelConfig, shapes: Shapes, packed: bool) -> list[Entry]:
-    """Returns the family's entries of the native tensors in `shapes`.
+    """Returns the family's entries of the native tensors in `shapes`, as they are written.
 
     Raises AssertionError unless each native tensor is in exactly one of them.
     """
-    entries = (family.packed if packed and family.packed else family.entries)(config)
+    table = family.packed if packed and family.packed else family.entries
+    return entries_in(table, family, config, shapes)
+
+
+def entries_in(table: Table, family: Family, config: ModelConfig, shapes: Shapes) -> list[Entry]:
+    """As `entries_of`, of one of the family's tables."""
+    entries = table(config)
     entries = [e for e in entries if any(name in shapes for name in e.native_names)]
     listed = sorted(name for e in entries for name in e.native_names)
     if listed != sorted(shapes):
@@ -166,13 +181,16 @@ def entries_of(family: Family, config: ModelConfig, shapes: Shapes, packed: bool
     return entries
 
 
-def is_packed(family: Family, config: ModelConfig, hf_names: Iterable[str]) -> bool:
-    """Whether these are the names of tensors in transformers 5's memory, not in a checkpoint."""
-    if family.packed is None:
-        return False
-    in_memory = {name for e in family.packed(config) for name in e.hf_names}
-    on_disk = {name for e in family.entries(config) for name in e.hf_names}
-    return any(name in in_memory - on_disk for name in hf_names)
+def table_with(family: Family, config: ModelConfig, hf_names: Iterable[str]) -> Table:
+    """Returns the table of the family whose names of tensors are nearest to these."""
+    tables, given = tables_of(family), set(hf_names)
+    if len(tables) == 1:
+        return family.entries
+
+    def unlike(table: Table) -> int:
+        return len(given ^ {name for e in table(config) for name in e.hf_names})
+
+    return min(tables, key=unlike)
 
 
 def from_hf(
@@ -198,7 +216,7 @@ def from_hf(
     check_copies(family, config, hf_tensors)
     remaining = weights_among(family, config, hf_tensors)
     native: dict[str, Tensor] = {}
-    for e in entries_of(family, config, shapes, is_packed(family, config, remaining)):
+    for e in entries_in(table_with(family, config, remaining), family, config, shapes):
         shape = e.shape(shapes)
         tensors = [take(hf_tensors, remaining, name, shape) for name in e.hf_names]
         native |= e.split(tensors, shapes)
@@ -239,7 +257,7 @@ def check_shapes(
     """
     empty = {n: torch.empty(shape, device="meta") for n, shape in hf_shapes.items()}
     shapes, remaining = shapes_of(config), weights_among(family, config, empty)
-    entries = entries_of(family, config, shapes, is_packed(family, config, remaining))
+    entries = entries_in(table_with(family, config, remaining), family, config, shapes)
     for e in entries:
         for name in e.hf_names:
             take(empty, remaining, name, e.shape(shapes))

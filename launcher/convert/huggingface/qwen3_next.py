@@ -59,6 +59,11 @@ def read_mixers(f: Fields, count: int) -> str:
     kinds = f.entries("layer_types", of=str) or [
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(count)
     ]
+    return mixers_of(kinds, count)
+
+
+def mixers_of(kinds: list[str], count: int) -> str:
+    """Returns the symbols of the sequence mixers of so many layers of these kinds."""
     mixers = symbols_of(kinds, QWEN3_NEXT, "layer_types")
     if len(mixers) != count:
         raise Unsupported("layer_types", len(mixers), f"but num_hidden_layers = {count}")
@@ -127,6 +132,17 @@ def write_hybrid(config: ModelConfig) -> dict[str, Any]:
     c = config
     if c.has("*"):
         check_rotated(c.rope_fraction, c.head_dim, "rope_fraction")
+    return {
+        **write_common(c),
+        **write_heads(c),
+        "partial_rotary_factor": c.rope_fraction,
+        **write_mixers(c),
+    }
+
+
+def write_mixers(config: ModelConfig) -> dict[str, Any]:
+    """Writes the kinds of layers, and the sizes of DeltaNet."""
+    c = config
     kinds = {symbol: kind for kind, symbol in QWEN3_NEXT.items()}
     delta = {
         "linear_num_value_heads": c.delta_heads,
@@ -136,9 +152,6 @@ def write_hybrid(config: ModelConfig) -> dict[str, Any]:
         "linear_conv_kernel_dim": c.delta_conv,
     }
     return {
-        **write_common(c),
-        **write_heads(c),
-        "partial_rotary_factor": c.rope_fraction,
         "layer_types": [kinds[symbol] for symbol in c.symbols[::2]],
         **(delta if c.delta_heads else {}),  # 0: none, and no field of Hugging Face
     }
