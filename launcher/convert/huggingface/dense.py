@@ -1,6 +1,6 @@
 """Converts Llama 3, Qwen3 and OLMo-2, and the fields and entries that other families share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -212,12 +212,6 @@ def layers(
 UNUSED_WINDOW = 4096
 
 
-def window_fields(kinds: Iterable[str], width: int) -> dict[str, Any]:
-    """Returns the native fields of attention windows for the kinds of layers."""
-    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    return {"window": width, "full_attention": full}
-
-
 DENSE: dict[str, Block] = {"*": attention, "-": mlp}
 
 
@@ -269,7 +263,8 @@ def windows_of(kinds: list[str], count: int, window: int | None) -> dict[str, An
         return {}
     if window is None:
         raise Unsupported("sliding_window", window, "layer_types asks for a window; give both")
-    return window_fields(kinds, window)
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return {"window": window, "full_attention": full}
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

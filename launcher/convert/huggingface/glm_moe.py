@@ -9,7 +9,7 @@ from colonnade.launcher.convert.huggingface.dense import (
     mlp,
     read_common,
     read_heads,
-    window_fields,
+    windows_of,
     write_common,
     write_heads,
 )
@@ -92,21 +92,17 @@ def read_dots1(f: Fields) -> ModelConfig:
     symbols = dense_first(f, default=0)
     count, width = len(symbols) // 2, f.get("sliding_window", default=4096, null=None)
     first = f.integer("max_window_layers", default=62)
-    names = "full_attention", "sliding_attention"
-    windowed = [names[width is not None and i >= first] for i in range(count)]
-    kinds = f.entries("layer_types", of=str) or windowed
-    if not set(kinds) <= set(names) or len(kinds) != count:
-        raise Unsupported("layer_types", kinds, f"must be {count} of {' and '.join(names)}")
-    has_window = "sliding_attention" in kinds
-    if has_window and width is None:
-        raise Unsupported("sliding_window", None, "layer_types asks for a window; give both")
+    kinds = f.entries("layer_types", of=str) or [
+        "full_attention" if width is None or i < first else "sliding_attention"
+        for i in range(count)
+    ]
     return ModelConfig(
         **pattern_fields(symbols),
         qk_norm="head",
         **read_mixtures(f, 1.0, False),
         **read_common(f, biases="all"),
         **read_heads(f, kv_heads=32),
-        **(window_fields(kinds, width) if has_window else {}),
+        **windows_of(kinds, count, width),
     )
 
 
