@@ -86,9 +86,7 @@ def parallelize(
         expert_parallel(model, expert_mesh, mesh["tp"])
     if mesh["cp"].size() > 1:
         context_parallel(model, mesh["cp"], recipe.parallel)
-    freeze(
-        model, recipe.train.freeze
-    )  # parameters are others by now, and FSDP2 has yet to see them
+    freeze(model, recipe.train.freeze)  # parameters are DTensors by now, and not FSDP2's yet
     if recipe.train.compile:
         compile_halves(model)
     weights = weights_mesh(mesh)

@@ -98,7 +98,9 @@ STAGES = """
 ## `[[stage]]`
 
 Training stages, one after the other, in place of `train.steps`. What a stage does not set goes on
-as in the one before; the first goes on with the recipe's tables.
+as in the one before; the first goes on with the recipe's tables. One that sets `lr`, `schedule`,
+`warmup`, `decay` or `min_lr` begins a schedule; one that sets `seq_len`, `sources`, `packing`, or a
+share or sources of validation to another value reads its data from the beginning, in another order.
 
 """
 SETTABLE = "\nIn tables of its own, and in overrides as `stage.N.table.field`, a stage may set:\n\n"

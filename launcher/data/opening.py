@@ -31,7 +31,7 @@ from colonnade.launcher.data.sources import read_documents
 from colonnade.launcher.data.stream import StreamRows
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import Fault, RecipeError, UserError
-from colonnade.launcher.recipe.stages import TrainingStage, training_stages
+from colonnade.launcher.recipe.stages import TrainingStage, stages_from, training_stages
 from colonnade.launcher.recipe.tables import Recipe, SourceConfig, StageConfig
 from colonnade.launcher.recipe.vocabulary import far_above
 
@@ -47,17 +47,18 @@ class Data:
     tokenizer: Tokenizer | None  # None if all sources are tokens and data.tokenizer is not set
 
 
-def prepare_data(recipe: Recipe) -> None:
-    """Tokenises the sources that the cache lacks, of all training stages, before ranks start.
+def prepare_data(recipe: Recipe, step: int = 0) -> None:
+    """Tokenises the sources that the cache lacks, before ranks start: of all training stages that a
+    run which is at `step` has before it.
 
-    Raises as `open_data`, and as `check_length`.
+    Raises as `open_data`, and of stages that have not begun as `check_length`.
 
     It also hashes the files that are read, which ranks then need not do again. One process of every
     host must call it. Several may at the same time: one of them tokenises.
     """
-    for stage in training_stages(recipe):
+    for stage in stages_from(training_stages(recipe), step):
         data = open_data(stage.recipe, stage.order)
-        if recipe.stage:
+        if recipe.stage and (stage.first >= step):
             check_length(stage, recipe.stage[stage.index], data.train)
 
 

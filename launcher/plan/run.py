@@ -55,6 +55,7 @@ def plan(
     known = None if device is None else parse_device(device)
     whole = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
     loaded = recipe_of_stage(whole, stage)
+    stage = (stage or 0) if whole.stage else None
     # Only now, so that a mistake is reported before torch would be imported.
     from colonnade.launcher.plan.rank import open_rank, run_rank
 

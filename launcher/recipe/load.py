@@ -32,6 +32,7 @@ def load_recipe(
     world_size: int | None = None,
     notify: Callable[[str], object] | None = None,
     fields_of: Callable[[str], dict[str, dict[str, Any]]] | None = None,
+    step: int = 0,
 ) -> Recipe:
     """Loads a recipe from a TOML file, or the shipped one of that name, and applies overrides.
 
@@ -49,6 +50,7 @@ def load_recipe(
             that were shortened.
         fields_of: returns the tables of `train.init`, with which fields are filled that the recipe
             leaves open. None: they stay open, as in the recipe of a run, which was filled already.
+        step: at which the run is; training stages that have ended need not fit the ranks any more.
 
     Raises:
         RecipeError: the recipe is invalid; lists all faults at once.
@@ -71,7 +73,7 @@ def load_recipe(
     # The default stands in for a field that was refused; rules that look at it prove nothing.
     faults = [
         fault
-        for fault, involves in findings(recipe, world_size)
+        for fault, involves in findings(recipe, world_size, step)
         if not faulty_fields.overlap(involves)
     ]
     if faulty_fields.faults or faults:

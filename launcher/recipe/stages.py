@@ -22,6 +22,7 @@ from colonnade.launcher.recipe.unused import UsedIf, explicit_fields, unused_set
 from colonnade.models.config import ModelConfig
 
 ORDERED_BY = ("sources", "held_out", "packing")  # of [data]: with another value rows are others
+SCHEDULE = {"lr", "schedule", "warmup", "decay", "min_lr"}  # a stage that sets one begins anew
 WITHOUT_STAGES = {"steps", "ramp_batch", "ramp_steps"}  # of [train]: stages have their own
 LONGEST = 2**40  # steps, while the length of a stage is not known
 
@@ -73,7 +74,7 @@ def training_stages(recipe: Recipe) -> list[TrainingStage]:
         return [TrainingStage(0, recipe, 0, 0, 0, 0, steps)]
     recipes = [without_inherited_unused(recipe, n, r) for n, r in enumerate(merged(recipe))]
     lengths = [steps_of(one, r) for one, r in zip(recipe.stage, recipes, strict=True)]
-    new_schedule = [bool(s.tables()["optimizer"].model_fields_set) for s in recipe.stage]
+    new_schedule = [bool(SCHEDULE & s.tables()["optimizer"].model_fields_set) for s in recipe.stage]
     begins = [n for n, new in enumerate(new_schedule) if new or n == 0]
     stages: list[TrainingStage] = []
     for n, r in enumerate(recipes):
@@ -115,6 +116,11 @@ def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
     return next((stage for stage in stages if step <= stage.stop), stages[-1])
 
 
+def stages_from(stages: Sequence[TrainingStage], step: int) -> Sequence[TrainingStage]:
+    """Returns the stages that a run which is at `step` still trains, at its end the last."""
+    return [stage for stage in stages if stage.stop > step] or stages[-1:]
+
+
 def recipe_at(recipe: Recipe, step: int) -> Recipe:
     """Returns the recipe in force of a run that is at `step`."""
     return stage_at(training_stages(recipe), step).recipe
@@ -132,6 +138,8 @@ def recipe_of_stage(recipe: Recipe, index: int | None) -> Recipe:
             f"the recipe has the stages 0 to {len(stages) - 1}, which may differ in layout and "
             "rows: name one by --stage"
         )
+    if index is not None and not recipe.stage:
+        raise UserError(f"--stage {index}: the recipe has no [[stage]] tables; leave it out")
     if index is not None and index >= len(stages):
         raise UserError(f"--stage {index}: the recipe has the stages 0 to {len(stages) - 1}")
     return stages[index or 0].recipe

@@ -26,6 +26,7 @@ from colonnade.launcher.recipe.stages import (
     field_to_change,
     set_by,
     setter,
+    stages_from,
     training_stages,
     unused_in_run,
 )
@@ -62,11 +63,14 @@ def validate(recipe: Recipe, world_size: int | None) -> list[Fault]:
     return [finding.fault for finding in findings(recipe, world_size)]
 
 
-def findings(recipe: Recipe, world_size: int | None) -> Iterator[Finding]:
-    """Yields the faults that `validate` returns, each with the fields it involves."""
+def findings(recipe: Recipe, world_size: int | None, step: int = 0) -> Iterator[Finding]:
+    """Yields the faults that `validate` returns, each with the fields it involves; of a run that is
+    at `step` those of training stages that have ended are none."""
     if recipe.stage:
-        yield from of_rules(stages.RULES, recipe, world_size)
-        yield from of_stages(recipe, world_size)
+        of_all = list(of_rules(stages.RULES, recipe, world_size))
+        yield from of_all
+        if not any(finding.fault.field.startswith("stage.") for finding in of_all):
+            yield from of_stages(recipe, world_size, step)
     else:
         yield from of_rules(RULES, recipe, world_size)
     for field, value in explicit_fields(recipe):
@@ -82,11 +86,11 @@ def of_rules(rules: list[NamedRule], recipe: Recipe, world_size: int | None) -> 
             yield Finding(fault, (*involves, fault.field))
 
 
-def of_stages(recipe: Recipe, world_size: int | None) -> Iterator[Finding]:
+def of_stages(recipe: Recipe, world_size: int | None, step: int) -> Iterator[Finding]:
     """Yields the faults of every training stage's recipe; one of fields that the stage does not set
     and that an earlier stage has had, once."""
     seen: list[Fault] = []
-    for stage in training_stages(recipe):
+    for stage in stages_from(training_stages(recipe), step):
         own = set_by(recipe.stage[stage.index])
         for fault, involves in of_rules(RULES, stage.checked, world_size):
             if fault in seen and not any(setter(name, own) for name in involves):

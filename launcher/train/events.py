@@ -8,7 +8,8 @@ run; the first has the number 1. The events are
 - `save`: the step of the checkpoint, the `blocked_seconds` in which training waited for it, the
   `seconds` until it was complete, and its `bytes`; of the last two what is known;
 - `validation`: the loss, and its seconds;
-- `stage`: a training stage begins within the attempt: its index and its layout;
+- `stage`: a training stage begins within the attempt: its index, its layout, and the `seconds` that
+  building the model and loading the checkpoint of the stage before took;
 - `stop`: its `reason`: `finished`, `until` (the step that was asked for), the name of a signal, or
   `error` with the first line of its `message`.
 
@@ -90,9 +91,9 @@ class Events:
         """Records a validation."""
         self.add("validation", step, loss=loss, seconds=round(seconds, 4))
 
-    def stage(self, step: int, index: int, layout: dict[str, int]) -> None:
+    def stage(self, step: int, index: int, layout: dict[str, int], seconds: float) -> None:
         """Records that a training stage begins after `step` steps."""
-        self.add("stage", step, stage=index, layout=layout)
+        self.add("stage", step, stage=index, layout=layout, seconds=round(seconds, 3))
 
     def stop(self, step: int, reason: str, **fields: Any) -> None:
         """Records why this attempt ends; only the first call counts."""
@@ -137,7 +138,7 @@ class Goodput:
         lost: steps that were recorded, and repeated after a restart.
         saves: training waited for checkpoints.
         validation: validations, repeated ones too.
-        start_up: from the start of each attempt to that of its first step.
+        start_up: from the start of each attempt to that of its first step, and of training stages.
         stopped: from the last event or row of each attempt to the start of the next, when its
             ranks are connected. It has the step in which an attempt was killed, and attempts that
             failed before training could start.
@@ -203,6 +204,7 @@ def goodput(events: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
         first_step.setdefault(attempt_of(row), row["time"] - row["seconds"])
     # an attempt that ended before a step has spent what is known of it on starting
     start_up = [first_step.get(s["attempt"], s["time"]) - begin_of(s) for s in starts]
+    start_up += [e["seconds"] for e in events if e["event"] == "stage"]
     stopped = [begin_of(after) - last[s["attempt"]] for s, after in pairwise(starts)]
     in_curve = sum(row["seconds"] for row in current_rows(rows) if "seconds" in row)
     return Goodput(

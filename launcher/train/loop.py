@@ -1,6 +1,7 @@
 """Runs a training job on one rank: builds or restores it, and trains its stages, step by step."""
 
 import signal
+import time
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -119,9 +120,10 @@ def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) 
                 run_validation(job, monitor)
         if signal_number or job.step == end:
             return signal_number
+        start = time.monotonic()
         change_stage(job, job.stages[job.stage.index + 1])
         restore(job, Choice(step_folder(job.checkpoints, job.step), {}))
-        report_stage(job, monitor)
+        report_stage(job, monitor, time.monotonic() - start)
 
 
 def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:

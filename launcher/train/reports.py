@@ -37,13 +37,14 @@ def open_monitor(job: Job, recipe: Recipe) -> Monitor | None:
     return opened[0] if opened else None
 
 
-def report_stage(job: Job, monitor: Monitor | None) -> None:
-    """Records that a training stage begins. Collective."""
+def report_stage(job: Job, monitor: Monitor | None, seconds: float) -> None:
+    """Records that a training stage begins, whose start took so many seconds. Collective."""
 
     def report() -> None:
         assert monitor is not None  # on rank 0
         monitor.begin_stage(job.stage)
-        job.events.stage(job.step, job.stage.index, job.recipe.parallel.layout(job.world.size))
+        layout = job.recipe.parallel.layout(job.world.size)
+        job.events.stage(job.step, job.stage.index, layout, seconds)
         monitor.say(describe_stage(job.stage))
         monitor.say(describe_data(job.recipe, job.data))
 

@@ -71,6 +71,8 @@ def faults_of_stage(
     required, found = fixed_fields(before.recipe), fixed_fields(after.recipe)
 
     def named(field: str) -> str:
+        if field == "data.validation" and after.recipe.data.validation_sources:
+            field = "data.validation_sources"  # with which nothing is held out any more
         return field_in_force(wanted, before.index, field) if wanted.stage else field
 
     faults = [
@@ -78,25 +80,31 @@ def faults_of_stage(
             named(field),
             value,
             f"the run began with {required[field]!r}, and a run keeps its model, its optimizer and "
-            f"the order of its data; leave it, or {alternative(wanted, after, field, value, step)}",
+            f"the order of its data; leave it, or {alternative(wanted, field, value, step)}",
         )
         for field, value in found.items()
         if field in required and value != required[field]
     ]
-    if before.stop <= step and before.stop != after.stop and wanted.stage:
-        field = f"stage.{before.index}.steps"
+    field, trained = f"stage.{before.index}.steps", min(before.stop, step) - before.first
+    if wanted.stage and before.stop <= step and before.stop != after.stop:
         remedy = f"the stage has ended after {before.steps} steps; leave it as it was"
+        faults.append(Fault(field, after.steps, remedy))
+    elif wanted.stage and after.steps < trained:
+        remedy = f"the run has trained {trained} steps of it; set it to at least that"
         faults.append(Fault(field, after.steps, remedy))
     return faults
 
 
-def alternative(wanted: Recipe, stage: TrainingStage, field: str, value: object, step: int) -> str:
+def alternative(wanted: Recipe, field: str, value: object, step: int) -> str:
     """Returns what else a user may do who wants a run to go on with another value of a field: add a
     training stage where a stage may have it, or else start a new run."""
     table, _, name = field.partition(".")
     tables = StageConfig().tables()
-    if table not in tables or name.partition(".")[0] not in type(tables[table]).model_fields:
+    settable = table in tables and name.partition(".")[0] in type(tables[table]).model_fields
+    if not settable or wanted.train.ramp_batch is not None:  # stages have no ramp
         return "start a new run"
+    if field == "data.validation" and wanted.data.validation_sources:
+        field, value = "data.validation_sources.0.path", wanted.data.validation_sources[0].path
     new = len(wanted.stage) or 1
     first = "" if wanted.stage else f"stage.0.steps={max(step, 1)} "
     written = "..." if isinstance(value, tuple) else value

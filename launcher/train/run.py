@@ -99,8 +99,9 @@ def train(
         >>> run.losses[-1] < run.losses[0]  # doctest: +SKIP
         True
     """
-    environment = RankEnvironment.from_environment()
-    valid = valid_recipe(recipe, overrides, environment, nproc)
+    environment, named = RankEnvironment.from_environment(), None if run is None else Path(run)
+    step = 0 if named is None else newest_step(named)
+    valid = valid_recipe(recipe, overrides, environment, nproc, step)
     ignore_early_requests(valid)
     if run is None and restarts():
         raise UserError(
@@ -109,11 +110,11 @@ def train(
         )
     from colonnade.launcher.train.start import Order, start
 
-    named = None if run is None else Path(run)
     opened = (
         partial(open_new, valid, Path(runs)) if named is None else partial(open_named, valid, named)
     )
-    return start(valid, environment, nproc, opened, Order(ResumePoint(None, automatic), until))
+    order = Order(ResumePoint(None, automatic), until, step)
+    return start(valid, environment, nproc, opened, order)
 
 
 def resume(
@@ -142,13 +143,13 @@ def resume(
         checkpoint = None  # the job's first start has gone back to it
     saved = saved_recipe(folder)
     environment = RankEnvironment.from_environment()
-    recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, resumed=True)
     step = newest_step(folder) if checkpoint is None else step_in(Path(checkpoint).name)
+    recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, step, resumed=True)
     check_resumable(saved, recipe, step)
     ignore_early_requests(recipe)
     from colonnade.launcher.train.start import Order, start
 
-    order = Order(ResumePoint(checkpoint, automatic), until)
+    order = Order(ResumePoint(checkpoint, automatic), until, step)
     return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)
 
 
@@ -165,10 +166,12 @@ def valid_recipe(
     overrides: Sequence[str],
     environment: RankEnvironment | None,
     nproc: int,
+    step: int = 0,
     resumed: bool = False,
 ) -> Recipe:
     """Loads and validates a recipe for the ranks of this job, or for `nproc` ranks to be started;
-    fields that it leaves open are those of `train.init`, unless it is that of a `resumed` run.
+    fields that it leaves open are those of `train.init`, unless it is that of a `resumed` run. The
+    run is at `step`.
 
     Rank 0 prints to stderr which fields of the file the overrides leave without effect, and which
     were changed in proportion to `train.steps`.
@@ -180,7 +183,8 @@ def valid_recipe(
     if not isinstance(recipe, Recipe):
         first = environment is None or environment.rank == 0
         report = partial(print, file=sys.stderr) if first else None
-        return load_recipe(recipe, overrides, size, report, None if resumed else fields_of_init)
+        fields_of = None if resumed else fields_of_init
+        return load_recipe(recipe, overrides, size, report, fields_of, step)
     if overrides:
         raise UserError("overrides go with a recipe's name or path; change a Recipe by model_copy")
     if faults := validate(recipe, size):

@@ -33,10 +33,17 @@ OpenFolder = Callable[[], AbstractContextManager[OpenRun]]  # opens and locks a 
 
 
 class Order(NamedTuple):
-    """What a job is asked for: where it goes on, and after which step it stops (None: the last)."""
+    """What a job is asked for.
+
+    Attributes:
+        source: where it goes on.
+        until: after which step it stops; None: the last.
+        step: at which the run is, as far as it is known before a checkpoint is read.
+    """
 
     source: ResumePoint = NEWEST
     until: int | None = None
+    step: int = 0
 
 
 def start(
@@ -68,7 +75,7 @@ def start(
     # a fault that every rank would report is reported once, before ranks and a run's folder exist
     first_rank = RankEnvironment.on_one_host(0, nproc)
     device = choose_device(recipe.train.device, first_rank, recipe.train.compile)
-    prepare_data(recipe)
+    prepare_data(recipe, order.step)
     with open_folder() as run:
         checkpoints = run.path / CHECKPOINTS
         last_checkpoint = newest(checkpoints)
@@ -78,6 +85,7 @@ def start(
             "resume": run.resume,
             "source": list(order.source),
             "until": order.until,
+            "step": order.step,
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"
@@ -126,7 +134,9 @@ def train_as_rank(
         settle_products(device)
         if not started:
             prepares = environment.local_rank == 0
-            on_all_ranks(lambda: prepare_data(recipe) if prepares else None, world.wait_for_all)
+            on_all_ranks(
+                lambda: prepare_data(recipe, order.step) if prepares else None, world.wait_for_all
+            )
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
         number = run_job(recipe, run.path, world, run.resume, order.until, announce, order.source)
@@ -134,13 +144,13 @@ def train_as_rank(
 
 
 def train_started_rank(
-    run: str, resume: bool, source: list[Any], until: int | None, parent: int
+    run: str, resume: bool, source: list[Any], until: int | None, step: int, parent: int
 ) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
     if os.getppid() != parent:
         raise SystemExit(1)  # the launcher ended before this rank could ask to end with it
     opened = OpenRun(Path(run), resume)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
-    recipe = load_recipe(opened.recipe, world_size=environment.size)
-    order = Order(ResumePoint(*source), until)
+    recipe = load_recipe(opened.recipe, world_size=environment.size, step=step)
+    order = Order(ResumePoint(*source), until, step)
     train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

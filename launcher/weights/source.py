@@ -134,8 +134,9 @@ def tokenizer_of(path: Path) -> str | None:
     that of the run's recipe; None where that has none."""
     if (path / TOKENIZER).is_file():
         return str(path)
-    recipe = recipe_of(path)
-    return load_recipe(recipe).data.tokenizer_name if recipe.is_file() else None
+    if not recipe_of(path).is_file():
+        return None
+    return recipe_in_force(checkpoint_of(path) or path).data.tokenizer_name
 
 
 def tokenizer_folder(path: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from colonnade.launcher.convert.huggingface.config import pattern_fields
+from colonnade.launcher.convert.huggingface.config import function_fields, pattern_fields
 from colonnade.launcher.convert.huggingface.family import shapes_of
 from colonnade.launcher.convert.recentre import check_layer_norm
 from colonnade.launcher.errors import UserError
@@ -80,7 +80,7 @@ def with_ladder(source: Weights, value: str) -> Weights:
         raise UserError(
             f"convert --edit ladder={value}: the row has {len(source.config.symbols)} sub-blocks"
         )
-    return Edited(source, residual="ladder", **({} if last is None else {"ladder_last": last}))
+    return Edited(source, residual="ladder", ladder_last=last)
 
 
 class Reordered(Edited):
@@ -182,7 +182,6 @@ class Upcycled(Edited):
 
     def __init__(self, source: Weights, experts: int, top_k: int) -> None:
         c = source.config
-        self.made = {f"blocks.{t}." for t, symbol in enumerate(c.symbols) if symbol == "-"}
         super().__init__(
             source,
             pattern=c.pattern.replace("-", "E"),
@@ -211,10 +210,14 @@ class Upcycled(Edited):
             drawn = torch.empty(shape, dtype=torch.float32)
             fill_shard(drawn, shape, (0,) * len(shape), self.records[name].fill, f"0/{name}")
             return drawn[box]
-        if len(box) == len(self.source.shapes[name]):
+        of_mlp = self.source.shapes[name]
+        if of_mlp == self.shapes[name]:
             return self.source.read(name, box)
+        copies = box[0].stop - box[0].start
+        if len(of_mlp) == len(box):  # a number, of which every expert has one
+            return self.source.whole(name).expand(copies, *of_mlp[1:])
         of_one = self.source.read(name, box[1:])
-        return of_one.expand(box[0].stop - box[0].start, *of_one.shape)
+        return of_one.expand(copies, *of_one.shape)
 
 
 def with_experts(source: Weights, value: str) -> Weights:
@@ -307,6 +310,13 @@ def average(source: Weights, others: Sequence[Weights]) -> Weights:
             raise UserError(
                 f"convert --edit average={other.folder}: it has other tensors than "
                 f"{source.folder}, such as {names[0][0]}; average checkpoints of one model"
+            )
+        first, second = function_fields(source.config), function_fields(other.config)
+        if differ := sorted(n for n in first | second if first.get(n) != second.get(n)):
+            raise UserError(
+                f"convert --edit average={other.folder}: its {differ[0]} is "
+                f"{second.get(differ[0])!r}, and that of {source.folder} is "
+                f"{first.get(differ[0])!r}; average checkpoints of one model and training stage"
             )
     return Averaged([source, *others])
 

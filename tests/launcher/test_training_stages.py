@@ -17,6 +17,7 @@ from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.stages import recipe_at, recipe_of_stage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.validate import findings
 from colonnade.launcher.train import job as module_of_jobs
 from colonnade.launcher.train.events import read_events
 from colonnade.launcher.train.job import build, change_stage
@@ -77,6 +78,13 @@ def test_what_a_stage_leaves_out_goes_on(recipe: Make) -> None:
     rates = [stage_learning_rate(second, step) for step in range(3, 6)]
     assert rates == [learning_rate(second.recipe.optimizer, step, 6) for step in range(3, 6)]
     assert stage_learning_rate(fourth, 9) == learning_rate(fourth.recipe.optimizer, 3, 6)
+
+
+def test_weight_decay_begins_no_schedule(recipe: Make) -> None:
+    settings = recipe(*steps(3, 5), "stage.1.optimizer.weight_decay=0.2")
+    second = training_stages(settings)[1]
+    assert second.recipe.optimizer.weight_decay == 0.2
+    assert (second.schedule_first, second.schedule_steps) == (0, 8)
 
 
 def test_stages_that_go_on_read_every_sample_once(recipe: Make) -> None:
@@ -244,6 +252,10 @@ def test_the_memory_of_a_stage_is_freed_before_the_next(
         ([*steps(4, 4), "stage.1.model.rope_factor=2"], "stage.1.model.rope_factor",
          "has no effect with model.rope_scaling = none"),
         ([*steps(4, 4), "train.timeline=9", "parallel.pp=2"], "train.timeline", "give 1..8"),
+        ([*steps(4, 4), "train.timeline=6", "stage.0.parallel.pp=2", "stage.1.parallel.pp=1"],
+         "train.timeline", "stage 1, which has that step, is no pipeline"),
+        (["stage.1.steps=3"], "stage.0.steps", "a stage needs its length"),
+        ([*steps(2**40, 2**40)], "stage.0.steps", "all stages together"),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_stage_names_its_field(
@@ -310,6 +322,46 @@ def test_stages_that_have_not_begun_may_change(recipe: Make) -> None:
     assert fault.field == "stage.1.steps"
     (fault,) = faults_of_resuming(saved, recipe(*steps(3)), 6)
     assert fault.field == "stage.1"
+    # nor shorter than what it has trained
+    (fault,) = faults_of_resuming(saved, staged(recipe, "stage.1.steps=1"), 5)
+    assert (fault.field, "has trained 2 steps" in fault.remedy) == ("stage.1.steps", True)
+    (fault,) = faults_of_resuming(recipe(), recipe(*steps(4, 4)), 6)
+    assert (fault.field, "has trained 6 steps" in fault.remedy) == ("stage.0.steps", True)
+
+
+def test_what_no_stage_can_have_is_for_a_new_run(recipe: Make) -> None:
+    ramp = ("train.ramp_batch=4", "train.ramp_steps=3")
+    (fault,) = faults_of_resuming(recipe(*ramp), recipe(*ramp, "train.seq_len=24"), 5)
+    assert fault.remedy.endswith("or start a new run")
+
+
+def test_validation_of_its_own_is_named(recipe: Make) -> None:
+    source = "data.validation_sources.0"
+    given = ("data.validation=", f"{source}.format=tokens", f"{source}.path=held")
+    (fault,) = faults_of_resuming(recipe(), recipe(*given), 5)
+    assert fault.field == "data.validation_sources"
+    assert f"stage.1.{source}.path=held" in fault.remedy
+
+
+def test_stages_that_have_ended_need_neither_data_nor_ranks(
+    recipe: Make, tokens: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    for end in (".bin", ".idx", ".record.json"):
+        if (file := tokens.with_name(tokens.name + end)).exists():
+            copy.with_name(copy.name + end).write_bytes(file.read_bytes())
+    first = ("stage.0.data.sources.0.format=tokens", f"stage.0.data.sources.0.path={copy}")
+    second = ("stage.1.data.sources.0.format=tokens", f"stage.1.data.sources.0.path={tokens}")
+    layouts = ("stage.0.parallel.tp=2", "stage.1.parallel.tp=1")
+    settings = recipe(*steps(3, 3), *first, *second, *layouts)
+    prepare_data(settings, 3)
+    copy.with_name("copy.bin").unlink()
+    prepare_data(settings, 3)
+    with pytest.raises(UserError, match="copy"):
+        prepare_data(settings, 2)
+    assert list(findings(settings, 1, 3)) == []
+    (finding,) = findings(settings, 1, 2)
+    assert finding.fault.field == "stage.0.parallel.tp"
 
 
 def test_a_run_past_its_stages_is_refused(ranks1: Ranks, recipe: Make, tmp_path: Path) -> None:
@@ -329,6 +381,8 @@ def test_verbs_that_look_at_one_stage_ask_which(recipe: Make) -> None:
     settings = staged(recipe)
     with pytest.raises(UserError, match=r"stages 0 to 3, .*name one by --stage"):
         recipe_of_stage(settings, None)
+    with pytest.raises(UserError, match=r"--stage 0: the recipe has no \[\[stage\]\] tables"):
+        recipe_of_stage(recipe(), 0)
     with pytest.raises(UserError, match="--stage 4: the recipe has the stages 0 to 3"):
         recipe_of_stage(settings, 4)
     assert recipe_of_stage(settings, 1).train.seq_len == 24

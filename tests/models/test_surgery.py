@@ -128,6 +128,7 @@ def test_ladder_takes_the_weights_as_they_are(tmp_path: Path, last: str) -> None
     assert made.config.ladder_last == (None if last == "all" else int(last))
     assert all(torch.equal(made.whole(n), t) for n, t in source.tensors.items())
     assert torch.allclose(logits(made), logits(source), rtol=1e-12) == (last == "0")
+    assert edit(made, "ladder=all").config.ladder_last is None
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -140,9 +141,12 @@ def test_layer_norm_becomes_pre_rms_norm(tmp_path: Path, tied: bool, bias: bool)
     check_boxes(made)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "relu2", "polyrelu"])
-def test_a_dense_model_becomes_a_mixture_of_copies(tmp_path: Path, activation: str) -> None:
-    source = Memory(tmp_path, pattern="*-", repeat=2, activation=activation)
+@pytest.mark.parametrize(
+    "fields", [{}, {"activation": "relu2"}, {"activation": "polyrelu"}, {"sigma_reparam": True}],
+    ids=str,
+)  # fmt: skip
+def test_a_dense_model_becomes_a_mixture_of_copies(tmp_path: Path, fields: dict[str, Any]) -> None:
+    source = Memory(tmp_path, pattern="*-", repeat=2, **fields)
     made = edit(source, "experts=5,top_k=2")
     assert made.config.symbols == "*E*E"
     assert_equal({"logits": logits(made)}, {"logits": logits(source)})
@@ -218,4 +222,13 @@ def test_models_of_other_shapes_are_not_averaged(llama: Path, tmp_path: Path) ->
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
     edits = [f"average={tmp_path / 'wide'}"]
     with pytest.raises(UserError, match=r"other tensors than .*llama, such as blocks\.1\.down"):
+        convert(llama, tmp_path / "out", "hf", edits=edits, report=ignore)
+
+
+def test_models_that_compute_something_else_are_not_averaged(llama: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama)
+    config.rms_norm_eps = 0.1
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    edits = [f"average={tmp_path / 'other'}"]
+    with pytest.raises(UserError, match=r"its norm_eps is 0\.1, and that of .*llama is 1e-06"):
         convert(llama, tmp_path / "out", "hf", edits=edits, report=ignore)
