@@ -87,7 +87,13 @@ class SleepingStages(nn.Module):
         return []
 
     def forward(
-        self, tokens: Tensor, context: Context, labels: Tensor, state: State | None, stage: Stage
+        self,
+        tokens: Tensor,
+        context: Context,
+        labels: Tensor,
+        last: int | None,
+        state: State | None,
+        stage: Stage,
     ) -> tuple[State | Tensor, PassReport]:
         """Runs a stage forward, as `Decoder` does."""
         if state is None:

@@ -109,7 +109,7 @@ MULTIPLIERS: dict[str, Any] = {
 }  # fmt: skip
 BIASED: dict[str, Any] = {"attention_bias": "all", "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("*-", {"learned_positions": 16}),
+    "dense": ("*-", {"learned_positions": 64}),
     "hybrid, ladder, tied, biases": ("M-*E", {**LADDER, **BIASED, "tied": True}),
     "mixture first, plain norms": ("E*M-", {"norm": "layer", "norm_weight": False}),
     "recurrent": ("mDS-G", {**LADDER, "mamba1_norm": "weighted", "norm_after": "S"}),
