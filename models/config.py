@@ -223,6 +223,8 @@ class ModelConfig(  # pydantic takes the fields of the last one first
         A sequence mixer of `norm_after` has its norm at its output, and so have the channel mixers
         between it and the next sequence mixer; all others have theirs at `norm_position`.
         """
+        if not self.norm_after:
+            return [self.norm_position] * len(row)
         positions: list[Position] = []
         position = self.norm_position
         for symbol in row:

@@ -58,6 +58,13 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether these are the same names, dtypes and bits."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in b
+    )
+
+
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
     """Hugging Face to native to Hugging Face, in files of a kilobyte: every bit is as before, and
@@ -87,6 +94,9 @@ def test_every_family_comes_back(case: Case, tmp_path: Path) -> None:
     )
     assert done.logits is not None  # transformers computes the same
     before, after = tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")
+    if oracle.family(model).also_read:  # published under other names than transformers saves
+        assert same_tensors(read_hf(tmp_path / "back", ignore)[1], expected)
+        return
     copies = oracle.family(model).copies(config)
     assert set(before) - set(after) <= set(copies)
     for name, tensor in after.items():

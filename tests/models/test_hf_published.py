@@ -25,7 +25,7 @@ from colonnade.launcher.convert.huggingface.family import Unsupported
 from colonnade.launcher.convert.huggingface.folder import CONFIG, SINGLE, read_hf, write_hf
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
-from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.tables import Recipe, TrainConfig
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.recipe.validate import validate
 
@@ -217,7 +217,9 @@ def test_a_config_that_was_read_is_valid_in_a_recipe(case: Case, tmp_path: Path)
     read = oracle.native_config(case.build())
     config = without_unused(read)
     assert function_fields(config) == function_fields(read)
-    recipe = Recipe(model=config.model_copy(update={"vocab": 300}))  # bytes are the default tokens
+    train = TrainConfig(seq_len=config.learned_positions or 256)
+    model = config.model_copy(update={"vocab": 300})  # bytes are the default tokens
+    recipe = Recipe(model=model, train=train)
     assert [str(fault) for fault in validate(recipe, 1)] == []
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.toml") == recipe

@@ -194,7 +194,7 @@ def local(kind: type[ParameterModule]) -> Fault:
 
 def full_tokens(model: Decoder) -> None:
     embed, full = model.embedding.forward, inputs().tokens
-    model.embedding.forward = lambda tokens: embed(stamp(full, R))
+    model.embedding.forward = lambda tokens, *rest: embed(stamp(full, R), *rest)
 
 
 def full_labels(model: Decoder) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_engine
 from colonnade.launcher.train.schedule import micro_batches
@@ -162,7 +163,7 @@ def fsdp_calls(rank: int, size: int, recipe: Recipe) -> tuple[Counter[str], int]
                 calls[name] += 1
             return operator(*args, **kwargs or {})
 
-    samples = micro_batches(recipe.train, 0, *data_rank(engine.mesh))
+    samples = micro_batches(training_stages(recipe)[0], 0, *data_rank(engine.mesh))
     batches = [random_rows(rows, recipe.model.vocab, recipe.train.seq_len) for rows in samples]
     with Count():
         engine.gradients(batches, samples, 16.0, 0)
@@ -184,7 +185,7 @@ def test_fsdp_gathers_and_reduces_once_a_step(ranks4: Ranks, schedule: str) -> N
 def products(rank: int, size: int, recipe: Recipe) -> tuple[int, int]:
     """The FLOPs of matrix products of this rank in a step, and in the forward passes alone."""
     engine = build_engine(recipe, World(rank, size, torch.device("cpu")))
-    samples = micro_batches(recipe.train, 0, *data_rank(engine.mesh))
+    samples = micro_batches(training_stages(recipe)[0], 0, *data_rank(engine.mesh))
     batches = [random_rows(rows, recipe.model.vocab, recipe.train.seq_len) for rows in samples]
     inputs = [Inputs(*both) for both in zip(batches, samples, strict=True)]
     counters = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -214,7 +215,7 @@ def test_split_backward_costs_no_forward(ranks2: Ranks, schedule: str) -> None:
 def losses_when_sends_wait(rank: int, size: int, recipe: Recipe) -> list[float]:
     """A step and a validation in which every send waits for its recv, as one of NCCL may."""
     engine = build_engine(recipe, World(rank, size, torch.device("cpu")))
-    samples = micro_batches(recipe.train, 0, *data_rank(engine.mesh))
+    samples = micro_batches(training_stages(recipe)[0], 0, *data_rank(engine.mesh))
     batches = [random_rows(rows, recipe.model.vocab, recipe.train.seq_len) for rows in samples]
     inputs = [Inputs(*both) for both in zip(batches, samples, strict=True)]
     with patch.object(run, "SENDS", 0):

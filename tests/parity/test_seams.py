@@ -44,7 +44,7 @@ class OtherScan(ParameterModule):
 
     def __init__(self, records: list[ParameterSpec], chunk: int) -> None:
         super().__init__(records)
-        self.chunk = chunk
+        self.chunk, self.norm, self.eps = chunk, "none", 1e-5
 
 
 class Undeclared(OtherScan):
