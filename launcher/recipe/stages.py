@@ -12,14 +12,10 @@ left it: also the order of the data, and the schedule of the learning rate.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from pydantic import BaseModel
 
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.tables import Recipe, StageConfig
+from colonnade.launcher.recipe.tables import Recipe, StageConfig, changed, given
 from colonnade.launcher.recipe.unused import UsedIf, explicit_fields, unused_setting
-from colonnade.models.config import ModelConfig
 
 ORDERED_BY = ("sources", "held_out", "packing")  # of [data]: with another value rows are others
 SCHEDULE = {"lr", "schedule", "warmup", "decay", "min_lr"}  # a stage that sets one begins anew
@@ -150,8 +146,7 @@ def recipe_of_stage(recipe: Recipe, index: int | None) -> Recipe:
 
 def merged(recipe: Recipe) -> list[Recipe]:
     """Returns the recipe of every stage: that of the stage before with the fields that it sets."""
-    fields = {n: value for n, value in given(recipe.train).items() if n not in WITHOUT_STAGES}
-    train = type(recipe.train).model_validate(fields | {"steps": LONGEST})
+    train = changed(recipe.train, {"steps": LONGEST}, remove=WITHOUT_STAGES - {"steps"})
     before = recipe.model_copy(update={"stage": (), "train": train})
     recipes = []
     for stage in recipe.stage:
@@ -162,20 +157,6 @@ def merged(recipe: Recipe) -> list[Recipe]:
         before = before.model_copy(update=tables)
         recipes.append(before)
     return recipes
-
-
-def given(table: BaseModel) -> dict[str, Any]:
-    """Returns the fields of a table that were set explicitly."""
-    return {name: getattr(table, name) for name in table.model_fields_set}
-
-
-def changed(table: Any, fields: dict[str, Any]) -> Any:
-    """Returns a table with these fields set as well."""
-    if not fields:
-        return table
-    if isinstance(table, ModelConfig):
-        return table.changed(**fields)
-    return type(table).model_validate(given(table) | fields)
 
 
 def without_inherited_unused(whole: Recipe, index: int, recipe: Recipe) -> Recipe:
@@ -193,9 +174,8 @@ def without_inherited_unused(whole: Recipe, index: int, recipe: Recipe) -> Recip
             table, _, name = field.partition(".")
             by_table.setdefault(table, set()).add(name)
         for table, names in by_table.items():
-            old = getattr(recipe, table)
-            kept = {n: value for n, value in given(old).items() if n not in names}
-            recipe = recipe.model_copy(update={table: type(old).model_validate(kept)})
+            kept = changed(getattr(recipe, table), {}, remove=names)
+            recipe = recipe.model_copy(update={table: kept})
     return recipe
 
 

@@ -1,6 +1,7 @@
 """The tables of a recipe, as frozen pydantic models; `launcher.recipe.load` reads them."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
@@ -10,6 +11,20 @@ from colonnade.parallel.config import ParallelConfig
 
 class Table(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """One table of a recipe: immutable, without unknown fields or silent type conversions."""
+
+
+AnyTable = TypeVar("AnyTable", bound=BaseModel)
+
+
+def given(table: BaseModel) -> dict[str, Any]:
+    """Returns the fields of a table that were set explicitly."""
+    return {name: getattr(table, name) for name in table.model_fields_set}
+
+
+def changed(table: AnyTable, update: Mapping[str, object], remove: Iterable[str] = ()) -> AnyTable:
+    """Returns a table with some fields set, and those of `remove` as if they had not been given."""
+    fields = given(table) | dict(update)
+    return type(table).model_validate({n: v for n, v in fields.items() if n not in remove})
 
 
 class OptimizerConfig(Table):

@@ -118,7 +118,7 @@ def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) 
                 finish(job, monitor)
             elif job.step == job.stage.stop and not signal_number:
                 run_validation(job, monitor)
-        if signal_number or job.step == end:
+        if signal_number or job.step >= end:
             return signal_number
         start = time.monotonic()
         change_stage(job, job.stages[job.stage.index + 1])

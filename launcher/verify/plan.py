@@ -12,7 +12,7 @@ from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.stages import recipe_of_stage
-from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.tables import Recipe, changed
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.train.run import fields_of_init
@@ -26,7 +26,7 @@ from colonnade.launcher.verify.layouts import (
     data_ranks,
     parse_layout,
 )
-from colonnade.launcher.verify.shrink import STEPS, changed
+from colonnade.launcher.verify.shrink import STEPS
 from colonnade.parallel.config import ParallelConfig
 
 # The recipes of `verify --all`, by family.

@@ -2,12 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
-
-from pydantic import BaseModel
 
 from colonnade.launcher.recipe.rules.context import convolution_reach
-from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, changed
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.verify.cases import Case, rewired, with_case
 from colonnade.launcher.verify.layouts import accumulated, data_ranks, with_layout
@@ -21,8 +18,6 @@ RATE, CLIP = 1e-2, 0.5  # the norm is small enough that every step is clipped
 # Adam divides by √v + eps: with a small eps, an element whose gradient is rounding noise would move
 # by the full learning rate, in a direction that depends on the noise.
 EPS = 1e-3
-
-AnyTable = TypeVar("AnyTable", bound=BaseModel)
 
 
 def shrink(recipe: Recipe, ranks: int, cases: Iterable[Case], steps: int = STEPS) -> Recipe:
@@ -111,11 +106,3 @@ def scaled_to(sizes: Sequence[int], total: int) -> tuple[int, ...]:
         numbers.append(min(max(1, share), remaining - following))
         remaining -= numbers[-1]
     return tuple(numbers)
-
-
-def changed(table: AnyTable, update: dict[str, object], remove: Iterable[str] = ()) -> AnyTable:
-    """A table with some fields changed, and the fields of `remove` as if they were not given."""
-    values = {name: getattr(table, name) for name in table.model_fields_set}
-    return type(table).model_validate(
-        {name: value for name, value in (values | update).items() if name not in remove}
-    )

@@ -371,6 +371,16 @@ def test_a_run_past_its_stages_is_refused(ranks1: Ranks, recipe: Make, tmp_path:
     assert not isinstance(e.value, UserError)
 
 
+def test_a_run_that_is_past_the_step_to_stop_at_trains_nothing(
+    ranks1: Ranks, recipe: Make, tmp_path: Path
+) -> None:
+    settings = recipe(*steps(3, 3))
+    ranks1.run(job, settings, tmp_path / "run", False, 4)
+    before = losses(tmp_path / "run")
+    ranks1.run(job, settings, tmp_path / "run", True, 2)
+    assert losses(tmp_path / "run") == before
+
+
 def test_the_recipe_of_a_checkpoint_is_that_of_its_stage(recipe: Make) -> None:
     settings = staged(recipe)
     lengths = [recipe_at(settings, step).train.seq_len for step in (0, 3, 4, 6, 9, 10, 12)]

@@ -70,6 +70,9 @@ def test_frozen_weights_stay_and_others_get_the_gradients_of_an_unfrozen_run(
     assert not {n.removeprefix(first) for n in gradients} & kept
     if "router_bias" in fields:
         assert any("router_bias" in n for n in kept) == (names is SOME)
+    if "sigma_reparam" in fields:  # the singular vectors of weights that stay
+        assert "blocks.0.q_left" in kept
+        assert "blocks.0.v_left" not in kept
 
 
 def unchanged(trace: Trace) -> set[str]:
