@@ -246,7 +246,7 @@ def add_eval(verb: argparse.ArgumentParser) -> None:
         choices=["text", "jsonl", "parquet", "hub", "stdlib", "tokens"],
         help="default: detected by the files",
     )
-    verb.add_argument("--column", default="text", help="column that holds the text")
+    verb.add_argument("--column", help="column that holds the text (default: text)")
     verb.add_argument("--prompt", help="column put before the text, without loss")
     verb.add_argument(
         "--batch", type=positive, default=8, help="rows of a forward pass (default: 8)"

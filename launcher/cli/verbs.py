@@ -96,7 +96,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     report = evaluate(
         a.model,
         data,
-        column=a.column,
+        column=a.column or "text",
         prompt=a.prompt,
         format=a.format,
         batch=a.batch,
@@ -115,9 +115,12 @@ def run_tasks(arguments: argparse.Namespace, data: list[str], overrides: list[st
     from colonnade.launcher.evaluate.tasks import Order, evaluate_tasks, names, table
 
     a = arguments
-    if data or a.rows is not None:
-        unused = repr(data[0]) if data else "--rows"
-        raise UserError(f"eval --tasks brings its own data: leave out {unused}")
+    of_data = {"--rows": a.rows, "--prompt": a.prompt, "--format": a.format, "--column": a.column}
+    unused = [*map(repr, data), *(option for option, value in of_data.items() if value is not None)]
+    if unused:
+        raise UserError(f"eval --tasks brings its own data: leave out {unused[0]}")
+    if not names(a.tasks):
+        raise UserError("eval --tasks: name one or several, with commas between them")
     if a.seq_len is not None:
         overrides = [*overrides, f"train.seq_len={a.seq_len}"]
     order = Order(a.model, list(names(a.tasks)), a.include_path, a.batch, a.limit, tuple(overrides))

@@ -16,7 +16,7 @@ from colonnade.launcher.data.tokenizer import tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.evaluate.rows import open_rows
 from colonnade.launcher.generate.opening import opened, recipe_for
-from colonnade.launcher.recipe.tables import Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import WITH_COLUMNS, Recipe, SourceConfig
 from colonnade.launcher.train.losses import Sums, sum_losses
 from colonnade.launcher.train.step import sync_errors
 
@@ -48,18 +48,29 @@ class Order:
         if self.format is not None:
             fields["format"] = self.format
         if self.format == "stdlib":
+            if self.data:
+                raise UserError("eval: --format stdlib reads no files: leave out what it names")
             return [SourceConfig.model_validate(fields)]
         if not self.data:
             raise UserError("eval: name the data: a file, a folder, a glob, or --tasks")
         named = [SourceConfig.model_validate({**fields, "path": path}) for path in self.data]
-        return list(map(resolve_format, named))
+        sources = list(map(resolve_format, named))
+        for source in sources:
+            if (self.prompt or self.column != "text") and source.format not in WITH_COLUMNS:
+                raise UserError(
+                    f"eval: {source_name(source)} has no columns: leave out --column and --prompt"
+                )
+        return sources
 
     def recipe(self, world_size: int) -> Recipe:
         """Returns the recipe under which the model runs."""
         model, overrides = Path(self.model), list(self.overrides)
+        given = any(o.startswith("train.seq_len=") for o in overrides)
+        if self.seq_len is not None and given:
+            raise UserError("eval: --seq-len is train.seq_len: leave one of both out")
         if self.seq_len is not None:
             overrides.append(f"train.seq_len={self.seq_len}")
-        elif not any(o.startswith("train.seq_len=") for o in overrides):
+        elif not given:
             longest = recipe_for(model).train.seq_len
             overrides.append(f"train.seq_len={min(longest, SEQ_LEN)}")
         return recipe_for(model, overrides, world_size)

@@ -1,5 +1,6 @@
 """Log-likelihoods of texts, and texts up to a stop, as evaluation tasks ask for them."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from colonnade.launcher.data.tokenizer import Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generate.extending import Text, extend_texts
 from colonnade.launcher.generate.opening import Trained
+from colonnade.launcher.generate.prompts import first_tokens, require_vocabulary
 from colonnade.launcher.generate.sampling import Sampling
 from colonnade.models.context import Context
 from colonnade.parallel.passes import evaluating
@@ -81,6 +83,8 @@ def score(trained: Trained, pairs: Sequence[tuple[Tokens, Tokens]], batch: int =
     inputs = [(context + continuation)[-longest - 1 :][:-1] for context, continuation in pairs]
     order = sorted(range(len(pairs)), key=lambda index: -len(inputs[index]))
     order = [index for index in order if pairs[index][1]]
+    for context, following in pairs:
+        require_vocabulary([*context, *following], trained.recipe.model.vocab, "a text of the task")
     with evaluating(trained.passes.model):
         for first in range(0, len(order), batch):
             some = order[first : first + batch]
@@ -88,7 +92,9 @@ def score(trained: Trained, pairs: Sequence[tuple[Tokens, Tokens]], batch: int =
             # padding behind a text changes nothing of it
             rows = [inputs[i] + [0] * (longest_input - len(inputs[i])) for i in some]
             tokens = torch.tensor(rows, device=trained.device).T
-            logits = trained.passes.logits(tokens, Context.of_rows(tokens))
+            samples = torch.tensor(some, device=trained.device)  # key random experts (THOR)
+            keyed = dataclasses.replace(Context.of_rows(tokens), samples=samples)
+            logits = trained.passes.logits(tokens, keyed)
             for column, index in enumerate(some):
                 stop = len(inputs[index])
                 continuation = torch.tensor(pairs[index][1][-stop:], device=trained.device)
@@ -145,7 +151,7 @@ class Request(NamedTuple):
             left.pop(name, None)
         draws = left.pop("do_sample", None)
         temperature = float(left.pop("temperature", 0.0 if not draws else 1.0) or 0.0)
-        top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
+        top_k, top_p = left.pop("top_k", None) or None, left.pop("top_p", None)
         if unknown := sorted(name for name, value in left.items() if value is not None):
             raise UserError(
                 f"the task generates with {', '.join(unknown)}, which is not known here; it may "
@@ -170,7 +176,8 @@ def complete(trained: Trained, requests: Sequence[Request], batch: int = 8) -> l
                 f"the task generates {request.limit} tokens, and the model sees {seq_len}: set "
                 "train.seq_len to more"
             )
-        prompts.append((encode(tokenizer, request.context) or [tokenizer.eod])[-room:])
+        tokens = first_tokens(request.context, tokenizer, trained.recipe.model.vocab)
+        prompts.append(tokens[-room:])
     results = [""] * len(requests)
     for sampling in dict.fromkeys(request.sampling for request in requests):
         order = [i for i, request in enumerate(requests) if request.sampling == sampling]

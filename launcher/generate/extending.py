@@ -157,8 +157,9 @@ class Batch:
         else:
             # an ended text goes on with any token, which nobody reads
             tokens = torch.tensor([[(text.generated or text.prompt)[-1] for text in self.texts]])
-            positions = torch.tensor([self.lengths])
-            self.lengths = [length + 1 for length in self.lengths]
+            both = zip(self.lengths, self.texts, strict=True)
+            self.lengths = [length + (text.ended is None) for length, text in both]
+            positions = torch.tensor([self.lengths]) - 1  # an ended text stays at its last one
         context = Context(
             positions.to(device), documents, samples=samples, rng_key=self.rng_key, cache=self.cache
         )

@@ -1,6 +1,7 @@
 """Prompts: those of a file, and their tokens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from colonnade.launcher.data.tokenizer import Tokenizer
@@ -17,12 +18,17 @@ def first_tokens(prompt: str, tokenizer: Tokenizer, vocab: int) -> list[int]:
     """
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     tokens = (begin + tokenizer.encode([prompt])[0]) or [tokenizer.eod]
-    if max(tokens) >= vocab:
-        raise UserError(
-            f"the prompt {prompt[:40]!r} has the token {max(tokens)}, and the model has {vocab} "
-            "tokens: its tokenizer is another one; give it as data.tokenizer=..."
-        )
+    require_vocabulary(tokens, vocab, f"the prompt {prompt[:40]!r}")
     return tokens
+
+
+def require_vocabulary(tokens: Sequence[int], vocab: int, what: str) -> None:
+    """Raises UserError if the model lacks one of the tokens of what is named."""
+    if (largest := max(tokens)) >= vocab:
+        raise UserError(
+            f"{what} has the token {largest}, and the model has {vocab} tokens: its tokenizer is "
+            "another one; give it as data.tokenizer=..."
+        )
 
 
 def read_prompts(path: str) -> list[str]:

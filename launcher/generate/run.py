@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -16,7 +16,7 @@ from colonnade.launcher.generate.extending import Text, extend_texts
 from colonnade.launcher.generate.opening import Trained, opened, recipe_for
 from colonnade.launcher.generate.prompts import first_tokens
 from colonnade.launcher.generate.sampling import Sampling
-from colonnade.launcher.generate.streaming import TextStream
+from colonnade.launcher.generate.streaming import TextStream, continuation
 from colonnade.launcher.recipe.tables import Recipe
 
 ORDER = "order.json"
@@ -130,15 +130,16 @@ def generate_with(trained: Trained, order: Order, done: Done, piece: Piece = ign
             "give data.tokenizer=... (a tokenizer.json, or bytes)"
         )
     encoded = [first_tokens(prompt, tokenizer, model.vocab) for prompt in order.prompts]
-    stream, single = TextStream(tokenizer), len(order.prompts) == 1
+    stream, single = TextStream(tokenizer, encoded[0]), len(order.prompts) == 1
     if single:
         piece(order.prompts[0])
 
     def advance(text: Text) -> None:
         if single:
-            piece(stream.advance(text.generated, text.ended is not None))
+            piece(stream.advance(text.prompt + text.generated, text.ended is not None))
         if text.ended is not None:
-            prompt, words = order.prompts[text.number], tokenizer.decode(text.generated)
+            prompt = order.prompts[text.number]
+            words = continuation(tokenizer, text.prompt, text.generated)
             done(Generated(text.number, prompt, words, text.generated, text.ended))
 
     for first in range(0, len(encoded), order.batch):
@@ -209,10 +210,15 @@ def run_as_rank(order: Order, lines: str | None, streaming: bool) -> None:
     """Generates as one rank; rank 0 prints and writes."""
     environment = RankEnvironment.from_environment()
     writes = environment is None or environment.rank == 0
-    with opened_lines(lines if writes else None) as out:
 
-        def say(sentence: str) -> None:
-            print(sentence, file=sys.stderr, flush=True)
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)
+
+    streams = streaming and lines is None
+    with (
+        opened(Path(order.model), order.overrides, say, check_layout) as trained,
+        opened_lines(lines if writes else None) as out,
+    ):
 
         def put(text: str) -> None:
             out.write(text)
@@ -224,12 +230,10 @@ def run_as_rank(order: Order, lines: str | None, streaming: bool) -> None:
             else:
                 put("\n" if streams else one_line(generated.prompt + generated.text) + "\n")
 
-        streams = streaming and lines is None
-        with opened(Path(order.model), order.overrides, say, check_layout) as trained:
-            if writes:
-                generate_with(trained, order, done, put if streams else ignore)
-            else:
-                generate_with(trained, order, ignore)
+        if writes:
+            generate_with(trained, order, done, put if streams else ignore)
+        else:
+            generate_with(trained, order, ignore)
 
 
 @contextmanager
@@ -238,11 +242,11 @@ def opened_lines(lines: str | None) -> Iterator[TextIO]:
     if lines is None or lines == "-":
         yield sys.stdout
         return
-    try:
-        Path(lines).write_text("", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {lines}: cannot write it: {error.strerror}") from error
-    with Path(lines).open("w", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(lines).open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--json {lines}: cannot write it: {error.strerror}") from error
         yield file
 
 

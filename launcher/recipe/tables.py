@@ -54,6 +54,9 @@ class OptimizerConfig(Table):
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 
+WITH_COLUMNS = ("jsonl", "parquet", "hub")  # formats whose records have columns
+
+
 class SourceConfig(Table):
     """One entry of `[[data.sources]]`."""
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import WITH_COLUMNS, DataConfig, Recipe, SourceConfig
 from colonnade.models.cards.base import Card
 from colonnade.models.config import NEEDS, ModelConfig
 from colonnade.models.options import ROW
@@ -125,7 +125,7 @@ CONDITIONS = (
     UsedIf("source.path", lambda data, s: s.format != "stdlib",
            "with format = stdlib, which reads Python's own library", "source.format"),
     UsedIf("source.column source.prompt",
-           lambda data, s: s.format in ("auto", "jsonl", "parquet", "hub"),
+           lambda data, s: s.format in ("auto", *WITH_COLUMNS),
            "unless format is jsonl, parquet or hub: other formats have no columns",
            "source.format source.path"),
     UsedIf("source.subset source.split", lambda data, s: s.format == "hub",

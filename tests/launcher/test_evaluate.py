@@ -242,6 +242,10 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         (["DATA", "--seq-len", "15", "--nproc", "2", "parallel.cp=2"], "train.seq_len = 15"),
         (["DATA", "model.hidden=3"], "model.hidden=3: a trained model takes"),
         (["DATA", "--seq-len", "0"], "--seq-len"),
+        (["DATA", "--format", "stdlib"], "--format stdlib reads no files"),
+        (["DATA", "--format", "text", "--prompt", "q"], "has no columns"),
+        (["DATA", "--format", "text", "--column", "q"], "has no columns"),
+        (["DATA", "--seq-len", "8", "train.seq_len=4"], "leave one of both out"),
     ],
 )
 def test_user_errors(

@@ -127,3 +127,15 @@ def test_texts_of_one_length_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> No
     texts = [Text(0, [1, 2, 3]), Text(1, [4, 5, 6])]
     extend_texts(Passes(model, CPU), texts, 3, 100, None, Sampling(0))
     assert contexts == [(None, None)] * 3
+
+
+def test_a_text_that_has_ended_takes_no_further_positions() -> None:
+    """Of which a table of learned positions has no more than `seq_len`."""
+    model = model_of(config_of("*-", positions="none", learned_positions=16), seed=8)
+    g = torch.Generator().manual_seed(8)
+    prompts = [torch.randint(V, (n,), generator=g).tolist() for n in (15, 3)]
+    texts = [Text(number, prompt) for number, prompt in enumerate(prompts)]
+    extend_texts(Passes(model, CPU), texts, [1, 12], 16, None, Sampling(0))
+    alone = Text(1, prompts[1])
+    extend_texts(Passes(model, CPU), [alone], 12, 16, None, Sampling(0))
+    assert texts[1].generated == alone.generated

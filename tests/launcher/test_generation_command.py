@@ -187,8 +187,11 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 def test_user_errors(
     options: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_folder(tmp_path / "run", "M*-", **EVEN)
-    assert main(["generate", str(run), *options]) == 2
+    run, kept = run_folder(tmp_path / "run", "M*-", **EVEN), tmp_path / "kept.jsonl"
+    kept.write_text("kept")
+    file = [] if "--json" in options else ["--json", str(kept)]
+    assert main(["generate", str(run), *options, *file]) == 2
+    assert kept.read_text() == "kept"
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error

@@ -1,6 +1,7 @@
 """Text that is given out while its tokens come, and prompts that are read from files."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from colonnade.launcher.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.generate.prompts import first_tokens, read_prompts
-from colonnade.launcher.generate.streaming import TextStream
+from colonnade.launcher.generate.streaming import TextStream, continuation
 
 TEXTS = ["plain", "naïve café", "日本語のテキスト", "a😀b👩‍👩‍👧c", "Ω≈ç√∫˜µ≤≥÷", "  spaces  kept "]
 
@@ -50,6 +51,44 @@ def test_broken_bytes_do_not_hold_the_text_back() -> None:
     assert "".join(found) == "\ufffd" * 40 + "é end"
     assert "".join(found[:20])
     assert pieces(ByteTokenizer(), list("é".encode())[:1]) == ["\ufffd"]
+
+
+def metaspace(folder: Path) -> FileTokenizer:
+    """A tokenizer whose words begin with a space, which decoding drops from the first of a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(["</s>", "<unk>", "▁Here", "▁is", "▁Paris"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return FileTokenizer(folder)
+
+
+def test_a_text_keeps_its_space_behind_the_prompt(tmp_path: Path) -> None:
+    tokenizer = metaspace(tmp_path)
+    assert tokenizer.decode([3, 4]) == "is Paris"
+    stream = TextStream(tokenizer, [2])
+    assert [stream.advance([2, 3]), stream.advance([2, 3, 4], True)] == [" is", " Paris"]
+    assert continuation(tokenizer, [2], [3, 4]) == " is Paris"
+
+
+class Halves(ByteTokenizer):
+    """Tokens that end one character and begin the next: two bytes each."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return super().decode([byte for token in tokens for byte in divmod(token, 256)])
+
+
+def test_tokens_across_characters_hold_back_no_more_than_one() -> None:
+    text = "aあいうえおかきくけこさしすせそたちつてとb" * 2
+    data = text.encode() + b" " * (len(text.encode()) % 2)
+    tokens = [256 * a + b for a, b in zip(data[::2], data[1::2], strict=True)]
+    stream, found = TextStream(Halves()), ""
+    for count in range(1, len(tokens) + 1):
+        found += stream.advance(tokens[:count])
+        assert text.startswith(found) or found == data.decode()
+        assert len(data[: 2 * count].decode(errors="ignore")) - len(found) <= 0
+    assert found == data.decode()
 
 
 def test_random_bytes_lose_nothing() -> None:

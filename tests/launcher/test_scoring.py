@@ -16,12 +16,14 @@ from trained import byte_tokenizer, llama_folder, run_folder
 from transformers import AutoTokenizer
 
 from colonnade.launcher.cli import main
+from colonnade.launcher.data.tokenizer import ByteTokenizer
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.evaluate import tasks
 from colonnade.launcher.evaluate.scoring import (
     Request,
     complete,
     encode_pair,
+    has_stop,
     score,
     score_texts,
     windows,
@@ -178,7 +180,7 @@ def results_as_rank(rank: int, size: int, model: Path, overrides: list[str]) -> 
 
 @pytest.mark.parametrize("overrides", [["parallel.tp=2"], ["parallel.pp=2"], []], ids=str)
 def test_ranks_score_as_one_process(overrides: list[str], tmp_path: Path, ranks2: Ranks) -> None:
-    run = run_folder(tmp_path / "run", "M*-G*E", residual="ladder", **EVEN)
+    run = run_folder(tmp_path / "run", "M*T-G*E", residual="ladder", **EVEN)
     with opened(run) as trained:
         expected = results_of(trained)
     for found in ranks2.run(results_as_rank, run, overrides):
@@ -187,6 +189,27 @@ def test_ranks_score_as_one_process(overrides: list[str], tmp_path: Path, ranks2
                 assert one == other
             else:
                 assert one == pytest.approx(other, rel=1e-9)
+
+
+def test_random_experts_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", "*T", **EVEN)
+    with opened(run) as trained:
+        pairs = [([1, 2, 3], [4, 5]), ([6, 7], [8]), ([9], [1, 2, 3, 4])]
+        together, alone = score(trained, pairs, 8), score(trained, pairs, 1)
+    for one, other in zip(together, alone, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-9)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_named(llama: tuple[Path, Any, Any]) -> None:
+    with opened(llama[0]) as trained, pytest.raises(UserError, match="has the token 9999"):
+        score(trained, [([1], [9999])])
+
+
+def test_a_stop_ends_a_text() -> None:
+    tokenizer = ByteTokenizer()
+    assert has_stop(tokenizer, list(b"some text.\n"), ["\n"])
+    assert not has_stop(tokenizer, list(b"some text."), ["\n"])
+    assert not has_stop(tokenizer, list(b"some\ntext."), [])
 
 
 @pytest.fixture
