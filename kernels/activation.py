@@ -239,7 +239,7 @@ class _ActivatedLinear(torch.autograd.Function):
             d_weight = weight_gradient(grad, inner)
         del inner  # frees its memory for `d_inner`
         d_inner = product(grad, weight.T)
-        if activated_gate is None and gate is not None:
+        if ctx.name == "swiglu_clamped":
             return *_clamped_backward(d_inner, up, gate), d_weight, None, None, None, None
         if activated_gate is None:
             d_up, d_poly = _ungated_backward(d_inner, up, ctx.name, poly, scales, ctx.sharding)

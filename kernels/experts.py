@@ -259,17 +259,17 @@ def _grouped_mlp(
     """`expert_mlp` by grouped products, without copying the counts to the host."""
     ends = counts.cumsum(0, dtype=torch.int32)
     gate_bias, up_bias, down_bias = biases
-    # Gradients of biases and of `poly` sum over rows, and rows without an expert hold arbitrary
-    # values.
-    index = torch.arange(len(rows), device=rows.device)[:, None]
-    has_expert = index < ends[-1]
+    if poly is not None or up_bias is not None:
+        # Gradients of biases and of `poly` sum over rows, and rows without an expert hold
+        # arbitrary values.
+        index = torch.arange(len(rows), device=rows.device)[:, None]
+        has_expert = index < ends[-1]
+    if up_bias is not None:  # all have one, or none
+        # A product with ones and zeros, whose backward sums rows in an order of its own.
+        of_expert = ((index < ends) & (index >= ends - counts)).to(rows.dtype)
 
     def plus(y: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None:
-            return y
-        # A product with ones and zeros, whose backward sums rows in an order of its own.
-        of_expert = ((index < ends) & (index >= ends - counts)).to(y.dtype)
-        return torch.where(has_expert, y + of_expert @ bias, 0)
+        return y if bias is None else torch.where(has_expert, y + of_expert @ bias, 0)
 
     gated = None if gate is None else plus(grouped_product(rows, gate, ends), gate_bias)
     inner = plus(grouped_product(rows, up, ends), up_bias)

@@ -38,7 +38,7 @@ class Cache:
     """Tensors computed from earlier tokens, by sub-block and role.
 
     Attention caches keys and values, latent attention its latents, convolutions their last inputs,
-    recurrences their states. Without gradients.
+    recurrences their states. It is for passes without gradients.
 
     Attributes:
         padded: whether rows of the batch begin with padding: in each, the text is the last tokens,

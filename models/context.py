@@ -69,8 +69,6 @@ class Context:
         """Returns the context with the documents of the whole sequence, for an operator over it."""
         return dataclasses.replace(self, documents=self.whole_documents)
 
-    # Inside the graphs of sub-blocks, the first would compute it and differ from the others.
-    @torch.compiler.disable
     def rope(
         self, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None
     ) -> tuple[Tensor, Tensor]:

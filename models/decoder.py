@@ -272,7 +272,7 @@ class Decoder(CanonicalNames):
         """Begins an optimizer step: σReparam's singular vectors advance at their next use."""
         for module in self.modules():
             if isinstance(module, ParameterModule):
-                module.due = module.transformed - module.frozen
+                module.due = module.transformed - module.fixed
 
     def end_step(self, loads: dict[int, Tensor]) -> None:
         """Ends an optimizer step: updates router biases by `loads`, those of the global batch."""

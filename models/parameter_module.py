@@ -1,5 +1,6 @@
 """A module whose parameters are declared by records, and the `local` seam."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -68,6 +69,11 @@ class ParameterModule(nn.Module):
     def transformed(self) -> set[str]:
         """The names of parameters that have transforms."""
         return {name for name, spec in self.specs.items() if spec.transforms}
+
+    @property
+    def fixed(self) -> set[str]:
+        """The names of weights whose state must not advance: they, or it, are frozen."""
+        return {re.sub("_(left|right)$", "", name) for name in self.frozen}
 
     def weight_of(self, name: str) -> Tensor:
         """Returns the rank's shard of the parameter `name`, after its transforms."""

@@ -343,7 +343,7 @@ def update(
     complete_gradients(model)
     if isinstance(passes, Pipeline):
         sum_over_all_ranks(passes)
-    norm = gradient_norm(passes.counted, passes.group)
+    norm = gradient_norm(model.parameters(), passes.group, passes.copies)
     loads = RunningSums()
     for report in reports:
         loads.add(report.loads)

@@ -81,7 +81,7 @@ class Engine:
         totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
         complete_gradients(self.model)  # before the norm, which needs complete sums
         self.passes.complete_gradients()
-        norm = gradient_norm(self.passes.counted, self.passes.group).item()
+        norm = gradient_norm(self.model.parameters(), self.passes.group, self.passes.copies).item()
         return Report(
             totals.pop("loss"),
             totals.pop("balance"),

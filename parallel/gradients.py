@@ -1,7 +1,7 @@
 """Norm and clipping of sharded gradients."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 import torch.distributed as dist
@@ -20,24 +20,27 @@ def local(t: Tensor) -> Tensor:
 
 
 def gradient_norm(
-    parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    stages: dist.ProcessGroup | None = None,
+    copies: Set[nn.Parameter] = frozenset(),
 ) -> Tensor:
-    """The 2-norm of all gradients together, on every rank.
+    """The 2-norm of all gradients together, on every rank; `copies` are parameters that another
+    rank counts.
 
     Squares are summed locally, and all-reduced over exactly the mesh axes that shard a gradient, so
     that a replicated one counts once; and over `stages`, whose ranks have different parameters.
     Collective.
     """
     by_axes: dict[tuple, list[Tensor]] = defaultdict(list)
-    counted = list(parameters)
-    for p in counted:
-        g = p.grad
+    held = list(parameters)
+    for p in held:
+        g = None if p in copies else p.grad
         if isinstance(g, DTensor):
             sharded = tuple(i for i, p in enumerate(g.placements) if not p.is_replicate())
             by_axes[g.device_mesh, sharded].append(g.to_local())
         elif g is not None:
             by_axes[None, ()].append(g)
-    squares = [torch.zeros((), dtype=counted[0].dtype, device=counted[0].device)]
+    squares = [torch.zeros((), dtype=held[0].dtype, device=held[0].device)]
     for (mesh, axes), grads in by_axes.items():
         square = torch.stack(torch._foreach_norm(grads)).square().sum()
         for axis in axes:

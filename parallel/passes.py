@@ -4,7 +4,7 @@
 implementation of the same interface, which the step, validation and generation use.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -121,9 +121,9 @@ class Passes:
         """Sums the gradients of weights of which several stages have copies. Collective."""
 
     @property
-    def counted(self) -> list[nn.Parameter]:
-        """The parameters that the norm counts on this rank."""
-        return list(self.model.parameters())
+    def copies(self) -> Set[nn.Parameter]:
+        """The parameters of this rank whose gradients another rank counts."""
+        return frozenset()
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -52,7 +52,7 @@ def local_attend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, context: Con
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:
     """Returns the configured scaling of rotary positions; None without."""
     c = config
-    if c.positions == "none" or c.rope_scaling == "none":
+    if c.rope_scaling == "none":
         return None
     return RopeScaling(
         c.rope_scaling, c.rope_factor, c.rope_original, low=c.rope_low, high=c.rope_high,
@@ -68,6 +68,8 @@ class Rotary:
         self.width, self.scaling = rotated_width(config), rope_scaling(config)
         self.rope_of = config.rope_of
 
+    # Inside the graphs of sub-blocks, the first would compute it and differ from the others, and
+    # each would be guarded on its index.
     @torch.compiler.disable
     def table(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Returns the rotary table of the sub-block at `context.index`; None: it has none."""

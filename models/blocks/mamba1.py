@@ -84,7 +84,7 @@ class ScanOut(ParameterModule):
         return self.normed(dt, "dt_a"), self.normed(B, "B"), self.normed(C, "C")
 
     def normed(self, x: Tensor, name: str) -> Tensor:
-        """Returns the RMSNorm of one of them."""
+        """Returns low-rank dt, B or C after its RMSNorm."""
         weight = self.weight_of(f"{name}_norm") if self.norm == "weighted" else None
         return rms_norm(x, weight, self.eps)
 

@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline that one rank has: passes in the order of a schedule, send/recv."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -126,9 +126,9 @@ class Pipeline(Passes):
         self.shared.sum_gradients()
 
     @property
-    def counted(self) -> list[nn.Parameter]:
-        """This rank's parameters without those that a rank with a lower index counts."""
-        return [p for p in self.model.parameters() if p not in self.shared.copies]
+    def copies(self) -> Set[nn.Parameter]:
+        """This rank's parameters that a rank with a lower index counts."""
+        return self.shared.copies
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from colonnade.launcher.convert.recentre import to_crms, to_pre_rms
 from colonnade.launcher.recipe.tables import OptimizerConfig
+from colonnade.models.blocks.attention import score_scale
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.cards.base import gains
 from colonnade.models.config import ModelConfig
@@ -325,3 +326,13 @@ def test_coordinates_do_not_grow_under_mup() -> None:
     standard, mup = growth(None), growth(32)
     assert max(mup.values()) < 0.3, mup
     assert max(standard.values()) > 1.0, standard
+
+
+def test_multipliers_are_those_of_the_base_model() -> None:
+    fields = {"logit_multiplier": 2.0, "attention_multiplier": 0.3}
+    of_base = {"hidden": 32, "head_dim": 8}
+    base = config_of("*-", **of_base, **fields)
+    wide = config_of("*-", hidden=128, head_dim=32, mup_base=of_base, **fields)
+    assert score_scale(base) == 0.3
+    assert score_scale(wide) == pytest.approx(0.3 / 4)
+    assert model_of(wide, seed=0).head.scale == 2.0 / 4

@@ -33,7 +33,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eight, ladder, tied": ("M-*E", {**LADDER, "tied": True, "repeat": 2, "balance_samples": 1}),
     "steered": ("E-E*", STEERED),
     "THOR": ("*TT-", {"thor_alpha": 0.5, "balance_samples": 1}),
-    "shared depth": ("*E", {"repeat": 4, "share": True}),
+    # every weight of the last rank is a copy
+    "shared depth": (
+        "*E",
+        {"repeat": 4, "share": True, "tied": True, "norm": "layer", "norm_weight": False},
+    ),
     "multi-token": ("*-*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
     "multi-token, tied ladder": ("*-*-", {"mtp": 1, "mtp_pattern": "*E", "tied": True, **LADDER}),
     "σReparam, polynomials": ("*-E*", {"sigma_reparam": True, "activation": "polynorm"}),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from colonnade.launcher.errors import Fault
-from colonnade.launcher.recipe.rules.base import Rules
+from colonnade.launcher.recipe.rules.base import ROW_FIELDS, Rules
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.models.config import CARDS, LONGEST_ROW, mixes_sequence
 
@@ -129,3 +129,13 @@ def learned_positions(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if m.mtp:
         remedy = "its modules embed tokens at other places than the model.learned_positions of the "
         yield Fault("model.mtp", m.mtp, f"{remedy}row; set model.mtp to 0")
+
+
+@RULES.add("model.norm", "model.norm_weight", "model.qk_norm", *ROW_FIELDS)
+def offset(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """`rms_offset` says how weights of norms are stored, so some norm has one."""
+    m = r.model
+    of_heads = m.has("*") and m.unused("qk_norm") is None and m.qk_norm != "none"
+    if m.norm == "rms_offset" and not m.norm_weight and not of_heads:
+        remedy = "no norm has a weight; set it to rms, or model.norm_weight to true"
+        yield Fault("model.norm", m.norm, remedy)
