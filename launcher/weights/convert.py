@@ -97,7 +97,9 @@ def convert(
         target = target_of(to, weights, family, report)
         files = in_files(target.pieces(dtype_of(dtype)), lambda piece: piece.bytes, file_bytes)
         named = dict(zip(target.file_names(len(files)), files, strict=True))
-        progress = Progress.open(folder, identity(weights, target, dtype, edits, file_bytes))
+        progress = Progress.open(
+            folder, identity(weights, target, dtype, edits, file_bytes), target.place
+        )
         kept = len(progress.files)
         write(progress, named, target.metadata, report)
         progress.complete(target, named)

@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def mapped(size: int) -> mmap.mmap:
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     buffer = mmap.mmap(-1, max(PAGE, pages(size)), flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without huge pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
 
 
@@ -148,7 +150,7 @@ class Files:
             UserError: a block is not what its record says, or cannot be read.
         """
         if file not in self.descriptors:
-            self.descriptors[file] = open_direct(self.folder / file, os.O_RDONLY)
+            self.descriptors[file] = self.opened(file)
         first = start // PAGE * PAGE
         found = self.pool.memory(stop - first)
         view = bytes_of(found)
@@ -156,11 +158,22 @@ class Files:
             try:
                 read_into(self.descriptors[file], view, first, stop)
             except OSError as error:
-                path, reason = self.folder / file, error.strerror or error
-                raise UserError(f"{path} cannot be read ({reason}); fetch it again") from error
+                raise self.unreadable(file, error) from error
         else:
             self.read_checked(file, self.records[file], view, first, start, stop)
         return found[start - first : stop - first]
+
+    def opened(self, file: str) -> int:
+        """Opens a file; returns its descriptor."""
+        try:
+            return open_direct(self.folder / file, os.O_RDONLY)
+        except OSError as error:
+            raise self.unreadable(file, error) from error
+
+    def unreadable(self, file: str, error: OSError) -> UserError:
+        """Returns the error for a file of the source that cannot be read."""
+        reason = error.strerror or error
+        return UserError(f"{self.folder / file} cannot be read ({reason}); fetch it again")
 
     def read_checked(
         self, file: str, record: FileRecord, view: memoryview, first: int, start: int, stop: int

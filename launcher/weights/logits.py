@@ -63,28 +63,29 @@ def compare(
     if size > COMPARED:
         report(f"logits were not compared: {size:,} parameters, and up to {COMPARED:,} are")
         return None
+    length = min(LENGTH, source.config.learned_positions or LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (length, ROWS), generator=generator)
     expected = partial(of_decoder, target.weights, target.dtypes(dtype))
     try:
-        found = difference(expected, partial(target.logits, folder), vocab, str(folder))
+        found = difference(expected, partial(target.logits, folder), tokens, str(folder))
     except NotComparedError as reason:
         report(f"logits were not compared: {reason}")
         return None
     if source.config.sigma_reparam and not target.weights.config.sigma_reparam:
         plain = Folded(source, torch.float64)
         expected, folded = (partial(of_decoder, weights, None) for weights in (source, plain))
-        found = max(found, difference(expected, folded, vocab, "the model without σReparam"))
-    report(f"logits of {LENGTH * ROWS} random tokens differ by {found:.1e} of the largest")
+        found = max(found, difference(expected, folded, tokens, "the model without σReparam"))
+    report(f"logits of {tokens.numel()} random tokens differ by {found:.1e} of the largest")
     return found
 
 
-def difference(expected: Compute, actual: Compute, vocab: int, what: str) -> float:
-    """Returns the largest difference of logits of random tokens, relative to the largest logit.
+def difference(expected: Compute, actual: Compute, tokens: Tensor, what: str) -> float:
+    """Returns the largest difference of logits of these tokens, relative to the largest logit.
 
     Raises:
         LogitsDifferError: it is above the bound, or no number.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (LENGTH, ROWS), generator=generator)
     a, b = actual(tokens), expected(tokens)
     found = float((a - b).abs().max() / b.abs().max())
     if not found <= BOUND:

@@ -31,6 +31,8 @@ PART_BYTES = 10**9  # largest part of a tensor that is read and written at once
 class NativeTarget(Target):
     """A folder like a run's, with a recipe and a checkpoint of step 0."""
 
+    place = str(step_folder(Path(CHECKPOINTS), 0))
+
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.like = tokenizer_folder(weights.folder)
@@ -63,11 +65,7 @@ class NativeTarget(Target):
     def finish(
         self, folder: Path, files: Mapping[str, Sequence[Piece]], records: dict[str, FileRecord]
     ) -> None:
-        checkpoint = step_folder(folder / CHECKPOINTS, 0)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            if (folder / name).exists():  # not moved by an earlier call
-                (folder / name).rename(checkpoint / name)
+        checkpoint = folder / self.place
         write_durably(checkpoint / TENSORS, catalog_of(files).model_dump_json())
         write_durably(checkpoint / STATE, json.dumps({"step": 0}))
         records = records | {name: checksums(checkpoint / name) for name in (TENSORS, STATE)}

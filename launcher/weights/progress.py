@@ -20,28 +20,31 @@ class Progress:
 
     Attributes:
         folder: `DESTINATION.coming`.
+        tensors: the folder in it with the files of tensors.
         identity: of the conversion.
         files: that are finished, by name.
     """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], files: dict[str, FileRecord]
+        self, folder: Path, place: str, identity: dict[str, Any], files: dict[str, FileRecord]
     ) -> None:
-        self.folder, self.identity, self.files = folder, identity, files
+        self.folder, self.tensors = folder, folder / place
+        self.identity, self.files = identity, files
 
     @classmethod
-    def open(cls, destination: Path, identity: dict[str, Any]) -> "Progress":
-        """Makes the folder, or goes on with that of an earlier call.
+    def open(cls, destination: Path, identity: dict[str, Any], place: str = "") -> "Progress":
+        """Makes the folder, or goes on with that of an earlier call; `place` is that of the files
+        of tensors in it.
 
         Raises:
             UserError: it is of another conversion, or cannot be made.
         """
         folder = destination.with_name(f"{destination.name}.coming")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / place).mkdir(parents=True, exist_ok=True)
             known = folder / PROGRESS
             if not known.exists():
-                return cls(folder, identity, {})
+                return cls(folder, place, identity, {})
             content = json.loads(known.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"convert: {folder} cannot be used ({error}); remove it") from error
@@ -51,22 +54,23 @@ class Progress:
                 "remove it, or name another folder"
             )
         found = {n: FileRecord.model_validate(r) for n, r in content["files"].items()}
-        return cls(folder, identity, {n: r for n, r in found.items() if (folder / n).exists()})
+        kept = {n: r for n, r in found.items() if (folder / place / n).exists()}
+        return cls(folder, place, identity, kept)
 
     def part(self, name: str) -> Path:
         """Returns the path at which a file is written until it is finished."""
-        return self.folder / f"{name}.part"
+        return self.tensors / f"{name}.part"
 
     def add(self, name: str, record: FileRecord) -> None:
         """Takes a file that is on the disk: checks it, and records it."""
-        self.part(name).rename(self.folder / name)
+        self.part(name).rename(self.tensors / name)
         self.files[name] = record
         self.check(name)
         self.save()
 
     def check(self, name: str) -> None:
         """Reads a file again, from the disk; raises UserError if it is not what was written."""
-        path = self.folder / name
+        path = self.tensors / name
         if checksums(path) != self.files[name]:
             del self.files[name]
             self.save()
@@ -101,8 +105,9 @@ class Progress:
         """Gives the folder its name."""
         try:
             (self.folder / PROGRESS).unlink()
-            for part in self.folder.glob("*.part"):
+            for part in self.tensors.glob("*.part"):
                 part.unlink()
+            fsync(self.tensors)
             fsync(self.folder)
             self.folder.rename(destination)
             fsync(destination.absolute().parent)

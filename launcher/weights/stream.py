@@ -1,7 +1,7 @@
 """Writes safetensors files while their tensors are read; checks each while the next is written.
 
-Three threads share the work: the caller reads tensors, one writes them and adds up checksums, one
-waits for the disk and reads every file again. Tensors in between are bounded by their bytes, not by
+Three threads share the work: the caller reads tensors; one writes them, adds up checksums and waits
+for the disk; one reads every file again. Tensors in between are bounded by their bytes, not by
 those of a file, because the header of a file follows from names, shapes and dtypes alone.
 """
 
@@ -76,7 +76,10 @@ class Stream:
         self.later(lambda: output.result().append(header))
         for piece in pieces:
             self.acquire(piece.bytes)
-            self.append(output, piece.read(), piece.bytes)
+            tensor = piece.read()
+            if tuple(tensor.shape) != tuple(piece.shape):  # all that follow would be shifted
+                raise RuntimeError(f"{piece.key} was read as {tuple(tensor.shape)}")
+            self.append(output, tensor, piece.bytes)
         self.later(lambda: self.hand_on(output.result().finish(), finished))
 
     def opened(self, path: Path) -> Output:

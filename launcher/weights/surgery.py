@@ -20,13 +20,12 @@ from colonnade.launcher.convert.huggingface.config import function_fields, patte
 from colonnade.launcher.convert.huggingface.family import shapes_of
 from colonnade.launcher.convert.recentre import check_layer_norm
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig
+from colonnade.launcher.recipe.tables import DataConfig, Recipe, SourceConfig, TrainConfig
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.weights.source import Box, Notify, Weights, open_weights
 from colonnade.models.config import ModelConfig
 from colonnade.models.records import records_of
-from colonnade.models.reparam import centred
 from colonnade.parallel.materialise import fill_shard
 
 OF_A_SUB_BLOCK = re.compile(r"(blocks|norms|after)\.(\d+)\.(.+)")
@@ -66,7 +65,8 @@ def checked(config: ModelConfig) -> ModelConfig:
     can have."""
     config = without_unused(config)
     tokens = DataConfig(sources=(SourceConfig(format="tokens", path="tokens"),))
-    faults = validate(Recipe(model=config, data=tokens), None)
+    train = TrainConfig(seq_len=min(256, config.learned_positions or 256))
+    faults = validate(Recipe(model=config, data=tokens, train=train), None)
     if faults:
         raise UserError(f"convert --edit: the model cannot be: {faults[0]}")
     return config
@@ -144,7 +144,8 @@ def with_blocks(source: Weights, value: str) -> Weights:
 
 
 class Centred(Edited):
-    """Pre-RMSNorm of LayerNorm: what is added to the stream is centred (arXiv:2305.14858)."""
+    """Pre-RMSNorm of LayerNorm (arXiv:2305.14858): the model centres at use what is added to the
+    stream; a tied head is untied, because the embedding is centred and the head must not be."""
 
     def __init__(self, source: Weights) -> None:
         try:
@@ -152,21 +153,10 @@ class Centred(Edited):
         except ValueError as error:
             raise UserError(f"convert --edit norm=pre_rms: {error}") from None
         super().__init__(source, norm="pre_rms", tied=False)
-        self.roles = {name: record.role for name, record in records_of(self.config).items()}
 
     def name_in_source(self, name: str) -> str:
         tied = self.source.config.tied and name == "head.weight"
         return "embedding.weight" if tied else name
-
-    def read(self, name: str, box: Box) -> Tensor:
-        dims = {"writes": -2, "table": -1}  # over the channels of the stream
-        if (dim := dims.get(self.roles[name])) is None:
-            return super().read(name, box)
-        wide = list(box)
-        wide[dim] = slice(0, self.shapes[name][dim])  # the mean is over all of them
-        stored = super().read(name, tuple(wide))
-        mean_free = centred(stored.to(torch.promote_types(stored.dtype, torch.float32)), dim)
-        return mean_free.narrow(dim, box[dim].start, box[dim].stop - box[dim].start)
 
 
 def with_norm(source: Weights, value: str) -> Weights:

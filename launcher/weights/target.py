@@ -50,10 +50,12 @@ class Target(ABC):
     Attributes:
         weights: the source, as the format has it.
         metadata: of each safetensors file.
+        place: the folder of these files within that of the model.
     """
 
     weights: Weights
     metadata: dict[str, str] | None = None
+    place: str = ""
 
     @abstractmethod
     def describe(self) -> str:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from equal import assert_equal
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from colonnade.launcher.convert.huggingface.families import family_of
 from colonnade.launcher.convert.huggingface.family import Family, from_hf, to_hf
 from colonnade.launcher.convert.huggingface.folder import TOKENS
+from colonnade.launcher.weights.logits import Lifted
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -31,18 +31,13 @@ for name in ("mamba_ssm", "causal_conv1d", "fla"):
     sys.modules[name] = None  # type: ignore[assignment]
 
 
-class _Lifted(TorchFunctionMode):
+class _Lifted(Lifted):
     """Turns every cast to fp32 into one to fp64; any fp32 result that remains is an error."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args, kwargs = tree_map(
-            lambda leaf: torch.float64 if leaf is torch.float32 else leaf, (args, kwargs or {})
-        )
-        result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 assert leaf.dtype != torch.float32, f"{func} made fp32 in an fp64 oracle"

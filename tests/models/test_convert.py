@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from colonnade.launcher.checkpoint import load, manifest, verify
 from colonnade.launcher.checkpoint.tensors import named_tensors
 from colonnade.launcher.cli import main
+from colonnade.launcher.convert.huggingface.entry import entry
 from colonnade.launcher.convert.huggingface.folder import file_names, read_hf
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.weights import convert as convert_module
 from colonnade.launcher.weights import direct, hf, native, stream, target
 from colonnade.launcher.weights.convert import convert
 from colonnade.launcher.weights.progress import Progress
@@ -352,3 +354,43 @@ def test_a_model_of_bytes_stays_one(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.toml").write_text(dump_recipe(recipe))
     convert(tmp_path / "run", tmp_path / "native", "native", report=ignore)
     assert load_recipe(tmp_path / "native" / "recipe.toml").data.tokenizer == "bytes"
+
+
+def test_a_native_folder_that_was_complete_goes_on_there(llama: Path, tmp_path: Path) -> None:
+    """An interruption behind the files of tensors, as while logits are compared."""
+    fails = mock.patch.object(convert_module, "compare", side_effect=KeyboardInterrupt)
+    with fails, pytest.raises(KeyboardInterrupt):
+        convert(llama, tmp_path / "out", "native", file_bytes=1024, report=ignore)
+    done = convert(llama, tmp_path / "out", "native", file_bytes=1024, report=ignore)
+    assert done.kept == done.files > 1
+
+
+def test_a_source_that_cannot_be_opened_is_named(llama: Path, tmp_path: Path) -> None:
+    open_direct = direct.open_direct
+
+    def refuse_source(path: Path, flags: int) -> int:
+        if path.parent == llama:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_direct(path, flags)
+
+    message = r"llama/model.safetensors cannot be read \(Too many open files\)"
+    refused = mock.patch.object(direct, "open_direct", refuse_source)
+    with refused, pytest.raises(UserError, match=message):
+        convert(llama, tmp_path / "out", "native", report=ignore)
+
+
+def test_boxes_of_packed_experts_read_only_them() -> None:
+    shapes = {"gate": torch.Size((6, 4, 3)), "up": torch.Size((6, 4, 3))}
+    one = entry("gate_up", "gate", "up", dim=1, groups=4, transposed=True)
+    packed = one.join({n: torch.randn(shape) for n, shape in shapes.items()})["gate_up"]
+    asked = []
+
+    class Source:
+        def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
+            asked.append(packed[box].numel())
+            return packed[box]
+
+    box = (slice(2, 4), slice(1, 3), slice(0, 3))
+    found = one.read("up", box, shapes, lambda name: Source())
+    assert torch.equal(found, one.split([packed], shapes)["up"][box])
+    assert asked == [2 * 8 * 3]

@@ -1,13 +1,17 @@
 """GPT-2 against transformers in fp64: learned positions, biases everywhere, GELU."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oracle import Case, fp64  # before transformers, which it keeps from packages that need a GPU
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from colonnade.launcher.convert.huggingface.families import family_of
 from colonnade.launcher.convert.huggingface.family import Unsupported
+from colonnade.launcher.convert.huggingface.folder import read_hf
+from colonnade.launcher.weights.convert import convert
 
 
 def gpt2(**more: Any) -> Any:
@@ -59,3 +63,23 @@ def test_other_models_are_not_written(other: dict[str, Any]) -> None:
     config = family.config_from_hf(gpt2().config.to_dict()).changed(**other)
     with pytest.raises(Unsupported, match=next(iter(other))):
         family.config_to_hf(config)
+
+
+def test_the_published_names_are_read(tmp_path: Path) -> None:
+    """Those of the model without its head, as the published folder has them."""
+    model = gpt2()
+    model.save_pretrained(tmp_path / "whole")
+    model.transformer.save_pretrained(tmp_path / "published")
+    config = (tmp_path / "whole/config.json").read_text()  # with the architecture of the whole
+    (tmp_path / "published/config.json").write_text(config)
+    expected, found = (read_hf(tmp_path / name)[1] for name in ("whole", "published"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_fewer_positions_than_tokens_are_compared(tmp_path: Path) -> None:
+    gpt2(n_positions=20).save_pretrained(tmp_path / "hf")
+    done = convert(tmp_path / "hf", tmp_path / "native", "native", report=lambda line: None)
+    assert done.logits == 0.0
+    again = convert(tmp_path / "native", tmp_path / "back", "hf", report=lambda line: None)
+    assert again.logits is not None

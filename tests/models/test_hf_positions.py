@@ -129,6 +129,10 @@ CASES = [
         lambda: ministral3(YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, sliding_window=6,
                            tie_word_embeddings=True),
     ),
+    case(
+        "ministral3-plain", "the same, positions as they are", "Ministral 3",
+        lambda: ministral3(PLAIN),
+    ),
     case("helium", "adjacent rotary pairs", "Helium", helium),
     case(
         "helium-biases", "the same, biases on q, k, v and the MLP, YaRN, tied head", "Helium",

@@ -82,17 +82,21 @@ def read_ministral3(f: Fields) -> ModelConfig:
         raise Unsupported(f"rope_parameters.{BETA}", None, "missing from config.json")
     beta = table.pop(BETA)
     table.pop("max_position_embeddings", None)  # a copy that transformers does not read
+    length = table.get("original_max_position_embeddings")
+    if table.get("rope_type", "default") == "default":  # it is that of the queries alone then
+        table.pop("original_max_position_embeddings", None)
     rope = Fields({**f.values, "rope_scaling": None, "rope_parameters": table}, notify=f.notify)
     native = read_rope(rope, theta=1e6)
     f.read |= rope.read
-    if "rope_original" not in native:
+    if length is None and "rope_original" not in native:
         raise Unsupported("rope_parameters.original_max_position_embeddings", None, "missing")
+    length = native["rope_original"] if length is None else length
     return ModelConfig(
         **pattern_fields("*-" * f.integer("num_hidden_layers")),
         ffn=f.integer("intermediate_size", least=1),
         window=f.get("sliding_window", default=None),
         query_temperature=beta,
-        query_temperature_length=native["rope_original"],
+        query_temperature_length=length,
         **read_common(f, eps=1e-5, rope=native),
         **read_heads(f, kv_heads=8, head_dim=128),
     )
@@ -101,11 +105,12 @@ def read_ministral3(f: Fields) -> ModelConfig:
 def write_ministral3(config: ModelConfig) -> dict[str, Any]:
     """Writes a Ministral 3 config."""
     c, common = config, write_common(config)
-    if c.query_temperature and c.query_temperature_length != c.rope_original:
+    stretched = c.rope_scaling != "none"
+    if c.query_temperature and stretched and c.query_temperature_length != c.rope_original:
         remedy = f"must be rope_original = {c.rope_original}"
         raise Unsupported("query_temperature_length", c.query_temperature_length, remedy)
     scaling = common["rope_scaling"] or {"rope_type": "default"}
-    lengths = {"original_max_position_embeddings": c.rope_original}
+    lengths = {"original_max_position_embeddings": c.query_temperature_length}
     table = {"rope_theta": c.rope_theta, **scaling, **lengths, BETA: c.query_temperature}
     return {
         **common,

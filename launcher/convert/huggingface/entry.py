@@ -98,9 +98,13 @@ class Entry:
         source = source_of(self.hf_names[0])
         in_order = self.order is None and (self.groups == 1 or len(self.native_names) == 1)
         if not in_order or self.squeeze is not None:
-            whole = source[(slice(None),) * len(self.shape(shapes))]
-            tensor: Tensor = self.split([whole], shapes)[name][box]
-            return tensor
+            # dimensions before `dim` lie as in the native tensor, and only their part is read
+            rank = len(self.shape(shapes))
+            same = min(self.dim, rank - 2) if self.transposed else self.dim
+            same = 0 if self.squeeze is not None else same
+            part = source[(*box[:same], *(slice(None),) * (rank - same))]
+            tensor: Tensor = self.split([part], shapes)[name]
+            return tensor[(*(slice(None),) * same, *box[same:])]
         if len(self.native_names) > 1:  # they follow each other along `dim`
             before = self.native_names[: self.native_names.index(name)]
             start, at = sum(shapes[n][self.dim] for n in before), box[self.dim]
@@ -108,8 +112,8 @@ class Entry:
             box = (*box[: self.dim], moved, *box[self.dim + 1 :])
         if self.transposed:
             box = (*box[:-2], box[-1], box[-2])
-        part: Tensor = source[box]
-        return part.transpose(-2, -1) if self.transposed else part
+        found: Tensor = source[box]
+        return found.transpose(-2, -1) if self.transposed else found
 
     def join(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Joins native tensors into the Hugging Face tensors of this entry, by name."""

@@ -1,5 +1,6 @@
 """Converts GPT-2, as Megatron-LM's own is: learned positions, biases, LayerNorm, GELU."""
 
+from functools import partial
 from typing import Any
 
 from colonnade.launcher.convert.huggingface.config import pattern_fields
@@ -85,14 +86,14 @@ def both(hf: str, *native: str) -> list[Entry]:
     ]
 
 
-def gpt2(config: ModelConfig) -> list[Entry]:
-    """Returns the entries of GPT-2."""
+def gpt2(root: str, config: ModelConfig) -> list[Entry]:
+    """Returns the entries of GPT-2, whose names begin with `root`, but for the head's."""
     entries = [
-        entry("transformer.wte.weight", "embedding.weight"),
-        entry("transformer.wpe.weight", "embedding.positions"),
+        entry(f"{root}wte.weight", "embedding.weight"),
+        entry(f"{root}wpe.weight", "embedding.positions"),
     ]
     for layer in range(len(config.symbols) // 2):
-        hf, attention, mlp = f"transformer.h.{layer}", 2 * layer, 2 * layer + 1
+        hf, attention, mlp = f"{root}h.{layer}", 2 * layer, 2 * layer + 1
         entries += both(f"{hf}.attn.c_attn", *(f"blocks.{attention}.{name}" for name in "qkv"))
         entries += both(f"{hf}.attn.c_proj", f"blocks.{attention}.out")
         entries += both(f"{hf}.mlp.c_fc", f"blocks.{mlp}.up")
@@ -101,13 +102,14 @@ def gpt2(config: ModelConfig) -> list[Entry]:
             for part in ("weight", "bias"):
                 entries.append(entry(f"{hf}.{norm}.{part}", f"norms.{index}.{part}"))
     for part in ("weight", "bias"):
-        entries.append(entry(f"transformer.ln_f.{part}", f"final.{part}"))
+        entries.append(entry(f"{root}ln_f.{part}", f"final.{part}"))
     return [*entries, *([] if config.tied else [entry("lm_head.weight", "head.weight")])]
 
 
 FAMILIES = (
     Family(
-        "GPT2LMHeadModel", "gpt2", read_gpt2, write_gpt2, gpt2,
+        "GPT2LMHeadModel", "gpt2", read_gpt2, write_gpt2, partial(gpt2, "transformer."),
+        also_read=(partial(gpt2, ""),),  # as published: saved from the model without its head
         copies=lambda config: TIED if config.tied else {},
         ignored=(".attn.bias", ".attn.masked_bias"),
         harmless=UNUSED,

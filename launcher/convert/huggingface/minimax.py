@@ -47,7 +47,7 @@ def read_minimax(f: Fields) -> ModelConfig:
     rotated = f.integer("rotary_dim", default=width, null=width)
     common = read_common(f, theta=5e6, fraction=rotated / width)
     fraction = common["rope_fraction"]
-    if "rotary_dim" in f.values and rotated != round(fraction * width):
+    if f.values.get("rotary_dim") is not None and rotated != round(fraction * width):
         remedy = f"but partial_rotary_factor = {fraction} of head_dim = {width}"
         raise Unsupported("rotary_dim", rotated, remedy)
     check_rotated(fraction, width)
