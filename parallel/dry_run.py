@@ -27,7 +27,7 @@ from colonnade.models.report import PassReport
 from colonnade.models.wiring import Stage
 from colonnade.parallel.collectives import AxisNames, CollectiveCounter
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.gradients import clip_gradients, gradient_norm
+from colonnade.parallel.gradients import gradient_norm
 from colonnade.parallel.mesh import ranks_per_loss
 from colonnade.parallel.optimizer import Optimizer, OptimizerSettings, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, reduce_gradients, set_last_micro_batch
@@ -343,7 +343,7 @@ def update(
     complete_gradients(model)
     if isinstance(passes, Pipeline):
         sum_over_all_ranks(passes)
-    norm = gradient_norm(model.parameters(), passes.group, passes.copies)
+    gradient_norm(model.parameters(), passes.group, passes.copies, optimizer.local_norms)
     loads = RunningSums()
     for report in reports:
         loads.add(report.loads)
@@ -351,8 +351,7 @@ def update(
         if index not in loads:
             loads[index] = torch.zeros(model.config.experts, dtype=torch.int64)
     totals = loads.all_reduce(copies)
-    clip_gradients(list(model.parameters()), norm, 1.0)
-    optimizer.step(1e-3)
+    optimizer.step(1e-3, 0.5)  # clipped
     model.end_step(totals)
 
 

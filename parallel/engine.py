@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colonnade.kernels.loss import IGNORED
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
-from colonnade.parallel.gradients import clip_gradients, gradient_norm
+from colonnade.parallel.gradients import clip_factor, gradient_norm, wide_dtype
 from colonnade.parallel.mesh import ranks_per_loss, ranks_per_sample
 from colonnade.parallel.optimizer import Optimizer
 from colonnade.parallel.passes import Inputs, MicroBatch, Passes, RunningSums
@@ -81,7 +81,9 @@ class Engine:
         totals = {name: value.item() for name, value in losses.all_reduce(copies).items()}
         complete_gradients(self.model)  # before the norm, which needs complete sums
         self.passes.complete_gradients()
-        norm = gradient_norm(self.model.parameters(), self.passes.group, self.passes.copies).item()
+        of_stages = self.passes.group, self.passes.copies
+        norms = self.optimizer.local_norms
+        norm = gradient_norm(self.model.parameters(), *of_stages, norms).item()
         return Report(
             totals.pop("loss"),
             totals.pop("balance"),
@@ -99,17 +101,21 @@ class Engine:
             lr: the learning rate of this step.
             clip: the largest norm of all gradients; 0 does not clip.
         """
-        if clip:
-            parameters = list(self.model.parameters())
-            norm = torch.tensor(report.grad_norm, dtype=parameters[0].dtype, device=self.device)
-            clip_gradients(parameters, norm, clip)
-        self.optimizer.step(lr)
+        dtype = wide_dtype(next(self.model.parameters()))
+        self.optimizer.step(lr, clip_factor(report.grad_norm, clip, dtype))
         self.model.end_step(report.loads)
         self.optimizer.zero_grad()
 
     def discard(self) -> None:
         """Drops the gradients without an update."""
         self.optimizer.zero_grad()
+
+
+def connect(passes: Passes, optimizer: Optimizer) -> None:
+    """Lets passes tell an optimizer when gradients are about to be complete, and which are complete
+    only when pipeline stages have summed them."""
+    passes.expect_gradients = optimizer.expect_gradients
+    optimizer.share_with_stages(passes.shared_parameters)
 
 
 def losses_of(objective: Tensor | None, report: PassReport, tokens: int) -> dict[str, Tensor]:

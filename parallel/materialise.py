@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
+from colonnade.parallel.gradients import local
 
 BLOCK = 1 << 16  # about how many elements of a parameter one generator draws
 
@@ -74,21 +76,31 @@ def load_decoder(
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocates a model that was built on meta and sharded on `device`, and fills its tensors.
-
-    Every rank fills its own shards, without communication.
-    """
+    """Allocates a model that was built on meta and sharded on `device`, and fills its tensors."""
     model.to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor, fill in tensors_to_fill(model):
-            if isinstance(tensor, DTensor):
-                _, offset = compute_local_shape_and_global_offset(
-                    tensor.shape, tensor.device_mesh, tensor.placements
-                )
-                fill_shard(tensor.to_local(), tensor.shape, offset, fill, f"{seed}/{name}")
-            else:
-                offset = (0,) * tensor.dim()
-                fill_shard(tensor, tensor.shape, offset, fill, f"{seed}/{name}")
+    draw_weights(model, seed)
+
+
+@torch.no_grad()
+def draw_weights(
+    model: nn.Module, seed: int, masters: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """Fills the tensors of an allocated model from (seed, name, global block).
+
+    Every rank fills its own shards, without communication. Where there are `masters` of weights,
+    by name, these are filled, and the weights are their rounded values.
+    """
+    for name, tensor, fill in tensors_to_fill(model):
+        drawn = masters.get(name, tensor)
+        if isinstance(drawn, DTensor):
+            _, offset = compute_local_shape_and_global_offset(
+                drawn.shape, drawn.device_mesh, drawn.placements
+            )
+        else:
+            offset = (0,) * drawn.dim()
+        fill_shard(local(drawn), drawn.shape, offset, fill, f"{seed}/{name}")
+        if drawn is not tensor:
+            local(tensor).copy_(local(drawn))
 
 
 def fill_shard(

@@ -30,7 +30,8 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def storage_dtype(precision: str) -> torch.dtype:
-    """Dtype of parameters and optimizer state at rest."""
+    """Dtype of parameters and optimizer state at rest; with `optimizer.offload` that of master
+    weights."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
@@ -47,6 +48,13 @@ class TrainSettings(Protocol):
     def freeze(self) -> Sequence[str]: ...
 
 
+class OptimizerSettings(Protocol):
+    """What `parallelize` reads of `[optimizer]`."""
+
+    @property
+    def offload(self) -> str: ...
+
+
 class Settings(Protocol):
     """What `parallelize` reads of a recipe."""
 
@@ -54,6 +62,8 @@ class Settings(Protocol):
     def train(self) -> TrainSettings: ...
     @property
     def parallel(self) -> ParallelConfig: ...
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
 
 
 def parallelize(
@@ -76,6 +86,8 @@ def parallelize(
     """
     precision = recipe.train.precision
     model.to(storage_dtype(precision))
+    if recipe.optimizer.offload != "none":
+        narrow_weights(model, COMPUTE[precision])
     if recipe.parallel.folds_experts != (expert_mesh is not None):
         raise ValueError("parallel.ep and parallel.etp need the mesh of `build_expert_mesh`")
     inner = mesh["tp"].size() * mesh["cp"].size()
@@ -105,6 +117,37 @@ def fsdp_groups(model: Decoder) -> Iterator[list[nn.Module]]:
     for predictor in model.mtp:
         assert isinstance(predictor, Predictor)
         yield [predictor.join]
+
+
+def narrow_weights(model: Decoder, dtype: torch.dtype) -> None:
+    """Gives the weights that are used in the compute dtype that dtype at rest: an optimizer holds
+    their master weights."""
+    for modules in [list(model.ends()), *fsdp_groups(model)]:
+        for module in modules:
+            for p in module.parameters():
+                p.data = p.data.to(dtype)
+
+
+def keep_wide_gradients(model: Decoder, dtype: torch.dtype) -> None:
+    """Makes FSDP2 leave the gradients of 16-bit weights as they were reduced, in `dtype`: by itself
+    it rounds them to the dtype of the weights."""
+
+    def widen(group: Any) -> None:
+        init_dtypes = group._init_mp_dtypes  # FSDP2 calls it before its first pass, and others
+
+        def init() -> None:
+            init_dtypes()
+            group._orig_dtype = dtype
+
+        group._init_mp_dtypes = init
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                widen(group)
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.grad_dtype = dtype
 
 
 def compile_halves(model: Decoder) -> None:

@@ -4,7 +4,7 @@
 implementation of the same interface, which the step, validation and generation use.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -80,10 +80,15 @@ class Outcome(NamedTuple):
 
 
 class Passes:
-    """Runs micro-batches one after the other; FSDP2 reduces gradients after each of them."""
+    """Runs micro-batches one after the other; FSDP2 reduces gradients after each of them.
+
+    `expect_gradients` is called before the backward pass, or the reduction by FSDP2, that completes
+    the gradients of a step, except for those that are summed afterwards.
+    """
 
     def __init__(self, model: Decoder, device: torch.device) -> None:
         self.model, self.device = model, device
+        self.expect_gradients: Callable[[], None] = lambda: None
 
     def train(self, inputs: Sequence[Inputs], scale: float) -> list[Outcome]:
         """Runs forward and backward passes of a step; gradients are those of `scale` times the
@@ -92,6 +97,8 @@ class Passes:
         for number, one in enumerate(inputs, start=1):
             set_last_micro_batch(self.model, number == len(inputs))
             objective, report = self.model(*one.on(self.device))
+            if number == len(inputs):
+                self.expect_gradients()
             (objective * scale).backward()
             outcomes.append(Outcome(objective.detach(), report))
         return outcomes
@@ -123,6 +130,11 @@ class Passes:
     @property
     def copies(self) -> Set[nn.Parameter]:
         """The parameters of this rank whose gradients another rank counts."""
+        return frozenset()
+
+    @property
+    def shared_parameters(self) -> Set[nn.Parameter]:
+        """The parameters of this rank of which other stages have copies."""
         return frozenset()
 
     @property

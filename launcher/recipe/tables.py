@@ -52,6 +52,31 @@ class OptimizerConfig(Table):
     momentum: float = Field(0.95, ge=0, lt=1, description="muon: decay of the mean of gradients")
     weight_decay: float = Field(0.1, ge=0, description="on weight matrices only")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    offload: Literal["none", "host", "interleaved"] = Field(
+        "none",
+        description="where AdamW's fp32 master weights and moments are: on the device; in the "
+        "host's memory, which updates them; interleaved: as many as pay are updated on the device "
+        "at the same time",
+    )
+    host_kernel: Literal["auto", "compiled", "deepspeed", "torch"] = Field(
+        "auto",
+        description="offload: AdamW on the host; auto: one pass, compiled at first use, where "
+        "there is a compiler, else DeepSpeed's, else torch's",
+    )
+    pinned: Literal["prefer", "require"] = Field(
+        "prefer",
+        description="offload: whether a host that does not pin the memory is a fault, or only a "
+        "warning, as copies become slow",
+    )
+    margin: float = Field(
+        1.0, ge=0, description="interleaved: GiB of the device's memory that state leaves free"
+    )
+    offload_gradients: Literal["fp32", "bf16"] = Field(
+        "fp32", description="offload: dtype of gradients on their way to the host; bf16 is inexact"
+    )
+    offload_moments: Literal["fp32", "bf16"] = Field(
+        "fp32", description="offload: dtype of the moments in the host's memory; bf16 is inexact"
+    )
 
 
 WITH_COLUMNS = ("jsonl", "parquet", "hub")  # formats whose records have columns

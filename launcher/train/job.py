@@ -10,6 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import Saver
+from colonnade.launcher.cluster.host_kernels import settle_host_kernel
 from colonnade.launcher.cluster.ranks import settle_determinism
 from colonnade.launcher.data import Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
@@ -20,10 +21,10 @@ from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.saves import lock_of, open_saver
 from colonnade.launcher.train.timer import Timer
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.engine import Engine
-from colonnade.parallel.materialise import materialise
+from colonnade.parallel.engine import Engine, connect
+from colonnade.parallel.materialise import draw_weights
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
-from colonnade.parallel.optimizer import Optimizer, build_optimizer
+from colonnade.parallel.optimizer import Offload, Optimizer, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World
@@ -98,9 +99,16 @@ def build_engine(
     if prepare is not None:
         prepare(model)
     parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
-    materialise(model, world.device, recipe.train.seed)
-    optimizer = build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision])
+    model.to_empty(device=world.device)
+    offload = None
+    if recipe.optimizer.offload != "none":
+        kernel = settle_host_kernel(recipe.optimizer.host_kernel)
+        offload = Offload(kernel, world.device, refit=not recipe.train.deterministic)
+    compute = COMPUTE[recipe.train.precision]
+    optimizer = build_optimizer(model, recipe.optimizer, compute, offload)
+    draw_weights(model, recipe.train.seed, optimizer.masters())
     passes = build_passes(model, stages, mesh, recipe, world.device)
+    connect(passes, optimizer)
     return Engine(model, optimizer, mesh, world.device, passes)
 
 

@@ -124,7 +124,9 @@ def start_from_weights(job: "Job") -> None:
     train = job.recipe.train
     sentences: list[str] = []
     with open_weights(Path(cast(str, train.init)), sentences.append) as weights:
-        kept = fill(job.model, weights, train.init_only, train.init_skip)
+        masters = job.optimizer.masters()
+        kept = fill(job.model, weights, train.init_only, train.init_skip, masters)
+        job.optimizer.write_weights()
         sentences.append(
             f"weights of {weights.folder}; "
             + (f"random: {', '.join(kept)}" if kept else "no tensor is random")

@@ -90,11 +90,14 @@ def on_case(small: Recipe, ranks: int, case: Case, precision: str) -> Recipe:
 def in_one_process(small: Recipe, residual: str | None = None) -> Recipe:
     """A shrunk recipe in one process in fp64, with this residual wiring or its own.
 
-    Every step has one micro-batch, and neither recomputation nor compilation is used.
+    Every step has one micro-batch, and neither recomputation nor compilation nor offload is used.
     """
     plain = {"precision": "fp64", "recompute": "none", "compile": False}
-    train = small.train.model_copy(update=plain)
-    return rewired(with_layout(small, {}), residual).model_copy(update={"train": train})
+    changes = {
+        "train": small.train.model_copy(update=plain),
+        "optimizer": small.optimizer.model_copy(update={"offload": "none"}),
+    }
+    return rewired(with_layout(small, {}), residual).model_copy(update=changes)
 
 
 def scaled_to(sizes: Sequence[int], total: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -19,9 +19,10 @@ from colonnade.launcher.train.job import build_engine
 from colonnade.launcher.train.schedule import micro_batches
 from colonnade.launcher.train.step import train_step
 from colonnade.models.decoder import Decoder
+from colonnade.models.names import canonical
 from colonnade.models.parameter_module import ParameterModule
 from colonnade.models.parameters import Fill
-from colonnade.parallel.gradients import clip_gradients
+from colonnade.parallel.engine import Engine
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
 
@@ -95,26 +96,22 @@ def record_trace(
 
     def record_gradients() -> None:
         for name, p in model.named_parameters():
-            if p.grad is not None:
-                record("gradients", f"step {step + 1}: {name}", p.grad)
+            if (gradient := optimizer.gradient(p)) is not None:
+                record("gradients", f"step {step + 1}: {name}", gradient)
 
-    # called within the update, when gradients are reduced, and clipped already
+    # called within the update, when gradients are reduced, and not clipped yet: with clipping, a
+    # fault in one gradient would change all others
     optimizer.step_pre_hooks.append(record_gradients)
     for step in range(recipe.train.steps):
         if step and starts is not None:
             names = [name for name, _ in named_state(model)]
-            set_weights(model, {name: starts[f"after step {step}: {name}"] for name in names})
+            set_weights(engine, {name: starts[f"after step {step}: {name}"] for name in names})
         if change is not None:
             change(model, step)
         samples = micro_batches(stage, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
         batches = [random_rows(of_batch, vocab, length) for of_batch in samples]
         report = train_step(engine, batches, samples, stage, step).report
-        # undo the clipping: with it, a fault in one gradient would change all others
-        factor = clip_factor(report.grad_norm, recipe.optimizer.clip)
-        for key in shards:
-            if key.startswith(f"gradients/step {step + 1}: "):
-                shards[key].values.div_(factor)
         losses = {"loss": report.loss, "balance": report.balance, **report.extras}
         for name, value in losses.items():
             record("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
@@ -131,20 +128,14 @@ def named_state(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def set_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Copies this rank's shard of global tensors, by name, into every parameter and buffer."""
-    for name, tensor in named_state(model):
-        local, offset = shard_of(tensor)
+def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
+    """Copies this rank's shard of global tensors, by name, into every parameter and buffer, or into
+    the master weights of the optimizer."""
+    masters = engine.optimizer.masters()
+    for name, tensor in named_state(engine.model):
+        local, offset = shard_of(masters.get(canonical(name), tensor))
         local.copy_(weights[name][slices(offset, local.shape)])
-
-
-def clip_factor(norm: float, limit: float) -> float:
-    """The factor by which clipping to `limit` multiplies gradients whose norm is `norm`."""
-    probe = nn.Parameter(torch.ones((), dtype=torch.float64))
-    probe.grad = torch.ones_like(probe)
-    if limit:
-        clip_gradients([probe], torch.tensor(norm, dtype=torch.float64), limit)
-    return float(probe.grad)
+    engine.optimizer.write_weights()
 
 
 def perturb_initial_weights(model: Decoder) -> None:

@@ -1,6 +1,7 @@
 """Fills a sharded model from a source: every rank reads the boxes of its own shards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,7 +75,11 @@ class WeightsReader(StorageReader):
 
 
 def fill(
-    model: CanonicalNames, weights: Weights, only: Sequence[str] = (), skip: Sequence[str] = ()
+    model: CanonicalNames,
+    weights: Weights,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    masters: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[str]:
     """Fills parameters and buffers of a model from a source, whatever their placement. Collective.
 
@@ -84,6 +89,7 @@ def fill(
         only: patterns of canonical names, as of a shell; those that match none keep their values.
             None given: all.
         skip: patterns of those that keep their values.
+        masters: an optimizer's master weights, which are filled in place of the model's weights.
 
     Returns:
         the names that keep their values, of all ranks' tensors, sorted.
@@ -92,7 +98,7 @@ def fill(
         UserError: a pattern matches nothing, a tensor is missing or of another shape; no tensor is
             changed then.
     """
-    tensors = dict(tensors_of(model))
+    tensors = dict(tensors_of(model)) | dict(masters)
     kept = {name for name in tensors if not is_chosen(name, only, skip)}
     chosen = {name: t.detach() for name, t in tensors.items() if name not in kept}
     everywhere = on_all_ranks(lambda: (sorted(tensors), faults(chosen, weights), sorted(kept)))

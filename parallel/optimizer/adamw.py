@@ -8,17 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from colonnade.models.parameter_module import Declared, trained
+from colonnade.models.parameters import ParameterSpec
+from colonnade.parallel.gradients import scale_gradients
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamW(Optimizer):
-    """AdamW on all parameters of a model that are not frozen, or on the given ones.
+def rate_and_decay(spec: ParameterSpec, settings: OptimizerSettings) -> tuple[float, float]:
+    """Returns the factor of a parameter's learning rate, and its weight decay.
 
     AdamW multiplies its weight decay by the learning rate; where muP lowers the rate, the decay is
     raised, so that their product stays the same (arXiv:2203.03466, appendix B.3).
     """
+    return spec.rate, settings.weight_decay / spec.rate if spec.decayed else 0.0
+
+
+class AdamW(Optimizer):
+    """AdamW on all parameters of a model that are not frozen, or on the given ones."""
 
     def __init__(
         self,
@@ -28,19 +35,15 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__()
         self.named = list(trained(model) if parameters is None else parameters)
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         if not self.named:  # a stage of a pipeline may be frozen, and PyTorch's has some parameter
-            groups[1.0, False] = []
+            groups[1.0, 0.0] = []
         for _, parameter, spec in self.named:
-            groups[spec.rate, spec.decayed].append(parameter)
+            groups[rate_and_decay(spec, settings)].append(parameter)
         self.torch = torch.optim.AdamW(
             [
-                {
-                    "params": members,
-                    "rate": rate,
-                    "weight_decay": settings.weight_decay / rate if decayed else 0.0,
-                }
-                for (rate, decayed), members in sorted(groups.items(), key=lambda g: g[0])
+                {"params": members, "rate": rate, "weight_decay": decay}
+                for (rate, decay), members in sorted(groups.items(), key=lambda g: g[0])
             ],
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
@@ -52,7 +55,8 @@ class AdamW(Optimizer):
                 **{moment: torch.zeros_like(p) for moment in MOMENTS},
             }
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, scale: float) -> None:
+        scale_gradients((p for _, p, _ in self.named), scale)
         for group in self.torch.param_groups:
             group["lr"] = lr * group["rate"]
         self.torch.step()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from colonnade.kernels.orthogonal import orthogonalised
 from colonnade.models.parameter_module import Declared, trained
-from colonnade.parallel.gradients import local
+from colonnade.parallel.gradients import local, scale_gradients
 from colonnade.parallel.optimizer.adamw import AdamW
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 
@@ -38,9 +38,10 @@ class Muon(Optimizer):
         self.momenta = [torch.zeros_like(p) for _, p, _ in self.matrices]
 
     @torch.no_grad()
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, scale: float) -> None:
         """Updates every parameter; all-gathers the momentum of every matrix. Collective."""
-        self.adamw.update(lr)
+        self.adamw.update(lr, scale)
+        scale_gradients((p for _, p, _ in self.matrices), scale)
         for (_, p, spec), momentum in zip(self.matrices, self.momenta, strict=True):
             if p.grad is None:
                 continue

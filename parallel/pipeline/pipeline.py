@@ -77,6 +77,8 @@ class Pipeline(Passes):
             with observe_action(self.observer, *action):
                 run.perform(action)
         run.wait_for_sends()
+        if isinstance(self.model, FSDPModule):  # else gradients are complete already
+            self.expect_gradients()
         reduce_gradients(self.model)
         return run.outcomes
 
@@ -129,6 +131,11 @@ class Pipeline(Passes):
     def copies(self) -> Set[nn.Parameter]:
         """This rank's parameters that a rank with a lower index counts."""
         return self.shared.copies
+
+    @property
+    def shared_parameters(self) -> Set[nn.Parameter]:
+        """This rank's parameters of which other ranks have copies."""
+        return {p for group in self.shared.groups for p in group.parameters}
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colonnade.models.config import ModelConfig
 from colonnade.models.decoder import Decoder
 from colonnade.models.wiring import Stage
-from colonnade.parallel.gradients import local
+from colonnade.parallel.gradients import local, wide_dtype
 
 
 def holders(config: ModelConfig, stages: Sequence[Sequence[Stage]]) -> dict[str, tuple[int, ...]]:
@@ -107,5 +107,5 @@ class SharedWeights:
 def gradient_of(parameter: nn.Parameter) -> Tensor:
     """Returns this rank's shard of a parameter's gradient; zeros where no pass has used it."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=wide_dtype(parameter))
     return local(parameter.grad)

@@ -192,9 +192,7 @@ def job_with_nan(rank: int, size: int, recipe: Recipe, run: Path, bad: set[int])
     """Runs a job with a NaN gradient on rank 0 at the steps `bad`; returns which were skipped."""
     norm, steps = engine.gradient_norm, itertools.count()
 
-    def gradient_norm(
-        parameters: Iterable[torch.nn.Parameter], *stages: object
-    ) -> torch.Tensor:
+    def gradient_norm(parameters: Iterable[torch.nn.Parameter], *stages: object) -> torch.Tensor:
         weights = list(parameters)
         if next(steps) in bad and rank == 0:
             weights[0].grad = weights[0].grad * float("nan")

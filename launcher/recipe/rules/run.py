@@ -46,6 +46,17 @@ def mup_optimizer(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         yield Fault("optimizer.name", "muon", f"{remedy}; set it to adamw, or leave out mup_base")
 
 
+@RULES.add("optimizer.name", "optimizer.offload")
+def offloaded_optimizer(r: Recipe, world_size: int | None) -> Iterator[Fault]:
+    """AdamW alone works element by element, wherever an element is."""
+    if r.optimizer.offload != "none" and r.optimizer.name != "adamw":
+        remedy = f"optimizer.name = {r.optimizer.name} all-gathers matrices on the device; set "
+        yield Fault(
+            "optimizer.offload", r.optimizer.offload, f"{remedy}optimizer.name to adamw, or offload"
+            " to none",
+        )  # fmt: skip
+
+
 @RULES.add("train.freeze", *ROW_FIELDS)
 def frozen(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     """Every pattern matches something, and something is trained."""

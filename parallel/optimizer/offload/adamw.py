@@ -1,0 +1,245 @@
+"""AdamW whose master weights and moments are in the host's memory, updated on host and device."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from colonnade.kernels.host_adamw import HostKernel
+from colonnade.models.decoder import Decoder
+from colonnade.parallel.gradients import local, wide_dtype
+from colonnade.parallel.optimizer.adamw import MOMENTS
+from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
+from colonnade.parallel.optimizer.offload import placement
+from colonnade.parallel.optimizer.offload.arrivals import Arrivals
+from colonnade.parallel.lanes.cuda import CudaLanes
+from colonnade.parallel.optimizer.offload.groups import Group, Member, build_groups
+from colonnade.parallel.optimizer.offload.host_state import (
+    Dtypes,
+    allocate,
+    as_parameter,
+    state_bytes,
+)
+from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, new_slab
+from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
+from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
+from colonnade.parallel.lanes.tasks import ImmediateLanes, Lanes
+from colonnade.parallel.optimizer.offload.work import TensorWork
+from colonnade.parallel.parallelize import keep_wide_gradients
+
+REFIT = 20  # updates between two placements
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Offload(NamedTuple):
+    """What the optimizer is given beside its settings.
+
+    Attributes:
+        kernel: updates groups on the host.
+        device: of the weights.
+        refit: whether placements follow measured rates and memory; without it they are fixed, and a
+            run can be repeated bit for bit.
+        lanes: makes the lanes of a device, which report their times; None: those of `device`.
+        free: bytes that are free on the device at this moment; None: it is asked.
+    """
+
+    kernel: HostKernel
+    device: torch.device
+    refit: bool = True
+    lanes: Callable[[Measured], Lanes] | None = None
+    free: Callable[[], float] | None = None
+
+
+class OffloadedAdamW(Optimizer):
+    """AdamW on parameters whose fp32 master weights and moments the host keeps, or in the
+    parameters' own dtype where that is wider.
+
+    The device has the weights, in 16 bits where it computes in these, and gradients. Gradients of
+    groups that the host updates leave during the last backward pass. `host` updates all groups
+    there; `interleaved` moves the state of some to the device, where these are updated at the same
+    time. After a step each weight is its master weight, rounded.
+
+    Ranks that have the same parameters place them alike, since two kernels round differently.
+    """
+
+    def __init__(self, model: Decoder, settings: OptimizerSettings, offload: Offload) -> None:
+        super().__init__()
+        self.settings, self.device = settings, offload.device
+        storage = wide_dtype(next(model.parameters()))
+        keep_wide_gradients(model, storage)
+        self.groups = build_groups(model, settings, storage)
+        dtypes = [self.dtypes_of(group, storage) for group in self.groups]
+        self.host = allocate(self.groups, dtypes, new_slab(offload.device, settings.pinned))
+        self.meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
+        self.measured, self.rates = Measured(), TYPICAL
+        self.free = offload.free or (lambda: free_bytes(self.device))
+        lanes = offload.lanes(self.measured) if offload.lanes else self.lanes_of_device()
+        self.refit = offload.refit and offload.device.type == "cuda"
+        sizes = [self.size_of(group, of) for group, of in zip(self.groups, dtypes, strict=True)]
+        # more than two slots hold what is loaded before the norm is known, where memory is measured
+        slots = len(self.groups) if self.refit else 2
+        self.scheduler = Scheduler(lanes, self.work, sizes, self.has_memory, slots)
+        self.numbers = {
+            member.parameter: (number, part)
+            for number, group in enumerate(self.groups)
+            for part, member in enumerate(group.trained)
+        }
+        early = [m.parameter for g in self.groups for m in g.trained if not m.partial]
+        self.arrivals = Arrivals(early, self.take_gradient)
+        self.on_host: set[int] = set()  # groups that the host must update
+        self.steps, self.free_at_update = 0, float("inf")
+        self.placement, self.predicted, self.seconds = [False] * len(self.groups), 0.0, 0.0
+        if not self.refit:
+            self.place(slots)
+
+    def dtypes_of(self, group: Group, storage: torch.dtype) -> Dtypes:
+        """Returns the dtypes of a group's tensors; fp64 is never narrowed."""
+        exact = storage == torch.float64
+        gradients, moments = self.settings.offload_gradients, self.settings.offload_moments
+        (weights,) = {member.parameter.dtype for member in group.members}
+        return Dtypes(
+            master=storage,
+            moments=storage if exact else DTYPES[moments],
+            gradient=storage if exact else DTYPES[gradients],
+            weights=weights,
+        )
+
+    def size_of(self, group: Group, dtypes: Dtypes) -> GroupSize:
+        """Returns the size of a group; one that is not updated moves nothing."""
+        count = sum(member.numel for member in group.trained)
+        return GroupSize(
+            parameters=count,
+            state=state_bytes(group, dtypes) if group.trained else 0,
+            gradients=tuple(m.numel * dtypes.gradient.itemsize for m in group.trained),
+            weights=count * dtypes.weights.itemsize,
+        )
+
+    def lanes_of_device(self) -> Lanes:
+        """Returns the lanes of the device of the weights."""
+        if self.device.type == "cuda":
+            return CudaLanes(self.device, self.measured.observe)
+        return ImmediateLanes(self.measured.observe)
+
+    def has_memory(self, size: int) -> bool:
+        """Whether the device has so many bytes free, and the margin beside them."""
+        return self.free() - self.settings.margin * GIB >= size
+
+    # Where groups are updated.
+
+    def share_with_stages(self, parameters: Collection[nn.Parameter]) -> None:
+        """The host updates groups with parameters of which other pipeline stages have copies: their
+        groups are others, and so might be the places where these are updated. Their gradients are
+        complete only after backward."""
+        self.on_host = {self.numbers[p][0] for p in parameters if p in self.numbers}
+        self.arrivals.leave_out(parameters)
+        if not self.refit:
+            self.place(self.scheduler.most_slots)
+
+    def place(self, slots: int) -> None:
+        """Chooses where each group is updated, where the device has memory for so many slots."""
+        sizes = self.scheduler.sizes
+        movable = [g for g, size in enumerate(sizes) if g not in self.on_host and size.parameters]
+        self.placement = [False] * len(sizes)
+        if self.settings.offload == "interleaved" and slots:
+            chosen, _ = placement.place([sizes[g] for g in movable], self.rates, min(slots, 2))
+            for group, there in zip(movable, chosen, strict=True):
+                self.placement[group] = there
+        self.predicted, _ = placement.simulate(sizes, self.placement, self.rates, max(slots, 1))
+
+    def place_anew(self) -> None:
+        """Places groups by what was measured on all ranks. Collective: all-reduces rates, and (MIN)
+        how many slots fit in the memory that was free when updates began."""
+        self.rates = self.measured.rates(self.rates)
+        largest = max(size.state for size in self.scheduler.sizes)
+        room = self.free_at_update - self.settings.margin * GIB
+        slots = torch.tensor(min(max(room // max(largest, 1), 0), len(self.groups)))
+        if dist.is_initialized():
+            dist.all_reduce(slots, dist.ReduceOp.MIN)
+        self.place(int(slots))
+        self.free_at_update = float("inf")
+
+    # The step.
+
+    def expect_gradients(self) -> None:
+        self.scheduler.begin(self.placement)
+        self.arrivals.begin()
+
+    def take_gradient(self, parameter: nn.Parameter) -> None:
+        """Sends a gradient that backward has completed to the host, if its group is updated there;
+        its norm stays on the device."""
+        group, part = self.numbers[parameter]
+        if not self.placement[group]:
+            assert parameter.grad is not None
+            (self.local_norms[parameter],) = torch._foreach_norm([local(parameter.grad)])
+            self.scheduler.send_gradient(group, part)
+        self.scheduler.prefetch()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if parameter.grad is not None or parameter not in self.local_norms:
+            return parameter.grad
+        group, part = self.numbers[parameter]
+        self.scheduler.wait_for_gradient(group, part)
+        member = self.work.member(group, part)
+        return as_parameter(member.view(self.host[group].gradient), member, self.meshes)
+
+    def update(self, lr: float, scale: float) -> None:
+        """Updates all parameters; returns when everything is in its place. Every `REFIT` updates
+        groups are placed anew, which is collective."""
+        start = time.perf_counter()
+        self.free_at_update = min(self.free_at_update, self.free())
+        self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
+        self.scheduler.step(self.placement)
+        self.end_step()
+        self.seconds = time.perf_counter() - start
+        if self.refit and self.steps % REFIT == 0:
+            self.place_anew()
+        self.steps += 1
+
+    def zero_grad(self) -> None:
+        self.scheduler.discard()
+        self.end_step()
+        for parameter in self.numbers:
+            parameter.grad = None
+
+    def end_step(self) -> None:
+        """Forgets the gradients that have left the device."""
+        self.local_norms.clear()
+        self.arrivals.end()
+
+    # What is saved and restored.
+
+    def named_members(self, moments: bool) -> list[tuple[str, Member, dict[str, Tensor]]]:
+        """Returns each parameter with its moments, or its master weight, on the host."""
+        found = []
+        for host in self.host:
+            state = host.state
+            flat = {"master": state.master}
+            if moments:
+                flat = dict(zip(MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True))
+            for m in host.group.trained if moments else host.group.members:
+                views = {k: as_parameter(m.view(t), m, self.meshes) for k, t in flat.items()}
+                found.append((m.name, m, views))
+        return found
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: state["master"] for name, _, state in self.named_members(moments=False)}
+
+    def named_state(self) -> dict[str, Tensor]:
+        members = self.named_members(moments=True)
+        return {f"{name}.{key}": t for name, _, state in members for key, t in state.items()}
+
+    def write_weights(self) -> None:
+        for group in range(len(self.groups)):
+            self.work.round_weights(group)
+
+    def resume(self, updates: int, before: Mapping[str, int]) -> None:
+        super().resume(updates, before)
+        for group in self.groups:
+            for member in group.members:
+                member.updates_before = before.get(member.name, 0)
+        self.write_weights()

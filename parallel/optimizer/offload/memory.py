@@ -1,0 +1,59 @@
+"""Memory of offloaded state: pinned slabs on the host, and what the device has free."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+
+
+class PinnedMemoryError(RuntimeError):
+    """The host refuses to pin the memory that offloaded state needs."""
+
+
+def new_slab(device: torch.device, pinned: str) -> Callable[[int], Tensor]:
+    """Returns the function that allocates a slab of bytes on the host.
+
+    Slabs for a GPU are pinned, so that copies run beside everything else. The memory is registered,
+    not allocated by torch's pinned allocator, which rounds sizes up to a power of two.
+
+    Args:
+        device: whose copies use the slabs; memory of the host is not pinned.
+        pinned: `require` raises PinnedMemoryError where memory cannot be pinned; `prefer` warns and
+            goes on without, which makes copies block the host.
+    """
+
+    def allocate(size: int) -> Tensor:
+        slab = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if device.type != "cuda" or not size:
+            return slab
+        status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
+        if int(status) == 0:
+            return slab
+        sentence = f"the host does not pin {size / GIB:.2f} GiB of optimizer state (CUDA error "
+        sentence += f"{int(status)}; see `ulimit -l` and the container's memory limit)"
+        if pinned == "require":
+            raise PinnedMemoryError(
+                f"optimizer.pinned = require: {sentence}; raise the limit, use more ranks, or set "
+                "optimizer.pinned to prefer, with which copies are two to three times as slow and "
+                "block the host"
+            )
+        warnings.warn(
+            f"offload: {sentence}: it stays pageable, so copies are two to three times as slow and "
+            "block the host",
+            stacklevel=2,
+        )
+        return slab
+
+    return allocate
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that a new tensor may take on a device now: what the driver has free, and what torch's
+    allocator holds and does not use. Infinite where the device is the host itself."""
+    if device.type != "cuda":
+        return float("inf")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,0 +1,143 @@
+"""What the operations of a step do with a rank's tensors, on a device and its host."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from colonnade.kernels.host_adamw import AdamWStep, HostKernel
+from colonnade.parallel.gradients import local, wide_dtype
+from colonnade.parallel.optimizer.base import OptimizerSettings
+from colonnade.parallel.optimizer.offload.groups import Member
+from colonnade.parallel.optimizer.offload.host_state import Dtypes, HostGroup, Views, views
+
+
+class TensorWork:
+    """The operations on the groups of a rank (`scheduler.Work`).
+
+    Attributes:
+        host: master weights, moments and buffers of each group.
+        dtypes: of each group.
+        kernel: AdamW on the host.
+        device: of the weights.
+        settings: `[optimizer]`.
+        lr: learning rate of the step.
+        scale: factor of its gradients.
+        updates: of the run, this one included.
+    """
+
+    def __init__(
+        self,
+        host: Sequence[HostGroup],
+        dtypes: Sequence[Dtypes],
+        kernel: HostKernel,
+        device: torch.device,
+        settings: OptimizerSettings,
+    ) -> None:
+        self.host, self.dtypes, self.kernel = host, dtypes, kernel
+        self.device, self.settings = device, settings
+        self.lr, self.scale, self.updates = 0.0, 1.0, 0
+
+    def member(self, group: int, part: int) -> Member:
+        """Returns a trained parameter by the number of its group, and its own within that."""
+        return self.host[group].group.trained[part]
+
+    def has_gradient(self, group: int, part: int) -> bool:
+        return self.member(group, part).parameter.grad is not None
+
+    def copy_gradient(self, group: int, part: int) -> None:
+        member, buffer = self.member(group, part), self.host[group].gradient
+        assert member.parameter.grad is not None
+        gradient = local(member.parameter.grad).to(buffer.dtype)  # on the device
+        member.view(buffer).copy_(gradient, non_blocking=True)
+
+    def drop_gradient(self, group: int, part: int) -> None:
+        self.member(group, part).parameter.grad = None
+
+    def allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def load(self, group: int, memory: Tensor) -> None:
+        state = self.host[group].state.buffer
+        memory[: len(state)].copy_(state, non_blocking=True)
+
+    def store(self, group: int, memory: Tensor) -> None:
+        state = self.host[group].state.buffer
+        state.copy_(memory[: len(state)], non_blocking=True)
+
+    @torch.no_grad()
+    def update(self, group: int, memory: Tensor) -> None:
+        """Updates a group in its slot by torch's fused AdamW, and writes its weights."""
+        of_group = self.host[group].group
+        state = views(memory, of_group, self.dtypes[group])
+        alike: dict[tuple[float, float, int], list[Member]] = defaultdict(list)
+        for member in of_group.trained:
+            if member.parameter.grad is not None and member.numel:
+                alike[member.rate, member.decay, member.updates_before].append(member)
+        for members in alike.values():
+            self.update_alike(members, state)
+        for member in of_group.trained:
+            member.weight.copy_(member.view(state.master))
+
+    def update_alike(self, members: Sequence[Member], state: Views) -> None:
+        """Updates parameters with the same rate, decay and number of updates."""
+        wide = state.master.dtype
+        gradients = [
+            local(m.parameter.grad).to(wide) for m in members if m.parameter.grad is not None
+        ]
+        if self.scale != 1.0:
+            torch._foreach_mul_(gradients, self.scale)
+        masters, *moments = (
+            [member.view(flat) for member in members]
+            for flat in (state.master, state.exp_avg, state.exp_avg_sq)
+        )
+        widened = [[m.to(wide_dtype(m)) for m in of_kind] for of_kind in moments]
+        step = self.step_of(members[0])
+        count = torch.tensor(float(step.step), device=state.master.device)
+        torch._fused_adamw_(
+            masters, gradients, *widened, [], [count.clone() for _ in members],
+            lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
+            eps=step.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        for narrow, wider in zip(moments, widened, strict=True):
+            if narrow[0].dtype != wider[0].dtype:
+                torch._foreach_copy_(narrow, wider)
+
+    def step_of(self, member: Member) -> AdamWStep:
+        """Returns the figures of a parameter's update."""
+        s = self.settings
+        return AdamWStep(
+            step=self.updates - member.updates_before,
+            lr=self.lr * member.rate,
+            beta1=s.beta1,
+            beta2=s.beta2,
+            eps=s.eps,
+            weight_decay=member.decay,
+            scale=self.scale,
+        )
+
+    def update_on_host(self, group: int) -> None:
+        """Updates a group by the host's kernel, which rounds the weights."""
+        host = self.host[group]
+        separate = host.weights is not host.state.master
+        for member in host.group.trained:
+            self.kernel(
+                *(member.view(flat).view(-1) for flat in (
+                    host.state.master, host.gradient, host.state.exp_avg, host.state.exp_avg_sq
+                )),
+                member.view(host.weights).view(-1) if separate else None,
+                self.step_of(member),
+            )  # fmt: skip
+
+    def copy_weights(self, group: int) -> None:
+        host = self.host[group]
+        for member in host.group.trained:
+            member.weight.copy_(member.view(host.weights), non_blocking=True)
+
+    @torch.no_grad()
+    def round_weights(self, group: int) -> None:
+        """Writes all weights of a group from its master weights."""
+        host = self.host[group]
+        for member in host.group.members:
+            member.weight.copy_(member.view(host.state.master))

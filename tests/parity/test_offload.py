@@ -1,0 +1,209 @@
+"""Optimizer state in the host's memory: bit-equal to AdamW on the device, in any order of copies."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ranks import Ranks
+from test_data_parallel import LADDER, recipe_for
+from torch import Tensor
+
+from colonnade.kernels.host_adamw import AdamWStep, TorchKernel
+from colonnade.launcher.checkpoint.tensors import named_tensors
+from colonnade.launcher.recipe.stages import training_stages
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_engine
+from colonnade.launcher.train.schedule import micro_batches
+from colonnade.launcher.train.step import train_step
+from colonnade.launcher.verify.trace import random_rows
+from colonnade.parallel.engine import Engine, connect
+from colonnade.parallel.gradients import local
+from colonnade.parallel.lanes.tasks import Event, Run, Task
+from colonnade.parallel.mesh import data_rank
+from colonnade.parallel.optimizer.offload.adamw import Offload, OffloadedAdamW
+from colonnade.parallel.optimizer.offload.rates import Measured
+from colonnade.parallel.world import World
+
+CPU = torch.device("cpu")
+ROUTED = {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1}
+
+
+@dataclass(eq=False)
+class Queued:
+    """An operation of a lane that runs later."""
+
+    run: Run
+    after: list["Queued"]
+    done: bool = False
+
+
+@dataclass
+class DelayingLanes:
+    """Lanes whose operations run as late as they may, or earlier by chance, in any legal order.
+
+    Every `drop`-th operation waits for no event; None: all do.
+    """
+
+    rng: random.Random
+    drop: int | None = None
+    queues: dict[str, deque[Queued]] = field(default_factory=dict)
+    count: int = 0
+
+    def launch(self, task: Task, run: Run, after: Sequence[Event] = ()) -> Event:
+        self.count += 1
+        kept = [e for e in after if e is not None]
+        operation = Queued(run, [] if self.drop and self.count % self.drop == 0 else kept)
+        self.queues.setdefault(task.kind, deque()).append(operation)
+        for _ in range(self.rng.choice([0, 0, 1, 3])):
+            self.run_any()
+        return operation
+
+    def run_any(self) -> bool:
+        able = [q for q in self.queues.values() if q and all(e.done for e in q[0].after)]
+        if not able:
+            return False
+        operation = self.rng.choice(able).popleft()
+        operation.run()
+        operation.done = True
+        return True
+
+    def run_on_host(self, task: Task, run: Run) -> None:
+        run()
+
+    def ready(self) -> Event:
+        return None
+
+    def wait(self, event: Event) -> None:
+        while event is not None and not event.done:
+            assert self.run_any(), "a wait for what never runs"
+
+    def passed(self, event: Event) -> bool:
+        return event is None or event.done
+
+    def finish(self) -> None:
+        assert not any(self.queues.values())
+
+
+class PoisonedKernel(TorchKernel):
+    """The reference kernel, which spoils gradients that it has used."""
+
+    def __call__(self, *tensors: Any) -> None:
+        super().__call__(*tensors)
+        tensors[1].fill_(float("nan"))
+
+
+class Trained(NamedTuple):
+    """Losses and norms of all steps, the final local tensors, and facts of the optimizer."""
+
+    losses: list[tuple[float, float]]
+    tensors: dict[str, Tensor]
+    unrounded: list[str]
+    on_device: list[int]
+
+
+def settings_of(recipe: Recipe, **fields: Any) -> Recipe:
+    """A recipe with other `[optimizer]` fields."""
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update=fields)})
+
+
+def with_lanes(engine: Engine, recipe: Recipe, seed: int, drop: int | None) -> Engine:
+    """An engine whose copies run in a random order, with a random placement."""
+
+    def lanes(measured: Measured) -> DelayingLanes:
+        return DelayingLanes(random.Random(seed), drop)
+
+    offload = Offload(PoisonedKernel(), CPU, lanes=lanes)
+    optimizer = OffloadedAdamW(engine.model, recipe.optimizer, offload)
+    for name, master in optimizer.masters().items():
+        local(master).copy_(local(engine.optimizer.masters()[name]))
+    connect(engine.passes, optimizer)
+    return replace(engine, optimizer=optimizer)
+
+
+def train(
+    rank: int,
+    size: int,
+    recipe: Recipe,
+    seed: int | None = None,
+    drop: int | None = None,
+    steps: int = 3,
+) -> Trained:
+    """Trains a few steps; with a seed copies are delayed, and every step has another placement."""
+    engine = build_engine(recipe, World(rank, size, CPU))
+    if seed is not None:
+        engine = with_lanes(engine, recipe, seed, drop)
+    optimizer, rng = engine.optimizer, random.Random(seed)
+    (stage,), losses, on_device = training_stages(recipe), [], []
+    for step in range(steps):
+        if isinstance(optimizer, OffloadedAdamW):
+            if seed is not None:
+                optimizer.placement = [rng.random() < 0.5 for _ in optimizer.groups]
+            on_device.append(sum(optimizer.placement))
+        samples = micro_batches(stage, step, *data_rank(engine.mesh))
+        rows = [random_rows(s, recipe.model.vocab, recipe.train.seq_len) for s in samples]
+        report = train_step(engine, rows, samples, stage, step).report
+        losses.append((report.loss, report.grad_norm))
+    tensors = {n: local(t).clone() for n, t in named_tensors(engine.model, optimizer).items()}
+    unrounded = [
+        name
+        for name, p in engine.model.named_parameters()
+        if not torch.equal(local(p), tensors[name].to(p.dtype))
+    ]
+    return Trained(losses, tensors, unrounded, on_device)
+
+
+def differing(ours: Trained, reference: Trained) -> list[str]:
+    """The names of tensors that differ in a bit."""
+    assert ours.tensors.keys() == reference.tensors.keys()
+    names = ours.tensors
+    return [n for n in names if not torch.equal(names[n], reference.tensors[n])]
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
+    "FSDP, accumulation": ("M-*E", {"dp_shard": 2}, 2, {**LADDER, **ROUTED}),
+    "HSDP": ("*-M-", {"dp_shard": 2, "dp_replicate": 2}, 2, {}),
+    "tp with sequence parallelism": ("M-*E", {"tp": 2, "dp_shard": 2}, 4, {**LADDER, **ROUTED}),
+    "tp, tied": ("*-", {"tp": 2, "sequence": False}, 4, {"tied": True}),
+    "experts": ("*E*E", {"ep": 2, "dp_shard": 2, "tp": 2}, 4, ROUTED),
+    "context": ("*-M-", {"cp": 2, "dp_shard": 2}, 4, LADDER),
+    "pipeline, tied": ("*-M-", {"pp": 2, "dp_shard": 2}, 4, {"tied": True}),
+    "pipeline alone": ("*-M-", {"pp": 2}, 4, LADDER),
+    "zero bubble": ("*-*-", {"pp": 2, "schedule": "zbv", "dp_shard": 2}, 2, {}),
+    "shared depth": ("*-", {"dp_shard": 2}, 4, {"repeat": 2, "share": True}),
+    "muP": ("*-M-", {"dp_shard": 2}, 4, {"mup_base": {"hidden": 12, "ffn": 20}}),
+}
+
+
+def pool(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, layout: dict[str, Any]) -> Ranks:
+    """The ranks that a layout needs."""
+    size = 1
+    for axis in ("dp_shard", "dp_replicate", "tp", "cp", "pp"):
+        size *= layout.get(axis, 1)
+    return {1: ranks1, 2: ranks2, 4: ranks4}[size]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_bit_is_that_of_adamw_on_the_device(
+    ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, name: str, precision: str
+) -> None:
+    pattern, layout, micro, fields = LAYOUTS[name]
+    ranks = pool(ranks1, ranks2, ranks4, layout)
+    recipe = recipe_for(pattern, layout, micro, vocab=64, experts=4, **fields)
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"precision": precision})}
+    )
+    device = ranks.run(train, recipe)
+    for kind, seed in (("host", None), ("interleaved", None), ("interleaved", 7)):
+        changed = settings_of(recipe, offload=kind, host_kernel="torch")
+        for ours, reference in zip(ranks.run(train, changed, seed), device, strict=True):
+            assert ours.losses == reference.losses, kind
+            assert not differing(ours, reference), kind
+            assert not ours.unrounded
+            assert any(ours.on_device) == (kind != "host")
