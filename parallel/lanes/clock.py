@@ -1,4 +1,4 @@
-"""Lanes on a simulated clock: for predictions, benchmarks of devices that are not present, tests."""
+"""Lanes on a simulated clock: for predictions, tests, and benchmarks of devices elsewhere."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -48,11 +48,13 @@ class Optimizer(ABC):
         self.updates = 0
         self.local_norms: dict[nn.Parameter, Tensor] = {}
 
-    def share_with_stages(self, parameters: Collection[nn.Parameter]) -> None:
+    def share_with_stages(  # noqa: B027  # by default nothing depends on it
+        self, parameters: Collection[nn.Parameter]
+    ) -> None:
         """Says which parameters other stages of a pipeline have copies of: they must be updated
         alike, from gradients that are complete only after backward."""
 
-    def expect_gradients(self) -> None:
+    def expect_gradients(self) -> None:  # noqa: B027  # by default none is taken
         """Is called before the backward pass, or the reduction, that completes the gradients of
         this step: an optimizer may take each as soon as it is complete."""
 
@@ -78,7 +80,7 @@ class Optimizer(ABC):
         memory than the model's, each sharded like its parameter: they are what is saved."""
         return {}
 
-    def write_weights(self) -> None:
+    def write_weights(self) -> None:  # noqa: B027  # by default there are none
         """Writes the weights of `masters`, which somebody has changed, into the model."""
 
     @abstractmethod

@@ -12,11 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from colonnade.kernels.host_adamw import HostKernel
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.gradients import local, wide_dtype
+from colonnade.parallel.lanes.cuda import CudaLanes
+from colonnade.parallel.lanes.tasks import ImmediateLanes, Lanes
 from colonnade.parallel.optimizer.adamw import MOMENTS
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 from colonnade.parallel.optimizer.offload import placement
 from colonnade.parallel.optimizer.offload.arrivals import Arrivals
-from colonnade.parallel.lanes.cuda import CudaLanes
 from colonnade.parallel.optimizer.offload.groups import Group, Member, build_groups
 from colonnade.parallel.optimizer.offload.host_state import (
     Dtypes,
@@ -27,7 +28,6 @@ from colonnade.parallel.optimizer.offload.host_state import (
 from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, new_slab
 from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
 from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
-from colonnade.parallel.lanes.tasks import ImmediateLanes, Lanes
 from colonnade.parallel.optimizer.offload.work import TensorWork
 from colonnade.parallel.parallelize import keep_wide_gradients
 

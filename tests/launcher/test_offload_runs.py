@@ -1,0 +1,95 @@
+"""Runs with optimizer state in the host's memory: saved, resumed, begun from weights, frozen."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+from test_job import job, losses
+
+from colonnade.launcher.recipe.tables import Recipe
+from colonnade.parallel.optimizer.offload import memory
+from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, new_slab
+
+KERNEL = "optimizer.host_kernel=torch"
+INTERLEAVED, HOST = ("optimizer.offload=interleaved", KERNEL), ("optimizer.offload=host", KERNEL)
+BF16 = ("train.precision=bf16", "train.steps=10")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_goes_on_with_state_anywhere(
+    ranks1: Ranks,
+    ranks2: Ranks,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    """The device, the host, both, the device again: the losses of a run on the device."""
+    fields = (f"train.precision={precision}", "train.steps=8")
+    ranks2.run(job, recipe(*fields), tmp_path / "device")
+    run = tmp_path / "moved"
+    ranks2.run(job, recipe(*fields), run, False, 2)
+    ranks2.run(job, recipe(*fields, *HOST), run, True, 4)
+    ranks2.run(job, recipe(*fields, *INTERLEAVED), run, True, 6)
+    ranks2.run(job, recipe(*fields), run, True)
+    assert losses(run) == losses(tmp_path / "device")
+
+
+def test_resuming_on_another_layout_with_state_anywhere(
+    ranks1: Ranks,
+    ranks2: Ranks,
+    ranks4: Ranks,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    fields = ("train.precision=fp64", "model.experts=4", "train.steps=8")
+    ranks1.run(job, recipe(*fields), tmp_path / "one")
+    run = tmp_path / "moved"
+    ranks2.run(job, recipe(*fields, *INTERLEAVED, "parallel.tp=2"), run, False, 2)
+    ranks4.run(job, recipe(*fields, *HOST, "parallel.pp=2"), run, True, 4)
+    ranks4.run(job, recipe(*fields, *INTERLEAVED, "parallel.ep=2", "parallel.cp=2"), run, True, 6)
+    ranks1.run(job, recipe(*fields), run, True)
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
+
+
+def test_stages_freeze_and_thaw_16_bit_weights_without_rounding_them(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Frozen weights keep their fp32 values on the host, which a later stage trains on."""
+    stages = (
+        "train.precision=bf16", "stage.0.steps=2", "stage.1.steps=2",
+        "stage.1.train.freeze=['embedding.*','blocks.[02].*']", "stage.2.steps=3",
+    )  # fmt: skip
+    ranks2.run(job, recipe(*stages), tmp_path / "device")
+    ranks2.run(job, recipe(*stages, *INTERLEAVED), tmp_path / "moved")
+    assert losses(tmp_path / "moved") == losses(tmp_path / "device")
+
+
+def test_training_begins_from_the_exact_values_of_weights(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    ranks2.run(job, recipe("train.steps=2", "train.precision=fp32"), tmp_path / "weights")
+    init = f"train.init={tmp_path / 'weights/checkpoints/step-00000002'}"
+    fields = (init, "train.precision=bf16", "train.steps=3")
+    ranks2.run(job, recipe(*fields), tmp_path / "device")
+    ranks2.run(job, recipe(*fields, *INTERLEAVED), tmp_path / "moved")
+    assert losses(tmp_path / "moved") == losses(tmp_path / "device")
+
+
+class Refusing:
+    """A driver that registers no memory, as one whose limit is reached."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        return 2
+
+
+def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns and goes on with pageable memory, or refuses."""
+    monkeypatch.setattr(memory.torch.cuda, "cudart", Refusing)
+    device = torch.device("cuda")
+    with pytest.raises(PinnedMemoryError, match=r"optimizer.pinned = require: .*1\.00 GiB.*prefer"):
+        new_slab(device, "require")(1 << 30)
+    with pytest.warns(UserWarning, match="two to three times as slow"):
+        slab = new_slab(device, "prefer")(1 << 20)
+    assert slab.numel() == 1 << 20
