@@ -147,6 +147,13 @@ def bench_init() -> dict[str, Any]:
     return run()
 
 
+def bench_offload() -> dict[str, Any]:
+    """AdamW over host memory beside three passes, DeepSpeedCPUAdam and the memory's bandwidth."""
+    from colonnade.bench.offload import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -164,6 +171,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": bench_generate,
     "convert": bench_convert,
     "init": bench_init,
+    "offload": bench_offload,
 }
 
 

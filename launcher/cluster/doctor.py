@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from colonnade.kernels.linear import has_onednn, usual_choice
+from colonnade.launcher.cluster.compiler import cpp_compiler
 from colonnade.launcher.cluster.environment import cores
+from colonnade.launcher.cluster.host_kernels import AUTO, host_kernel_choice
 from colonnade.launcher.cluster.products import cached_choice
 from colonnade.launcher.errors import UserError
 
@@ -82,17 +84,14 @@ def operators() -> dict[str, str]:
         "conv": "ours, shifted products: faster than conv1d on CPUs",
         "experts": "torch's grouped_mm" if cuda else "a product per expert",
         "loss": "ours, chunked: never holds all logits",
+        "host adamw": host_kernel_choice(AUTO)[1],
     }
 
 
 def missing_for_compiling() -> str | None:
     """What `train.compile` needs on a CPU and is not installed, with the remedy; None: nothing."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler:
+    compiler = cpp_compiler()
+    if compiler is None:
         return "no C++ compiler: install g++, or name one in the environment variable CXX"
     if platform.system() != "Linux":
         return None
