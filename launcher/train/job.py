@@ -14,6 +14,7 @@ from colonnade.launcher.cluster.host_kernels import settle_host_kernel
 from colonnade.launcher.cluster.ranks import settle_determinism
 from colonnade.launcher.data import Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
+from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.stages import TrainingStage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS
@@ -25,6 +26,7 @@ from colonnade.parallel.engine import Engine, connect
 from colonnade.parallel.materialise import draw_weights
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
 from colonnade.parallel.optimizer import Offload, Optimizer, build_optimizer
+from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError
 from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World
@@ -100,16 +102,28 @@ def build_engine(
         prepare(model)
     parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
     model.to_empty(device=world.device)
-    offload = None
-    if recipe.optimizer.offload != "none":
-        kernel = settle_host_kernel(recipe.optimizer.host_kernel)
-        offload = Offload(kernel, world.device, refit=not recipe.train.deterministic)
     compute = COMPUTE[recipe.train.precision]
-    optimizer = build_optimizer(model, recipe.optimizer, compute, offload)
+    try:
+        optimizer = build_optimizer(model, recipe.optimizer, compute, offload_of(recipe, world))
+    except PinnedMemoryError as error:
+        raise UserError(str(error)) from error
     draw_weights(model, recipe.train.seed, optimizer.masters())
     passes = build_passes(model, stages, mesh, recipe, world.device)
     connect(passes, optimizer)
     return Engine(model, optimizer, mesh, world.device, passes)
+
+
+def offload_of(recipe: Recipe, world: World) -> Offload | None:
+    """Returns kernel and device of offloaded optimizer state; None: it stays on the device.
+    Collective: ranks agree on a kernel.
+
+    Raises:
+        UserError: the kernel that the recipe names is not available.
+    """
+    if recipe.optimizer.offload == "none":
+        return None
+    kernel, _ = settle_host_kernel(recipe.optimizer.host_kernel, world.wait_for_all)
+    return Offload(kernel, world.device, refit=not recipe.train.deterministic)
 
 
 def build_model(

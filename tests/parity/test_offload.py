@@ -91,9 +91,9 @@ class DelayingLanes:
 class PoisonedKernel(TorchKernel):
     """The reference kernel, which spoils gradients that it has used."""
 
-    def __call__(self, *tensors: Any) -> None:
-        super().__call__(*tensors)
-        tensors[1].fill_(float("nan"))
+    def __call__(self, **operands: Any) -> None:
+        super().__call__(**operands)
+        operands["grad"].fill_(float("nan"))
 
 
 class Trained(NamedTuple):

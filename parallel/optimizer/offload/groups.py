@@ -57,9 +57,13 @@ class Member:
         """Elements of this rank's shard."""
         return self.weight.numel()
 
-    def view(self, flat: Tensor) -> Tensor:
+    def flat(self, buffer: Tensor) -> Tensor:
+        """Returns its elements in a buffer of the group."""
+        return buffer[self.start : self.start + self.numel]
+
+    def view(self, buffer: Tensor) -> Tensor:
         """Returns its elements in a buffer of the group, in the shape of the shard."""
-        return flat[self.start : self.start + self.numel].view(self.weight.shape)
+        return self.flat(buffer).view(self.weight.shape)
 
 
 @dataclass(eq=False)

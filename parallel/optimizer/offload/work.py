@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from colonnade.kernels.host_adamw import AdamWStep, HostKernel
-from colonnade.parallel.gradients import local, wide_dtype
+from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.base import OptimizerSettings
 from colonnade.parallel.optimizer.offload.groups import Member
 from colonnade.parallel.optimizer.offload.host_state import Dtypes, HostGroup, Views, views
@@ -88,21 +88,19 @@ class TensorWork:
         ]
         if self.scale != 1.0:
             torch._foreach_mul_(gradients, self.scale)
-        masters, *moments = (
-            [member.view(flat) for member in members]
-            for flat in (state.master, state.exp_avg, state.exp_avg_sq)
-        )
-        widened = [[m.to(wide_dtype(m)) for m in of_kind] for of_kind in moments]
+        masters = [member.view(state.master) for member in members]
+        means = [member.view(state.exp_avg) for member in members]
+        squares = [member.view(state.exp_avg_sq) for member in members]
+        wide_means, wide_squares = ([t.to(wide) for t in kind] for kind in (means, squares))
         step = self.step_of(members[0])
         count = torch.tensor(float(step.step), device=state.master.device)
         torch._fused_adamw_(
-            masters, gradients, *widened, [], [count.clone() for _ in members],
+            masters, gradients, wide_means, wide_squares, [], [count.clone() for _ in members],
             lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
             eps=step.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        for narrow, wider in zip(moments, widened, strict=True):
-            if narrow[0].dtype != wider[0].dtype:
-                torch._foreach_copy_(narrow, wider)
+        if state.exp_avg.dtype != wide:
+            torch._foreach_copy_(means + squares, wide_means + wide_squares)
 
     def step_of(self, member: Member) -> AdamWStep:
         """Returns the figures of a parameter's update."""
@@ -120,15 +118,16 @@ class TensorWork:
     def update_on_host(self, group: int) -> None:
         """Updates a group by the host's kernel, which rounds the weights."""
         host = self.host[group]
-        separate = host.weights is not host.state.master
+        rounded = host.weights if host.weights is not host.state.master else None
         for member in host.group.trained:
             self.kernel(
-                *(member.view(flat).view(-1) for flat in (
-                    host.state.master, host.gradient, host.state.exp_avg, host.state.exp_avg_sq
-                )),
-                member.view(host.weights).view(-1) if separate else None,
-                self.step_of(member),
-            )  # fmt: skip
+                master=member.flat(host.state.master),
+                grad=member.flat(host.gradient),
+                exp_avg=member.flat(host.state.exp_avg),
+                exp_avg_sq=member.flat(host.state.exp_avg_sq),
+                weight=None if rounded is None else member.flat(rounded),
+                step=self.step_of(member),
+            )
 
     def copy_weights(self, group: int) -> None:
         host = self.host[group]
