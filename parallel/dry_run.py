@@ -8,9 +8,10 @@ even: rows are single documents, and every expert is chosen as often as any othe
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from colonnade.models.wiring import Stage
 from colonnade.parallel.collectives import AxisNames, CollectiveCounter
 from colonnade.parallel.config import ParallelConfig
 from colonnade.parallel.gradients import gradient_norm
+from colonnade.parallel.held import Mark, held_by_stage, on_host
 from colonnade.parallel.mesh import ranks_per_loss
 from colonnade.parallel.optimizer import Optimizer, OptimizerSettings, build_optimizer
 from colonnade.parallel.parallelize import COMPUTE, reduce_gradients, set_last_micro_batch
@@ -40,7 +42,14 @@ from colonnade.parallel.pipeline.dry_run import (
     sum_over_all_ranks,
 )
 from colonnade.parallel.pipeline.pipeline import Pipeline
-from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
+from colonnade.parallel.storages import (
+    ACTIVATIONS,
+    GATHERED,
+    STASHED,
+    Peak,
+    StorageLedger,
+    storage_bytes,
+)
 from colonnade.parallel.tensor import complete_gradients
 from colonnade.parallel.world import World
 
@@ -58,6 +67,8 @@ class DryTrainSettings(Protocol):
     def seq_len(self) -> int: ...
     @property
     def recompute(self) -> str: ...
+    @property
+    def offload_inputs(self) -> bool: ...
     @property
     def compile(self) -> bool: ...
     @property
@@ -94,6 +105,7 @@ class RankReport:
         gradients: of their gradients, all of which are held when a step's last backward ends.
         optimizer: of the optimizer's state.
         held: activations that one micro-batch keeps from the end of its forward pass on, by stage.
+        stashed: the same in the host's memory, under `train.offload_inputs`.
         peak: the most that a micro-batch allocates beside the shards, forward and backward:
             activations, and the weights that FSDP2 has gathered then with the buffers of its
             collectives.
@@ -110,6 +122,7 @@ class RankReport:
     gradients: int
     optimizer: int
     held: dict[int, int]
+    stashed: dict[int, int]
     peak: Peak
     update_peak: Peak
     micro_batch: Collectives
@@ -206,6 +219,7 @@ def dry_run(
                 start = ledger.mark()
                 ran = forward_backward(passes, batch, ledger)
                 ledger.hold("gradients", gradients(parameters))
+                ledger.hold(STASHED, on_host(model))
                 stop, sent = ledger.mark(), collectives(counter)
             with clock.phase("update"):
                 update(passes, optimizer, ran.reports, ranks_per_loss(mesh), extras)
@@ -222,6 +236,7 @@ def dry_run(
             gradients=storage_bytes(gradients(parameters)),
             optimizer=storage_bytes(optimizer.named_state().values()),
             held=held_by_stage(ledger, ran.marks),
+            stashed=held_by_stage(ledger, ran.marks, STASHED),
             peak=ledger.peak(start, stop, (ACTIVATIONS, GATHERED)),
             update_peak=ledger.peak(stop, end, (ACTIVATIONS, GATHERED)),
             micro_batch=micro_batch,
@@ -237,16 +252,6 @@ def allocate(model: Decoder, recipe: DrySettings) -> Optimizer:
     """Gives a model on meta fake weights, which nothing fills, and builds its optimizer."""
     model.to_empty(device=CPU)
     return build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision])
-
-
-def held_by_stage(ledger: StorageLedger, marks: Mapping[int, int]) -> dict[int, int]:
-    """Returns the bytes of activations that each stage's forward pass keeps, from the marks at the
-    ends of these."""
-    held, before = {}, 0
-    for stage, mark in marks.items():
-        kept = ledger.held(mark).get(ACTIVATIONS, 0)
-        held[stage], before = kept - before, kept
-    return held
 
 
 def shards(model: Decoder) -> list[Tensor]:
@@ -286,13 +291,13 @@ class Ran(NamedTuple):
 
     Attributes:
         reports: of its passes.
-        marks: the ledger's mark at the end of each stage's forward pass; without a pipeline, of 0.
+        marks: at the end of each stage's forward pass; without a pipeline, of 0.
         sent: to other stages' ranks.
         end: the ledger's mark in a pipeline before gradients are reduced.
     """
 
     reports: list[PassReport]
-    marks: dict[int, int]
+    marks: dict[int, Mark]
     sent: dict[str, Traffic]
     end: int | None = None
 
@@ -307,7 +312,7 @@ def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) ->
     inputs = DeviceInputs(batch.tokens, context, batch.labels)
     if isinstance(passes, Pipeline):
         run = CountedRun(passes, inputs, scale)
-        marks = run_passes(run, ledger.mark)
+        marks = run_passes(run, partial(Mark.of, ledger, model))
         reports, end = [outcome.report for outcome in run.outcomes], ledger.mark()
         reduce_gradients(model)
         sent = {name: Traffic(calls, run.bytes[name]) for name, calls in run.calls.items()}
@@ -315,7 +320,7 @@ def forward_backward(passes: Passes, batch: FakeBatch, ledger: StorageLedger) ->
     set_last_micro_batch(model, True)
     objective, report = model(*inputs)
     scaled = objective * scale
-    marks = {0: ledger.mark()}
+    marks = {0: Mark.of(ledger, model)}
     del objective
     scaled.backward()
     return Ran([report], marks, {})

@@ -23,6 +23,7 @@ from colonnade.parallel.experts import expert_parallel
 from colonnade.parallel.mesh import expert_weights_mesh, weights_mesh
 from colonnade.parallel.recompute import recompute
 from colonnade.parallel.seams import expert_blocks, sub_blocks
+from colonnade.parallel.stash import Stash
 from colonnade.parallel.tensor import tensor_parallel, wait
 
 Forward = Callable[..., Any]
@@ -42,6 +43,8 @@ class TrainSettings(Protocol):
     def precision(self) -> str: ...
     @property
     def recompute(self) -> str: ...
+    @property
+    def offload_inputs(self) -> bool: ...
     @property
     def compile(self) -> bool: ...
     @property
@@ -91,7 +94,8 @@ def parallelize(
     if recipe.parallel.folds_experts != (expert_mesh is not None):
         raise ValueError("parallel.ep and parallel.etp need the mesh of `build_expert_mesh`")
     inner = mesh["tp"].size() * mesh["cp"].size()
-    recompute(model, recipe.train.recompute, inner > 1 or expert_mesh is not None)
+    stash = Stash() if recipe.train.offload_inputs else None
+    recompute(model, recipe.train.recompute, inner > 1 or expert_mesh is not None, stash)
     if mesh["tp"].size() > 1:
         tensor_parallel(model, mesh["tp"], recipe.parallel.sequence, expert_mesh is None)
     if expert_mesh is not None:

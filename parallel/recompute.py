@@ -1,20 +1,19 @@
 """Activation recomputation: backward runs a sub-block's halves again instead of saving tensors.
 
-`torch.utils.checkpoint` wraps one call. A sub-block is three calls (its halves, and `receive`),
-between which those of other sub-blocks may run. All have one frame, and backward runs them again
-when it unpacks the first of their saved tensors. What ranks of the `tp`, `cp`, `ep` and `etp` axes
-sent each other within the sub-block is saved, so that recomputation launches no collective.
+All halves of a sub-block have one frame (`parallel.frame`). What ranks of the `tp`, `cp`, `ep` and
+`etp` axes sent each other within the sub-block is saved, so that recomputation launches no
+collective. With a stash (`parallel.stash`) the input of a frame is in the host's memory meanwhile;
+norms of the stream then have frames of their own, so that these save no more than their input.
 """
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -22,9 +21,11 @@ from colonnade.kernels.linear import ONEDNN_LINEAR
 from colonnade.models.blocks.base import SubBlock
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
-from colonnade.models.wiring import Halves
+from colonnade.models.wiring import Halves, Wiring
 from colonnade.parallel.context.attention import CONTEXT_ATTENTION
 from colonnade.parallel.context.halo import HALO_SEND_RECV
+from colonnade.parallel.frame import Frame
+from colonnade.parallel.stash import Stash
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 # Operators whose results `selective` saves: costly to compute again, and no larger than a
@@ -118,7 +119,9 @@ class TakingMode(SavingMode):
         return self.results[operator].popleft()
 
 
-def recompute(model: Decoder, name: str, communicates: bool = False) -> None:
+def recompute(
+    model: Decoder, name: str, communicates: bool = False, stash: Stash | None = None
+) -> None:
     """Makes backward recompute the activations of a model's sub-blocks.
 
     Args:
@@ -127,140 +130,92 @@ def recompute(model: Decoder, name: str, communicates: bool = False) -> None:
             inputs and the results of matrix products and attention.
         communicates: whether ranks send each other anything within a sub-block, the results of
             which are then saved.
+        stash: takes these inputs, and those of the norms beside sub-blocks, to the host.
     """
     if name == "none":
         return
     saved_operators = COMPUTE_OPERATORS if name == "selective" else set()
     saved_operators = saved_operators | (COMMUNICATION_OPERATORS if communicates else set())
+    for wiring in model.wirings():
+        wiring.halves = Recomputation(saved_operators, stash)
+        if stash is not None:
+            recompute_norms(wiring, stash)
 
-    def halves(block: SubBlock, context: Context) -> Halves:
+
+def stash_of(model: Decoder) -> Stash | None:
+    """Returns the stash of a model, if it has one."""
+    halves = model.wiring.halves
+    return halves.stash if isinstance(halves, Recomputation) else None
+
+
+def recompute_norms(wiring: Wiring, stash: Stash) -> None:
+    """Makes backward recompute the norms before and after sub-blocks from their stashed inputs."""
+
+    def recomputed(forward: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(x)
+            frame = Frame(forward, name, nullcontext())
+            frame.begin(x)
+            with frame.hooks():
+                output = forward(x)
+            frame.stash_input(stash, ends=False)
+            return output
+
+        return run
+
+    for where, norms in (("before", wiring.norms), ("after", wiring.after)):
+        for index, norm in norms.items():
+            name = f"the norm {where} sub-block {wiring.start + int(index)}"
+            norm.forward = recomputed(norm.forward, name)
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Returns the halves of sub-blocks, which save the results of some operators; a stash takes
+    their inputs."""
+
+    saved_operators: Set[Any]
+    stash: Stash | None
+
+    def __call__(self, block: SubBlock, context: Context) -> Halves:
         if not torch.is_grad_enabled():
             return Halves(block, context)
         plain: Modes = nullcontext(), nullcontext()
-        modes = saving_modes(saved_operators) if saved_operators else plain
-        return RecomputedHalves(block, context, modes)
-
-    for wiring in model.wirings():
-        wiring.halves = halves
+        modes = saving_modes(self.saved_operators) if self.saved_operators else plain
+        return RecomputedHalves(block, context, modes, self.stash)
 
 
 class RecomputedHalves(Halves):
     """The halves of a sub-block of which only the input is saved: backward runs both again."""
 
-    def __init__(self, block: SubBlock, context: Context, modes: Modes) -> None:
+    def __init__(
+        self, block: SubBlock, context: Context, modes: Modes, stash: Stash | None
+    ) -> None:
         super().__init__(block, context)
+        self.stash = stash
         self.forward_mode, recompute_mode = modes
         # Not `self`, which has the frame: a reference cycle would keep x alive.
-        self.frame = Frame(lambda x: block(x, context), str(context.index), recompute_mode)
+        name = f"sub-block {context.index}"
+        self.frame = Frame(lambda x: block(x, context), name, recompute_mode)
 
     def first(self, x: Tensor) -> Any:
         self.frame.begin(x)
-        with self.frame.hooks(), self.forward_mode:
+        with self.saving():
             return super().first(x)
 
     def second(self, carried: Any) -> Any:
-        with self.frame.hooks(), self.forward_mode:
+        with self.saving():
             return super().second(carried)
 
     def receive(self, output: Any) -> Tensor:
-        with self.frame.hooks(), self.forward_mode:
+        with self.saving():
             return super().receive(output)
 
-
-class Slot:
-    """What a graph holds in place of a saved tensor; `value` is set from recomputation to use."""
-
-    def __init__(self, frame: "Frame", saved: Tensor) -> None:
-        self.frame, self.signature = frame, signature(saved)
-        self.value: Tensor | None = None
-
-    def unpack(self) -> Tensor:
-        """Returns the tensor, recomputed if it is not there, and keeps no reference to it."""
-        if self.value is None:
-            self.frame.recompute()
-        value, self.value = self.value, None
-        assert value is not None
-        return value
-
-
-class _SlotsFilledError(Exception):
-    """All slots are filled, so the rest of the halves need not run."""
-
-
-class Frame:
-    """The slots of all tensors that a sub-block saves for backward, in the order of saving.
-
-    A slot holds a reference to the frame, and the frame only weak ones to its slots, so that memory
-    is freed as soon as the graph drops it. A second backward pass over a retained graph runs the
-    halves once more; a mode that saves results of operators (`selective`, and `block` too where
-    ranks share a sub-block) returns them once, and refuses that.
-    PyTorch's generators and autocast are not restored: sub-blocks use neither.
-    """
-
-    def __init__(
-        self, forward: Callable[[Tensor], object], name: str, mode: AbstractContextManager[Any]
-    ) -> None:
-        """`forward` runs both halves of the sub-block `name`; `mode` is around a recomputation."""
-        self.forward, self.name, self.mode = forward, name, mode
-        self.slots: list[weakref.ref[Slot]] = []
-        self.x: Tensor | None = None
-        self.x_requires_grad = False
-
-    def begin(self, x: Tensor) -> None:
-        """Keeps the sub-block's input, without the graph that made it."""
-        self.x, self.x_requires_grad = x.detach(), x.requires_grad
-
-    def hooks(self) -> saved_tensors_hooks:
-        """A context manager within which autograd saves a slot in place of every tensor."""
-        return saved_tensors_hooks(self.pack, Slot.unpack)
-
-    def pack(self, saved: Tensor) -> Slot:
-        """A new slot for a tensor."""
-        slot = Slot(self, saved)
-        self.slots.append(weakref.ref(slot))
-        return slot
-
-    def recompute(self) -> None:
-        """Runs the halves again as far as their last saved tensor, and fills the slots.
-
-        Raises:
-            RuntimeError: they save other tensors than before.
-        """
-        assert self.x is not None
-        count = 0
-
-        def pack(saved: Tensor) -> None:
-            nonlocal count
-            slot, number = self.slots[count](), count
-            count += 1
-            if slot is not None:
-                if signature(saved) != slot.signature:
-                    raise RuntimeError(
-                        f"recomputation: saved tensor {number} of sub-block {self.name} was "
-                        f"{slot.signature} and is {signature(saved)}; it must compute the same in "
-                        "backward"
-                    )
-                slot.value = saved.detach()
-            if count == len(self.slots):
-                raise _SlotsFilledError
-
-        x = self.x.detach().requires_grad_(self.x_requires_grad)
-        try:
-            with torch.enable_grad(), saved_tensors_hooks(pack, refuse_unpack), self.mode:
-                self.forward(x)
-        except _SlotsFilledError:
-            return
-        raise RuntimeError(
-            f"recomputation: sub-block {self.name} saved {len(self.slots)} tensors, and {count} in "
-            "backward; it must compute the same there"
-        )
-
-
-def refuse_unpack(saved: None) -> Tensor:
-    """Refuses backward through the graph of a recomputation, which only fills slots."""
-    raise RuntimeError("recomputation: its own graph was differentiated")
-
-
-def signature(t: Tensor) -> tuple[Any, ...]:
-    """Shape, dtype and device: what a recomputed tensor must share with the saved one."""
-    return tuple(t.shape), t.dtype, t.device
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A context manager around a part of the forward pass."""
+        with self.frame.hooks(), self.forward_mode:
+            yield
+        if self.stash is not None:
+            self.frame.stash_input(self.stash, ends=True)

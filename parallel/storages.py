@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colonnade.parallel.collectives import BOOKKEEPING, OPAQUE, has, inside_opaque
 from colonnade.parallel.gradients import local
 
-ACTIVATIONS, GATHERED = "activations", "gathered"
+ACTIVATIONS, GATHERED, STASHED = "activations", "gathered", "stashed"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ NARROW: dict[str, Any] = {"hidden": 32, "ffn": 32, "mamba_head_dim": 8, "delta_k
 OPTIMIZER: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.0,), "clip": (0.0,), "beta1": (0.8,), "beta2": (0.99,),
 }  # fmt: skip
-TRAIN: dict[str, tuple[Any, ...]] = {"recompute": ("selective", "block")}
+TRAIN: dict[str, tuple[Any, ...]] = {
+    "recompute": ("selective", "block"), "offload_inputs": (True,),
+}  # fmt: skip
 PARALLEL: dict[str, tuple[Any, ...]] = {
     "zigzag": (False,), "context": ("ulysses", "ring+ulysses", "allgather"),
     "recurrence": ("heads",),

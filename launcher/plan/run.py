@@ -130,6 +130,7 @@ def stage_dict(
             "kept_by_forward": sum(report.held.values()),
             "in_flight": kept,
             "update": report.update_peak.total,
+            "stashed": in_flight(recipe.parallel, number, micro_batches, report.stashed)[0],
             "summed_gradients": report.summed if micro_batches > 1 else 0,
             "peak": report.memory(kept, micro_batches),
         },

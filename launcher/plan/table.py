@@ -50,6 +50,9 @@ def memory(report: dict[str, Any]) -> Iterator[str]:
         free = device["usable"] - held["peak"]
         others = f"beside {size(device['memory'] - device['usable'])} for driver and communication"
         yield f"  {'left of ' + device['name']:<30}{free:>20,}  {size(free):>10}  {others}"
+    if stashed := held["stashed"]:
+        what = f"of the host: inputs of sub-blocks and norms, with {flight}"
+        yield f"  {'stashed':<30}{stashed:>20,}  {size(stashed):>10}  {what}"
 
 
 def communication(report: dict[str, Any]) -> Iterator[str]:

@@ -181,6 +181,11 @@ class TrainConfig(Table):
         description="activations that backward recomputes instead of storing: all but matrix "
         "products and attention (selective), or all but each sub-block's input (block)",
     )
+    offload_inputs: bool = Field(
+        False,
+        description="keep the inputs of recomputed sub-blocks, and of their norms, in the host's "
+        "memory from forward until shortly before backward needs them",
+    )
     compile: bool = Field(
         False, description="compile the sub-blocks' halves (needs a C++ compiler)"
     )
@@ -309,8 +314,8 @@ StageData = stage_table(
     "StageData", DataConfig, "sources", "validation", "validation_sources", "packing"
 )
 StageTrain = stage_table(
-    "StageTrain", TrainConfig, "seq_len", "global_batch", "micro_batch", "recompute", "loss_chunk",
-    "freeze", "validate_every", "validate_rows",
+    "StageTrain", TrainConfig, "seq_len", "global_batch", "micro_batch", "recompute",
+    "offload_inputs", "loss_chunk", "freeze", "validate_every", "validate_rows",
 )  # fmt: skip
 
 

@@ -65,6 +65,8 @@ CONDITIONS = (
            lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
     UsedIf("train.init_only train.init_skip", lambda r: r.train.init is not None,
            "without train.init", "train.init"),
+    UsedIf("train.offload_inputs", lambda r: r.train.recompute != "none",
+           "with train.recompute = none, which keeps more than inputs", "train.recompute"),
     UsedIf("train.timeline", lambda r: r.parallel.pp > 1, "with parallel.pp = 1", "parallel.pp"),
     UsedIf("train.timeline", lambda r: r.stage or (r.train.timeline or 0) <= r.train.steps,
            "beyond train.steps: the run ends before that step", "train.steps"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.recipe.tables import Recipe, changed
 from colonnade.launcher.recipe.unused import without_unused
 from colonnade.launcher.verify.layouts import (
     TABLES,
@@ -57,7 +57,8 @@ def with_case(recipe: Recipe, case: Case) -> Recipe:
     placed = rewired(with_layout(recipe, case.layout), case.residual)
     if case.recompute is None:
         return placed
-    train = placed.train.model_copy(update={"recompute": case.recompute})
+    unused = ("offload_inputs",) if case.recompute == "none" else ()
+    train = changed(placed.train, {"recompute": case.recompute}, remove=unused)
     return placed.model_copy(update={"train": train})
 
 

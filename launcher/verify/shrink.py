@@ -90,11 +90,11 @@ def on_case(small: Recipe, ranks: int, case: Case, precision: str) -> Recipe:
 def in_one_process(small: Recipe, residual: str | None = None) -> Recipe:
     """A shrunk recipe in one process in fp64, with this residual wiring or its own.
 
-    Every step has one micro-batch, and neither recomputation nor compilation nor offload is used.
+    Every step has one micro-batch; nothing is recomputed, compiled or offloaded.
     """
     plain = {"precision": "fp64", "recompute": "none", "compile": False}
     changes = {
-        "train": small.train.model_copy(update=plain),
+        "train": changed(small.train, plain, remove=("offload_inputs",)),
         "optimizer": small.optimizer.model_copy(update={"offload": "none"}),
     }
     return rewired(with_layout(small, {}), residual).model_copy(update=changes)

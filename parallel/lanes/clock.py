@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from colonnade.parallel.lanes.tasks import (
+    FETCH,
     GRADIENT,
     HOST,
     LANES,
     LOAD,
+    STASH,
+    STASH_LANES,
     STORE,
     UPDATE,
     WEIGHTS,
@@ -25,7 +28,10 @@ RESOURCES = {
     WEIGHTS: "to device",
     UPDATE: "device",
     HOST: "host",
+    STASH: "to host",
+    FETCH: "to device",
 }
+ALL_LANES = (*LANES, *STASH_LANES)
 
 
 @dataclass(eq=False)
@@ -58,9 +64,9 @@ class ClockLanes:
     duplex: bool = True
     now: float = 0.0
     queues: dict[str, deque[Operation]] = field(
-        default_factory=lambda: {kind: deque() for kind in LANES}
+        default_factory=lambda: {kind: deque() for kind in ALL_LANES}
     )
-    lane_ends: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
+    lane_ends: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALL_LANES, 0.0))
     resource_ends: dict[str, float] = field(default_factory=dict)
     log: list[Operation] = field(default_factory=list)
 
@@ -83,6 +89,10 @@ class ClockLanes:
             if not self.run_next():
                 raise RuntimeError(f"{event.task} waits for an operation that was never queued")
         self.now = max(self.now, event.end)
+
+    def passes_wait(self, event: Operation) -> None:
+        """The device's own stream waits, whose time is that of the calling thread."""
+        self.wait(event)
 
     def passed(self, event: Operation) -> bool:
         self.pass_time(0.0)

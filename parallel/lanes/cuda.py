@@ -12,11 +12,14 @@ class CudaLanes:
     """Lanes of a GPU.
 
     Memory that the lanes use must live until the events of its users have passed: the caller keeps
-    references. `observe` learns the times of a step's operations when that has ended.
+    references. `observe` learns the times of a step's operations when that has ended; None: they
+    are not measured.
     """
 
-    def __init__(self, device: torch.device, observe: Observe) -> None:
-        self.streams = {kind: torch.cuda.Stream(device) for kind in LANES}
+    def __init__(
+        self, device: torch.device, observe: Observe | None = None, kinds: Sequence[str] = LANES
+    ) -> None:
+        self.streams = {kind: torch.cuda.Stream(device) for kind in kinds}
         self.observe = observe
         self.timed: list[tuple[Task, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -24,18 +27,22 @@ class CudaLanes:
         stream = self.streams[task.kind]
         for event in after:
             stream.wait_event(event)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        timing = self.observe is not None
+        start, end = (torch.cuda.Event(enable_timing=timing) for _ in range(2))
         with torch.cuda.stream(stream):
-            start.record(stream)
+            if timing:
+                start.record(stream)
             run()
             end.record(stream)
-        self.timed.append((task, start, end))
+        if timing:
+            self.timed.append((task, start, end))
         return end
 
     def run_on_host(self, task: Task, run: Run) -> None:
         start = time.perf_counter()
         run()
-        self.observe(task, time.perf_counter() - start)
+        if self.observe is not None:
+            self.observe(task, time.perf_counter() - start)
 
     def ready(self) -> Event:
         return torch.cuda.current_stream().record_event()
@@ -43,10 +50,14 @@ class CudaLanes:
     def wait(self, event: Event) -> None:
         event.synchronize()
 
+    def passes_wait(self, event: Event) -> None:
+        torch.cuda.current_stream().wait_event(event)
+
     def passed(self, event: Event) -> bool:
         return event.query()
 
     def finish(self) -> None:
         for task, start, end in self.timed:
+            assert self.observe is not None
             self.observe(task, start.elapsed_time(end) / 1e3)
         self.timed.clear()

@@ -9,6 +9,8 @@ once, unless one waits for an event of another. Host updates run on the thread t
     update     device            AdamW of that group, and its weights
     store      device to host    its master weights and moments
     weights    host to device    the weights of a group that the host has updated
+    stash      device to host    what backward needs, from forward to its use
+    fetch      host to device    the same, before its use
 """
 
 import time
@@ -18,7 +20,9 @@ from typing import Any, NamedTuple, Protocol
 GRADIENT, LOAD, UPDATE, STORE, WEIGHTS, HOST = (
     "gradient", "load", "update", "store", "weights", "host",
 )  # fmt: skip
-LANES = (GRADIENT, LOAD, UPDATE, STORE, WEIGHTS)
+LANES = (GRADIENT, LOAD, UPDATE, STORE, WEIGHTS)  # of the optimizer
+STASH, FETCH = "stash", "fetch"
+STASH_LANES = (STASH, FETCH)  # of backward
 
 Event = Any  # a point in a lane; None: it has passed
 Run = Callable[[], None]
@@ -29,7 +33,7 @@ class Task(NamedTuple):
 
     Attributes:
         kind: its lane, or `host`.
-        group: whose state it works on.
+        group: whose state it works on, or the number of a stashed tensor.
         amount: bytes of a copy, parameters of an update.
     """
 
@@ -58,6 +62,9 @@ class Lanes(Protocol):
     def wait(self, event: Event) -> None:
         """Returns when an event has passed."""
 
+    def passes_wait(self, event: Event) -> None:
+        """What the caller queues on the device's own stream from now on runs after an event."""
+
     def passed(self, event: Event) -> bool:
         """Whether an event has passed."""
 
@@ -66,9 +73,12 @@ class Lanes(Protocol):
 
 
 class ImmediateLanes:
-    """Lanes of a device whose memory is the host's: every operation runs when it is queued."""
+    """Lanes of a device whose memory is the host's: every operation runs when it is queued.
 
-    def __init__(self, observe: Observe) -> None:
+    `observe` learns the times of operations; None: nobody does.
+    """
+
+    def __init__(self, observe: Observe | None = None) -> None:
         self.observe = observe
 
     def launch(self, task: Task, run: Run, after: Sequence[Event] = ()) -> Event:
@@ -78,12 +88,16 @@ class ImmediateLanes:
     def run_on_host(self, task: Task, run: Run) -> None:
         start = time.perf_counter()
         run()
-        self.observe(task, time.perf_counter() - start)
+        if self.observe is not None:
+            self.observe(task, time.perf_counter() - start)
 
     def ready(self) -> Event:
         return None
 
     def wait(self, event: Event) -> None:
+        """Returns at once."""
+
+    def passes_wait(self, event: Event) -> None:
         """Returns at once."""
 
     def passed(self, event: Event) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,6 +13,8 @@ from colonnade.parallel.passes import DeviceInputs
 from colonnade.parallel.pipeline.pipeline import Pipeline
 from colonnade.parallel.pipeline.run import Boundary, Run, Transfer
 from colonnade.parallel.pipeline.schedule import actions_of, forward_actions
+
+T = TypeVar("T")
 
 
 class CountedRun(Run):
@@ -31,7 +33,7 @@ class CountedRun(Run):
         return Transfer(tensors, [])
 
 
-def run_passes(run: CountedRun, mark: Callable[[], int]) -> dict[int, int]:
+def run_passes(run: CountedRun, mark: Callable[[], T]) -> dict[int, T]:
     """Runs every stage of the rank forward, and then backward; returns the marks at the ends of
     forward passes by stage."""
     pipeline, marks = run.pipeline, {}

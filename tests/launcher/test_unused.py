@@ -237,6 +237,7 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("stage.0.steps=4", "train.steps=8", "stage="),
     ("stage.0.steps=4", "train.ramp_batch=8", "stage= train.ramp_steps=9"),
     ("stage.0.steps=4", "train.ramp_steps=9", "stage= train.ramp_batch=8"),
+    ("", "train.offload_inputs=true", "train.recompute=block"),
     ("", "train.timeline=3", "parallel.pp=2"),
     ("parallel.pp=2 train.steps=3", "train.timeline=4", "train.steps=4"),
     ("", "parallel.zigzag=false", "parallel.cp=2 parallel.context=ulysses"),

@@ -6,18 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from colonnade.parallel.lanes.pinned import PinnedMemoryError, pinned_bytes
+
 GIB = 2**30
-
-
-class PinnedMemoryError(RuntimeError):
-    """The host refuses to pin the memory that offloaded state needs."""
 
 
 def new_slab(device: torch.device, pinned: str) -> Callable[[int], Tensor]:
     """Returns the function that allocates a slab of bytes on the host.
 
-    Slabs for a GPU are pinned, so that copies run beside everything else. The memory is registered,
-    not allocated by torch's pinned allocator, which rounds sizes up to a power of two.
+    Slabs for a GPU are pinned, so that copies run beside everything else.
 
     Args:
         device: whose copies use the slabs; memory of the host is not pinned.
@@ -26,14 +23,13 @@ def new_slab(device: torch.device, pinned: str) -> Callable[[int], Tensor]:
     """
 
     def allocate(size: int) -> Tensor:
-        slab = torch.empty(size, dtype=torch.uint8, device="cpu")
         if device.type != "cuda" or not size:
-            return slab
-        status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
-        if int(status) == 0:
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
+        slab, status = pinned_bytes(size)
+        if status == 0:
             return slab
         sentence = f"the host does not pin {size / GIB:.2f} GiB of optimizer state (CUDA error "
-        sentence += f"{int(status)}; see `ulimit -l` and the container's memory limit)"
+        sentence += f"{status}; see `ulimit -l` and the container's memory limit)"
         if pinned == "require":
             raise PinnedMemoryError(
                 f"optimizer.pinned = require: {sentence}; raise the limit, use more ranks, or set "

@@ -1,0 +1,36 @@
+"""Memory of the host for copies of a GPU: pinned, so that they run beside everything else."""
+
+import mmap
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PinnedMemoryError(RuntimeError):
+    """The host refuses to pin memory."""
+
+
+def pinned_bytes(size: int, cudart: Any = None) -> tuple[Tensor, int]:
+    """Allocates pages of the host, and pins them until they are freed.
+
+    The memory is registered with CUDA, not allocated by torch's pinned allocator, which rounds
+    sizes up to a power of two.
+
+    Args:
+        size: bytes, at least one.
+        cudart: CUDA's functions; None: those of torch.
+
+    Returns:
+        the bytes, `[size]`, and CUDA's error code; where it is not 0 they are not pinned.
+    """
+    cuda = torch.cuda.cudart() if cudart is None else cudart
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    status = int(cuda.cudaHostRegister(memory.data_ptr(), size, 0))
+    if status == 0:
+        # The pages are freed after the last tensor that has them, and after this has run.
+        ended = weakref.finalize(pages, cuda.cudaHostUnregister, memory.data_ptr())
+        ended.atexit = False  # CUDA may be gone by then
+    return memory, status
