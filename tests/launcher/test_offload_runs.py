@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_job import job, losses
 
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.parallel.optimizer.offload import memory
-from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, new_slab
+from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, Slabs
 
 KERNEL = "optimizer.host_kernel=torch"
 INTERLEAVED, HOST = ("optimizer.offload=interleaved", KERNEL), ("optimizer.offload=host", KERNEL)
@@ -77,19 +78,42 @@ def test_training_begins_from_the_exact_values_of_weights(
     assert losses(tmp_path / "moved") == losses(tmp_path / "device")
 
 
-class Refusing:
-    """A driver that registers no memory, as one whose limit is reached."""
+class Driver:
+    """A driver that pins memory, or none where its limit is 0."""
+
+    pinned: ClassVar[list[int]] = []
+    status = 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        return 2
+        if not self.status:
+            self.pinned.append(address)
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+class Owner:
+    """Has slabs."""
 
 
 def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns and goes on with pageable memory, or refuses."""
-    monkeypatch.setattr(memory.torch.cuda, "cudart", Refusing)
-    device = torch.device("cuda")
+    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(Driver, "status", 2)
+    device, owner = torch.device("cuda"), Owner()
     with pytest.raises(PinnedMemoryError, match=r"optimizer.pinned = require: .*1\.00 GiB.*prefer"):
-        new_slab(device, "require")(1 << 30)
+        Slabs(device, "require", owner).allocate(1 << 30)
     with pytest.warns(UserWarning, match="two to three times as slow"):
-        slab = new_slab(device, "prefer")(1 << 20)
+        slab = Slabs(device, "prefer", owner).allocate(1 << 20)
     assert slab.numel() == 1 << 20
+
+
+def test_memory_is_unpinned_when_its_owner_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
+    owner = Owner()
+    slabs = Slabs(torch.device("cuda"), "require", owner)
+    assert Driver.pinned == [slabs.allocate(1 << 20).data_ptr() for _ in range(2)]
+    del owner
+    assert not Driver.pinned

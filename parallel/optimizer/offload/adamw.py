@@ -25,7 +25,7 @@ from colonnade.parallel.optimizer.offload.host_state import (
     as_parameter,
     state_bytes,
 )
-from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, new_slab
+from colonnade.parallel.optimizer.offload.memory import GIB, Slabs, free_bytes
 from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
 from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
 from colonnade.parallel.optimizer.offload.work import TensorWork
@@ -73,7 +73,8 @@ class OffloadedAdamW(Optimizer):
         keep_wide_gradients(model, storage)
         self.groups = build_groups(model, settings, storage)
         dtypes = [self.dtypes_of(group, storage) for group in self.groups]
-        self.host = allocate(self.groups, dtypes, new_slab(offload.device, settings.pinned))
+        slabs = Slabs(offload.device, settings.pinned, owner=self)
+        self.host = allocate(self.groups, dtypes, slabs.allocate)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
         self.measured, self.rates = Measured(), TYPICAL

@@ -93,7 +93,7 @@ class TensorWork:
         squares = [member.view(state.exp_avg_sq) for member in members]
         wide_means, wide_squares = ([t.to(wide) for t in kind] for kind in (means, squares))
         step = self.step_of(members[0])
-        count = torch.tensor(float(step.step), device=state.master.device)
+        count = torch.full((), float(step.step), device=state.master.device)
         torch._fused_adamw_(
             masters, gradients, wide_means, wide_squares, [], [count.clone() for _ in members],
             lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
