@@ -37,6 +37,24 @@ def test_a_run_goes_on_with_state_anywhere(
     assert losses(run) == losses(tmp_path / "device")
 
 
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+def test_narrow_moments_are_saved_and_resumed_on_other_ranks(
+    ranks1: Ranks, ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path, moments: str
+) -> None:
+    """A resumed run goes on as an uninterrupted one, on other ranks and without offload nearly."""
+    fields = (*BF16, *INTERLEAVED, f"optimizer.offload_moments={moments}")
+    ranks2.run(job, recipe(*fields), tmp_path / "whole")
+    for name in ("same", "other", "device"):
+        ranks2.run(job, recipe(*fields), tmp_path / name, False, 4)
+    ranks2.run(job, recipe(*fields), tmp_path / "same", True)
+    ranks1.run(job, recipe(*fields), tmp_path / "other", True)
+    ranks1.run(job, recipe(*BF16), tmp_path / "device", True)
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "same") == expected
+    assert losses(tmp_path / "other") == pytest.approx(expected, rel=0.02)
+    assert losses(tmp_path / "device") == pytest.approx(expected, rel=0.02)
+
+
 def test_resuming_on_another_layout_with_state_anywhere(
     ranks1: Ranks,
     ranks2: Ranks,

@@ -287,11 +287,18 @@ def inexact(rank: int, size: int, recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("kind", ["host", "interleaved"])
-@pytest.mark.parametrize("field", ["offload_moments", "offload_gradients"])
+@pytest.mark.parametrize(
+    ("field", "value", "most"),
+    [
+        ("offload_moments", "bf16", 0.02),
+        ("offload_moments", "8bit", 0.05),
+        ("offload_gradients", "bf16", 0.02),
+    ],
+)
 def test_narrow_moments_and_gradients_are_close_and_not_equal(
-    ranks1: Ranks, field: str, kind: str
+    ranks1: Ranks, field: str, value: str, most: float, kind: str
 ) -> None:
     recipe = recipe_for("*-M-", {}, 4, precision="bf16")
-    changed = settings_of(recipe, offload=kind, host_kernel="torch", **{field: "bf16"})
+    changed = settings_of(recipe, offload=kind, host_kernel="torch", **{field: value})
     (distance,) = ranks1.run(inexact, changed)
-    assert 0 < distance < 0.02
+    assert 0 < distance < most
