@@ -118,6 +118,8 @@ def with_lanes(engine: Engine, recipe: Recipe, seed: int, drop: int | None) -> E
 
     offload = Offload(PoisonedKernel(), CPU, lanes=lanes)
     optimizer = OffloadedAdamW(engine.model, recipe.optimizer, offload)
+    assert isinstance(engine.optimizer, OffloadedAdamW)
+    engine.optimizer.close()
     for name, master in optimizer.masters().items():
         local(master).copy_(local(engine.optimizer.masters()[name]))
     connect(engine.passes, optimizer)

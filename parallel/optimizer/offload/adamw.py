@@ -217,6 +217,10 @@ class OffloadedAdamW(Optimizer):
         self.local_norms.clear()
         self.arrivals.end()
 
+    def close(self) -> None:
+        """Lets another optimizer take the model: its hooks keep the state of this one alive."""
+        self.arrivals.close()
+
     # What is saved and restored.
 
     def masters(self) -> dict[str, Tensor]:
