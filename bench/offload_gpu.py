@@ -64,7 +64,9 @@ class Shape:
             global_batch=self.rows * self.micro_batches, micro_batch=self.rows,
             seq_len=self.seq_len, precision="bf16", steps=self.warmup + self.steps,
         )  # fmt: skip
-        return Recipe(model=model, train=train, optimizer=OptimizerConfig(offload=offload))
+        return Recipe(
+            model=model, train=train, optimizer=OptimizerConfig.model_validate({"offload": offload})
+        )
 
 
 class WaitingLanes:
