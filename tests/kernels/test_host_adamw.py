@@ -24,7 +24,7 @@ from colonnade.kernels.host_adamw import (
 from colonnade.launcher.cluster.compiler import cpp_compiler
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SIZES = (0, 1, 63, 64, 65, 1000, 70_001)  # the last on several threads
+SIZES = (0, 1, 63, 64, 65, 1000, 300_001)  # the last on several threads
 USUAL = AdamWStep(1, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, scale=0.37)
 STEPS = {
     "usual": USUAL,
