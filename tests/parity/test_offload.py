@@ -14,6 +14,7 @@ from torch import Tensor
 
 from colonnade.kernels.host_adamw import TorchKernel
 from colonnade.launcher.checkpoint.tensors import named_tensors
+from colonnade.launcher.cluster.host_kernels import host_kernel_choice
 from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_engine
@@ -304,3 +305,25 @@ def test_narrow_moments_and_gradients_are_close_and_not_equal(
     changed = settings_of(recipe, offload=kind, host_kernel="torch", **{field: value})
     (distance,) = ranks1.run(inexact, changed)
     assert 0 < distance < most
+
+
+def distance(ours: Trained, reference: Trained) -> float:
+    """The largest relative difference of a tensor's local shard, by 2-norms."""
+    return max(
+        float((t - ours.tensors[name]).norm() / t.norm())
+        for name, t in reference.tensors.items()
+        if t.is_floating_point() and t.norm()
+    )
+
+
+@pytest.mark.parametrize("kind", ["host", "interleaved"])
+def test_two_kernels_differ_by_rounding_alone(ranks2: Ranks, kind: str) -> None:
+    """In fp32, where the passes do not amplify it to a bit of a 16-bit weight."""
+    assert host_kernel_choice("compiled")[0].name == "compiled"
+    recipe = recipe_for("*-M-", {"dp_shard": 2}, 2, precision="fp32", **LADDER)
+    device = ranks2.run(train, recipe)
+    changed = settings_of(recipe, offload=kind, host_kernel="compiled")
+    for ours, reference in zip(ranks2.run(train, changed), device, strict=True):
+        assert not ours.unrounded
+        assert differing(ours, reference)
+        assert distance(ours, reference) < 1e-6
