@@ -54,14 +54,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledKernel:
     return CompiledKernel(compile_library(tmp_path_factory.mktemp("compiled"), compiler))
 
 
-@pytest.fixture(params=["torch", "compiled", "deepspeed"])
-def kernel(request: pytest.FixtureRequest) -> HostKernel:
-    if request.param == "torch":
-        return TorchKernel()
-    if request.param == "compiled":
-        return request.getfixturevalue("compiled")
+@pytest.fixture(scope="module")
+def deepspeed() -> DeepSpeedKernel:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     return DeepSpeedKernel()
+
+
+@pytest.fixture(params=["torch", "compiled", "deepspeed"])
+def kernel(request: pytest.FixtureRequest) -> HostKernel:
+    return TorchKernel() if request.param == "torch" else request.getfixturevalue(request.param)
 
 
 def start(size: int, dtype: torch.dtype = FP32, moments: torch.dtype | None = None) -> State:
