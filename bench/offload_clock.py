@@ -184,10 +184,19 @@ def picture(logs: dict[str, tuple[Machine, list[Operation]]], path: Path) -> Non
     pyplot.close(figure)
 
 
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested figures as one level, a line each: `machine: seconds: serial`."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}: ") if isinstance(value, dict) else {name: value}
+    return found
+
+
 def run(path: Path | None = Path(PICTURE)) -> dict[str, Any]:
     """The figures of all machines; draws their schedules to `path`, unless that is None."""
     found = {name: figures(machine) for name, machine in MACHINES.items()}
-    report: dict[str, Any] = {name: of_machine for name, (of_machine, _) in found.items()}
+    report = flat({name: of_machine for name, (of_machine, _) in found.items()})
     if path is not None:
         picture({name: (MACHINES[name], log) for name, (_, log) in found.items()}, path)
         report["picture"] = str(path)

@@ -22,7 +22,7 @@ MASTERS = (torch.float32, torch.float64)
 WEIGHTS = (torch.bfloat16, torch.float16, *MASTERS)
 SLICE = 2**18  # elements of temporary copies of bf16 moments
 ALIGNED = 64  # elements: threads begin at multiples of it, which are cache lines of every dtype
-ONE_THREAD = 2**15  # up to so many elements, about 20 µs of work, waking a thread does not pay
+ONE_THREAD = 2**18  # up to so many elements, about 0.2 ms of work, waking a thread does not pay
 
 
 @dataclass(frozen=True)

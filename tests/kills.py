@@ -1,9 +1,11 @@
 """Kills a run at random moments of its saves, starts it again, and compares its losses.
 
 python tests/kills.py --count 50      SIGKILL to the launcher or to a rank, until 50 have hit
+python tests/kills.py --count 50 --anywhere optimizer.offload=interleaved
 
 Every start is the same command, `colonnade train … --run DIR`. The run saves after every step, in
-a thread; a kill comes a random time after a checkpoint began to be written. In the end the losses
+a thread; a kill comes a random time after a checkpoint began to be written, or with `--anywhere` a
+random time after the last step was written. In the end the losses
 of all steps must be those of an undisturbed run, bit for bit, and every checkpoint whole. Exits 1
 where they are not.
 """
@@ -29,9 +31,9 @@ RECIPE = [
 RANKS = 2
 
 
-def command(run: Path, steps: int, seed: int) -> list[str]:
+def command(run: Path, steps: int, seed: int, fields: list[str]) -> list[str]:
     """Returns the command that makes the run, or goes on with it."""
-    overrides = [*RECIPE, f"train.steps={steps}", f"train.seed={seed}"]
+    overrides = [*RECIPE, f"train.steps={steps}", f"train.seed={seed}", *fields]
     options = ["--nproc", str(RANKS), "--run", str(run)]
     return [sys.executable, "-m", "colonnade.launcher", "train", *overrides, *options]
 
@@ -64,6 +66,25 @@ def kill_while_saving(run: Path, job: subprocess.Popen[str], random: Random) -> 
     else:
         return None
     time.sleep(random.random() * 0.1)
+    return kill(job, random)
+
+
+def kill_anywhere(run: Path, job: subprocess.Popen[str], random: Random) -> str | None:
+    """Waits for a few steps, and kills a process a random part of a step later."""
+    metrics, begun = run / "metrics.jsonl", None
+    steps = random.randrange(1, 4)
+    while job.poll() is None:
+        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        begun = rows if begun is None else begun
+        if rows >= begun + steps:
+            time.sleep(random.random() * 0.5)
+            return kill(job, random)
+        time.sleep(0.002)
+    return None
+
+
+def kill(job: subprocess.Popen[str], random: Random) -> str | None:
+    """Kills the launcher or one of its children; returns which, None if it had ended."""
     name, target = random.choice(
         [("launcher", job.pid), *((f"child {n}", pid) for n, pid in enumerate(children(job.pid)))]
     )
@@ -80,13 +101,16 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def disturb(run: Path, steps: int, seed: int, random: Random, count: int) -> Counter[str]:
+def disturb(
+    run: Path, starting: list[str], random: Random, count: int, anywhere: bool
+) -> Counter[str]:
     """Kills a run up to `count` times, until it ends; returns how often which process was hit."""
     hits: Counter[str] = Counter()
+    kill_once = kill_anywhere if anywhere else kill_while_saving
     while True:
-        job = subprocess.Popen(command(run, steps, seed), stdout=subprocess.DEVNULL,
+        job = subprocess.Popen(starting, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
-        hit = kill_while_saving(run, job, random) if hits.total() < count else None
+        hit = kill_once(run, job, random) if hits.total() < count else None
         _, errors = job.communicate()
         if hit is not None:
             hits[hit] += 1
@@ -104,15 +128,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--anywhere", action="store_true", help="not only while it saves")
+    parser.add_argument("fields", nargs="*", help="overrides of the recipe")
     a = parser.parse_args()
     random, folder, hits = Random(a.seed), Path(tempfile.mkdtemp()), Counter[str]()
     whole = folder / "undisturbed"
-    subprocess.run(command(whole, a.steps, a.seed), check=True, capture_output=True)
+    subprocess.run(command(whole, a.steps, a.seed, a.fields), check=True, capture_output=True)
     number = 0
     while hits.total() < a.count:
         run = folder / f"disturbed-{number}"
         number += 1
-        hits += disturb(run, a.steps, a.seed, random, min(10, a.count - hits.total()))
+        starting = command(run, a.steps, a.seed, a.fields)
+        hits += disturb(run, starting, random, min(10, a.count - hits.total()), a.anywhere)
         for checkpoint in folders.checkpoints(run / "checkpoints"):
             verify(checkpoint)
         if losses(run) != losses(whole):

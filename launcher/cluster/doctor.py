@@ -23,6 +23,7 @@ OPTIONAL = {
     "matplotlib": "the loss plot (extra: plot)",
     "tensorboard": "train.tensorboard (extra: tensorboard)",
     "wandb": "train.wandb (extra: wandb)",
+    "deepspeed": "optimizer.host_kernel = 'deepspeed', bench offload (pip install deepspeed)",
     "transformers": "bench step, mixers, moe (extra: bench)",
 }
 

@@ -109,14 +109,15 @@ def _choose(wanted: str, run: Callable[[Attempt], list[str | None]]) -> tuple[Ho
             return str(error)
         return None
 
-    missing = ""
+    missing: dict[str, str] = {}
     for name in KERNELS if wanted == AUTO else (wanted,):
         reasons = run(partial(attempt, name))
         failed = [rank for rank, reason in enumerate(reasons) if reason]
         if not failed:
             why = "" if wanted == AUTO else f", as {FIELD} says"
-            return available[name], f"{name}: {DESCRIPTIONS[name]}{why}{missing}"
+            others = "".join(f"; not {other}: {reason}" for other, reason in missing.items())
+            return available[name], f"{name}: {DESCRIPTIONS[name]}{why}{others}"
         where = f"on rank {failed[0]} " if len(reasons) > 1 else ""
-        missing += f"; not {name}: {where}{reasons[failed[0]]}"
-    remedy = f"{missing.removeprefix('; ')}; {REMEDIES[wanted]}, or set it to '{AUTO}'"
+        missing[name] = f"{where}{reasons[failed[0]]}"
+    remedy = f"{missing[wanted]}; {REMEDIES[wanted]}, or set it to '{AUTO}'"
     raise UserError(str(Fault(FIELD, wanted, remedy)))

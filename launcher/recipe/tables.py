@@ -74,8 +74,10 @@ class OptimizerConfig(Table):
     offload_gradients: Literal["fp32", "bf16"] = Field(
         "fp32", description="offload: dtype of gradients on their way to the host; bf16 is inexact"
     )
-    offload_moments: Literal["fp32", "bf16"] = Field(
-        "fp32", description="offload: dtype of the moments in the host's memory; bf16 is inexact"
+    offload_moments: Literal["fp32", "bf16", "8bit"] = Field(
+        "fp32",
+        description="offload: moments in the host's memory and on their way; inexact: bf16, 8bit "
+        "(arXiv:2110.02861), which is slow on the host",
     )
 
 

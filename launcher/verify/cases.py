@@ -1,10 +1,10 @@
-"""A case of `verify`: a layout, with the residual wiring and the recomputation under it."""
+"""A case of `verify`: a layout, with residual wiring, recomputation and offload under it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from colonnade.launcher.recipe.tables import Recipe, changed
-from colonnade.launcher.recipe.unused import without_unused
+from colonnade.launcher.recipe.unused import unused_setting, without_unused
 from colonnade.launcher.verify.layouts import (
     TABLES,
     Layout,
@@ -13,7 +13,8 @@ from colonnade.launcher.verify.layouts import (
     write_layout,
 )
 
-OPTIONS = {"residual": "model", "recompute": "train"}  # by field: the table that has it
+# by field: the table that has it
+OPTIONS = {"residual": "model", "recompute": "train", "offload": "optimizer"}
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Case:
         layout: fields of the `[parallel]` table.
         residual: `model.residual`, also of the one process; None: the recipe's.
         recompute: `train.recompute`, of the ranks alone; None: the recipe's.
+        offload: `optimizer.offload`, of the ranks alone; None: the recipe's.
     """
 
     layout: Layout
     residual: str | None = None
     recompute: str | None = None
+    offload: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Case":
@@ -37,7 +40,7 @@ class Case:
         Raises:
             UserError: a field that is unknown or named twice, or a bad value.
         """
-        fields = parse_fields(text, TABLES | OPTIONS, ", nor residual or recompute")
+        fields = parse_fields(text, TABLES | OPTIONS, ", nor residual, recompute or offload")
         return cls.of(fields)
 
     @classmethod
@@ -55,11 +58,24 @@ class Case:
 def with_case(recipe: Recipe, case: Case) -> Recipe:
     """The recipe under a case."""
     placed = rewired(with_layout(recipe, case.layout), case.residual)
-    if case.recompute is None:
-        return placed
-    unused = ("offload_inputs",) if case.recompute == "none" else ()
-    train = changed(placed.train, {"recompute": case.recompute}, remove=unused)
-    return placed.model_copy(update={"train": train})
+    for name, value in (("recompute", case.recompute), ("offload", case.offload)):
+        if value is not None:
+            placed = with_option(placed, OPTIONS[name], name, value)
+    return placed
+
+
+def with_option(recipe: Recipe, table: str, name: str, value: object) -> Recipe:
+    """The recipe with a field of a table, without those of its fields that lose their effect."""
+    before = getattr(recipe, table)
+    placed = recipe.model_copy(update={table: changed(before, {name: value})})
+    unused = {
+        field
+        for field in before.model_fields_set
+        if unused_setting(placed, f"{table}.{field}")
+        and not unused_setting(recipe, f"{table}.{field}")
+    }
+    used = changed(getattr(placed, table), {}, remove=unused)
+    return placed.model_copy(update={table: used})
 
 
 def rewired(recipe: Recipe, residual: str | None) -> Recipe:

@@ -16,6 +16,7 @@ from colonnade.launcher.errors import Fault
 from colonnade.launcher.recipe.rules.base import divisors
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.recipe.unused import unused_setting
+from colonnade.launcher.verify.cases import OPTIONS as OPTIONS_OF_CASES
 from colonnade.launcher.verify.cases import Case
 from colonnade.launcher.verify.layouts import Layout, with_layout
 from colonnade.parallel.config import ParallelConfig
@@ -32,6 +33,7 @@ OPTIONS: dict[str, tuple[object, ...]] = {
     "zigzag": (True, False),
     "residual": ("standard", "ladder"),
     "recompute": ("none", "selective", "block"),
+    "offload": ("none", "host", "interleaved"),
 }
 NEEDS = {"etp": "tp", "sequence": "tp", "schedule": "pp", "context": "cp", "recurrence": "cp",
          "zigzag": "cp"}  # by option: the axis with which it is a choice  # fmt: skip
@@ -88,7 +90,7 @@ def cover(
     checked: dict[str, list[Fault]] = {}
 
     def is_valid(index: int) -> bool:
-        """Whether a candidate has no faults; recomputation changes none."""
+        """Whether a candidate has no faults; recomputation and offload change none."""
         one = Case(candidates[index].layout, candidates[index].residual)
         if (name := str(one)) not in checked:
             checked[name] = check(one)
@@ -158,7 +160,7 @@ def choices_of(case: Case, ranks: int) -> Choices:
     are none."""
     degrees = degrees_of(case.layout, ranks)
     values: Choices = {axis: "on" if degree > 1 else "off" for axis, degree in degrees.items()}
-    given = {**case.layout, "residual": case.residual, "recompute": case.recompute}
+    given = {**case.layout, **{name: getattr(case, name) for name in OPTIONS_OF_CASES}}
     if given.get("etp", 1) != 1:
         given["etp"] = "tp"
     return values | {name: given[name] for name in OPTIONS if name in given}
@@ -185,9 +187,11 @@ def all_cases(recipe: Recipe, ranks: int, fixed: Mapping[str, object]) -> Iterat
     """Yields the cases among which the search chooses; some of them may not be valid."""
     wirings = dict.fromkeys((*OPTIONS["residual"], recipe.model.residual))
     values = {**OPTIONS, "residual": tuple(wirings), **{n: (v,) for n, v in fixed.items()}}
+    if recipe.optimizer.name != "adamw":
+        values["offload"] = ("none",)
     for layout in all_layouts(recipe, ranks, values):
-        for residual, recompute in itertools.product(values["residual"], values["recompute"]):
-            yield Case(layout, str(residual), str(recompute))
+        for chosen in itertools.product(*(values[name] for name in OPTIONS_OF_CASES)):
+            yield Case(layout, *map(str, chosen))
 
 
 def all_layouts(

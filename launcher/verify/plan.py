@@ -176,10 +176,9 @@ def fitted(recipe: Recipe, case: Case, size: int) -> Recipe:
 
 def fixed_options(recipe: Recipe, overrides: Sequence[str]) -> dict[str, object]:
     """Returns the options outside `[parallel]` that overrides set, with their values."""
-    tables = {"model": recipe.model, "train": recipe.train}
     given = {text.partition("=")[0].strip() for text in overrides}
     return {
-        name: getattr(tables[table], name)
+        name: getattr(getattr(recipe, table), name)
         for name, table in OPTIONS.items()
         if f"{table}.{name}" in given
     }

@@ -24,7 +24,7 @@ from colonnade.kernels.host_adamw import (
 from colonnade.launcher.cluster.compiler import cpp_compiler
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SIZES = (0, 1, 63, 64, 65, 1000, 70_001)  # the last on several threads
+SIZES = (0, 1, 63, 64, 65, 1000, 300_001)  # the last on several threads
 USUAL = AdamWStep(1, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, scale=0.37)
 STEPS = {
     "usual": USUAL,
@@ -54,14 +54,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledKernel:
     return CompiledKernel(compile_library(tmp_path_factory.mktemp("compiled"), compiler))
 
 
-@pytest.fixture(params=["torch", "compiled", "deepspeed"])
-def kernel(request: pytest.FixtureRequest) -> HostKernel:
-    if request.param == "torch":
-        return TorchKernel()
-    if request.param == "compiled":
-        return request.getfixturevalue("compiled")
+@pytest.fixture(scope="module")
+def deepspeed() -> DeepSpeedKernel:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     return DeepSpeedKernel()
+
+
+@pytest.fixture(params=["torch", "compiled", "deepspeed"])
+def kernel(request: pytest.FixtureRequest) -> HostKernel:
+    return TorchKernel() if request.param == "torch" else request.getfixturevalue(request.param)
 
 
 def start(size: int, dtype: torch.dtype = FP32, moments: torch.dtype | None = None) -> State:

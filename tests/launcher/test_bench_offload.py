@@ -30,9 +30,9 @@ def test_figures() -> None:
 def test_the_floor_moves_every_byte() -> None:
     """It changes every element of what it writes, whatever the number of threads."""
     torch.set_num_threads(3)
-    count = 64 * 1000
+    count = 64 * 5000
     a, b, c = (torch.zeros(count) for _ in range(3))
-    x, w = torch.ones(count), torch.full((count,), float("nan"), dtype=torch.bfloat16)
+    x, w = torch.ones(count), torch.full((count,), -1, dtype=torch.int16)
     host_adamw.traffic((a, x, b, c, w))()
     assert all(torch.equal(t, x) for t in (a, b, c))
-    assert not w.isnan().any()
+    assert not (w == -1).any()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_job import job, losses
 
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.parallel.optimizer.offload import memory
-from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, new_slab
+from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, Slabs
 
 KERNEL = "optimizer.host_kernel=torch"
 INTERLEAVED, HOST = ("optimizer.offload=interleaved", KERNEL), ("optimizer.offload=host", KERNEL)
@@ -34,6 +35,24 @@ def test_a_run_goes_on_with_state_anywhere(
     ranks2.run(job, recipe(*fields, *INTERLEAVED), run, True, 6)
     ranks2.run(job, recipe(*fields), run, True)
     assert losses(run) == losses(tmp_path / "device")
+
+
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+def test_narrow_moments_are_saved_and_resumed_on_other_ranks(
+    ranks1: Ranks, ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path, moments: str
+) -> None:
+    """A resumed run goes on as an uninterrupted one, on other ranks and without offload nearly."""
+    fields = (*BF16, *INTERLEAVED, f"optimizer.offload_moments={moments}")
+    ranks2.run(job, recipe(*fields), tmp_path / "whole")
+    for name in ("same", "other", "device"):
+        ranks2.run(job, recipe(*fields), tmp_path / name, False, 4)
+    ranks2.run(job, recipe(*fields), tmp_path / "same", True)
+    ranks1.run(job, recipe(*fields), tmp_path / "other", True)
+    ranks1.run(job, recipe(*BF16), tmp_path / "device", True)
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "same") == expected
+    assert losses(tmp_path / "other") == pytest.approx(expected, rel=0.02)
+    assert losses(tmp_path / "device") == pytest.approx(expected, rel=0.02)
 
 
 def test_resuming_on_another_layout_with_state_anywhere(
@@ -77,19 +96,42 @@ def test_training_begins_from_the_exact_values_of_weights(
     assert losses(tmp_path / "moved") == losses(tmp_path / "device")
 
 
-class Refusing:
-    """A driver that registers no memory, as one whose limit is reached."""
+class Driver:
+    """A driver that pins memory, or none where its limit is 0."""
+
+    pinned: ClassVar[list[int]] = []
+    status = 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        return 2
+        if not self.status:
+            self.pinned.append(address)
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+class Owner:
+    """Has slabs."""
 
 
 def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns and goes on with pageable memory, or refuses."""
-    monkeypatch.setattr(memory.torch.cuda, "cudart", Refusing)
-    device = torch.device("cuda")
+    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(Driver, "status", 2)
+    device, owner = torch.device("cuda"), Owner()
     with pytest.raises(PinnedMemoryError, match=r"optimizer.pinned = require: .*1\.00 GiB.*prefer"):
-        new_slab(device, "require")(1 << 30)
+        Slabs(device, "require", owner).allocate(1 << 30)
     with pytest.warns(UserWarning, match="two to three times as slow"):
-        slab = new_slab(device, "prefer")(1 << 20)
+        slab = Slabs(device, "prefer", owner).allocate(1 << 20)
     assert slab.numel() == 1 << 20
+
+
+def test_memory_is_unpinned_when_its_owner_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
+    owner = Owner()
+    slabs = Slabs(torch.device("cuda"), "require", owner)
+    assert Driver.pinned == [slabs.allocate(1 << 20).data_ptr() for _ in range(2)]
+    del owner
+    assert not Driver.pinned

@@ -205,7 +205,7 @@ def test_shards_are_assembled() -> None:
         ("cp=8,ulysses=1", "ulysses = 1: give a whole number of at least 2"),
         ("residual=ladders", "residual = 'ladders': give one of standard, ladder, parallel"),
         ("recompute=all,tp=2", "recompute = 'all': give one of none, selective, block"),
-        ("", "an empty entry is no field of [parallel], nor residual or recompute"),
+        ("", "an empty entry is no field of [parallel], nor residual, recompute or offload"),
     ],
 )
 def test_faulty_layouts(layout: str, message: str) -> None:

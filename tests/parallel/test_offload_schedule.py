@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colonnade.bench.offload_clock import MACHINES, figures
 from colonnade.parallel.lanes.clock import ClockLanes, Operation
 from colonnade.parallel.lanes.tasks import HOST, LANES, STORE, Run, Task
 from colonnade.parallel.optimizer.offload.placement import (
@@ -312,3 +313,19 @@ def test_the_share_is_that_of_the_published_model() -> None:
     marks, seconds = place(group_sizes([10**7] * 200), h100)
     assert 0.55 < sum(marks) / 200 < 0.7
     assert seconds < 0.45 * 2e9 / h100.host
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_published_machines_on_the_clock(name: str) -> None:
+    """Faster than serial offload and than asynchronous gradients alone, and near the bound."""
+    found, log = figures(MACHINES[name])
+    assert found["serial / interleaved"] > 2.5
+    assert found["flush / interleaved"] > 1.17
+    assert 0.85 < found["bound / interleaved, updates"] <= 1
+    assert found["update_seconds"]["predicted"] == pytest.approx(
+        found["update_seconds"]["interleaved"], rel=0.02
+    )
+    published = {"H100, PCIe 5": (7.288, 3.811), "A100, PCIe 4": (7.570, 6.094)}
+    for measured, kind in zip(published.get(name, ()), ("serial", "flush"), strict=False):
+        assert found["seconds"][kind] == pytest.approx(measured, rel=0.12)  # of the logs
+    assert {operation.task.kind for operation in log if operation.task} == {*LANES, HOST}

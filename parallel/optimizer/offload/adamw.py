@@ -18,21 +18,24 @@ from colonnade.parallel.optimizer.adamw import MOMENTS
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
 from colonnade.parallel.optimizer.offload import placement
 from colonnade.parallel.optimizer.offload.arrivals import Arrivals
-from colonnade.parallel.optimizer.offload.groups import Group, Member, build_groups
+from colonnade.parallel.optimizer.offload.groups import Group, build_groups
 from colonnade.parallel.optimizer.offload.host_state import (
     Dtypes,
+    Moment,
     allocate,
     as_parameter,
+    opened_moment,
+    round_moment,
     state_bytes,
 )
-from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, new_slab
+from colonnade.parallel.optimizer.offload.memory import GIB, Slabs, free_bytes
 from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
 from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
 from colonnade.parallel.optimizer.offload.work import TensorWork
 from colonnade.parallel.parallelize import keep_wide_gradients
 
 REFIT = 20  # updates between two placements
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
 class Offload(NamedTuple):
@@ -73,7 +76,8 @@ class OffloadedAdamW(Optimizer):
         keep_wide_gradients(model, storage)
         self.groups = build_groups(model, settings, storage)
         dtypes = [self.dtypes_of(group, storage) for group in self.groups]
-        self.host = allocate(self.groups, dtypes, new_slab(offload.device, settings.pinned))
+        slabs = Slabs(offload.device, settings.pinned, owner=self)
+        self.host = allocate(self.groups, dtypes, slabs.allocate)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
         self.measured, self.rates = Measured(), TYPICAL
@@ -91,6 +95,7 @@ class OffloadedAdamW(Optimizer):
         }
         early = [m.parameter for g in self.groups for m in g.trained if not m.partial]
         self.arrivals = Arrivals(early, self.take_gradient)
+        self.copies: list[tuple[Moment, Tensor]] = []
         self.on_host: set[int] = set()  # groups that the host must update
         self.steps, self.free_at_update = 0, float("inf")
         self.placement, self.predicted, self.seconds = [False] * len(self.groups), 0.0, 0.0
@@ -192,6 +197,7 @@ class OffloadedAdamW(Optimizer):
         groups are placed anew, which is collective."""
         start = time.perf_counter()
         self.free_at_update = min(self.free_at_update, self.free())
+        self.copies = []  # of a checkpoint that was saved
         self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
         self.scheduler.step(self.placement)
         self.end_step()
@@ -211,27 +217,32 @@ class OffloadedAdamW(Optimizer):
         self.local_norms.clear()
         self.arrivals.end()
 
+    def close(self) -> None:
+        """Lets another optimizer take the model: its hooks keep the state of this one alive."""
+        self.arrivals.close()
+
     # What is saved and restored.
 
-    def named_members(self, moments: bool) -> list[tuple[str, Member, dict[str, Tensor]]]:
-        """Returns each parameter with its moments, or its master weight, on the host."""
-        found = []
-        for host in self.host:
-            state = host.state
-            flat = {"master": state.master}
-            if moments:
-                flat = dict(zip(MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True))
-            for m in host.group.trained if moments else host.group.members:
-                views = {k: as_parameter(m.view(t), m, self.meshes) for k, t in flat.items()}
-                found.append((m.name, m, views))
-        return found
-
     def masters(self) -> dict[str, Tensor]:
-        return {name: state["master"] for name, _, state in self.named_members(moments=False)}
+        return {
+            m.name: as_parameter(m.view(host.state.master), m, self.meshes)
+            for host in self.host
+            for m in host.group.members
+        }
 
     def named_state(self) -> dict[str, Tensor]:
-        members = self.named_members(moments=True)
-        return {f"{name}.{key}": t for name, _, state in members for key, t in state.items()}
+        """Moments that are kept in a narrower dtype are given as fp32 copies, so that any run can
+        go on from them; `resume` takes them from these copies."""
+        self.copies, found = [], {}
+        for host in self.host:
+            moments = host.state.exp_avg, host.state.exp_avg_sq
+            for key, moment in zip(MOMENTS, moments, strict=True):
+                values = opened_moment(moment, host.state.master.dtype)
+                if values is not moment:
+                    self.copies.append((moment, values))
+                for m in host.group.trained:
+                    found[f"{m.name}.{key}"] = as_parameter(m.view(values), m, self.meshes)
+        return found
 
     def write_weights(self) -> None:
         for group in range(len(self.groups)):
@@ -242,4 +253,7 @@ class OffloadedAdamW(Optimizer):
         for group in self.groups:
             for member in group.members:
                 member.updates_before = before.get(member.name, 0)
+        for moment, values in self.copies:
+            round_moment(moment, values)
+        self.copies = []
         self.write_weights()

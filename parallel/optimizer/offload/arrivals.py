@@ -22,8 +22,12 @@ class Arrivals:
         self.counts: Counter[nn.Parameter] = Counter()
         self.active = False
         self.late: set[nn.Parameter] = set()
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self.count)
+        self.hooks = [p.register_post_accumulate_grad_hook(self.count) for p in parameters]
+
+    def close(self) -> None:
+        """Takes its hooks off the parameters."""
+        for hook in self.hooks:
+            hook.remove()
 
     def leave_out(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves out parameters whose gradients are complete only after backward."""

@@ -1,6 +1,7 @@
 """Master weights and moments in the host's memory, in a few slabs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,20 +9,56 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from colonnade.kernels.eight_bit import BLOCK, Coded
 from colonnade.parallel.optimizer.offload.groups import Group, Member
 
+SCALE = torch.float32  # of the blocks of moments in 8 bits
 SLAB = 1 << 32  # bytes: few calls to pin memory, each of which is slow
+
+
+Moment = Tensor | Coded
 
 
 @dataclass(eq=False)
 class Views:
     """Master weights and moments of a group in one buffer of bytes: on the host, or in a slot of
-    the device. Each is `[length]`; a group without moments has empty ones."""
+    the device. Each is `[length]`, moments perhaps in 8 bits; a group that is not trained has none.
+    """
 
     buffer: Tensor
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
+
+
+@contextmanager
+def moments_of(
+    state: Views, served: Collection[torch.dtype] = ()
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gives the moments of a group as tensors `[length]` in the dtype of its master weights, or in
+    one of those `served` as they are; rounds them back at the end."""
+    moments = state.exp_avg, state.exp_avg_sq
+    opened = [opened_moment(moment, state.master.dtype, served) for moment in moments]
+    yield opened[0], opened[1]
+    for moment, values in zip(moments, opened, strict=True):
+        round_moment(moment, values)
+
+
+def opened_moment(
+    moment: Moment, dtype: torch.dtype, served: Collection[torch.dtype] = ()
+) -> Tensor:
+    """Returns a moment as `moments_of` gives it."""
+    if isinstance(moment, Coded):
+        return moment.decode()
+    return moment if moment.dtype in served else moment.to(dtype)
+
+
+def round_moment(moment: Moment, values: Tensor) -> None:
+    """Rounds values to a moment, unless they are the moment itself."""
+    if isinstance(moment, Coded):
+        moment.encode(values)
+    elif moment is not values:
+        moment.copy_(values)
 
 
 @dataclass(eq=False)
@@ -44,8 +81,8 @@ class HostGroup:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtypes of a group: of its master weights, its moments, its gradients on the host, and
-    its weights on the device."""
+    """The dtypes of a group: of its master weights, its moments (uint8: in 8 bits with scales), its
+    gradients on the host, and its weights on the device."""
 
     master: torch.dtype
     moments: torch.dtype
@@ -53,10 +90,17 @@ class Dtypes:
     weights: torch.dtype
 
 
+def moment_bytes(group: Group, dtypes: Dtypes) -> int:
+    """Returns the bytes of one moment of a group."""
+    if not group.trained:
+        return 0
+    scales = group.length // BLOCK * SCALE.itemsize if dtypes.moments == torch.uint8 else 0
+    return group.length * dtypes.moments.itemsize + scales
+
+
 def state_bytes(group: Group, dtypes: Dtypes) -> int:
     """Returns the bytes of the master weights and moments of a group."""
-    moments = 2 * dtypes.moments.itemsize if group.trained else 0
-    return group.length * (dtypes.master.itemsize + moments)
+    return group.length * dtypes.master.itemsize + 2 * moment_bytes(group, dtypes)
 
 
 def host_bytes(group: Group, dtypes: Dtypes) -> int:
@@ -72,12 +116,23 @@ def host_bytes(group: Group, dtypes: Dtypes) -> int:
 def views(buffer: Tensor, group: Group, dtypes: Dtypes) -> Views:
     """Returns the master weights and moments of a group in a buffer of at least that many bytes."""
     buffer = buffer[: state_bytes(group, dtypes)]
+    start = group.length * dtypes.master.itemsize
+    size = moment_bytes(group, dtypes)
+    first, second, third = buffer.tensor_split([start, start + size])
+    return Views(
+        buffer,
+        first.view(dtypes.master),
+        moment_in(second, group, dtypes, signed=True),
+        moment_in(third, group, dtypes, signed=False),
+    )
+
+
+def moment_in(buffer: Tensor, group: Group, dtypes: Dtypes, signed: bool) -> Moment:
+    """Returns a moment of a group in a buffer of its bytes."""
+    if dtypes.moments != torch.uint8:
+        return buffer.view(dtypes.moments)
     count = group.length if group.trained else 0
-    ends = [group.length * dtypes.master.itemsize]
-    ends += [ends[0] + count * dtypes.moments.itemsize]
-    first, second, third = buffer.tensor_split(ends)
-    moments = second.view(dtypes.moments), third.view(dtypes.moments)
-    return Views(buffer, first.view(dtypes.master), *moments)
+    return Coded(buffer[:count], buffer[count:].view(SCALE), signed)
 
 
 def allocate(
@@ -115,8 +170,7 @@ def divide(sizes: Sequence[int], new_slab: Callable[[int], Tensor]) -> Iterator[
 def host_group(group: Group, dtypes: Dtypes, buffer: Tensor) -> HostGroup:
     """Returns the tensors of a group in a buffer."""
     state = views(buffer, group, dtypes)
-    state.exp_avg.zero_()
-    state.exp_avg_sq.zero_()
+    state.buffer[group.length * dtypes.master.itemsize :].zero_()  # in 8 bits, too
     rest = buffer[state_bytes(group, dtypes) :]
     count = group.length * dtypes.gradient.itemsize if group.trained else 0
     gradient, weights = rest[:count].view(dtypes.gradient), rest[count:].view(dtypes.weights)

@@ -10,7 +10,7 @@ from colonnade.kernels.host_adamw import AdamWStep, HostKernel
 from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.base import OptimizerSettings
 from colonnade.parallel.optimizer.offload.groups import Member
-from colonnade.parallel.optimizer.offload.host_state import Dtypes, HostGroup, Views, views
+from colonnade.parallel.optimizer.offload.host_state import Dtypes, HostGroup, moments_of, views
 
 
 class TensorWork:
@@ -75,32 +75,34 @@ class TensorWork:
         for member in of_group.trained:
             if member.parameter.grad is not None and member.numel:
                 alike[member.rate, member.decay, member.updates_before].append(member)
-        for members in alike.values():
-            self.update_alike(members, state)
+        with moments_of(state) as moments:
+            for members in alike.values():
+                self.update_alike(members, state.master, *moments)
         for member in of_group.trained:
             member.weight.copy_(member.view(state.master))
 
-    def update_alike(self, members: Sequence[Member], state: Views) -> None:
-        """Updates parameters with the same rate, decay and number of updates."""
-        wide = state.master.dtype
+    def update_alike(
+        self, members: Sequence[Member], master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+    ) -> None:
+        """Updates parameters with the same rate, decay and number of updates, in the buffers of
+        their group."""
         gradients = [
-            local(m.parameter.grad).to(wide) for m in members if m.parameter.grad is not None
+            local(member.parameter.grad).to(master.dtype)
+            for member in members
+            if member.parameter.grad is not None
         ]
         if self.scale != 1.0:
             torch._foreach_mul_(gradients, self.scale)
-        masters = [member.view(state.master) for member in members]
-        means = [member.view(state.exp_avg) for member in members]
-        squares = [member.view(state.exp_avg_sq) for member in members]
-        wide_means, wide_squares = ([t.to(wide) for t in kind] for kind in (means, squares))
+        masters, means, squares = (
+            [member.view(flat) for member in members] for flat in (master, exp_avg, exp_avg_sq)
+        )
         step = self.step_of(members[0])
-        count = torch.tensor(float(step.step), device=state.master.device)
+        count = torch.full((), float(step.step), device=master.device)
         torch._fused_adamw_(
-            masters, gradients, wide_means, wide_squares, [], [count.clone() for _ in members],
+            masters, gradients, means, squares, [], [count.clone() for _ in members],
             lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
             eps=step.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        if state.exp_avg.dtype != wide:
-            torch._foreach_copy_(means + squares, wide_means + wide_squares)
 
     def step_of(self, member: Member) -> AdamWStep:
         """Returns the figures of a parameter's update."""
@@ -119,15 +121,16 @@ class TensorWork:
         """Updates a group by the host's kernel, which rounds the weights."""
         host = self.host[group]
         rounded = host.weights if host.weights is not host.state.master else None
-        for member in host.group.trained:
-            self.kernel(
-                master=member.flat(host.state.master),
-                grad=member.flat(host.gradient),
-                exp_avg=member.flat(host.state.exp_avg),
-                exp_avg_sq=member.flat(host.state.exp_avg_sq),
-                weight=None if rounded is None else member.flat(rounded),
-                step=self.step_of(member),
-            )
+        with moments_of(host.state, served=[torch.bfloat16]) as (exp_avg, exp_avg_sq):
+            for member in host.group.trained:
+                self.kernel(
+                    master=member.flat(host.state.master),
+                    grad=member.flat(host.gradient),
+                    exp_avg=member.flat(exp_avg),
+                    exp_avg_sq=member.flat(exp_avg_sq),
+                    weight=None if rounded is None else member.flat(rounded),
+                    step=self.step_of(member),
+                )
 
     def copy_weights(self, group: int) -> None:
         host = self.host[group]
