@@ -89,6 +89,9 @@ class WaitingLanes:
     def wait(self, event: Event) -> None:
         self.lanes.wait(event)
 
+    def passes_wait(self, event: Event) -> None:
+        self.lanes.passes_wait(event)
+
     def passed(self, event: Event) -> bool:
         return self.lanes.passed(event)
 

@@ -172,6 +172,23 @@ def test_fields_other_than_degrees_stay_under_a_layout() -> None:
         assert "sequence" not in other.parallel.model_fields_set
 
 
+def test_fields_without_effect_under_an_option_go() -> None:
+    fields = ["train.recompute=block", "train.offload_inputs=true"]
+    recipe = load_recipe("quickstart", [*fields, "optimizer.offload=interleaved"])
+    cases = {
+        text: Case.parse(text) for text in ("dp_shard=2", "recompute=selective", "recompute=none")
+    }
+    small = shrink(recipe, 2, cases.values())
+    placed = {text: on_case(small, 2, case, "fp64") for text, case in cases.items()}
+    assert all(validate(recipe, 2) == [] for recipe in placed.values())
+    offloads = {text: recipe.train.offload_inputs for text, recipe in placed.items()}
+    assert offloads == {"dp_shard=2": True, "recompute=selective": True, "recompute=none": False}
+    for recipe in (placed["recompute=none"], in_one_process(small)):
+        assert "offload_inputs" not in recipe.train.model_fields_set
+    margin = load_recipe("quickstart", ["optimizer.offload=interleaved", "optimizer.margin=1"])
+    assert validate(with_case(margin, Case.parse("offload=host")), 2) == []
+
+
 @pytest.mark.parametrize(
     ("layouts", "model", "tokens"),
     [
