@@ -92,9 +92,10 @@ def nearest_fits(
 ) -> list[Fit]:
     """Returns the smallest change of each field that makes the job fit, the least memory first.
 
-    Fields are recomputation, rows of a micro-batch, and the degrees, each doubled or halved until
-    the job fits; of a recipe with training stages those of `stage`. Where none fits alone, each is
-    tried again with whole blocks recomputed. Every try is a dry run in a process of its own.
+    Fields are recomputation, the place of its inputs, rows of a micro-batch, and the degrees, each
+    doubled or halved until the job fits; of a recipe with training stages those of `stage`. Where
+    none fits alone, each is tried again with whole blocks recomputed. Every try is a dry run in a
+    process of its own.
     """
     whole = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
     loaded, prefix = recipe_of_stage(whole, stage), f"stage.{stage}." if whole.stage else ""
@@ -117,9 +118,11 @@ def changes(recipe: Recipe, gpus: int) -> list[list[Change]]:
     """Returns for each field the changes that may save memory, the smallest first."""
     train, parallel = recipe.train, recipe.parallel
     more = RECOMPUTE[RECOMPUTE.index(train.recompute) + 1 :]
+    offloads = train.recompute != RECOMPUTE[0] and not train.offload_inputs
     rows = [train.micro_batch >> n for n in range(1, DOUBLINGS + 1)]
     found: list[list[Change]] = [
         [(f"train.recompute={kind}",) for kind in more],
+        [("train.offload_inputs=true",)] if offloads else [],
         [(f"train.micro_batch={count}",) for count in rows if count],
     ]
     degrees = parallel.degrees(gpus)

@@ -112,6 +112,7 @@ def test_changes_of_each_field() -> None:
     rows = changes(load_recipe("quickstart", [*TINY[:-1], *layout], 8), 8)
     assert rows == [
         [("train.recompute=block",)],
+        [("train.offload_inputs=true",)],
         [("train.micro_batch=2",), ("train.micro_batch=1",)],
         [("parallel.dp_replicate=1", "parallel.dp_shard=8")],
         *([("parallel.dp_shard=2", f"parallel.{axis}=2"),

@@ -31,15 +31,22 @@ from colonnade.parallel.dry_run import (
     collectives,
     forward_backward,
     gradients,
-    held_by_stage,
     hold_state,
     open_fake_world,
     shards,
 )
+from colonnade.parallel.held import held_by_stage, on_host
 from colonnade.parallel.mesh import build_expert_mesh, data_rank
 from colonnade.parallel.pipeline.dry_run import in_flight
 from colonnade.parallel.seams import expert_blocks
-from colonnade.parallel.storages import ACTIVATIONS, GATHERED, Peak, StorageLedger, storage_bytes
+from colonnade.parallel.storages import (
+    ACTIVATIONS,
+    GATHERED,
+    STASHED,
+    Peak,
+    StorageLedger,
+    storage_bytes,
+)
 from colonnade.parallel.world import World
 
 ROWS, TOKENS, MICRO_BATCHES = 2, 16, 4
@@ -65,6 +72,8 @@ class Case(NamedTuple):
 
 
 HYBRID = "M*-mSG"
+RECOMPUTED = {"precision": "bf16", "recompute": "block"}
+STASHED_INPUTS = {**RECOMPUTED, "offload_inputs": True}
 CASES = {
     "tp, sequence": Case(2, "*-", {"tp": 2}),
     "tp": Case(2, "M-", {"tp": 2, "sequence": False}),
@@ -91,6 +100,9 @@ CASES = {
     "pp, tp, loads": Case(4, "*E-M", {"pp": 2, "tp": 2}, {}, {"balance": 0.1, "logit_z": 0.1}),
     "pp=4, tied": Case(4, "*-M-", {"pp": 4, "schedule": "gpipe"}, {}, {"tied": True}),
     "pp, shared depth": Case(4, "*-", {"pp": 4}, {}, {"share": True, "repeat": 2}),
+    "FSDP, recomputed": Case(2, "*-", {}, RECOMPUTED, {"repeat": 3}),
+    "FSDP, stashed": Case(2, "*-", {}, STASHED_INPUTS, {"repeat": 3}),
+    "pp, stashed": Case(4, "*-", {"pp": 2, "schedule": "zbv"}, STASHED_INPUTS, {"repeat": 8}),
     "ep, recomputed": Case(4, "*E", {"ep": 2}, {"recompute": "block"}, {"residual": "ladder"}),
 }  # fmt: skip
 
@@ -222,8 +234,8 @@ def test_traffic_by_formula() -> None:
     assert not any(axis == "dp_replicate" for axis, _ in hsdp.micro_batch)
 
 
-def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int]]:
-    """Peak and held activations of a real micro-batch. A thread of gloo may drop the tensors of a
+def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int], dict[int, int]]:
+    """Peak, held and stashed bytes of a real micro-batch. A thread of gloo may drop the tensors of a
     collective later than the rank does, so the peak is the lowest of several."""
     engine = build_engine(recipe(name), World(rank, size, torch.device("cpu")))
     batch, peaks = FakeBatch.of(recipe(name).train), []
@@ -235,20 +247,37 @@ def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int]]:
             start = ledger.mark()
             marks = forward_backward(engine.passes, batch, ledger).marks
             ledger.hold("gradients", gradients(list(engine.model.parameters())))
+            ledger.hold(STASHED, on_host(engine.model))
             stop = ledger.mark()
         peaks.append(ledger.peak(start, stop, (ACTIVATIONS, GATHERED)))
-    return min(peaks, key=lambda peak: peak.total), held_by_stage(ledger, marks)
+    stashed = held_by_stage(ledger, marks, STASHED)
+    return min(peaks, key=lambda peak: peak.total), held_by_stage(ledger, marks), stashed
 
 
-@pytest.mark.parametrize("name", ["FSDP, bf16", "HSDP", "pp, FSDP, bf16"])
+@pytest.mark.parametrize(
+    "name", ["FSDP, bf16", "HSDP", "pp, FSDP, bf16", "FSDP, stashed", "pp, stashed"]
+)
 def test_peaks_of_real_tensors(ranks2: Ranks, ranks4: Ranks, name: str) -> None:
     """Without kernels that a dry run takes as one operator, it allocates and frees the same."""
     size = CASES[name].ranks
-    peak, held = (ranks2 if size == 2 else ranks4).run(real_peaks, name)[RANK[size]]
+    peak, held, stashed = (ranks2 if size == 2 else ranks4).run(real_peaks, name)[RANK[size]]
     report = dry(size)[name]
-    assert (report.peak, report.held) == (peak, held)
+    assert (report.peak, report.held, report.stashed) == (peak, held, stashed)
     assert 0 < sum(held.values()) < peak.by_kind[ACTIVATIONS]
     assert 0 < peak.by_kind[GATHERED] < 4 * measure(recipe(name).model, TOKENS).parameters
+
+
+def test_bytes_of_stashed_inputs() -> None:
+    """Of every sub-block its input, and that of its norm; none of them counts for the device, which
+    keeps the other activations that it would keep without a stash."""
+    one = TOKENS * ROWS * SMALL["hidden"] * 2
+    plain, stashed = dry(2)["FSDP, recomputed"], dry(2)["FSDP, stashed"]
+    assert plain.stashed == {0: 0}
+    assert stashed.stashed == {0: 2 * 6 * one}
+    scales = 6 * TOKENS * ROWS * 4  # of the rows of a norm
+    assert stashed.held[0] == plain.held[0] - 2 * 6 * one - scales
+    assert stashed.peak.total < plain.peak.total - (2 * 6 - 6) * one
+    assert sum(dry(4)["pp, stashed"].stashed.values()) == 2 * 8 * one
 
 
 def real_step_peak(rank: int, size: int, name: str) -> int:
