@@ -307,23 +307,26 @@ def test_narrow_moments_and_gradients_are_close_and_not_equal(
     assert 0 < distance < most
 
 
-def distance(ours: Trained, reference: Trained) -> float:
+def distance(ours: Trained, reference: Trained, moments: bool) -> float:
     """The largest relative difference of a tensor's local shard, by 2-norms."""
     return max(
         float((t - ours.tensors[name]).norm() / t.norm())
         for name, t in reference.tensors.items()
-        if t.is_floating_point() and t.norm()
+        if t.is_floating_point() and t.norm() and (moments or not name.startswith("optimizer."))
     )
 
 
 @pytest.mark.parametrize("kind", ["host", "interleaved"])
 def test_two_kernels_differ_by_rounding_alone(ranks2: Ranks, kind: str) -> None:
-    """In fp32, where the passes do not amplify it to a bit of a 16-bit weight."""
+    """All state after one update, and parameters after three in fp32, whose passes amplify the
+    rounding of some moments, which are sums of gradients that cancel."""
     assert host_kernel_choice("compiled")[0].name == "compiled"
     recipe = recipe_for("*-M-", {"dp_shard": 2}, 2, precision="fp32", **LADDER)
-    device = ranks2.run(train, recipe)
     changed = settings_of(recipe, offload=kind, host_kernel="compiled")
-    for ours, reference in zip(ranks2.run(train, changed), device, strict=True):
-        assert not ours.unrounded
-        assert differing(ours, reference)
-        assert distance(ours, reference) < 1e-6
+    for steps in (1, 3):
+        device = ranks2.run(train, recipe, None, None, steps)
+        found = ranks2.run(train, changed, None, None, steps)
+        for ours, reference in zip(found, device, strict=True):
+            assert not ours.unrounded
+            assert differing(ours, reference)
+            assert distance(ours, reference, moments=steps == 1) < 1e-6
