@@ -23,7 +23,7 @@ from colonnade.launcher.train.step import train_step
 from colonnade.launcher.verify.trace import random_rows
 from colonnade.parallel.engine import Engine, connect
 from colonnade.parallel.gradients import local
-from colonnade.parallel.lanes.tasks import Event, Run, Task
+from colonnade.parallel.lanes.tasks import HOST, LOAD, STORE, UPDATE, Event, Run, Task
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.optimizer.offload.adamw import Offload, OffloadedAdamW
 from colonnade.parallel.optimizer.offload.rates import Measured
@@ -330,3 +330,27 @@ def test_two_kernels_differ_by_rounding_alone(ranks2: Ranks, kind: str) -> None:
             assert not ours.unrounded
             assert differing(ours, reference)
             assert distance(ours, reference, moments=steps == 1) < 1e-6
+
+
+def placements(rank: int, size: int, recipe: Recipe) -> list[list[bool]]:
+    """Where groups are placed by rates that differ between ranks: while every rank has memory, and
+    when rank 1 has none."""
+    optimizer = build_engine(recipe, World(rank, size, CPU)).optimizer
+    assert isinstance(optimizer, OffloadedAdamW)
+    found = []
+    for free in (float("inf"), 0.0 if rank == 1 else float("inf")):
+        for kind, rate in ((HOST, 1e8), (UPDATE, 1e11), (LOAD, 1e9), (STORE, 1e9)):
+            optimizer.measured.observe(Task(kind, 0, int(rate * (1 + 2 * rank))), 1.0)
+        optimizer.free_at_update = free
+        optimizer.place_anew()
+        found.append(optimizer.placement)
+    assert optimizer.rates.host == pytest.approx(2e8)
+    return found
+
+
+def test_ranks_place_alike(ranks2: Ranks) -> None:
+    recipe = recipe_for("*-M-", {"dp_replicate": 2, "dp_shard": 1}, 2)
+    first, second = ranks2.run(placements, settings_of(recipe, offload="interleaved"))
+    assert first == second
+    assert any(first[0])
+    assert not any(first[1])
