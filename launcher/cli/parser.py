@@ -86,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="tp=2,…",
-        help="fields of [parallel], residual, recompute and offload; may be given several times (default: a "
-        "set that has every pair of axes and options that is valid)",
+        help="fields of [parallel], residual, recompute and offload; may be given several times "
+        "(default: a set that has every pair of axes and options that is valid)",
     )
     verify.add_argument(
         "--all",

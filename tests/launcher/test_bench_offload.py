@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colonnade.bench import host_adamw
+from colonnade.bench import host_adamw, offload_clock, offload_gpu
 from colonnade.launcher.cluster.compiler import cpp_compiler
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
@@ -36,3 +36,22 @@ def test_the_floor_moves_every_byte() -> None:
     host_adamw.traffic((a, x, b, c, w))()
     assert all(torch.equal(t, x) for t in (a, b, c))
     assert not (w == -1).any()
+
+
+def test_one_gpu_without_one() -> None:
+    """The device is the host: its four optimizers train, and the report has their ratios."""
+    if not torch.cuda.is_available():
+        assert offload_gpu.run() == {"not run": "there is no GPU"}
+    small = offload_gpu.Shape(
+        layers=2, hidden=128, ffn=64, vocab=64, seq_len=16, rows=1, micro_batches=2, steps=2
+    )
+    report = offload_gpu.run(small, torch.device("cpu"))
+    assert report["interleaved"]["groups_on_device"] > 0 == report["flush"]["groups_on_device"]
+    for name in ("serial / interleaved", "flush / interleaved", "interleaved / device"):
+        assert report[name] > 0
+
+
+def test_simulated_devices_are_drawn(tmp_path: Path) -> None:
+    report = offload_clock.run(tmp_path / "lanes.png")
+    assert report["GH200: serial / interleaved"] > 1
+    assert (tmp_path / "lanes.png").stat().st_size > 10_000

@@ -160,9 +160,9 @@ class OffloadedAdamW(Optimizer):
         """Places groups by what was measured on all ranks. Collective: all-reduces rates, and (MIN)
         how many slots fit in the memory that was free when updates began."""
         self.rates = self.measured.rates(self.rates)
-        largest = max(size.state for size in self.scheduler.sizes)
-        room = self.free_at_update - self.settings.margin * GIB
-        slots = torch.tensor(min(max(room // max(largest, 1), 0), len(self.groups)))
+        largest = max((size.state for size in self.scheduler.sizes), default=0) or 1
+        room = max(self.free_at_update - self.settings.margin * GIB, 0)
+        slots = torch.tensor(int(min(room, largest * len(self.groups)) // largest))
         if dist.is_initialized():
             dist.all_reduce(slots, dist.ReduceOp.MIN)
         self.place(int(slots))
