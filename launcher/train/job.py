@@ -25,10 +25,10 @@ from colonnade.launcher.train.saves import lock_of, open_saver
 from colonnade.launcher.train.timer import Timer
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.engine import Engine, connect
+from colonnade.parallel.lanes.pinned import PinnedMemoryError
 from colonnade.parallel.materialise import draw_weights
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
 from colonnade.parallel.optimizer import Offload, Optimizer, build_optimizer
-from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError
 from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from colonnade.parallel.optimizer.offload.host_state import (
     round_moment,
     state_bytes,
 )
-from colonnade.parallel.optimizer.offload.memory import GIB, Slabs, free_bytes
+from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, slab_of
 from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
 from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
 from colonnade.parallel.optimizer.offload.sizes import dtypes_of, storage_of, total_sizes
@@ -87,8 +88,8 @@ class OffloadedAdamW(Optimizer):
         keep_wide_gradients(model, storage)
         self.groups = build_groups(model, settings, storage)
         dtypes = [dtypes_of(group, settings, storage) for group in self.groups]
-        slabs = Slabs(offload.device, settings.pinned, owner=self)
-        self.host = allocate(self.groups, dtypes, slabs.allocate)
+        new_slab = partial(slab_of, device=offload.device, pinned=settings.pinned)
+        self.host = allocate(self.groups, dtypes, new_slab)
         self.host_sizes = total_sizes(zip(self.groups, dtypes, strict=True))
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
