@@ -16,11 +16,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from colonnade.kernels.host_adamw import TorchKernel
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
@@ -28,10 +29,11 @@ from colonnade.models.report import PassReport
 from colonnade.models.wiring import Stage
 from colonnade.parallel.collectives import AxisNames, CollectiveCounter
 from colonnade.parallel.config import ParallelConfig
-from colonnade.parallel.gradients import gradient_norm
+from colonnade.parallel.gradients import gradient_norm, local
 from colonnade.parallel.held import Mark, held_by_stage, on_host
 from colonnade.parallel.mesh import ranks_per_loss
-from colonnade.parallel.optimizer import Optimizer, OptimizerSettings, build_optimizer
+from colonnade.parallel.optimizer import Offload, Optimizer, OptimizerSettings, build_optimizer
+from colonnade.parallel.optimizer.offload.report import DeviceLanes, OffloadReport
 from colonnade.parallel.parallelize import COMPUTE, reduce_gradients, set_last_micro_batch
 from colonnade.parallel.passes import DeviceInputs, Passes, RunningSums
 from colonnade.parallel.pipeline.build import build_passes
@@ -42,6 +44,14 @@ from colonnade.parallel.pipeline.dry_run import (
     sum_over_all_ranks,
 )
 from colonnade.parallel.pipeline.pipeline import Pipeline
+from colonnade.parallel.rank_state import (
+    device_state,
+    gradients,
+    hold_state,
+    offload_report,
+    saved_bytes,
+    shards,
+)
 from colonnade.parallel.storages import (
     ACTIVATIONS,
     GATHERED,
@@ -103,7 +113,7 @@ class RankReport:
     Attributes:
         parameters: its shards.
         gradients: of their gradients, all of which are held when a step's last backward ends.
-        optimizer: of the optimizer's state.
+        optimizer: of the optimizer's state on the device.
         held: activations that one micro-batch keeps from the end of its forward pass on, by stage.
         stashed: the same in the host's memory, under `train.offload_inputs`.
         peak: the most that a micro-batch allocates beside the shards, forward and backward:
@@ -116,6 +126,9 @@ class RankReport:
         seconds: that the dry run itself took, by its phases.
         extras: terms of the objective beside loss and balance.
         summed: unsharded gradients that FSDP2 sums over the micro-batches of a pipeline.
+        elements: of its parameters.
+        saved: what a checkpoint has of the rank.
+        offload: of optimizer state in the host's memory, where it is; None: it is on the device.
     """
 
     parameters: int
@@ -131,6 +144,9 @@ class RankReport:
     seconds: dict[str, float]
     extras: int
     summed: int
+    elements: int
+    saved: int
+    offload: OffloadReport | None
 
     def collectives(self, micro_batches: int) -> Collectives:
         """What a step of this many micro-batches sends."""
@@ -211,6 +227,7 @@ def dry_run(
         with clock.phase("allocation"):
             optimizer = allocate(model, recipe)
             passes = build_passes(model, stages, mesh, recipe, CPU, rank)
+            optimizer.share_with_stages(passes.shared_parameters)
             batch = FakeBatch.of(recipe.train)
             hold_state(ledger, model, optimizer)
         parameters = list(model.parameters())
@@ -220,6 +237,7 @@ def dry_run(
                 ran = forward_backward(passes, batch, ledger)
                 ledger.hold("gradients", gradients(parameters))
                 ledger.hold(STASHED, on_host(model))
+                offload = offload_report(passes, optimizer)
                 stop, sent = ledger.mark(), collectives(counter)
             with clock.phase("update"):
                 update(passes, optimizer, ran.reports, ranks_per_loss(mesh), extras)
@@ -233,8 +251,8 @@ def dry_run(
                 step["pp", "send"] = shared
         return RankReport(
             parameters=storage_bytes(shards(model)),
-            gradients=storage_bytes(gradients(parameters)),
-            optimizer=storage_bytes(optimizer.named_state().values()),
+            gradients=ledger.held(stop).get("gradients", 0),
+            optimizer=storage_bytes(device_state(optimizer)),
             held=held_by_stage(ledger, ran.marks),
             stashed=held_by_stage(ledger, ran.marks, STASHED),
             peak=ledger.peak(start, stop, (ACTIVATIONS, GATHERED)),
@@ -245,29 +263,17 @@ def dry_run(
             seconds=clock.seconds,
             extras=len({name for report in ran.reports for name in report.extras}),
             summed=0 if ran.end is None else ledger.held(ran.end).get(ACTIVATIONS, 0),
+            elements=sum(local(p).numel() for p in parameters),
+            saved=saved_bytes(model, optimizer),
+            offload=offload,
         )
 
 
 def allocate(model: Decoder, recipe: DrySettings) -> Optimizer:
     """Gives a model on meta fake weights, which nothing fills, and builds its optimizer."""
     model.to_empty(device=CPU)
-    return build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision])
-
-
-def shards(model: Decoder) -> list[Tensor]:
-    """Returns this rank's parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
-
-
-def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Returns the gradients of those parameters that have one."""
-    return [p.grad for p in parameters if p.grad is not None]
-
-
-def hold_state(ledger: StorageLedger, model: Decoder, optimizer: Optimizer) -> None:
-    """Tells the ledger what was allocated before the step."""
-    ledger.hold("parameters", shards(model))
-    ledger.hold("optimizer", optimizer.named_state().values())
+    offload = Offload(TorchKernel(), CPU, lanes=lambda measured: DeviceLanes())
+    return build_optimizer(model, recipe.optimizer, COMPUTE[recipe.train.precision], offload)
 
 
 class FakeBatch(NamedTuple):

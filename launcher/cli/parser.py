@@ -111,6 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan.add_argument("--stage", type=count, help=stage_help)
     plan.add_argument("--device", help="refuse what it cannot hold: h100, …, or 80GiB")
+    plan.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help="of the host of a --device, for each device (default: of the vendor's servers)",
+    )
 
     add_generate(add("generate", verbs.run_generate))
 

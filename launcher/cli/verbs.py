@@ -191,6 +191,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         gpus=a.gpus,
         dry_run=a.dry_run,
         device=a.device,
+        host_memory=a.host_memory,
         stage=a.stage,
     )
     print(table(report)) if a.json is None else a.report(report)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colonnade.launcher.cluster.devices import parse_device
+from colonnade.launcher.cluster.devices import GIB, parse_device
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.fit import nearest_fits, require_fit
 from colonnade.launcher.recipe.load import load_recipe
@@ -27,6 +27,7 @@ def plan(
     gpus: int,
     dry_run: bool = True,
     device: str | None = None,
+    host_memory: float | None = None,
     stage: int | None = None,
 ) -> dict[str, Any]:
     """Runs one rank of the job of a recipe on `gpus` ranks without data; returns the report.
@@ -44,15 +45,17 @@ def plan(
         dry_run: as of now always.
         stage: of a recipe with training stages, the one that is run.
         device: that each rank has: a name, or its memory, such as `80GiB`; None: any.
+        host_memory: GiB of its host's memory for each device; None: as far as it is known.
 
     Raises:
         RecipeError: the recipe is invalid on that many ranks.
         UserError: without `dry_run`, in a process that has ranks already, or because a rank holds
-            more than the device has; the message then gives the nearest layouts that fit.
+            more than the device, or its host, has; the message then gives the nearest layouts that
+            fit.
     """
     if not dry_run:
         raise UserError("plan: layouts are not ranked yet; add --dry-run to see this one")
-    known = None if device is None else parse_device(device)
+    known = parse_device(device, host_memory)
     whole = load_recipe(recipe, overrides, gpus, fields_of=fields_of_init)
     loaded = recipe_of_stage(whole, stage)
     stage = (stage or 0) if whole.stage else None
@@ -66,7 +69,13 @@ def plan(
         require_fit(
             report, known, job, partial(nearest_fits, recipe, overrides, gpus, known, stage)
         )
-        report["device"] = {"name": known.name, "memory": known.memory, "usable": known.usable}
+        report["device"] = {
+            "name": known.name,
+            "memory": known.memory,
+            "usable": known.usable,
+            "host_memory": known.host_memory,
+            "usable_of_host": known.usable_of_host,
+        }
     return report
 
 
@@ -102,6 +111,9 @@ def as_dict(
         "schedule": recipe.parallel.schedule if recipe.parallel.pp > 1 else None,
         "parameters": measure(recipe.model, train.seq_len).parameters,
         "precision": train.precision,
+        "optimizer": recipe.optimizer.name,
+        "offload": recipe.optimizer.offload,
+        "margin": int(recipe.optimizer.margin * GIB),
         "micro_batch": {"rows": train.micro_batch, "tokens": train.seq_len},
         "micro_batches": micro_batches,
         **largest,
@@ -121,6 +133,7 @@ def stage_dict(
     return {
         "pipeline_rank": number,
         "in_flight": passes,
+        "elements": report.elements,
         "memory": {
             "parameters": report.parameters,
             "gradients": report.gradients,
@@ -130,13 +143,37 @@ def stage_dict(
             "kept_by_forward": sum(report.held.values()),
             "in_flight": kept,
             "update": report.update_peak.total,
-            "stashed": in_flight(recipe.parallel, number, micro_batches, report.stashed)[0],
             "summed_gradients": report.summed if micro_batches > 1 else 0,
             "peak": report.memory(kept, micro_batches),
         },
+        **host_dict(
+            recipe, report, in_flight(recipe.parallel, number, micro_batches, report.stashed)[0]
+        ),
         "collectives": rows(report.collectives(micro_batches)),
         "per_micro_batch": rows(report.micro_batch),
         "per_step": rows(report.step),
+    }
+
+
+def host_dict(recipe: Recipe, report: "RankReport", inputs: int) -> dict[str, Any]:
+    """Returns what a rank holds in its host's memory, by kind, `inputs` of sub-blocks and norms
+    among it, and facts of the state there:
+    gradients that stay on the device to the end of backward, from the second step on; its slots for
+    state, of which there are more where memory is free; and groups of parameters."""
+    saves = report.saved if recipe.checkpoint.asynchronous else 0
+    others, state = {"inputs": inputs, "saves": saves}, report.offload
+    if state is None:
+        return {"host": others, "offloaded": None}
+    return {
+        "host": {**state.host, **others},
+        "offloaded": {
+            "kept_gradients": state.kept,
+            "slot": state.slot,
+            "slots": min(state.device_groups, 2),
+            "more_slots": not recipe.train.deterministic,
+            "groups": state.groups,
+            "device_groups": state.device_groups,
+        },
     }
 
 

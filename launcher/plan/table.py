@@ -3,10 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
+from colonnade.launcher.cluster.sizes import size
+
 STATE = {
     "parameters": "shards of parameters and buffers",
     "gradients": "shards of their gradients",
     "optimizer": "optimizer state",
+}
+HOST = {
+    "masters": "master weights",
+    "moments": "moments of AdamW",
+    "gradients": "gradients on their way to the host",
+    "weights": "rounded weights on their way to the device",
+    "inputs": "stashed inputs of sub-blocks and norms (train.offload_inputs)",
+    "saves": "copies of what the rank saves (checkpoint.asynchronous)",
 }
 PASSES = {
     "activations": "activations, at the peak of a micro-batch's forward and backward pass",
@@ -16,9 +26,10 @@ PASSES = {
 
 def table(report: dict[str, Any]) -> str:
     """Returns the report as text."""
-    parts = [heading(report), memory(report), communication(report)]
+    parts = [heading(report), memory(report), host(report), communication(report)]
     parts += [pipeline(report)] if len(report["stages"]) > 1 else []
-    return "\n\n".join("\n".join(part) for part in [*parts, times(report)])
+    texts = ["\n".join(part) for part in [*parts, times(report)]]
+    return "\n\n".join(text for text in texts if text)
 
 
 def heading(report: dict[str, Any]) -> Iterator[str]:
@@ -38,31 +49,72 @@ def heading(report: dict[str, Any]) -> Iterator[str]:
 
 
 def memory(report: dict[str, Any]) -> Iterator[str]:
-    """Yields lines of the bytes that the rank holds."""
-    held = report["memory"]
+    """Yields lines of the bytes that the rank holds on its device."""
+    held, offloaded = report["memory"], report["offloaded"]
     yield f"{'held by the rank':<32}{'bytes':>20}"
     for key, text in {**STATE, **PASSES}.items():
-        yield f"  {key:<30}{held[key]:>20,}  {size(held[key]):>10}  {text}"
+        if offloaded is not None and key == "optimizer":
+            yield from slots(report)
+        else:
+            remark = f", {leaving(report)}" if offloaded is not None and key == "gradients" else ""
+            yield line(key, held[key], text + remark)
     in_flight = report["in_flight"]
     flight = f"{in_flight} forward pass{'es' * (in_flight > 1)} in flight"
-    yield f"  {'peak':<30}{held['peak']:>20,}  {size(held['peak']):>10}  with {flight}"
+    yield line("peak", held["peak"], f"with {flight}")
     if device := report.get("device"):
-        free = device["usable"] - held["peak"]
         others = f"beside {size(device['memory'] - device['usable'])} for driver and communication"
-        yield f"  {'left of ' + device['name']:<30}{free:>20,}  {size(free):>10}  {others}"
-    if stashed := held["stashed"]:
-        what = f"of the host: inputs of sub-blocks and norms, with {flight}"
-        yield f"  {'stashed':<30}{stashed:>20,}  {size(stashed):>10}  {what}"
+        yield line(f"left of {device['name']}", device["usable"] - held["peak"], others)
+
+
+def leaving(report: dict[str, Any]) -> str:
+    """Says when the device has all gradients, of which the host updates some."""
+    kept = report["offloaded"]["kept_gradients"]
+    stay = f"{size(kept) if kept else 'none'} stay for the update"
+    if report["micro_batches"] > 1:
+        return f"until the last micro-batch; {stay}"
+    return f"in the first step; in later ones {stay}"
+
+
+def slots(report: dict[str, Any]) -> Iterator[str]:
+    """Yields a line of the device's memory for the state that it updates, if there is any."""
+    state = report["offloaded"]
+    if not state["slots"]:
+        return
+    text = f"{state['slots']} slots during updates, for the state of {state['device_groups']} of "
+    text += f"{state['groups']} groups in turn"
+    if state["more_slots"]:
+        text += f"; more where memory is free beside a margin of {size(report['margin'])}"
+    yield line("slots", state["slots"] * state["slot"], text)
+
+
+def host(report: dict[str, Any]) -> Iterator[str]:
+    """Yields lines of the bytes that the rank holds in its host's memory, if there are any."""
+    held = {kind: count for kind, count in report["host"].items() if count}
+    if not held:
+        return
+    yield f"{'held by the rank on its host':<32}{'bytes':>20}"
+    for kind, count in held.items():
+        yield line(kind, count, HOST[kind])
+    total = sum(held.values())
+    yield line("all", total, "beside the program, data and buffers of communication")
+    usable = report.get("device", {}).get("usable_of_host")
+    if usable is not None:
+        name = report["device"]["name"]
+        yield line(f"left of the host of {name}", usable - total, "for each of its devices")
+
+
+def line(name: str, count: int, text: str) -> str:
+    """Returns a line of bytes."""
+    return f"  {name:<30}{count:>20,}  {size(count):>10}  {text}"
 
 
 def communication(report: dict[str, Any]) -> Iterator[str]:
     """Yields a line for every axis and collective: the bytes that the rank sends."""
     yield f"{'sent by the rank in a step':<32}{'bytes':>20}  {'':>10}  calls"
     for row in report["collectives"]:
-        name = f"{row['axis']} {row['collective']}"
-        yield f"  {name:<30}{row['bytes']:>20,}  {size(row['bytes']):>10}  {row['calls']:,}"
+        yield line(f"{row['axis']} {row['collective']}", row["bytes"], f"{row['calls']:,}")
     total = sum(row["bytes"] for row in report["collectives"])
-    yield f"  {'all':<30}{total:>20,}  {size(total):>10}"
+    yield line("all", total, "").rstrip()
 
 
 def pipeline(report: dict[str, Any]) -> Iterator[str]:
@@ -80,11 +132,3 @@ def times(report: dict[str, Any]) -> Iterator[str]:
     """Yields a line that says what the dry run took."""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
     yield f"dry run: {report['operators']:,} operators; {seconds}"
-
-
-def size(count: int) -> str:
-    """Writes bytes in the largest binary unit of which there is one: `3.4 GiB`."""
-    amount, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{amount:,.0f} {units[0]}" if units[0] == "B" else f"{amount:,.1f} {units[0]}"

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +20,15 @@ from colonnade.launcher.recipe.stages import TrainingStage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS
 from colonnade.launcher.train.events import Events
+from colonnade.launcher.train.host_memory import require_host_memory
 from colonnade.launcher.train.saves import lock_of, open_saver
 from colonnade.launcher.train.timer import Timer
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.engine import Engine, connect
+from colonnade.parallel.lanes.pinned import PinnedMemoryError
 from colonnade.parallel.materialise import draw_weights
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
 from colonnade.parallel.optimizer import Offload, Optimizer, build_optimizer
-from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError
 from colonnade.parallel.parallelize import COMPUTE, parallelize
 from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World
@@ -85,13 +87,17 @@ class Job:
 
 
 def build_engine(
-    recipe: Recipe, world: World, prepare: Callable[[Decoder], object] | None = None
+    recipe: Recipe,
+    world: World,
+    prepare: Callable[[Decoder], object] | None = None,
+    check: Callable[[Decoder], object] | None = None,
 ) -> Engine:
     """Builds the mesh, the sharded model or this rank's stages of it, with weights from the seed,
     the optimizer, and what runs their passes.
 
     Args:
         prepare: a function that changes the model before it is sharded and materialised.
+        check: a function that refuses the sharded model before any memory is allocated for it.
     """
     mesh = build_mesh(recipe.parallel, world)
     stages = pipeline_stages(recipe.model, recipe.parallel, recipe.train.seq_len)
@@ -101,6 +107,8 @@ def build_engine(
     if prepare is not None:
         prepare(model)
     parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
+    if check is not None:
+        check(model)
     model.to_empty(device=world.device)
     compute = COMPUTE[recipe.train.precision]
     try:
@@ -122,8 +130,8 @@ def offload_of(recipe: Recipe, world: World) -> Offload | None:
     """
     if recipe.optimizer.offload == "none":
         return None
-    kernel, _ = settle_host_kernel(recipe.optimizer.host_kernel, world.wait_for_all)
-    return Offload(kernel, world.device, refit=not recipe.train.deterministic)
+    kernel, choice = settle_host_kernel(recipe.optimizer.host_kernel, world.wait_for_all)
+    return Offload(kernel, world.device, not recipe.train.deterministic, choice=choice)
 
 
 def build_model(
@@ -132,6 +140,12 @@ def build_model(
     """Returns mesh, model and optimizer of `build_engine`."""
     engine = build_engine(recipe, world, prepare)
     return engine.mesh, engine.model, engine.optimizer
+
+
+def checked_engine(recipe: Recipe, world: World) -> Engine:
+    """Builds the engine of a job whose state its hosts have memory for."""
+    check = partial(require_host_memory, recipe=recipe, world=world)
+    return build_engine(recipe, world, check=check)
 
 
 def build(
@@ -146,7 +160,7 @@ def build(
     settle_determinism(recipe.train.deterministic)
     stages = training_stages(recipe)
     stage, events = stage or stages[0], events or Events()
-    engine, data = build_engine(stage.recipe, world), open_data(stage.recipe, stage.order)
+    engine, data = checked_engine(stage.recipe, world), open_data(stage.recipe, stage.order)
     saver = open_saver(stages, run, events)
     return Job(stages, stage, run, world, engine, data, saver, events, lock_of(run))
 
@@ -157,6 +171,6 @@ def change_stage(job: Job, stage: TrainingStage) -> None:
     del job.engine, job.data, job.saver, job.reader  # the reader has the data
     gc.collect()
     job.stage, job.reader = stage, None
-    job.engine = build_engine(stage.recipe, job.world)
+    job.engine = checked_engine(stage.recipe, job.world)
     job.data = open_data(stage.recipe, stage.order)
     job.saver = open_saver(job.stages, job.run, job.events)

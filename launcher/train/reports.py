@@ -16,8 +16,10 @@ from colonnade.launcher.train.step import Result
 from colonnade.launcher.train.summary import (
     describe_data,
     describe_job,
+    describe_offload,
     start_facts,
 )
+from colonnade.parallel.optimizer import OffloadedAdamW, Optimizer
 
 
 def open_monitor(job: Job, recipe: Recipe) -> Monitor | None:
@@ -28,6 +30,8 @@ def open_monitor(job: Job, recipe: Recipe) -> Monitor | None:
     def open_on_this_rank() -> None:
         opened.append(Monitor(job.run, recipe, job.stage, job.step, job.events.attempt))
         opened[0].say(describe_job(job.recipe, job.world, job.data, job.step, job.steps))
+        if offload := describe_offload(job.optimizer, job.world.device):
+            opened[0].say(offload)
         if len(job.stages) > 1:
             opened[0].say(describe_stage(job.stage))
         checkpoint = step_folder(job.checkpoints, job.step).name if job.step else None
@@ -47,6 +51,8 @@ def report_stage(job: Job, monitor: Monitor | None, seconds: float) -> None:
         job.events.stage(job.step, job.stage.index, layout, seconds)
         monitor.say(describe_stage(job.stage))
         monitor.say(describe_data(job.recipe, job.data))
+        if offload := describe_offload(job.optimizer, job.world.device):
+            monitor.say(offload)
 
     on_rank_zero(lambda: write_below(job.run, report))
 
@@ -93,7 +99,7 @@ def record_step(job: Job, monitor: Monitor, result: Result) -> None:
     }
     if report.balance:
         metrics["balance"] = report.balance
-    metrics |= report.extras
+    metrics |= report.extras | offload_metrics(job.optimizer, result)
     if result.skipped:
         metrics["skipped"] = True
         monitor.say(
@@ -102,6 +108,21 @@ def record_step(job: Job, monitor: Monitor, result: Result) -> None:
         )
     metrics |= monitor.loads.observe(job.step, report.loads, result.skipped, monitor.say)
     monitor.step(metrics, tokens, job.world)
+
+
+def offload_metrics(optimizer: Optimizer, result: Result) -> dict[str, float]:
+    """Returns what rank 0's update of offloaded state did: groups that the device updated, seconds,
+    and those that were predicted, where host and device work at once; nothing of a skipped step."""
+    if not isinstance(optimizer, OffloadedAdamW) or optimizer.updated is None or result.skipped:
+        return {}
+    updated = optimizer.updated
+    metrics: dict[str, float] = {
+        "offload_device_groups": updated.device_groups,
+        "offload_update_s": round(updated.seconds, 6),
+    }
+    if updated.predicted is not None:
+        metrics["offload_predicted_s"] = round(updated.predicted, 6)
+    return metrics
 
 
 def run_validation(job: Job, monitor: Monitor | None) -> None:

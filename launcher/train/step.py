@@ -14,6 +14,7 @@ from colonnade.launcher.recipe.stages import TrainingStage
 from colonnade.launcher.train.schedule import batch_size, stage_learning_rate
 from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
+from colonnade.parallel.lanes.pinned import PinnedMemoryError
 
 T = TypeVar("T")
 
@@ -73,7 +74,10 @@ def train_step(
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
     with timer.part("passes"):
-        report = engine.gradients(batches, samples, groups, rng_key)
+        try:
+            report = engine.gradients(batches, samples, groups, rng_key)
+        except PinnedMemoryError as error:  # of stashed inputs, in the first step
+            raise UserError(str(error)) from error
     lr = stage_learning_rate(stage, step)
     if not report.finite or not report.tokens:
         engine.discard()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from colonnade.launcher.cluster.doctor import version
+from colonnade.launcher.cluster.sizes import listed, size
 from colonnade.launcher.data import Data
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import METRICS
@@ -14,15 +15,17 @@ from colonnade.launcher.train.events import STARTS, goodput, read_events
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.plot import plot_loads, plot_loss
 from colonnade.models.shapes import measure
+from colonnade.parallel.optimizer import OffloadedAdamW, Optimizer
+from colonnade.parallel.optimizer.offload.report import slot_size
 from colonnade.parallel.world import World
 
 
 def describe_job(recipe: Recipe, world: World, data: Data, step: int, steps: int) -> str:
     """Describes the model, the ranks, the device and the data, for the start of the output; the run
     is at `step` of `steps`."""
-    size = measure(recipe.model, recipe.train.seq_len)
+    parameters = measure(recipe.model, recipe.train.seq_len).parameters
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-    text = f"{recipe.name}: {size.parameters:,} parameters on {ranks}, {world.device.type}"
+    text = f"{recipe.name}: {parameters:,} parameters on {ranks}, {world.device.type}"
     unused = world.device.type == "cpu" and torch.cuda.is_available()
     if unused and recipe.train.device == "auto":
         count = torch.cuda.device_count()
@@ -40,6 +43,26 @@ def describe_data(recipe: Recipe, data: Data) -> str:
         text += f"\nvalidation  {data.validation.describe()}"
     if recipe.data.held_out and recipe.train.validate_rows and data.validation is None:
         text += "\nno validation: the data have too few documents to hold rows out, or are streamed"
+    return text
+
+
+def describe_offload(optimizer: Optimizer, device: torch.device) -> str:
+    """Describes where the optimizer's state is, and what it takes there of one rank; empty where it
+    is on the device."""
+    if not isinstance(optimizer, OffloadedAdamW):
+        return ""
+    settings, sizes = optimizer.settings, optimizer.host_sizes
+    groups = f"{len(optimizer.groups)} groups"
+    if settings.offload == "interleaved":
+        placed = "as many as the first step shows to pay" if optimizer.refit else ""
+        groups += f", {placed or sum(optimizer.placement)} updated on the device"
+    text = f"offload     {settings.offload}: {groups}; kernel {optimizer.choice}"
+    text += f"\n            host {size(sum(sizes.values()))} a rank ({listed(sizes)})"
+    if slot := slot_size(optimizer):
+        slots = "slots of at most" if optimizer.refit else "at most 2 slots of"
+        text += f"; on the device {slots} {size(slot)}, margin {settings.margin:g} GiB"
+    if device.type == "cpu":
+        text += "; the device's memory is the host's own"
     return text
 
 

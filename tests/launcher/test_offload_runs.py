@@ -10,8 +10,8 @@ from ranks import Ranks
 from test_job import job, losses
 
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.parallel.optimizer.offload import memory
-from colonnade.parallel.optimizer.offload.memory import PinnedMemoryError, Slabs
+from colonnade.parallel.lanes.pinned import PinnedMemoryError
+from colonnade.parallel.optimizer.offload.memory import slab_of
 
 KERNEL = "optimizer.host_kernel=torch"
 INTERLEAVED, HOST = ("optimizer.offload=interleaved", KERNEL), ("optimizer.offload=host", KERNEL)
@@ -112,26 +112,23 @@ class Driver:
         return 0
 
 
-class Owner:
-    """Has slabs."""
-
-
 def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns and goes on with pageable memory, or refuses."""
-    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
     monkeypatch.setattr(Driver, "status", 2)
-    device, owner = torch.device("cuda"), Owner()
+    device = torch.device("cuda")
     with pytest.raises(PinnedMemoryError, match=r"optimizer.pinned = require: .*1\.00 GiB.*prefer"):
-        Slabs(device, "require", owner).allocate(1 << 30)
+        slab_of(1 << 30, device, "require")
     with pytest.warns(UserWarning, match="two to three times as slow"):
-        slab = Slabs(device, "prefer", owner).allocate(1 << 20)
+        slab = slab_of(1 << 20, device, "prefer")
     assert slab.numel() == 1 << 20
 
 
-def test_memory_is_unpinned_when_its_owner_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.torch.cuda, "cudart", Driver)
-    owner = Owner()
-    slabs = Slabs(torch.device("cuda"), "require", owner)
-    assert Driver.pinned == [slabs.allocate(1 << 20).data_ptr() for _ in range(2)]
-    del owner
+def test_memory_is_unpinned_when_its_last_tensor_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    slabs = [slab_of(1 << 20, torch.device("cuda"), "require") for _ in range(2)]
+    assert Driver.pinned == [slab.data_ptr() for slab in slabs]
+    view, slabs = slabs[1][5:7], []
+    assert Driver.pinned == [view.data_ptr() - 5]
+    del view
     assert not Driver.pinned

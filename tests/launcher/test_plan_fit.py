@@ -12,6 +12,8 @@ from colonnade.launcher.cluster.devices import DEVICES, GIB, Device, parse_devic
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.plan.fit import (
     Change,
+    Fit,
+    Held,
     changes,
     first_fit,
     ranks_for_state,
@@ -37,6 +39,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 )  # fmt: skip
 def test_devices(text: str, memory: int) -> None:
     device = parse_device(text)
+    assert device is not None
     assert device.memory == memory
     assert 0.9 * memory < device.usable < memory
 
@@ -71,22 +74,27 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "left of 0.0045GiB" in accepted.stdout
 
 
-def report(peak: int, parameters: int, ranks: int = 8, precision: str = "bf16") -> dict[str, Any]:
-    """A plan of a rank that holds an eighth of the parameters, of four bytes each."""
+def report(
+    peak: int, parameters: int, ranks: int = 8, precision: str = "bf16", optimizer: str = "muon"
+) -> dict[str, Any]:
+    """A plan of a rank that holds an eighth of the parameters, of four or eight bytes each."""
     state = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
-    memory = {**state, "peak": peak}
-    return {"rank": 3, "ranks": ranks, "memory": memory, "parameters": 8 * parameters // 4,
-            "precision": precision}  # fmt: skip
+    elements = parameters // (8 if precision == "fp64" else 4)
+    return {
+        "rank": 3, "ranks": ranks, "memory": {**state, "peak": peak}, "parameters": 8 * elements,
+        "elements": elements, "precision": precision, "optimizer": optimizer, "offload": "none",
+        "stages": [{"host": {"saves": 0}}],
+    }  # fmt: skip
 
 
 def test_state_that_no_layout_shards_enough() -> None:
     """A rank holds four times 10 GiB; once, that is 320 GiB, of which a device has 73.6."""
     device = Device("80GiB", 80 * GIB)
     assert ranks_for_state(report(100 * GIB, 10 * GIB), device) == 5
-    assert ranks_for_state(report(100 * GIB, 10 * GIB, precision="fp64"), device) == 9
+    assert ranks_for_state(report(100 * GIB, 20 * GIB, precision="fp64"), device) == 9
     large = report(1000 * GIB, 240 * GIB)
     with pytest.raises(UserError, match=r"No layout of 8 ranks fits: .* need 105 such devices"):
-        require_fit(large, device, "a job", lambda: pytest.fail("nothing to search"))
+        require_fit(large, device, "a job", lambda lack: pytest.fail("nothing to search"))
 
 
 def test_copies_of_parameters_do_not_count() -> None:
@@ -103,8 +111,8 @@ def test_copies_of_parameters_do_not_count() -> None:
 def test_nothing_fits() -> None:
     device = Device("80GiB", 80 * GIB)
     with pytest.raises(UserError, match="use more ranks, or a device with more memory"):
-        require_fit(report(75 * GIB, GIB), device, "a job", list)
-    require_fit(report(device.usable, GIB), device, "a job", lambda: pytest.fail("it fits"))
+        require_fit(report(75 * GIB, GIB), device, "a job", lambda lack: [])
+    require_fit(report(device.usable, GIB), device, "a job", lambda lack: pytest.fail("it fits"))
 
 
 def test_changes_of_each_field() -> None:
@@ -118,18 +126,22 @@ def test_changes_of_each_field() -> None:
         *([("parallel.dp_shard=2", f"parallel.{axis}=2"),
            ("parallel.dp_shard=1", f"parallel.{axis}=4")] for axis in ("tp", "cp", "pp")),
         [(f"parallel.ep={degree}",) for degree in (2, 4, 8, 16)],
+        [("optimizer.offload=host",)],
+        [("optimizer.offload=interleaved",)],
     ]  # fmt: skip
 
 
 def test_the_first_change_that_fits() -> None:
-    peaks: dict[str, int | None] = {"a": 2 * GIB, "b": None, "c": GIB // 2, "d": 1}
+    large, small = Held(2 * GIB, 0), Held(GIB // 2, GIB)
+    results: dict[str, Held | None] = {"a": large, "b": None, "c": small, "d": Held(1, 0)}
     tried: list[str] = []
 
-    def peak(change: Change) -> int | None:
+    def held(change: Change) -> Held | None:
         tried.append(change[0])
-        return peaks[change[0]]
+        return results[change[0]]
 
-    device = Device("1GiB", GIB)
-    assert first_fit(peak, device, [("a",), ("b",), ("c",), ("d",)]) == (("c",), GIB // 2)
+    device, row = Device("1GiB", GIB), [("a",), ("b",), ("c",), ("d",)]
+    assert first_fit(held, device, row) == Fit(("c",), small)
     assert tried == ["a", "b", "c"]
-    assert first_fit(peak, device, [("a",), ("b",)]) is None
+    assert first_fit(held, device, row[:2]) is None
+    assert first_fit(held, Device("1GiB", GIB, host_memory=GIB), row) == Fit(("d",), Held(1, 0))

@@ -235,8 +235,8 @@ def test_traffic_by_formula() -> None:
 
 
 def real_peaks(rank: int, size: int, name: str) -> tuple[Peak, dict[int, int], dict[int, int]]:
-    """Peak, held and stashed bytes of a micro-batch. A thread of gloo may drop the tensors of a
-    collective later than the rank does, so the peak is the lowest of several."""
+    """Peak, held and stashed bytes of a real micro-batch. A thread of gloo may drop the tensors of
+    a collective later than the rank does, so the peak is the lowest of several."""
     engine = build_engine(recipe(name), World(rank, size, torch.device("cpu")))
     batch, peaks = FakeBatch.of(recipe(name).train), []
     for _ in range(5):

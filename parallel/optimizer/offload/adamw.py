@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.host_adamw import HostKernel
 from colonnade.models.decoder import Decoder
-from colonnade.parallel.gradients import local, wide_dtype
+from colonnade.parallel.gradients import local
 from colonnade.parallel.lanes.cuda import CudaLanes
 from colonnade.parallel.lanes.tasks import ImmediateLanes, Lanes
 from colonnade.parallel.optimizer.adamw import MOMENTS
@@ -28,14 +29,14 @@ from colonnade.parallel.optimizer.offload.host_state import (
     round_moment,
     state_bytes,
 )
-from colonnade.parallel.optimizer.offload.memory import GIB, Slabs, free_bytes
+from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, slab_of
 from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
 from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
+from colonnade.parallel.optimizer.offload.sizes import dtypes_of, storage_of, total_sizes
 from colonnade.parallel.optimizer.offload.work import TensorWork
 from colonnade.parallel.parallelize import keep_wide_gradients
 
 REFIT = 20  # updates between two placements
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
 class Offload(NamedTuple):
@@ -48,6 +49,7 @@ class Offload(NamedTuple):
             run can be repeated bit for bit.
         lanes: makes the lanes of a device, which report their times; None: those of `device`.
         free: bytes that are free on the device at this moment; None: it is asked.
+        choice: which kernel it is, and why, for people.
     """
 
     kernel: HostKernel
@@ -55,6 +57,16 @@ class Offload(NamedTuple):
     refit: bool = True
     lanes: Callable[[Measured], Lanes] | None = None
     free: Callable[[], float] | None = None
+    choice: str = ""
+
+
+class Updated(NamedTuple):
+    """What an update did: how many groups the device updated; the seconds that it took, and those
+    that were predicted, None where nothing runs at once or nothing is measured yet."""
+
+    device_groups: int
+    seconds: float
+    predicted: float | None
 
 
 class OffloadedAdamW(Optimizer):
@@ -71,13 +83,14 @@ class OffloadedAdamW(Optimizer):
 
     def __init__(self, model: Decoder, settings: OptimizerSettings, offload: Offload) -> None:
         super().__init__()
-        self.settings, self.device = settings, offload.device
-        storage = wide_dtype(next(model.parameters()))
+        self.settings, self.device, self.choice = settings, offload.device, offload.choice
+        storage = storage_of(model)
         keep_wide_gradients(model, storage)
         self.groups = build_groups(model, settings, storage)
-        dtypes = [self.dtypes_of(group, storage) for group in self.groups]
-        slabs = Slabs(offload.device, settings.pinned, owner=self)
-        self.host = allocate(self.groups, dtypes, slabs.allocate)
+        dtypes = [dtypes_of(group, settings, storage) for group in self.groups]
+        new_slab = partial(slab_of, device=offload.device, pinned=settings.pinned)
+        self.host = allocate(self.groups, dtypes, new_slab)
+        self.host_sizes = total_sizes(zip(self.groups, dtypes, strict=True))
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
         self.measured, self.rates = Measured(), TYPICAL
@@ -98,21 +111,10 @@ class OffloadedAdamW(Optimizer):
         self.copies: list[tuple[Moment, Tensor]] = []
         self.on_host: set[int] = set()  # groups that the host must update
         self.steps, self.free_at_update = 0, float("inf")
-        self.placement, self.predicted, self.seconds = [False] * len(self.groups), 0.0, 0.0
+        self.placement, self.predicted = [False] * len(self.groups), 0.0
+        self.updated: Updated | None = None  # the last update
         if not self.refit:
             self.place(slots)
-
-    def dtypes_of(self, group: Group, storage: torch.dtype) -> Dtypes:
-        """Returns the dtypes of a group's tensors; fp64 is never narrowed."""
-        exact = storage == torch.float64
-        gradients, moments = self.settings.offload_gradients, self.settings.offload_moments
-        (weights,) = {member.parameter.dtype for member in group.members}
-        return Dtypes(
-            master=storage,
-            moments=storage if exact else DTYPES[moments],
-            gradient=storage if exact else DTYPES[gradients],
-            weights=weights,
-        )
 
     def size_of(self, group: Group, dtypes: Dtypes) -> GroupSize:
         """Returns the size of a group; one that is not updated moves nothing."""
@@ -201,7 +203,8 @@ class OffloadedAdamW(Optimizer):
         self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
         self.scheduler.step(self.placement)
         self.end_step()
-        self.seconds = time.perf_counter() - start
+        predicted = self.predicted or None if self.device.type == "cuda" else None
+        self.updated = Updated(sum(self.placement), time.perf_counter() - start, predicted)
         if self.refit and self.steps % REFIT == 0:
             self.place_anew()
         self.steps += 1

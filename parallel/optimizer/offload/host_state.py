@@ -13,6 +13,7 @@ from colonnade.kernels.eight_bit import BLOCK, Coded
 from colonnade.parallel.optimizer.offload.groups import Group, Member
 
 SCALE = torch.float32  # of the blocks of moments in 8 bits
+HOST_KINDS = ("masters", "moments", "gradients", "weights")
 SLAB = 1 << 32  # bytes: few calls to pin memory, each of which is slow
 
 
@@ -98,19 +99,27 @@ def moment_bytes(group: Group, dtypes: Dtypes) -> int:
     return group.length * dtypes.moments.itemsize + scales
 
 
+def host_sizes(group: Group, dtypes: Dtypes) -> dict[str, int]:
+    """Returns the bytes that the host holds of a group: `masters`, `moments`, `gradients` that
+    arrive, and `weights`, those that are rounded on their way to the device."""
+    trained, rounded = bool(group.trained), dtypes.weights != dtypes.master
+    return {
+        "masters": group.length * dtypes.master.itemsize,
+        "moments": 2 * moment_bytes(group, dtypes),
+        "gradients": group.length * dtypes.gradient.itemsize * trained,
+        "weights": group.length * dtypes.weights.itemsize * rounded,
+    }
+
+
 def state_bytes(group: Group, dtypes: Dtypes) -> int:
     """Returns the bytes of the master weights and moments of a group."""
-    return group.length * dtypes.master.itemsize + 2 * moment_bytes(group, dtypes)
+    sizes = host_sizes(group, dtypes)
+    return sizes["masters"] + sizes["moments"]
 
 
 def host_bytes(group: Group, dtypes: Dtypes) -> int:
     """Returns all bytes that the host holds of a group."""
-    size = state_bytes(group, dtypes)
-    if group.trained:
-        size += group.length * dtypes.gradient.itemsize
-    if dtypes.weights != dtypes.master:
-        size += group.length * dtypes.weights.itemsize
-    return size
+    return sum(host_sizes(group, dtypes).values())
 
 
 def views(buffer: Tensor, group: Group, dtypes: Dtypes) -> Views:
@@ -171,8 +180,7 @@ def host_group(group: Group, dtypes: Dtypes, buffer: Tensor) -> HostGroup:
     """Returns the tensors of a group in a buffer."""
     state = views(buffer, group, dtypes)
     state.buffer[group.length * dtypes.master.itemsize :].zero_()  # in 8 bits, too
-    rest = buffer[state_bytes(group, dtypes) :]
-    count = group.length * dtypes.gradient.itemsize if group.trained else 0
+    rest, count = buffer[state_bytes(group, dtypes) :], host_sizes(group, dtypes)["gradients"]
     gradient, weights = rest[:count].view(dtypes.gradient), rest[count:].view(dtypes.weights)
     return HostGroup(group, state, gradient, weights if len(weights) else state.master)
 
