@@ -58,7 +58,8 @@ class SharedWeights:
     ) -> None:
         self.group, self.rank = group, rank
         by_ranks: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
+        # By name: a model has them in the order of its stages, which ranks have in another order.
+        for name, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
             if name in held and parameter.requires_grad:
                 by_ranks.setdefault(held[name], []).append(parameter)
         # Ranks that are in several groups meet the groups in the same order.

@@ -38,6 +38,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "*E",
         {"repeat": 4, "share": True, "tied": True, "norm": "layer", "norm_weight": False},
     ),
+    # ranks build their weights in different orders
+    "shared depth, long": ("*-M-", {"repeat": 2, "share": True}),
     "multi-token": ("*-*-", {"mtp": 2, "mtp_pattern": "*E", "logit_z": 0.1, "logit_cap": 4.0}),
     "multi-token, tied ladder": ("*-*-", {"mtp": 1, "mtp_pattern": "*E", "tied": True, **LADDER}),
     "σReparam, polynomials": ("*-E*", {"sigma_reparam": True, "activation": "polynorm"}),
