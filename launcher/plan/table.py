@@ -15,6 +15,7 @@ HOST = {
     "moments": "moments of AdamW",
     "gradients": "gradients on their way to the host",
     "weights": "rounded weights on their way to the device",
+    "widened": "wide copies of moments, from a save to the next update",
     "saves": "copies of what the rank saves (checkpoint.asynchronous)",
 }
 PASSES = {
