@@ -90,7 +90,7 @@ class OffloadedAdamW(Optimizer):
         dtypes = [dtypes_of(group, settings, storage) for group in self.groups]
         new_slab = partial(slab_of, device=offload.device, pinned=settings.pinned)
         self.host = allocate(self.groups, dtypes, new_slab)
-        self.host_sizes = total_sizes(zip(self.groups, dtypes, strict=True))
+        self.host_sizes = total_sizes(self.groups, dtypes)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
         self.measured, self.rates = Measured(), TYPICAL

@@ -16,7 +16,7 @@ class OffloadReport:
     """What a rank's offloaded state takes, in bytes.
 
     Attributes:
-        host: of the host's memory, by the kinds of `host_sizes`.
+        host: of the host's memory, by the kinds of `host_report`.
         kept: of gradients that the device still has when the last backward pass of a step has
             ended, but for the first step, in which none has left until then.
         slot: of the device's memory for the state of one group at a time, of which two or more are

@@ -1,6 +1,6 @@
 """What offloaded state takes of the host's memory, before any of it is allocated."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -32,15 +32,23 @@ def dtypes_of(group: Group, settings: OptimizerSettings, storage: torch.dtype) -
     )
 
 
-def total_sizes(groups: Iterable[tuple[Group, Dtypes]]) -> dict[str, int]:
-    """Returns the bytes of `host_sizes` of all groups together."""
-    sizes = [host_sizes(group, dtypes) for group, dtypes in groups]
-    return {kind: sum(size[kind] for size in sizes) for kind in HOST_KINDS}
+def total_sizes(groups: Sequence[Group], dtypes: Sequence[Dtypes]) -> dict[str, int]:
+    """Returns the bytes that the host holds of all groups, by the kinds of `host_sizes`, and those
+    of `widened` moments: of the copies by which moments in a narrower dtype are saved, which are
+    there from a save to the next update."""
+    typed = list(zip(groups, dtypes, strict=True))
+    sizes = [host_sizes(group, of_group) for group, of_group in typed]
+    widened = [
+        2 * group.length * of_group.master.itemsize
+        for group, of_group in typed
+        if group.trained and of_group.moments != of_group.master
+    ]
+    return {kind: sum(s[kind] for s in sizes) for kind in HOST_KINDS} | {"widened": sum(widened)}
 
 
 def host_report(model: Decoder, settings: OptimizerSettings) -> dict[str, int]:
     """Returns the bytes that this rank's host will hold of a sharded model, which may be on meta,
-    by kind, as `host_sizes` does."""
+    by the kinds of `total_sizes`."""
     storage = storage_of(model)
     groups = build_groups(model, settings, storage)
-    return total_sizes((group, dtypes_of(group, settings, storage)) for group in groups)
+    return total_sizes(groups, [dtypes_of(group, settings, storage) for group in groups])
