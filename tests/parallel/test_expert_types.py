@@ -79,9 +79,12 @@ def sharded(world: World, layout: dict[str, Any], **fields: Any) -> Sharded:
     with torch.device("meta"):
         model = Decoder(ModelConfig.model_validate({**SMALL, **fields}), loss_chunk=8)
     config = ParallelConfig(**layout)
-    train = SimpleNamespace(precision="fp64", recompute="none", compile=False, freeze=())
+    train = SimpleNamespace(
+        precision="fp64", recompute="none", offload_inputs=False, compile=False, freeze=()
+    )
     mesh, expert_mesh = build_mesh(config, world), build_expert_mesh(config, world)
-    recipe = SimpleNamespace(train=train, parallel=config)
+    optimizer = SimpleNamespace(offload="none")
+    recipe = SimpleNamespace(train=train, parallel=config, optimizer=optimizer)
     parallelize.parallelize(model, mesh, recipe, expert_mesh)
     materialise(model, torch.device("cpu"), 0)
     for module in model.modules():  # which of its vectors a rank has drawn is of no type
