@@ -173,7 +173,7 @@ def time_steps(engine: Engine, shape: Shape) -> dict[str, Any]:
             updates.append(time.perf_counter() - middle)
         optimizer = engine.optimizer
         if isinstance(optimizer, OffloadedAdamW) and optimizer.refit and number == 1:
-            optimizer.place_anew()  # by the rates of a step in which gradients left early
+            optimizer.placer.place_anew()  # by the rates of a step in which gradients left early
     found: dict[str, Any] = {
         "step_seconds": statistics.median(steps),
         "update_seconds": statistics.median(updates),
@@ -182,11 +182,11 @@ def time_steps(engine: Engine, shape: Shape) -> dict[str, Any]:
     if engine.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if isinstance(optimizer, OffloadedAdamW):
-        rates = optimizer.measured.rates(optimizer.rates)
+        rates = optimizer.placer.measured.rates(optimizer.placer.rates)
         found |= {
             "groups": len(optimizer.groups), "groups_on_device": sum(optimizer.placement),
-            "predicted_update_seconds": optimizer.predicted,
-            "predicted / measured": optimizer.predicted / statistics.median(updates),
+            "predicted_update_seconds": optimizer.placer.predicted,
+            "predicted / measured": optimizer.placer.predicted / statistics.median(updates),
             "rates": asdict(rates), "host_kernel": optimizer.work.kernel.name,
             "host_bytes_per_second": rates.host * 30,
         }  # fmt: skip

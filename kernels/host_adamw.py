@@ -140,34 +140,40 @@ class TorchKernel:
         for start in range(0, count, SLICE if copied else max(count, 1)):
             p, g, *moments = (t[start : start + SLICE] for t in flat) if copied else flat
             wide = [moment.to(master.dtype) for moment in moments]  # those of its dtype themselves
-            self._update(p, g.to(master.dtype), wide[0], wide[1], step)
+            fused_adamw([p], [g.to(master.dtype)], [wide[0]], [wide[1]], step)
             if copied:
                 torch._foreach_copy_(moments, wide)
         if weight is not None:
             weight.view(-1).copy_(flat[0])
 
-    @staticmethod
-    def _update(
-        master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep
-    ) -> None:
-        """Tensors of one dtype."""
-        if step.scale != 1.0:
-            grad.mul_(step.scale)
-        torch._fused_adamw_(
-            [master],
-            [grad],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [torch.tensor(float(step.step))],
-            lr=step.lr,
-            beta1=step.beta1,
-            beta2=step.beta2,
-            weight_decay=step.weight_decay,
-            eps=step.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+
+def fused_adamw(
+    masters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: AdamWStep,
+) -> None:
+    """Updates tensors of one dtype by PyTorch's fused AdamW, from gradients that are multiplied by
+    `step.scale` first, in place. On any device."""
+    if step.scale != 1.0:
+        torch._foreach_mul_(gradients, step.scale)
+    count = torch.full((), float(step.step), device=masters[0].device)
+    torch._fused_adamw_(
+        masters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [count.clone() for _ in masters],
+        lr=step.lr,
+        beta1=step.beta1,
+        beta2=step.beta2,
+        weight_decay=step.weight_decay,
+        eps=step.eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class _Constants(ctypes.Structure):

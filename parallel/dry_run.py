@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from colonnade.kernels.eight_bit import tables
 from colonnade.kernels.host_adamw import TorchKernel
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context
@@ -223,6 +224,8 @@ def dry_run(
     clock = Clock()
     counter = CollectiveCounter(AxisNames([m for m in (mesh, expert_mesh) if m is not None]))
     ledger = StorageLedger()
+    for signed in (True, False):
+        tables(signed, CPU)  # of codes in 8 bits: made once of numbers, which fake tensors lack
     with FakeTensorMode(allow_non_fake_inputs=True):
         with clock.phase("allocation"):
             optimizer = allocate(model, recipe)

@@ -72,7 +72,9 @@ class Engine:
         self.model.begin_step()
         inputs = [Inputs(*both, groups, rng_key) for both in zip(batches, samples, strict=True)]
         losses, loads = RunningSums(), RunningSums()
-        for objective, report in self.passes.train(inputs, 1 / max(tokens, 1)):
+        outcomes = self.passes.train(inputs, 1 / max(tokens, 1))
+        self.optimizer.backward_ended()
+        for objective, report in outcomes:
             losses.add(losses_of(objective, report, tokens))
             loads.add(report.loads)
         self.passes.unite("losses", losses)

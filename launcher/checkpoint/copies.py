@@ -14,8 +14,8 @@ class HostCopies:
     """Memory of the host for the chunks that a rank writes, used again by every checkpoint.
 
     From `begin` to `finish` the chunks must not change, but for those that `begin` copies at once.
-    On a GPU copies run on a stream of their own, and `wait` makes the current stream wait; on the
-    CPU `finish`, which a thread calls, copies, and `wait` blocks until it has.
+    Chunks on a GPU are copied on a stream of its own, and `wait` makes the current stream wait;
+    those on the CPU by `finish`, which a thread calls, and `wait` blocks until it has.
 
     Attributes:
         copies: by key.
@@ -23,6 +23,7 @@ class HostCopies:
         complete: is set when no chunk will be read any more.
         copied: recorded behind the copies on a GPU.
         device: the GPU.
+        waits_for_thread: whether `finish` copies chunks.
     """
 
     copies: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -30,19 +31,22 @@ class HostCopies:
     complete: threading.Event = field(default_factory=threading.Event)
     copied: torch.cuda.Event | None = None
     device: torch.device | None = None
+    waits_for_thread: bool = True
 
     def begin(self, chunks: Chunks, at_once: Collection[str]) -> None:
         """Copies the chunks whose keys are in `at_once`, and begins to copy the others."""
         self.complete.clear()
         self.allocate(chunks)
-        devices = {chunk.device for chunk in chunks.values() if chunk.device.type == "cuda"}
-        if devices:
-            (device,) = devices
-            self.begin_on_gpu(chunks, at_once, device)
-            return
+        on_gpu = {key: chunk for key, chunk in chunks.items() if chunk.device.type == "cuda"}
+        if on_gpu:
+            (device,) = {chunk.device for chunk in on_gpu.values()}
+            self.begin_on_gpu(on_gpu, [key for key in at_once if key in on_gpu], device)
+        on_cpu = {key: chunk for key, chunk in chunks.items() if key not in on_gpu}
         for key in at_once:
-            self.copies[key].copy_(chunks[key])
-        self.pending = {key: chunk for key, chunk in chunks.items() if key not in at_once}
+            if key in on_cpu:
+                self.copies[key].copy_(on_cpu.pop(key))
+        self.pending = on_cpu
+        self.waits_for_thread = bool(on_cpu)
 
     def begin_on_gpu(self, chunks: Chunks, at_once: Collection[str], device: torch.device) -> None:
         """Queues all copies on a stream; the current stream waits for those in `at_once` alone."""
@@ -51,8 +55,7 @@ class HostCopies:
         with torch.cuda.stream(stream):
             for key in sorted(chunks, key=lambda key: key not in at_once):
                 self.copies[key].copy_(chunks[key], non_blocking=True)
-                if chunks[key].device.type == "cuda":
-                    chunks[key].record_stream(stream)
+                chunks[key].record_stream(stream)
                 if key in at_once:
                     current.wait_event(stream.record_event())
         self.copied, self.device = stream.record_event(), device
@@ -61,7 +64,7 @@ class HostCopies:
         """Returns when the chunks may change: on a GPU, for work that the current stream does."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
-        else:
+        if self.waits_for_thread:
             self.complete.wait()
 
     def finish(self) -> dict[str, torch.Tensor]:

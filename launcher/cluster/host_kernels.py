@@ -32,7 +32,7 @@ def compiled_kernel() -> CompiledKernel:
     """
     compiler = cpp_compiler()
     if compiler is None:
-        raise NativeError("there is no C++ compiler")
+        raise NativeError("there is no C++ compiler: neither g++, nor a program that CXX names")
     try:
         return CompiledKernel(compile_library(cache_folder(), compiler))
     except OSError:

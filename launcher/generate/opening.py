@@ -31,7 +31,7 @@ from colonnade.launcher.weights.source import (
 )
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.mesh import build_expert_mesh, build_mesh
-from colonnade.parallel.parallelize import COMPUTE, fsdp_groups, parallelize, storage_dtype
+from colonnade.parallel.parallelize import COMPUTE, narrow_weights, parallelize, storage_dtype
 from colonnade.parallel.passes import Passes
 from colonnade.parallel.pipeline.build import build_passes, local_stages, pipeline_stages
 from colonnade.parallel.world import World, open_world
@@ -198,7 +198,7 @@ def build_alone(recipe: Recipe, device: torch.device) -> Passes:
     with torch.device("meta"):
         model = Decoder(recipe.model, recipe.train.loss_chunk)
     model.to(storage_dtype(recipe.train.precision))
-    narrow(model, recipe.train.precision)
+    narrow_weights(model, COMPUTE[recipe.train.precision])
     return Passes(model, device)
 
 
@@ -216,18 +216,7 @@ def build_sharded(recipe: Recipe, device: torch.device, world: World) -> tuple[P
         wide = recipe.train.model_copy(update={"precision": "fp32"})
         without_fsdp = recipe.model_copy(update={"train": wide})
         parallelize(model, mesh, without_fsdp, build_expert_mesh(recipe.parallel, world))
-        narrow(model, precision)
+        narrow_weights(model, COMPUTE[precision])
     else:
         parallelize(model, mesh, recipe, build_expert_mesh(recipe.parallel, world))
     return build_passes(model, stages, mesh, recipe, device), mesh
-
-
-def narrow(model: Decoder, precision: str) -> None:
-    """Converts the weights of matrix products, embedding and head to the dtype in which training
-    computes them; norms, routers and decay rates stay wide."""
-    dtype = COMPUTE[precision]
-    if dtype == storage_dtype(precision):
-        return
-    for module in (module for group in (*fsdp_groups(model), model.ends()) for module in group):
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)

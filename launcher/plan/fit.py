@@ -55,11 +55,12 @@ class Fit(NamedTuple):
 
 
 class Lack(NamedTuple):
-    """What a job lacks: memory of the device, of its host; and a change that it certainly needs."""
+    """What a job lacks: memory of the device, of its host; and whether no change helps unless the
+    optimizer's state is offloaded."""
 
     device: bool
     host: bool
-    begin: Change = ()
+    offload: bool = False
 
 
 def require_fit(
@@ -80,7 +81,7 @@ def require_fit(
     if not of_device and not of_host:
         return
     what = f"plan: {job}: {' '.join(of_device + of_host)}"
-    ranks, begin = ranks_for_state(report, device), Change()
+    ranks = ranks_for_state(report, device)
     if ranks > report["ranks"]:
         with_offload = ranks_for_offloaded(report, device)
         if with_offload is None or with_offload > report["ranks"]:
@@ -90,8 +91,7 @@ def require_fit(
                 f"the optimizer's state alone need {ranks:,} such devices when all ranks shard "
                 f"them{offloaded}"
             )
-        begin = OFFLOAD[:1]
-    if fits := search(Lack(bool(of_device), bool(of_host), begin)):
+    if fits := search(Lack(bool(of_device), bool(of_host), ranks > report["ranks"])):
         raise UserError("\n".join([f"{what} The nearest that fit:", *lines_of(fits, device)]))
     raise UserError(
         f"{what} No change of one field fits, nor one together with "
@@ -183,7 +183,7 @@ def nearest_fits(
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         for before in beginnings(loaded, lack):
             rows = joined(before, (changes_of_host if lack.host else changes)(loaded, gpus))
-            rows += [[before]] if before and before == lack.begin else []
+            rows += [[(field,)] for field in OFFLOAD] if before == OFFLOAD[:1] else []
             found = list(pool.map(smallest, [[named(c) for c in row] for row in rows]))
             if any(found):
                 break
@@ -194,12 +194,13 @@ def beginnings(recipe: Recipe, lack: Lack) -> Iterator[Change]:
     """Yields what is changed together with one field, until something fits."""
     block = f"train.recompute={RECOMPUTE[-1]}"
     blocks = () if recipe.train.recompute == RECOMPUTE[-1] or not lack.device else (block,)
+    begin = OFFLOAD[:1] if lack.offload else ()
     if not (blocks and lack.host):  # no field alone saves memory of both
-        yield lack.begin
+        yield begin
     if blocks:
-        yield (*lack.begin, *blocks)
-    if recipe.optimizer.offload == "none" and OFFLOAD[0] not in lack.begin and not lack.host:
-        yield (*lack.begin, *blocks, OFFLOAD[0])
+        yield (*begin, *blocks)
+    if recipe.optimizer.offload == "none" and not lack.offload and not lack.host:
+        yield (*blocks, *OFFLOAD[:1])
 
 
 def joined(before: Change, rows: list[list[Change]]) -> list[list[Change]]:

@@ -16,6 +16,7 @@ HOST = {
     "gradients": "gradients on their way to the host",
     "weights": "rounded weights on their way to the device",
     "inputs": "stashed inputs of sub-blocks and norms (train.offload_inputs)",
+    "widened": "wide copies of moments, from a save to the next update",
     "saves": "copies of what the rank saves (checkpoint.asynchronous)",
 }
 PASSES = {

@@ -56,7 +56,8 @@ class OptimizerConfig(Table):
         "none",
         description="where AdamW's fp32 master weights and moments are: on the device; in the "
         "host's memory, which updates them; interleaved: as many as pay are updated on the device "
-        "at the same time",
+        "at the same time (on a GPU by measured rates, so that last bits vary from run to run "
+        "unless train.deterministic)",
     )
     host_kernel: Literal["auto", "compiled", "deepspeed", "torch"] = Field(
         "auto",

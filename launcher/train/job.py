@@ -11,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.checkpoint import Saver
+from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.cluster.host_kernels import settle_host_kernel
 from colonnade.launcher.cluster.ranks import settle_determinism
 from colonnade.launcher.data import Data, open_data
@@ -110,15 +111,33 @@ def build_engine(
     if check is not None:
         check(model)
     model.to_empty(device=world.device)
-    compute = COMPUTE[recipe.train.precision]
-    try:
-        optimizer = build_optimizer(model, recipe.optimizer, compute, offload_of(recipe, world))
-    except PinnedMemoryError as error:
-        raise UserError(str(error)) from error
+    optimizer = new_optimizer(model, recipe, world)
     draw_weights(model, recipe.train.seed, optimizer.masters())
     passes = build_passes(model, stages, mesh, recipe, world.device)
     connect(passes, optimizer)
     return Engine(model, optimizer, mesh, world.device, passes)
+
+
+def new_optimizer(model: Decoder, recipe: Recipe, world: World) -> Optimizer:
+    """Builds the optimizer of an allocated model. Collective.
+
+    Raises:
+        UserError: on all ranks, if memory of the host cannot be pinned on one and must be.
+    """
+    compute, offload = COMPUTE[recipe.train.precision], offload_of(recipe, world)
+    built: list[Optimizer] = []
+
+    def build_or_refuse() -> None:
+        try:
+            built.append(build_optimizer(model, recipe.optimizer, compute, offload))
+        except PinnedMemoryError as error:
+            raise UserError(str(error)) from error
+
+    if offload is None:
+        build_or_refuse()
+    else:
+        on_all_ranks(build_or_refuse)
+    return built[0]
 
 
 def offload_of(recipe: Recipe, world: World) -> Offload | None:

@@ -41,4 +41,15 @@ def pinned_bytes(size: int, cudart: Any = None) -> tuple[Tensor, int]:
         # The pages are freed after the last tensor that has them, and after this has run.
         ended = weakref.finalize(pages, cuda.cudaHostUnregister, memory.data_ptr())
         ended.atexit = False  # CUDA may be gone by then
+    elif torch.cuda.is_available():
+        clear_error()
     return memory, status
+
+
+def clear_error() -> None:
+    """Takes CUDA's last error away, which torch would report at its next kernel."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise

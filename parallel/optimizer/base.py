@@ -58,6 +58,9 @@ class Optimizer(ABC):
         """Is called before the backward pass, or the reduction, that completes the gradients of
         this step: an optimizer may take each as soon as it is complete."""
 
+    def backward_ended(self) -> None:  # noqa: B027  # by default nothing is prepared
+        """Is called when a step's passes have been queued, before its norm is known."""
+
     def step(self, lr: float, scale: float = 1.0) -> None:
         """Updates every parameter from `scale` times its gradient at this learning rate.
         Collective."""

@@ -1,5 +1,7 @@
 """Runs with optimizer state in the host's memory: saved, resumed, begun from weights, frozen."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -9,9 +11,16 @@ import torch
 from ranks import Ranks
 from test_job import job, losses
 
+from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.job import build_engine
+from colonnade.launcher.train.schedule import micro_batches
+from colonnade.launcher.train.step import train_step
+from colonnade.launcher.verify.trace import random_rows
 from colonnade.parallel.lanes.pinned import PinnedMemoryError
+from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.optimizer.offload.memory import slab_of
+from colonnade.parallel.world import World
 
 KERNEL = "optimizer.host_kernel=torch"
 INTERLEAVED, HOST = ("optimizer.offload=interleaved", KERNEL), ("optimizer.offload=host", KERNEL)
@@ -83,6 +92,42 @@ def test_stages_freeze_and_thaw_16_bit_weights_without_rounding_them(
     ranks2.run(job, recipe(*stages), tmp_path / "device")
     ranks2.run(job, recipe(*stages, *INTERLEAVED), tmp_path / "moved")
     assert losses(tmp_path / "moved") == losses(tmp_path / "device")
+
+
+def test_stages_move_the_state(
+    ranks2: Ranks, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Each stage keeps it elsewhere, saved after every step."""
+    stages = (
+        "train.precision=bf16",
+        "checkpoint.every=1",
+        *(f"stage.{n}.steps=2" for n in range(3)),
+    )
+    moves = (
+        "stage.0.optimizer.offload=host", "stage.2.optimizer.offload=interleaved",
+        "stage.0.optimizer.host_kernel=torch", "stage.2.optimizer.host_kernel=torch",
+    )  # fmt: skip
+    ranks2.run(job, recipe(*stages), tmp_path / "device")
+    ranks2.run(job, recipe(*stages, *moves), tmp_path / "moved")
+    assert losses(tmp_path / "moved") == losses(tmp_path / "device")
+
+
+def freed(rank: int, size: int, recipe: Recipe) -> bool:
+    """Whether an optimizer that has trained a step is freed with its engine."""
+    engine = build_engine(recipe, World(rank, size, torch.device("cpu")))
+    (stage,) = training_stages(recipe)
+    samples = micro_batches(stage, 0, *data_rank(engine.mesh))
+    rows = [random_rows(s, recipe.model.vocab, recipe.train.seq_len) for s in samples]
+    train_step(engine, rows, samples, stage, 0)
+    optimizer = weakref.ref(engine.optimizer)
+    del engine
+    gc.collect()
+    return optimizer() is None
+
+
+def test_the_state_is_freed_with_its_engine(ranks2: Ranks, recipe: Callable[..., Recipe]) -> None:
+    """As at a change of the training stage."""
+    assert ranks2.run(freed, recipe(*BF16, *INTERLEAVED)) == [True, True]
 
 
 def test_training_begins_from_the_exact_values_of_weights(

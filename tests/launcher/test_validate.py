@@ -284,6 +284,8 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("schedule", "optimizer.schedule=wsd", None, "optimizer.decay", "{f}=100"),
     ("schedule", "optimizer.schedule=wsd optimizer.warmup=60 optimizer.decay=41", None,
      "optimizer.decay", "{f}=40"),
+    ("offloaded_optimizer", "optimizer.name=muon optimizer.offload=host", None,
+     "optimizer.offload", "optimizer.name=adamw"),
     ("mup_optimizer", "optimizer.name=muon model.mup_base.hidden=128", None,
      "optimizer.name", "{f}=adamw"),
     ("decayed_rate", "optimizer.lr=1e-3 optimizer.min_lr=2e-3", None,

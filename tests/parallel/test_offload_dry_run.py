@@ -62,6 +62,9 @@ CASES = {
         2, "*-M-", {}, BF16, {}, {**INTERLEAVED, "offload_moments": "bf16",
                                   "offload_gradients": "bf16"},
     ),
+    "8bit moments": Case(
+        2, "*-M-", {}, BF16, {}, {**INTERLEAVED, "offload_moments": "8bit"},
+    ),
     "fp64": Case(2, "*-", {}, {"precision": "fp64"}, {}, INTERLEAVED),
     "frozen": Case(2, "*-*-", {}, {**BF16, "freeze": ("embedding.*", "blocks.0.*")}, {}, HOST),
     "tp, late keys": Case(2, "*-M-", {"tp": 2}, BF16, {"kv_heads": 1}, HOST),
@@ -150,7 +153,8 @@ def step_gradients(engine: Engine, case: Recipe) -> int:
 
 
 def slabs_by_kind(optimizer: OffloadedAdamW) -> dict[str, int]:
-    """Bytes of the tensors on the host, which fill the slabs to the last byte."""
+    """Bytes of the tensors on the host, which fill the slabs to the last byte, and of copies that
+    are made for saving."""
     sizes = dict.fromkeys(("masters", "moments", "gradients", "weights"), 0)
     for host in optimizer.host:
         sizes["masters"] += host.state.master.nbytes
@@ -159,7 +163,9 @@ def slabs_by_kind(optimizer: OffloadedAdamW) -> dict[str, int]:
         sizes["weights"] += host.weights.nbytes if host.weights is not host.state.master else 0
     slabs = storage_bytes(host.state.buffer for host in optimizer.host)
     assert sum(sizes.values()) == slabs
-    return sizes
+    buffers = [host.state.buffer for host in optimizer.host]
+    both = storage_bytes([*buffers, *optimizer.named_state().values()])
+    return {**sizes, "widened": both - slabs}
 
 
 def update_peak(engine: Engine, case: Recipe) -> int:
@@ -247,7 +253,11 @@ def test_sums_by_hand() -> None:
         "moments": 8 * padded,
         "gradients": 4 * padded,
         "weights": 2 * (padded - norms * ALIGNMENT),
+        "widened": 0,
     }
+    narrow = dry(2)["bf16 moments and gradients"].offload
+    assert narrow is not None
+    assert narrow.host["widened"] == 2 * narrow.host["masters"] == 4 * narrow.host["gradients"]
 
 
 def test_slots_are_of_the_device() -> None:

@@ -144,7 +144,7 @@ def train(
     for step in range(steps):
         if isinstance(optimizer, OffloadedAdamW):
             if seed is not None:
-                optimizer.placement = [rng.random() < 0.5 for _ in optimizer.groups]
+                optimizer.placer.placement = [rng.random() < 0.5 for _ in optimizer.groups]
             on_device.append(sum(optimizer.placement))
         samples = micro_batches(stage, step, *data_rank(engine.mesh))
         rows = [random_rows(s, recipe.model.vocab, recipe.train.seq_len) for s in samples]
@@ -340,11 +340,11 @@ def placements(rank: int, size: int, recipe: Recipe) -> list[list[bool]]:
     found = []
     for free in (float("inf"), 0.0 if rank == 1 else float("inf")):
         for kind, rate in ((HOST, 1e8), (UPDATE, 1e11), (LOAD, 1e9), (STORE, 1e9)):
-            optimizer.measured.observe(Task(kind, 0, int(rate * (1 + 2 * rank))), 1.0)
-        optimizer.free_at_update = free
-        optimizer.place_anew()
+            optimizer.placer.measured.observe(Task(kind, 0, int(rate * (1 + 2 * rank))), 1.0)
+        optimizer.placer.room = free
+        optimizer.placer.place_anew()
         found.append(optimizer.placement)
-    assert optimizer.rates.host == pytest.approx(2e8)
+    assert optimizer.placer.rates.host == pytest.approx(2e8)
     return found
 
 
@@ -354,3 +354,25 @@ def test_ranks_place_alike(ranks2: Ranks) -> None:
     assert first == second
     assert any(first[0])
     assert not any(first[1])
+
+
+def without_gradient(rank: int, size: int, recipe: Recipe) -> dict[str, bool]:
+    """Which parameters an update changes when two have no gradient."""
+    engine = build_engine(recipe, World(rank, size, CPU))
+    before = {n: local(p.detach()).clone() for n, p in engine.model.named_parameters()}
+    for name, parameter in engine.model.named_parameters():
+        if name not in ("blocks.0.q", "norms.1.weight"):
+            parameter.grad = torch.ones_like(parameter, dtype=torch.float32)
+    engine.optimizer.step(0.1, 0.5)
+    parameters = engine.model.named_parameters()
+    return {n: not torch.equal(local(p.detach()), before[n]) for n, p in parameters}
+
+
+@pytest.mark.parametrize("kind", ["none", "host", "interleaved"])
+def test_parameters_without_a_gradient_stay(ranks1: Ranks, kind: str) -> None:
+    recipe = settings_of(recipe_for("*-", {}, 16, precision="bf16"), offload=kind)
+    (changed,) = ranks1.run(without_gradient, recipe)
+    assert {name for name, moved in changed.items() if not moved} == {
+        "blocks.0.q",
+        "norms.1.weight",
+    }

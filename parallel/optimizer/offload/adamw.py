@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,26 +16,28 @@ from colonnade.parallel.lanes.cuda import CudaLanes
 from colonnade.parallel.lanes.tasks import ImmediateLanes, Lanes
 from colonnade.parallel.optimizer.adamw import MOMENTS
 from colonnade.parallel.optimizer.base import Optimizer, OptimizerSettings
-from colonnade.parallel.optimizer.offload import placement
 from colonnade.parallel.optimizer.offload.arrivals import Arrivals
-from colonnade.parallel.optimizer.offload.groups import Group, build_groups
+from colonnade.parallel.optimizer.offload.groups import build_groups
 from colonnade.parallel.optimizer.offload.host_state import (
-    Dtypes,
     Moment,
     allocate,
     as_parameter,
     opened_moment,
     round_moment,
-    state_bytes,
 )
 from colonnade.parallel.optimizer.offload.memory import GIB, free_bytes, slab_of
-from colonnade.parallel.optimizer.offload.rates import TYPICAL, Measured
-from colonnade.parallel.optimizer.offload.scheduler import GroupSize, Scheduler
-from colonnade.parallel.optimizer.offload.sizes import dtypes_of, storage_of, total_sizes
+from colonnade.parallel.optimizer.offload.placer import Placer
+from colonnade.parallel.optimizer.offload.rates import Measured
+from colonnade.parallel.optimizer.offload.scheduler import Scheduler
+from colonnade.parallel.optimizer.offload.sizes import (
+    dtypes_of,
+    group_size,
+    storage_of,
+    total_sizes,
+    typical_size,
+)
 from colonnade.parallel.optimizer.offload.work import TensorWork
 from colonnade.parallel.parallelize import keep_wide_gradients
-
-REFIT = 20  # updates between two placements
 
 
 class Offload(NamedTuple):
@@ -90,85 +91,55 @@ class OffloadedAdamW(Optimizer):
         dtypes = [dtypes_of(group, settings, storage) for group in self.groups]
         new_slab = partial(slab_of, device=offload.device, pinned=settings.pinned)
         self.host = allocate(self.groups, dtypes, new_slab)
-        self.host_sizes = total_sizes(zip(self.groups, dtypes, strict=True))
+        self.host_sizes = total_sizes(self.groups, dtypes)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
-        self.measured, self.rates = Measured(), TYPICAL
         self.free = offload.free or (lambda: free_bytes(self.device))
-        lanes = offload.lanes(self.measured) if offload.lanes else self.lanes_of_device()
         self.refit = offload.refit and offload.device.type == "cuda"
-        sizes = [self.size_of(group, of) for group, of in zip(self.groups, dtypes, strict=True)]
+        typed = list(zip(self.groups, dtypes, strict=True))
+        sizes = [typical_size(group, of_group) for group, of_group in typed]
+        self.placer = Placer(sizes, settings.offload == "interleaved")
+        measured = self.placer.measured
+        lanes = offload.lanes(measured) if offload.lanes else self.lanes_of_device(measured)
         # more than two slots hold what is loaded before the norm is known, where memory is measured
         slots = len(self.groups) if self.refit else 2
+        sizes = [group_size(group, of_group) for group, of_group in typed]
         self.scheduler = Scheduler(lanes, self.work, sizes, self.has_memory, slots)
         self.numbers = {
-            member.parameter: (number, part)
+            member.parameter: (number, index)
             for number, group in enumerate(self.groups)
-            for part, member in enumerate(group.trained)
+            for index, member in enumerate(group.trained)
         }
         early = [m.parameter for g in self.groups for m in g.trained if not m.partial]
         self.arrivals = Arrivals(early, self.take_gradient)
         self.copies: list[tuple[Moment, Tensor]] = []
-        self.on_host: set[int] = set()  # groups that the host must update
-        self.steps, self.free_at_update = 0, float("inf")
-        self.placement, self.predicted = [False] * len(self.groups), 0.0
         self.updated: Updated | None = None  # the last update
         if not self.refit:
-            self.place(slots)
+            self.placer.place(slots)
 
-    def size_of(self, group: Group, dtypes: Dtypes) -> GroupSize:
-        """Returns the size of a group; one that is not updated moves nothing."""
-        count = sum(member.numel for member in group.trained)
-        return GroupSize(
-            parameters=count,
-            state=state_bytes(group, dtypes) if group.trained else 0,
-            gradients=tuple(m.numel * dtypes.gradient.itemsize for m in group.trained),
-            weights=count * dtypes.weights.itemsize,
-        )
+    @property
+    def placement(self) -> list[bool]:
+        """Which groups the device updates."""
+        return self.placer.placement
 
-    def lanes_of_device(self) -> Lanes:
+    def lanes_of_device(self, measured: Measured) -> Lanes:
         """Returns the lanes of the device of the weights."""
         if self.device.type == "cuda":
-            return CudaLanes(self.device, self.measured.observe)
-        return ImmediateLanes(self.measured.observe)
+            return CudaLanes(self.device, measured.observe)
+        return ImmediateLanes(measured.observe)
 
     def has_memory(self, size: int) -> bool:
         """Whether the device has so many bytes free, and the margin beside them."""
         return self.free() - self.settings.margin * GIB >= size
 
-    # Where groups are updated.
-
     def share_with_stages(self, parameters: Collection[nn.Parameter]) -> None:
-        """The host updates groups with parameters of which other pipeline stages have copies: their
-        groups are others, and so might be the places where these are updated. Their gradients are
-        complete only after backward."""
-        self.on_host = {self.numbers[p][0] for p in parameters if p in self.numbers}
+        """The host updates groups with parameters of which other pipeline stages have copies, as
+        their groups are others, and might be placed otherwise. Their gradients are complete only
+        after backward."""
+        self.placer.keep_on_host({self.numbers[p][0] for p in parameters if p in self.numbers})
         self.arrivals.leave_out(parameters)
         if not self.refit:
-            self.place(self.scheduler.most_slots)
-
-    def place(self, slots: int) -> None:
-        """Chooses where each group is updated, where the device has memory for so many slots."""
-        sizes = self.scheduler.sizes
-        movable = [g for g, size in enumerate(sizes) if g not in self.on_host and size.parameters]
-        self.placement = [False] * len(sizes)
-        if self.settings.offload == "interleaved" and slots:
-            chosen, _ = placement.place([sizes[g] for g in movable], self.rates, min(slots, 2))
-            for group, there in zip(movable, chosen, strict=True):
-                self.placement[group] = there
-        self.predicted, _ = placement.simulate(sizes, self.placement, self.rates, max(slots, 1))
-
-    def place_anew(self) -> None:
-        """Places groups by what was measured on all ranks. Collective: all-reduces rates, and (MIN)
-        how many slots fit in the memory that was free when updates began."""
-        self.rates = self.measured.rates(self.rates)
-        largest = max((size.state for size in self.scheduler.sizes), default=0) or 1
-        room = max(self.free_at_update - self.settings.margin * GIB, 0)
-        slots = torch.tensor(int(min(room, largest * len(self.groups)) // largest))
-        if dist.is_initialized():
-            dist.all_reduce(slots, dist.ReduceOp.MIN)
-        self.place(int(slots))
-        self.free_at_update = float("inf")
+            self.placer.place(self.scheduler.most_slots)
 
     # The step.
 
@@ -179,35 +150,40 @@ class OffloadedAdamW(Optimizer):
     def take_gradient(self, parameter: nn.Parameter) -> None:
         """Sends a gradient that backward has completed to the host, if its group is updated there;
         its norm stays on the device."""
-        group, part = self.numbers[parameter]
+        group, index = self.numbers[parameter]
         if not self.placement[group]:
             assert parameter.grad is not None
             (self.local_norms[parameter],) = torch._foreach_norm([local(parameter.grad)])
-            self.scheduler.send_gradient(group, part)
+            self.scheduler.send_gradient(group, index)
+
+    def backward_ended(self) -> None:
+        """Loads the first groups into memory of activations, while the norm is not known yet."""
+        self.scheduler.begin(self.placement)
         self.scheduler.prefetch()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         if parameter.grad is not None or parameter not in self.local_norms:
             return parameter.grad
-        group, part = self.numbers[parameter]
-        self.scheduler.wait_for_gradient(group, part)
-        member = self.work.member(group, part)
+        group, index = self.numbers[parameter]
+        self.scheduler.wait_for_gradient(group, index)
+        member = self.work.member(group, index)
         return as_parameter(member.view(self.host[group].gradient), member, self.meshes)
 
     def update(self, lr: float, scale: float) -> None:
-        """Updates all parameters; returns when everything is in its place. Every `REFIT` updates
-        groups are placed anew, which is collective."""
+        """Updates all parameters; returns when everything is in its place. Where memory and rates
+        are measured it places groups anew at times, which is collective."""
         start = time.perf_counter()
-        self.free_at_update = min(self.free_at_update, self.free())
+        self.scheduler.begin(self.placement)  # unless passes have
+        loaded = self.scheduler.slots * self.scheduler.slot_size
+        room = self.free() + loaded - self.settings.margin * GIB
         self.copies = []  # of a checkpoint that was saved
         self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
         self.scheduler.step(self.placement)
         self.end_step()
-        predicted = self.predicted or None if self.device.type == "cuda" else None
+        predicted = self.placer.predicted or None if self.device.type == "cuda" else None
         self.updated = Updated(sum(self.placement), time.perf_counter() - start, predicted)
-        if self.refit and self.steps % REFIT == 0:
-            self.place_anew()
-        self.steps += 1
+        if self.refit:
+            self.placer.end_update(room)
 
     def zero_grad(self) -> None:
         self.scheduler.discard()

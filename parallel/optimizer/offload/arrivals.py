@@ -1,5 +1,6 @@
 """Notices when backward has completed a gradient."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -22,7 +23,13 @@ class Arrivals:
         self.counts: Counter[nn.Parameter] = Counter()
         self.active = False
         self.late: set[nn.Parameter] = set()
-        self.hooks = [p.register_post_accumulate_grad_hook(self.count) for p in parameters]
+        own = weakref.ref(self)  # PyTorch's garbage collection does not see through hooks
+
+        def count(parameter: nn.Parameter) -> None:
+            if (arrivals := own()) is not None:
+                arrivals.count(parameter)
+
+        self.hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters]
 
     def close(self) -> None:
         """Takes its hooks off the parameters."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from colonnade.models.decoder import Decoder
 from colonnade.models.parameter_module import Declared, declared
@@ -56,6 +57,15 @@ class Member:
     def numel(self) -> int:
         """Elements of this rank's shard."""
         return self.weight.numel()
+
+    @property
+    def typical_numel(self) -> int:
+        """Elements of a rank's shard if all ranks had as many, which every rank can tell."""
+        parameter, ranks = self.parameter, 1
+        if isinstance(parameter, DTensor):
+            for axis, placement in enumerate(parameter.placements):
+                ranks *= 1 if placement.is_replicate() else parameter.device_mesh.size(axis)
+        return -(-parameter.numel() // ranks)
 
     def flat(self, buffer: Tensor) -> Tensor:
         """Returns its elements in a buffer of the group."""

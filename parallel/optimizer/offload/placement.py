@@ -18,19 +18,19 @@ SHARES = 16  # that are tried, evenly spaced, beside the one of the formula
 class NoWork:
     """Work of a scheduler whose operations do nothing."""
 
-    def has_gradient(self, group: int, part: int) -> bool:
+    def has_gradient(self, group: int, index: int) -> bool:
         return False
 
     def allocate(self, size: int) -> None:
         return None
 
-    def copy_gradient(self, group: int, part: int) -> None: ...
-    def drop_gradient(self, group: int, part: int) -> None: ...
+    def copy_gradient(self, group: int, index: int) -> None: ...
+    def drop_gradient(self, group: int, index: int) -> None: ...
     def load(self, group: int, memory: None) -> None: ...
     def update(self, group: int, memory: None) -> None: ...
     def store(self, group: int, memory: None) -> None: ...
-    def update_on_host(self, group: int) -> None: ...
-    def copy_weights(self, group: int) -> None: ...
+    def update_on_host(self, group: int, indices: Sequence[int]) -> None: ...
+    def copy_weights(self, group: int, indices: Sequence[int]) -> None: ...
 
 
 def diffuse(sizes: Sequence[int], share: float) -> list[bool]:
@@ -56,11 +56,11 @@ def share_on_device(sizes: Sequence[GroupSize], rates: Rates) -> float:
 def bound(sizes: Sequence[GroupSize], on_device: Sequence[bool], rates: Rates) -> float:
     """Returns the seconds below which no order can come: the busiest part of the machine's."""
     marked = list(zip(sizes, on_device, strict=True))
-    loads = sum(size.state for size, there in marked if there)
-    weights = sum(size.weights for size, there in marked if not there)
+    loads = sum(size.state for size, chosen in marked if chosen)
+    weights = sum(size.weights for size, chosen in marked if not chosen)
     into, out = (loads + weights) / rates.to_device, loads / rates.to_host
-    host = sum(size.parameters for size, there in marked if not there) / rates.host
-    device = sum(size.parameters for size, there in marked if there) / rates.device
+    host = sum(size.parameters for size, chosen in marked if not chosen) / rates.host
+    device = sum(size.parameters for size, chosen in marked if chosen) / rates.device
     return max(host, device, *((into, out) if rates.duplex else (into + out,)))
 
 

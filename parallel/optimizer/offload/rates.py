@@ -1,6 +1,6 @@
 """How fast this machine updates and copies: measured while training, equal on all ranks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -84,4 +84,4 @@ class Measured:
         for sums_by_name in (self.amounts, self.seconds):
             for name in sums_by_name:
                 sums_by_name[name] *= self.keep
-        return Rates(**{name: found.get(name, getattr(before, name)) for name in names})
+        return replace(before, **found)

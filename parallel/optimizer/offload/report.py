@@ -16,7 +16,7 @@ class OffloadReport:
     """What a rank's offloaded state takes, in bytes.
 
     Attributes:
-        host: of the host's memory, by the kinds of `host_sizes`.
+        host: of the host's memory, by the kinds of `host_report`.
         kept: of gradients that the device still has when the last backward pass of a step has
             ended, but for the first step, in which none has left until then.
         slot: of the device's memory for the state of one group at a time, of which two or more are
@@ -45,8 +45,8 @@ def slot_size(optimizer: OffloadedAdamW) -> int:
     is measured, of the largest that it may update."""
     if optimizer.settings.offload != "interleaved":
         return 0
-    movable = (g for g in range(len(optimizer.groups)) if g not in optimizer.on_host)
-    updated = [g for g in movable if optimizer.refit or optimizer.placement[g]]
+    movable = optimizer.placer.movable
+    updated = [group for group in movable if optimizer.refit or optimizer.placement[group]]
     return max((optimizer.scheduler.sizes[g].state for g in updated), default=0)
 
 
@@ -55,9 +55,9 @@ def kept_gradients(optimizer: OffloadedAdamW) -> list[nn.Parameter]:
     updates them, or their gradients are complete only afterwards."""
     return [
         parameter
-        for parameter, (group, part) in optimizer.numbers.items()
+        for parameter, (group, index) in optimizer.numbers.items()
         if optimizer.placement[group]
-        or optimizer.groups[group].trained[part].partial
+        or optimizer.groups[group].trained[index].partial
         or parameter in optimizer.arrivals.late
     ]
 

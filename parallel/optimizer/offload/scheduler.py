@@ -40,24 +40,26 @@ class GroupSize:
         state: bytes of master weights and moments.
         gradients: bytes of each parameter's gradient on its way to the host.
         weights: bytes of the weights on the device.
+        scratch: bytes of temporary tensors of an update on the device.
     """
 
     parameters: int
     state: int
     gradients: tuple[int, ...]
     weights: int
+    scratch: int = 0
 
 
 class Work(Protocol):
     """What the operations of a group do; the scheduler knows only their order."""
 
-    def has_gradient(self, group: int, part: int) -> bool:
+    def has_gradient(self, group: int, index: int) -> bool:
         """Whether the device holds the gradient of a parameter of the group."""
 
-    def copy_gradient(self, group: int, part: int) -> None:
+    def copy_gradient(self, group: int, index: int) -> None:
         """Copies the gradient of a parameter to the host."""
 
-    def drop_gradient(self, group: int, part: int) -> None:
+    def drop_gradient(self, group: int, index: int) -> None:
         """Frees the gradient of a parameter on the device, once it has been copied."""
 
     def allocate(self, size: int) -> Any:
@@ -72,11 +74,12 @@ class Work(Protocol):
     def store(self, group: int, memory: Any) -> None:
         """Copies master weights and moments back."""
 
-    def update_on_host(self, group: int) -> None:
-        """Updates them on the host from the copied gradients, and rounds the weights there."""
+    def update_on_host(self, group: int, indices: Sequence[int]) -> None:
+        """Updates those of these parameters on the host from the copied gradients, and rounds the
+        weights there."""
 
-    def copy_weights(self, group: int) -> None:
-        """Copies these weights to the device."""
+    def copy_weights(self, group: int, indices: Sequence[int]) -> None:
+        """Copies their weights to the device."""
 
 
 @dataclass
@@ -115,35 +118,43 @@ class Scheduler:
     leaving: deque[tuple[int, int]] = field(default_factory=deque)  # gradients, as they were queued
 
     def begin(self, on_device: Sequence[bool]) -> None:
-        """Begins a step in which these groups are updated on the device."""
+        """Begins a step in which these groups are updated on the device, unless it has begun."""
+        if self.on_device:
+            return
         self.on_device = list(on_device)
-        self.waiting = deque(g for g, there in enumerate(on_device) if there)
+        self.waiting = deque(group for group, chosen in enumerate(on_device) if chosen)
 
     @property
     def slot_size(self) -> int:
         """Bytes of a slot: of the largest group that is updated on the device."""
         marked = zip(self.sizes, self.on_device, strict=True)
-        return max((size.state for size, there in marked if there), default=0)
+        return max((size.state for size, chosen in marked if chosen), default=0)
 
-    def send_gradient(self, group: int, part: int) -> None:
+    @property
+    def slot_need(self) -> int:
+        """Bytes that the device must have free for one more slot."""
+        return self.slot_size + max((size.scratch for size in self.sizes), default=0)
+
+    def send_gradient(self, group: int, index: int) -> None:
         """Queues the copy of a gradient, which is complete, to the host."""
-        task = Task(GRADIENT, group, self.sizes[group].gradients[part])
-        run = partial(self.work.copy_gradient, group, part)
-        self.copied[group][part] = self.lanes.launch(task, run, [self.lanes.ready()])
-        self.leaving.append((group, part))
+        task = Task(GRADIENT, group, self.sizes[group].gradients[index])
+        run = partial(self.work.copy_gradient, group, index)
+        self.copied[group][index] = self.lanes.launch(task, run, [self.lanes.ready()])
+        self.leaving.append((group, index))
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Frees the gradients that have been copied."""
         while self.leaving:
-            group, part = self.leaving[0]
-            if not self.lanes.passed(self.copied[group][part]):
+            group, index = self.leaving[0]
+            if not self.lanes.passed(self.copied[group][index]):
                 return
             self.work.drop_gradient(*self.leaving.popleft())
 
     def prefetch(self) -> None:
-        """Queues loads of the next groups, as far as the device has memory for them now."""
-        while self.waiting and self.slots < self.most_slots and self.allows(self.slot_size):
+        """Queues loads of the next groups, as far as the device has memory for them now: it is
+        called when all passes have been queued, whose memory is free behind them."""
+        while self.waiting and self.slots < self.most_slots and self.allows(self.slot_need):
             group, slot = self.waiting.popleft(), self.new_slot()
             self.loaded[group] = slot, self.load(group, slot)
 
@@ -155,7 +166,7 @@ class Scheduler:
     def next_slot(self) -> Slot:
         """Returns a new slot if the device has memory, else the one that is free first. The first
         is allocated whatever the margin is: the placement was made for it."""
-        if not self.slots or (self.slots < self.most_slots and self.allows(self.slot_size)):
+        if not self.slots or (self.slots < self.most_slots and self.allows(self.slot_need)):
             return self.new_slot()
         return self.free.popleft()
 
@@ -171,13 +182,12 @@ class Scheduler:
         run at the same time. `on_device` is the argument of `begin`, which it calls where no
         gradient was expected during backward.
         """
-        if not self.on_device:
-            self.begin(on_device)
+        self.begin(on_device)
         passes = self.lanes.ready()
-        host = [group for group, there in enumerate(self.on_device) if not there]
+        host = [group for group, chosen in enumerate(self.on_device) if not chosen]
         for group in host:
             self.send_missing_gradients(group)
-        for group in (group for group, there in enumerate(self.on_device) if there):
+        for group in (group for group, chosen in enumerate(self.on_device) if chosen):
             self.update_on_device(group, passes)
         ends = [self.update_on_host(group, passes) for group in host]
         for event in ends + [slot.free for slot in self.free]:
@@ -185,8 +195,8 @@ class Scheduler:
         self.end()
 
     def update_on_device(self, group: int, passes: Event) -> None:
-        """Queues the update of a group on the device: its load, unless it is loaded, behind the
-        passes the update, and the store."""
+        """Queues the update of a group on the device: its load, unless it is loaded, the update
+        behind the passes and the sums that complete gradients after them, and the store."""
         if group in self.loaded:
             slot, loaded = self.loaded.pop(group)
         else:
@@ -203,13 +213,13 @@ class Scheduler:
 
     def send_missing_gradients(self, group: int) -> None:
         """Queues the copies of a group's gradients that could not leave during backward."""
-        for part in range(len(self.sizes[group].gradients)):
-            if part not in self.copied[group] and self.work.has_gradient(group, part):
-                self.send_gradient(group, part)
+        for index in range(len(self.sizes[group].gradients)):
+            if index not in self.copied[group] and self.work.has_gradient(group, index):
+                self.send_gradient(group, index)
 
-    def wait_for_gradient(self, group: int, part: int) -> None:
+    def wait_for_gradient(self, group: int, index: int) -> None:
         """Returns when the gradient of a parameter is on the host."""
-        self.lanes.wait(self.copied[group][part])
+        self.lanes.wait(self.copied[group][index])
 
     def update_on_host(self, group: int, passes: Event) -> Event:
         """Updates a group on the host, when its gradients are there, and queues the copy of its
@@ -217,10 +227,11 @@ class Scheduler:
         for event in self.copied[group].values():
             self.lanes.wait(event)
         self.drop_gradients()
+        indices = sorted(self.copied[group])
         task = Task(HOST, group, self.sizes[group].parameters)
-        self.lanes.run_on_host(task, partial(self.work.update_on_host, group))
+        self.lanes.run_on_host(task, partial(self.work.update_on_host, group, indices))
         task = Task(WEIGHTS, group, self.sizes[group].weights)
-        return self.lanes.launch(task, partial(self.work.copy_weights, group), [passes])
+        return self.lanes.launch(task, partial(self.work.copy_weights, group, indices), [passes])
 
     def discard(self) -> None:
         """Ends the step without an update: waits for the copies in flight, which change nothing

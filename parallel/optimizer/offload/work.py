@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from colonnade.kernels.host_adamw import AdamWStep, HostKernel
+from colonnade.kernels.host_adamw import AdamWStep, HostKernel, fused_adamw
 from colonnade.parallel.gradients import local
 from colonnade.parallel.optimizer.base import OptimizerSettings
 from colonnade.parallel.optimizer.offload.groups import Member
@@ -39,21 +39,21 @@ class TensorWork:
         self.device, self.settings = device, settings
         self.lr, self.scale, self.updates = 0.0, 1.0, 0
 
-    def member(self, group: int, part: int) -> Member:
+    def member(self, group: int, index: int) -> Member:
         """Returns a trained parameter by the number of its group, and its own within that."""
-        return self.host[group].group.trained[part]
+        return self.host[group].group.trained[index]
 
-    def has_gradient(self, group: int, part: int) -> bool:
-        return self.member(group, part).parameter.grad is not None
+    def has_gradient(self, group: int, index: int) -> bool:
+        return self.member(group, index).parameter.grad is not None
 
-    def copy_gradient(self, group: int, part: int) -> None:
-        member, buffer = self.member(group, part), self.host[group].gradient
+    def copy_gradient(self, group: int, index: int) -> None:
+        member, buffer = self.member(group, index), self.host[group].gradient
         assert member.parameter.grad is not None
         gradient = local(member.parameter.grad).to(buffer.dtype)  # on the device
         member.view(buffer).copy_(gradient, non_blocking=True)
 
-    def drop_gradient(self, group: int, part: int) -> None:
-        self.member(group, part).parameter.grad = None
+    def drop_gradient(self, group: int, index: int) -> None:
+        self.member(group, index).parameter.grad = None
 
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -75,34 +75,31 @@ class TensorWork:
         for member in of_group.trained:
             if member.parameter.grad is not None and member.numel:
                 alike[member.rate, member.decay, member.updates_before].append(member)
+        sent = self.dtypes[group].gradient
         with moments_of(state) as moments:
             for members in alike.values():
-                self.update_alike(members, state.master, *moments)
+                self.update_alike(members, sent, state.master, *moments)
         for member in of_group.trained:
             member.weight.copy_(member.view(state.master))
 
     def update_alike(
-        self, members: Sequence[Member], master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+        self,
+        members: Sequence[Member],
+        sent: torch.dtype,
+        master: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
     ) -> None:
         """Updates parameters with the same rate, decay and number of updates, in the buffers of
-        their group."""
+        their group, from gradients rounded to the dtype in which those for the host are `sent`."""
         gradients = [
-            local(member.parameter.grad).to(master.dtype)
+            local(member.parameter.grad).to(sent).to(master.dtype)  # as if the host had updated it
             for member in members
             if member.parameter.grad is not None
         ]
-        if self.scale != 1.0:
-            torch._foreach_mul_(gradients, self.scale)
-        masters, means, squares = (
-            [member.view(flat) for member in members] for flat in (master, exp_avg, exp_avg_sq)
-        )
-        step = self.step_of(members[0])
-        count = torch.full((), float(step.step), device=master.device)
-        torch._fused_adamw_(
-            masters, gradients, means, squares, [], [count.clone() for _ in members],
-            lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
-            eps=step.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        flats = master, exp_avg, exp_avg_sq
+        masters, *moments = ([member.view(flat) for member in members] for flat in flats)
+        fused_adamw(masters, gradients, moments[0], moments[1], self.step_of(members[0]))
 
     def step_of(self, member: Member) -> AdamWStep:
         """Returns the figures of a parameter's update."""
@@ -117,12 +114,13 @@ class TensorWork:
             scale=self.scale,
         )
 
-    def update_on_host(self, group: int) -> None:
-        """Updates a group by the host's kernel, which rounds the weights."""
+    def update_on_host(self, group: int, indices: Sequence[int]) -> None:
+        """Updates those parameters of a group that have a gradient by the host's kernel, which
+        rounds the weights."""
         host = self.host[group]
         rounded = host.weights if host.weights is not host.state.master else None
         with moments_of(host.state, served=[torch.bfloat16]) as (exp_avg, exp_avg_sq):
-            for member in host.group.trained:
+            for member in (host.group.trained[index] for index in indices):
                 self.kernel(
                     master=member.flat(host.state.master),
                     grad=member.flat(host.gradient),
@@ -132,9 +130,9 @@ class TensorWork:
                     step=self.step_of(member),
                 )
 
-    def copy_weights(self, group: int) -> None:
+    def copy_weights(self, group: int, indices: Sequence[int]) -> None:
         host = self.host[group]
-        for member in host.group.trained:
+        for member in (host.group.trained[index] for index in indices):
             member.weight.copy_(member.view(host.weights), non_blocking=True)
 
     @torch.no_grad()
