@@ -72,7 +72,7 @@ def leaving(report: dict[str, Any]) -> str:
     kept = report["offloaded"]["kept_gradients"]
     stay = f"{size(kept) if kept else 'none'} stay for the update"
     if report["micro_batches"] > 1:
-        return f"until the last micro-batch; {stay}"
+        return f"until the last micro-batch; {stay}, in the first step all"
     return f"in the first step; in later ones {stay}"
 
 
