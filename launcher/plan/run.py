@@ -161,7 +161,7 @@ def host_dict(recipe: Recipe, report: "RankReport", inputs: int) -> dict[str, An
     gradients that stay on the device to the end of backward, from the second step on; its slots for
     state, of which there are more where memory is free; and groups of parameters."""
     saves = report.saved if recipe.checkpoint.asynchronous else 0
-    others, state = {"inputs": inputs, "saves": saves}, report.offload
+    others, state = {"inputs": inputs, "saved_copies": saves}, report.offload
     if state is None:
         return {"host": others, "offloaded": None}
     return {

@@ -17,7 +17,7 @@ HOST = {
     "weights": "rounded weights on their way to the device",
     "inputs": "stashed inputs of sub-blocks and norms (train.offload_inputs)",
     "widened": "wide copies of moments, from a save to the next update",
-    "saves": "copies of what the rank saves (checkpoint.asynchronous)",
+    "saved_copies": "copies of what the rank saves (checkpoint.asynchronous)",
 }
 PASSES = {
     "activations": "activations, at the peak of a micro-batch's forward and backward pass",
@@ -95,7 +95,7 @@ def host(report: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{'held by the rank on its host':<32}{'bytes':>20}"
     for kind, count in held.items():
-        yield line(kind, count, HOST[kind])
+        yield line(kind.replace("_", " "), count, HOST[kind])
     total = sum(held.values())
     yield line("all", total, "beside the program, data and buffers of communication")
     usable = report.get("device", {}).get("usable_of_host")

@@ -90,7 +90,7 @@ def need_of(model: Decoder, recipe: Recipe, available: int, host: tuple[str, str
     if copies:
         changed["checkpoint.asynchronous=false"] = sum(kinds.values())
     on_device = kinds["masters"] + kinds["moments"] - kinds["weights"]
-    return Need(host, available, {**kinds, "saves": copies}, changed, on_device)
+    return Need(host, available, {**kinds, "saved_copies": copies}, changed, on_device)
 
 
 def narrower(optimizer: OptimizerConfig) -> list[tuple[str, OptimizerConfig]]:

@@ -172,7 +172,7 @@ def test_nothing_is_compared_without_offload(ranks1: Ranks, recipe: Callable[...
 def test_replicas_are_saved_once(ranks4: Ranks, recipe: Callable[..., Recipe]) -> None:
     """Of fp32 weights and two moments."""
     settings = recipe(*HOST, "parallel.dp_replicate=2")
-    saves = [kinds["saves"] for kinds in ranks4.run(needs, settings)]
+    saves = [kinds["saved_copies"] for kinds in ranks4.run(needs, settings)]
     assert sum(saves) == 12 * measure(settings.model, settings.train.seq_len).parameters
     assert sorted(saves)[:2] == [0, 0]
 
@@ -225,7 +225,7 @@ def figures(rank: int, size: int, recipe: Recipe) -> tuple[list[dict[str, float]
     assert isinstance(optimizer, OffloadedAdamW)
     found = [offload_metrics(optimizer, result_of(1.0))]
     optimizer.device, optimizer.free = torch.device("cuda"), lambda: float("inf")
-    optimizer.predicted = 0.25
+    optimizer.placer.predicted = 0.25
     optimizer.update(0.1, 1.0)
     found += [offload_metrics(optimizer, result_of(norm)) for norm in (1.0, float("nan"))]
     optimizer.refit = True

@@ -83,7 +83,7 @@ def report(
     return {
         "rank": 3, "ranks": ranks, "memory": {**state, "peak": peak}, "parameters": 8 * elements,
         "elements": elements, "precision": precision, "optimizer": optimizer, "offload": "none",
-        "stages": [{"host": {"saves": 0}}],
+        "stages": [{"host": {"saved_copies": 0}}],
     }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_a_report_of_offloaded_state() -> None:
     assert memory["gradients"] == 4 * elements
     assert memory["optimizer"] == 0
     assert 2 * elements < memory["parameters"] < 2.1 * elements
-    assert host["saves"] == 12 * elements
+    assert host["saved_copies"] == 12 * elements
     assert host["moments"] == 2 * host["masters"] == 2 * host["gradients"] >= 8 * elements
     assert 2 * elements < host["weights"] < host["masters"] / 2
     assert 0 < state["kept_gradients"] < memory["gradients"]
@@ -75,7 +75,7 @@ def test_tables_say_when_gradients_leave() -> None:
     found = report("--gpus", "1", *WIDE, HOST, "checkpoint.asynchronous=false")
     assert "in the first step; in later ones none stay for the update" in table(found)
     assert "slots" not in table(found)
-    assert found["host"]["saves"] == 0
+    assert found["host"]["saved_copies"] == 0
     found |= {"micro_batches": 2}
     text = "gradients, until the last micro-batch; none stay for the update, in the first step all"
     assert text in table(found)
@@ -112,7 +112,9 @@ def test_a_host_that_is_too_small() -> None:
     refused = plan(*fields, *device)
     assert refused.returncode == 2, refused.stderr
     assert "In its host's memory a rank holds" in refused.stderr
-    assert all(kind in refused.stderr for kind in ("masters", "moments", "gradients", "saves"))
+    assert all(
+        kind in refused.stderr for kind in ("masters", "moments", "gradients", "saved copies")
+    )
     assert "rank 0 holds" not in refused.stderr  # the device has enough
     offered = refused.stderr.split("The nearest that fit:")[1]
     assert "optimizer.offload=none" in offered
@@ -179,9 +181,9 @@ def test_what_is_searched() -> None:
     host = {"masters": 60 * GIB, "moments": 40 * GIB}
     large = report_of_state(200 * GIB, 25 * GIB, optimizer="adamw")  # once 800 GiB, or 300
     cases = [
-        (with_host(large, {"saves": 0}), Lack(True, False, True)),
+        (with_host(large, {"saved_copies": 0}), Lack(True, False, True)),
         (report_of_state(100 * GIB, GIB), Lack(True, False)),
-        (with_host(report_of_state(GIB, GIB), {"saves": 0}, host), Lack(False, True)),
+        (with_host(report_of_state(GIB, GIB), {"saved_copies": 0}, host), Lack(False, True)),
         (with_host(report_of_state(100 * GIB, GIB), host), Lack(True, True)),
     ]
     for found, lack in cases:

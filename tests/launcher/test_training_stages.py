@@ -214,7 +214,7 @@ def frees_the_stage_before(rank: int, size: int, recipe: Recipe, run: Path) -> b
     old = [weakref.ref(built.engine.model), weakref.ref(built.engine.optimizer)]
     alive: list[bool] = []
 
-    def build_next(*arguments: Any) -> None:
+    def build_next(*arguments: Any, **options: Any) -> None:
         alive.extend(ref() is not None for ref in old)
 
     with pytest.MonkeyPatch.context() as patch:
