@@ -15,11 +15,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.launcher.cluster.host_kernels import choose_host_kernel
 from colonnade.launcher.data import Batch
@@ -34,7 +35,8 @@ from colonnade.parallel.lanes.cuda import CudaLanes
 from colonnade.parallel.lanes.tasks import Event, ImmediateLanes, Lanes, Run, Task
 from colonnade.parallel.optimizer.offload.adamw import Offload, OffloadedAdamW
 from colonnade.parallel.optimizer.offload.rates import Measured
-from colonnade.parallel.world import World, open_world
+from colonnade.parallel.passes import Passes
+from colonnade.parallel.world import open_world
 
 KINDS = {"serial": "host", "flush": "host", "interleaved": "interleaved"}
 
@@ -122,24 +124,31 @@ def cheap_weights(model: Decoder) -> None:
                 spec.fill = fill
 
 
-def build(shape: Shape, world: World, offload: str) -> tuple[Recipe, Engine]:
-    """Builds the model, with its state on the device or on the host."""
-    recipe = shape.recipe(offload)
-    return recipe, build_engine(recipe, world, cheap_weights)
+class Without(NamedTuple):
+    """An engine's parts, without the optimizer, whose state would fill the host's memory twice."""
 
+    model: Decoder
+    mesh: DeviceMesh
+    device: torch.device
+    passes: Passes
 
-def reoptimized(engine: Engine, recipe: Recipe, kind: str, world: World) -> Engine:
-    """The same model with another optimizer, whose state begins anew."""
-    assert isinstance(engine.optimizer, OffloadedAdamW)
-    engine.optimizer.close()
-    settings = recipe.optimizer.model_copy(update={"offload": KINDS[kind]})
-    lanes = lanes_of(world.device) if kind == "serial" else None
-    offload = Offload(choose_host_kernel("auto"), world.device, lanes=lanes)
-    optimizer = OffloadedAdamW(engine.model, settings, offload)
-    for name, parameter in engine.model.named_parameters():
-        local(optimizer.masters()[name]).copy_(local(parameter.detach()))
-    connect(engine.passes, optimizer)
-    return replace(engine, optimizer=optimizer)
+    @classmethod
+    def of(cls, engine: Engine) -> "Without":
+        """Takes an engine apart; its optimizer is freed with it."""
+        engine.passes.expect_gradients = lambda: None  # the optimizer's
+        return cls(engine.model, engine.mesh, engine.device, engine.passes)
+
+    def optimized(self, recipe: Recipe, kind: str) -> Engine:
+        """Returns an engine with a new optimizer of this kind."""
+        settings = recipe.optimizer.model_copy(update={"offload": KINDS[kind]})
+        lanes = lanes_of(self.device) if kind == "serial" else None
+        offload = Offload(choose_host_kernel("auto"), self.device, lanes=lanes)
+        optimizer = OffloadedAdamW(self.model, settings, offload)
+        masters = optimizer.masters()
+        for name, parameter in self.model.named_parameters():
+            local(masters[name]).copy_(local(parameter.detach()))
+        connect(self.passes, optimizer)
+        return Engine(self.model, optimizer, self.mesh, self.device, self.passes)
 
 
 def random_batches(shape: Shape) -> list[Batch]:
@@ -193,6 +202,13 @@ def time_steps(engine: Engine, shape: Shape) -> dict[str, Any]:
     return found
 
 
+def free_memory(device: torch.device) -> None:
+    """Frees what nobody has any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def run(shape: Shape | None = None, device: torch.device | None = None) -> dict[str, Any]:
     """The figures of all four, and their ratios; without a GPU what is missing."""
     shape = shape or Shape()
@@ -202,18 +218,19 @@ def run(shape: Shape | None = None, device: torch.device | None = None) -> dict[
         device = torch.device("cuda", 0)
     found: dict[str, Any] = {"shape": asdict(shape)}
     with open_world(0, 1, device) as world:
-        _, engine = build(shape, world, "none")
+        engine = build_engine(shape.recipe("none"), world, cheap_weights)
         found["device"] = time_steps(engine, shape)
         del engine
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        recipe, engine = build(shape, world, "host")
+        free_memory(device)
+        recipe = shape.recipe("host")
+        parts = Without.of(build_engine(recipe, world, cheap_weights))
         for kind in KINDS:
-            engine = reoptimized(engine, recipe, kind, world)
-            gc.collect()
+            free_memory(device)
+            engine = parts.optimized(recipe, kind)
             found[kind] = time_steps(engine, shape)
-        del engine
+            parts = Without.of(engine)
+            del engine
+        del parts
     step = {name: found[name]["step_seconds"] for name in ("device", *KINDS)}
     for name in ("serial", "flush"):
         found[f"{name} / interleaved"] = step[name] / step["interleaved"]

@@ -1,11 +1,10 @@
 """Lanes of a GPU: a stream each, so that copies both ways overlap with updates and passes."""
 
-import time
 from collections.abc import Sequence
 
 import torch
 
-from colonnade.parallel.lanes.tasks import LANES, Event, Observe, Run, Task
+from colonnade.parallel.lanes.tasks import LANES, Event, Observe, Run, Task, run_timed
 
 
 class CudaLanes:
@@ -39,10 +38,7 @@ class CudaLanes:
         return end
 
     def run_on_host(self, task: Task, run: Run) -> None:
-        start = time.perf_counter()
-        run()
-        if self.observe is not None:
-            self.observe(task, time.perf_counter() - start)
+        run_timed(task, run, self.observe)
 
     def ready(self) -> Event:
         return torch.cuda.current_stream().record_event()

@@ -96,6 +96,7 @@ class ModelOfWork:
 
     lanes: MachineLanes
     parts: list[int]
+    scratch: int = 0  # bytes of temporary tensors of an update
     room: int = 1 << 60  # bytes that the device had free when it was asked last
     step: int = 0
     passed: bool = False
@@ -127,7 +128,8 @@ class ModelOfWork:
         del self.gradients[group, index]
 
     def allocate(self, size: int) -> Memory:
-        require(not self.allocated or size <= self.room, "a slot that the budget does not allow")
+        fits = size + self.scratch <= self.room
+        require(not self.allocated or fits, "a slot that the budget does not allow")
         memory = Memory(busy=self.lanes.last_pass.end is None)
 
         def freed() -> None:
@@ -188,11 +190,12 @@ def run_steps(seed: int, groups: int, steps: int, dropped: str | None = None) ->
     """Runs steps on a random machine, and checks after each that every group was updated once."""
     rng = random.Random(seed)
     lanes = MachineLanes(rng, dropped)
+    scratch = rng.choice([0, 500])
     sizes = [
-        GroupSize(n, 12 * n, tuple(4 for _ in range(rng.randint(1, 3))), 2 * n)
+        GroupSize(n, 12 * n, tuple(4 for _ in range(rng.randint(1, 3))), 2 * n, scratch)
         for n in (rng.randint(1, 100) for _ in range(groups))
     ]
-    work = ModelOfWork(lanes, [len(size.gradients) for size in sizes])
+    work = ModelOfWork(lanes, [len(size.gradients) for size in sizes], scratch)
     work.masters = dict.fromkeys(range(groups), 0)
 
     def allows(size: int) -> bool:

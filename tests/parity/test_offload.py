@@ -120,7 +120,6 @@ def with_lanes(engine: Engine, recipe: Recipe, seed: int, drop: int | None) -> E
     offload = Offload(PoisonedKernel(), CPU, lanes=lanes)
     optimizer = OffloadedAdamW(engine.model, recipe.optimizer, offload)
     assert isinstance(engine.optimizer, OffloadedAdamW)
-    engine.optimizer.close()
     for name, master in optimizer.masters().items():
         local(master).copy_(local(engine.optimizer.masters()[name]))
     connect(engine.passes, optimizer)
@@ -376,3 +375,14 @@ def test_parameters_without_a_gradient_stay(ranks1: Ranks, kind: str) -> None:
         "blocks.0.q",
         "norms.1.weight",
     }
+
+
+def test_rounded_gradients_do_not_depend_on_the_placement(ranks1: Ranks) -> None:
+    recipe = settings_of(recipe_for("*-M-", {}, 4, precision="bf16"), host_kernel="torch",
+                         offload_gradients="bf16")  # fmt: skip
+    host, both = (
+        ranks1.run(train, settings_of(recipe, offload=kind), seed)[0]
+        for kind, seed in (("host", None), ("interleaved", 3))
+    )
+    assert host.losses == both.losses
+    assert not differing(both, host)

@@ -49,7 +49,6 @@ class Offload(NamedTuple):
         refit: whether placements follow measured rates and memory; without it they are fixed, and a
             run can be repeated bit for bit.
         lanes: makes the lanes of a device, which report their times; None: those of `device`.
-        free: bytes that are free on the device at this moment; None: it is asked.
         choice: which kernel it is, and why, for people.
     """
 
@@ -57,7 +56,6 @@ class Offload(NamedTuple):
     device: torch.device
     refit: bool = True
     lanes: Callable[[Measured], Lanes] | None = None
-    free: Callable[[], float] | None = None
     choice: str = ""
 
 
@@ -94,7 +92,6 @@ class OffloadedAdamW(Optimizer):
         self.host_sizes = total_sizes(self.groups, dtypes)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
-        self.free = offload.free or (lambda: free_bytes(self.device))
         self.refit = offload.refit and offload.device.type == "cuda"
         typed = list(zip(self.groups, dtypes, strict=True))
         sizes = [typical_size(group, of_group) for group, of_group in typed]
@@ -130,7 +127,7 @@ class OffloadedAdamW(Optimizer):
 
     def has_memory(self, size: int) -> bool:
         """Whether the device has so many bytes free, and the margin beside them."""
-        return self.free() - self.settings.margin * GIB >= size
+        return free_bytes(self.device) - self.settings.margin * GIB >= size
 
     def share_with_stages(self, parameters: Collection[nn.Parameter]) -> None:
         """The host updates groups with parameters of which other pipeline stages have copies, as
@@ -138,7 +135,7 @@ class OffloadedAdamW(Optimizer):
         after backward."""
         self.placer.keep_on_host({self.numbers[p][0] for p in parameters if p in self.numbers})
         self.arrivals.leave_out(parameters)
-        if not self.refit:
+        if parameters and not self.refit:
             self.placer.place(self.scheduler.most_slots)
 
     # The step.
@@ -175,7 +172,7 @@ class OffloadedAdamW(Optimizer):
         start = time.perf_counter()
         self.scheduler.begin(self.placement)  # unless passes have
         loaded = self.scheduler.slots * self.scheduler.slot_size
-        room = self.free() + loaded - self.settings.margin * GIB
+        room = free_bytes(self.device) + loaded - self.settings.margin * GIB
         self.copies = []  # of a checkpoint that was saved
         self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
         self.scheduler.step(self.placement)
@@ -195,10 +192,6 @@ class OffloadedAdamW(Optimizer):
         """Forgets the gradients that have left the device."""
         self.local_norms.clear()
         self.arrivals.end()
-
-    def close(self) -> None:
-        """Lets another optimizer take the model: its hooks keep the state of this one alive."""
-        self.arrivals.close()
 
     # What is saved and restored.
 

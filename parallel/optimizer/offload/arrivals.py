@@ -29,12 +29,8 @@ class Arrivals:
             if (arrivals := own()) is not None:
                 arrivals.count(parameter)
 
-        self.hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters]
-
-    def close(self) -> None:
-        """Takes its hooks off the parameters."""
-        for hook in self.hooks:
-            hook.remove()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(count)
 
     def leave_out(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves out parameters whose gradients are complete only after backward."""

@@ -65,9 +65,6 @@ def kept_gradients(optimizer: OffloadedAdamW) -> list[nn.Parameter]:
 class DeviceLanes(ImmediateLanes):
     """Lanes on which every operation runs when it is queued, but for updates on the host."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda task, seconds: None)
-
     def launch(self, task: Task, run: Run, after: Sequence[Event] = ()) -> Event:
         run()
         return None

@@ -1,6 +1,6 @@
 """The order of a step with offloaded state: which operation is queued when, and what it waits for.
 
-A group is updated on the device or on the host. With two slots on the device, groups 0, 2, 4 there
+A group is updated on the device or on the host. With two slots on the device, groups 0, 2, 4 on it
 and groups 1, 3 on the host:
 
     gradient  1 3                                 during the last backward pass
@@ -69,7 +69,7 @@ class Work(Protocol):
         """Copies master weights and moments to the device."""
 
     def update(self, group: int, memory: Any) -> None:
-        """Updates them there from the gradients, and writes the weights."""
+        """Updates them in a slot from the gradients, and writes the weights."""
 
     def store(self, group: int, memory: Any) -> None:
         """Copies master weights and moments back."""
@@ -236,8 +236,8 @@ class Scheduler:
     def discard(self) -> None:
         """Ends the step without an update: waits for the copies in flight, which change nothing
         that stays."""
-        for by_part in self.copied.values():
-            for event in by_part.values():
+        for events in self.copied.values():
+            for event in events.values():
                 self.lanes.wait(event)
         for _, event in self.loaded.values():
             self.lanes.wait(event)
