@@ -1,4 +1,4 @@
-"""Lanes for tests of the stash, on which the passes run at once, and copies as late as they may."""
+"""Lanes for tests, on which the passes run at once, and other operations as late as they may."""
 
 import random
 from collections import deque
@@ -14,25 +14,40 @@ class Queued:
 
     task: Task
     run: Run | None  # None: it has run
+    after: list["Queued"]
+
+    @property
+    def able(self) -> bool:
+        """Whether all that it waits for has run."""
+        return all(event.run is None for event in self.after)
 
 
 @dataclass
 class DelayedLanes:
-    """Lanes whose operations run when the passes wait for them, or earlier by chance.
+    """Lanes whose operations run when somebody waits for them, or earlier by chance.
 
-    The passes do not wait for operations of the kind `dropped`.
+    The passes do not wait for operations of the kind `dropped`, and every `drop`-th operation waits
+    for no event.
     """
 
     rng: random.Random
     dropped: str | None = None
+    drop: int | None = None
     queues: dict[str, deque[Queued]] = field(default_factory=dict)
+    count: int = 0
 
     def launch(self, task: Task, run: Run, after: Sequence[Event] = ()) -> Queued:
-        operation = Queued(task, run)
+        self.count += 1
+        kept = [event for event in after if event is not None]
+        operation = Queued(task, run, [] if self.drop and self.count % self.drop == 0 else kept)
         self.queues.setdefault(task.kind, deque()).append(operation)
-        while self.rng.random() < 0.3 and (able := [q for q in self.queues.values() if q]):
+        while self.rng.random() < 0.3 and (able := self.able_queues()):
             self.run_next(self.rng.choice(able))
         return operation
+
+    def able_queues(self) -> list[deque[Queued]]:
+        """Returns the lanes whose next operation waits for nothing."""
+        return [queue for queue in self.queues.values() if queue and queue[0].able]
 
     def run_next(self, queue: deque[Queued]) -> None:
         operation = queue.popleft()
@@ -46,16 +61,20 @@ class DelayedLanes:
     def ready(self) -> Event:
         return None
 
-    def wait(self, event: Queued) -> None:
-        while event.run is not None:
-            self.run_next(self.queues[event.task.kind])
+    def wait(self, event: Queued | None) -> None:
+        """Runs no more than an event needs."""
+        while event is not None and event.run is not None:
+            queue = self.queues[event.task.kind]
+            for earlier in queue[0].after:
+                self.wait(earlier)
+            self.run_next(queue)
 
     def passes_wait(self, event: Queued) -> None:
         if event.task.kind != self.dropped:
             self.wait(event)
 
-    def passed(self, event: Queued) -> bool:
-        return event.run is None
+    def passed(self, event: Queued | None) -> bool:
+        return event is None or event.run is None
 
     def finish(self) -> None:
         assert not any(self.queues.values())

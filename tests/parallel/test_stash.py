@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from delayed import DelayedLanes
+from machine import PASSES, MachineLanes
 from oracle import gradients
 from small import B, S, config_of, context, data, model_of
-from test_offload_schedule import PASSES, MachineLanes
 from torch import Tensor
 
 from colonnade.models.decoder import Decoder

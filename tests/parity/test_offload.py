@@ -1,13 +1,12 @@
 """Optimizer state in the host's memory: bit-equal to AdamW on the device, copies in any order."""
 
 import random
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from delayed import DelayedLanes
 from ranks import Ranks
 from test_data_parallel import LADDER, recipe_for
 from torch import Tensor
@@ -23,7 +22,7 @@ from colonnade.launcher.train.step import train_step
 from colonnade.launcher.verify.trace import random_rows
 from colonnade.parallel.engine import Engine, connect
 from colonnade.parallel.gradients import local
-from colonnade.parallel.lanes.tasks import HOST, LOAD, STORE, UPDATE, Event, Run, Task
+from colonnade.parallel.lanes.tasks import HOST, LOAD, STORE, UPDATE, Task
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.optimizer.offload.adamw import Offload, OffloadedAdamW
 from colonnade.parallel.optimizer.offload.rates import Measured
@@ -31,62 +30,6 @@ from colonnade.parallel.world import World
 
 CPU = torch.device("cpu")
 ROUTED = {"router_score": "sigmoid", "router_bias": True, "router_bias_rate": 0.1}
-
-
-@dataclass(eq=False)
-class Queued:
-    """An operation of a lane that runs later."""
-
-    run: Run
-    after: list["Queued"]
-    done: bool = False
-
-
-@dataclass
-class DelayingLanes:
-    """Lanes whose operations run as late as they may, or earlier by chance, in any legal order.
-
-    Every `drop`-th operation waits for no event; None: all do.
-    """
-
-    rng: random.Random
-    drop: int | None = None
-    queues: dict[str, deque[Queued]] = field(default_factory=dict)
-    count: int = 0
-
-    def launch(self, task: Task, run: Run, after: Sequence[Event] = ()) -> Event:
-        self.count += 1
-        kept = [e for e in after if e is not None]
-        operation = Queued(run, [] if self.drop and self.count % self.drop == 0 else kept)
-        self.queues.setdefault(task.kind, deque()).append(operation)
-        for _ in range(self.rng.choice([0, 0, 1, 3])):
-            self.run_any()
-        return operation
-
-    def run_any(self) -> bool:
-        able = [q for q in self.queues.values() if q and all(e.done for e in q[0].after)]
-        if not able:
-            return False
-        operation = self.rng.choice(able).popleft()
-        operation.run()
-        operation.done = True
-        return True
-
-    def run_on_host(self, task: Task, run: Run) -> None:
-        run()
-
-    def ready(self) -> Event:
-        return None
-
-    def wait(self, event: Event) -> None:
-        while event is not None and not event.done:
-            assert self.run_any(), "a wait for what never runs"
-
-    def passed(self, event: Event) -> bool:
-        return event is None or event.done
-
-    def finish(self) -> None:
-        assert not any(self.queues.values())
 
 
 class PoisonedKernel(TorchKernel):
@@ -114,8 +57,8 @@ def settings_of(recipe: Recipe, **fields: Any) -> Recipe:
 def with_lanes(engine: Engine, recipe: Recipe, seed: int, drop: int | None) -> Engine:
     """An engine whose copies run in a random order, with a random placement."""
 
-    def lanes(measured: Measured) -> DelayingLanes:
-        return DelayingLanes(random.Random(seed), drop)
+    def lanes(measured: Measured) -> DelayedLanes:
+        return DelayedLanes(random.Random(seed), drop=drop)
 
     offload = Offload(PoisonedKernel(), CPU, lanes=lanes)
     optimizer = OffloadedAdamW(engine.model, recipe.optimizer, offload)
