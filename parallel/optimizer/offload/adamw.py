@@ -92,6 +92,7 @@ class OffloadedAdamW(Optimizer):
         self.host_sizes = total_sizes(self.groups, dtypes)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}
         self.work = TensorWork(self.host, dtypes, offload.kernel, offload.device, settings)
+        self.free = partial(free_bytes, offload.device)
         self.refit = offload.refit and offload.device.type == "cuda"
         typed = list(zip(self.groups, dtypes, strict=True))
         sizes = [typical_size(group, of_group) for group, of_group in typed]
@@ -127,7 +128,7 @@ class OffloadedAdamW(Optimizer):
 
     def has_memory(self, size: int) -> bool:
         """Whether the device has so many bytes free, and the margin beside them."""
-        return free_bytes(self.device) - self.settings.margin * GIB >= size
+        return self.free() - self.settings.margin * GIB >= size
 
     def share_with_stages(self, parameters: Collection[nn.Parameter]) -> None:
         """The host updates groups with parameters of which other pipeline stages have copies, as
@@ -172,7 +173,7 @@ class OffloadedAdamW(Optimizer):
         start = time.perf_counter()
         self.scheduler.begin(self.placement)  # unless passes have
         loaded = self.scheduler.slots * self.scheduler.slot_size
-        room = free_bytes(self.device) + loaded - self.settings.margin * GIB
+        room = self.free() + loaded - self.settings.margin * GIB
         self.copies = []  # of a checkpoint that was saved
         self.work.lr, self.work.scale, self.work.updates = lr, scale, self.updates + 1
         self.scheduler.step(self.placement)
