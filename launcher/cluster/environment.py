@@ -150,6 +150,12 @@ def cache_folder() -> Path:
     return Path(home) / "colonnade"
 
 
+def settle_flight_recorder() -> None:
+    """Makes PyTorch remember the last collectives of each process group, from which a failure is
+    explained, unless the user has set how many."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 def instruction_limits() -> str:
     """The variables by which the user limits the instruction sets of oneDNN and MKL, as text."""
     names = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -162,9 +168,15 @@ def report_failure(message: str, started: bool) -> None:
     `started` says that our launcher started this rank: the launcher reads the error file and prints
     the message once for all ranks, so the rank itself prints nothing.
     """
+    write_error_file(message)
+    if not started:
+        print(f"colonnade: {message}", file=sys.stderr, flush=True)
+
+
+def write_error_file(message: str) -> None:
+    """Writes why this rank ends to torchrun's error file, where there is one: its agent prints it
+    in its last lines."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
         text = json.dumps({"message": message, "timestamp": int(time.time())})
         Path(path).write_text(text, encoding="utf-8")
-    if not started:
-        print(f"colonnade: {message}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from colonnade.launcher.cluster.environment import (
     RankEnvironment,
     cores,
     requested_threads,
+    settle_flight_recorder,
 )
 from colonnade.launcher.cluster.signals import signal_handler
 from colonnade.launcher.errors import UserError
@@ -52,6 +53,7 @@ def prepare_rank(
     Raises:
         UserError: as `choose_device`.
     """
+    settle_flight_recorder()
     if threads is None:
         settle_threads(environment)
     else:
@@ -190,7 +192,7 @@ def start_ranks(
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         reason = f"signal {-code}" if code < 0 else f"status {code}"
-        print(f"colonnade: rank {rank} failed first, with {reason}", file=sys.stderr)
+        print(f"colonnade: rank {rank} ended first, with {reason}", file=sys.stderr)
         raise SystemExit(1) from None
     except SignalException as stop:
         return 128 + int(stop.sigval)

@@ -1,6 +1,7 @@
 """Runs a training job's ranks: starts them on this host, or takes part as one of them."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.environment import RankEnvironment, has_agent
+from colonnade.launcher.cluster.failures.position import Position
+from colonnade.launcher.cluster.failures.report import FailureReporter, output_in_file
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import (
     SINGLE_PROCESS,
@@ -23,11 +26,12 @@ from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import CHECKPOINTS, SAVE
+from colonnade.launcher.run_files import CHECKPOINTS, FAILURES, LOGS, SAVE
+from colonnade.launcher.train.events import next_attempt
 from colonnade.launcher.train.folder import NEWEST, OpenRun, ResumePoint
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.run import Run
-from colonnade.parallel.world import open_world
+from colonnade.parallel.world import World, open_world
 
 OpenFolder = Callable[[], AbstractContextManager[OpenRun]]  # opens and locks a run's folder
 
@@ -139,8 +143,26 @@ def train_as_rank(
             )
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
-        number = run_job(recipe, run.path, world, run.resume, order.until, announce, order.source)
+        reporter = open_reporter(run.path, world, started)
+        with reporter.reporting(), own_output(run.path, reporter), reporter.watching():
+            number = run_job(
+                recipe, run.path, world, run.resume, order.until, announce, order.source, reporter
+            )
     return Run(run.path, 128 + number if number else 0)
+
+
+def open_reporter(run: Path, world: World, started: bool) -> FailureReporter:
+    """Returns what reports failures of this attempt at a run. Collective: all-gathers the hosts."""
+    attempt = on_rank_zero(lambda: next_attempt(run))
+    hosts = on_all_ranks(socket.gethostname)
+    return FailureReporter(run / FAILURES / f"attempt-{attempt}", world, Position(), hosts, started)
+
+
+def own_output(run: Path, reporter: FailureReporter) -> AbstractContextManager[None]:
+    """Returns a block in which ranks but the first print into files of their own."""
+    rank = reporter.world.rank
+    path = run / LOGS / reporter.folder.name / f"rank-{rank}.log"
+    return output_in_file(path) if rank else nullcontext()
 
 
 def train_started_rank(
