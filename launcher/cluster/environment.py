@@ -87,10 +87,31 @@ class RankEnvironment:
         return rank_environment
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often torchrun, or SLURM by a requeue, has started this job again."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in names)
+
+
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # a new store for the ranks of every start
+
+
+def settle_restarts() -> None:
+    """Makes torchrun's agent give the ranks a new store at every start. Its own, which they share
+    otherwise, keeps the addresses of ranks that are dead, and gloo tries to connect to them
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    os.environ.setdefault(OWN_STORE, "1")
+
+
+def advice_on_restarts() -> str | None:
+    """What a user who has started torchrun must know of its restarts; None: nothing."""
+    can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+    if not has_agent() or not can_restart or os.environ.get(OWN_STORE) == "1":
+        return None
+    return (
+        "torchrun may restart these ranks, and gloo cannot connect them again unless "
+        f"{OWN_STORE}=1 is in the environment of torchrun on every host"
+    )
 
 
 def has_agent() -> bool:

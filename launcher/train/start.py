@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
-from colonnade.launcher.cluster.environment import RankEnvironment, has_agent
+from colonnade.launcher.cluster.environment import (
+    RankEnvironment,
+    advice_on_restarts,
+    has_agent,
+    restart_count,
+)
 from colonnade.launcher.cluster.failures.position import Position
 from colonnade.launcher.cluster.failures.report import FailureReporter, output_in_file
 from colonnade.launcher.cluster.products import settle_products
@@ -26,9 +31,9 @@ from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import CHECKPOINTS, FAILURES, LOGS, SAVE
+from colonnade.launcher.run_files import CHECKPOINTS, COMING, FAILURES, LOGS, SAVE
 from colonnade.launcher.train.events import next_attempt
-from colonnade.launcher.train.folder import NEWEST, OpenRun, ResumePoint
+from colonnade.launcher.train.folder import NEWEST, OpenRun, ResumePoint, newest_step
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.run import Run
 from colonnade.parallel.world import World, open_world
@@ -43,11 +48,13 @@ class Order(NamedTuple):
         source: where it goes on.
         until: after which step it stops; None: the last.
         step: at which the run is, as far as it is known before a checkpoint is read.
+        restarts: how often ranks that are started on this host are started again after a failure.
     """
 
     source: ResumePoint = NEWEST
     until: int | None = None
     step: int = 0
+    restarts: int = 0
 
 
 def start(
@@ -74,7 +81,12 @@ def start(
             f"--nproc {nproc}: srun has started {environment.size} tasks, which are the ranks; "
             "leave --nproc out, and give srun one task per rank"
         )
-    if environment is not None or nproc == 1:
+    if environment is not None and order.restarts:
+        raise UserError(
+            f"--restarts {order.restarts}: the ranks were started by torchrun or srun, which alone "
+            "can start them again: leave --restarts out, and give torchrun --max-restarts"
+        )
+    if environment is not None or (nproc == 1 and not order.restarts):
         return train_as_rank(recipe, environment or SINGLE_PROCESS, open_folder, order)
     # a fault that every rank would report is reported once, before ranks and a run's folder exist
     first_rank = RankEnvironment.on_one_host(0, nproc)
@@ -95,7 +107,9 @@ def start(
         saves = recipe.checkpoint.usr1 == "save"
         on_usr1 = partial(ask_for_save, run.path) if saves else None
         try:
-            status = start_ranks(train_started_rank, arguments, nproc, on_usr1)
+            status = start_ranks(
+                train_started_rank, arguments, nproc, on_usr1, restarts=order.restarts
+            )
         except SystemExit:
             if last := newest(checkpoints):
                 again = f"colonnade train --resume {run.path} --nproc {nproc}"
@@ -136,6 +150,8 @@ def train_as_rank(
         ) as world,
     ):
         settle_products(device)
+        if world.is_rank_zero and not started and (advice := advice_on_restarts()):
+            print(f"colonnade: {advice}", file=sys.stderr, flush=True)
         if not started:
             prepares = environment.local_rank == 0
             on_all_ranks(
@@ -165,14 +181,25 @@ def own_output(run: Path, reporter: FailureReporter) -> AbstractContextManager[N
     return output_in_file(path) if rank else nullcontext()
 
 
+def open_again(opened: OpenRun) -> tuple[OpenRun, ResumePoint, int]:
+    """Returns a run's folder that a failed attempt had opened, from where it goes on, and its step:
+    from the newest checkpoint that is whole, if there is one."""
+    coming = opened.resume and (opened.path / COMING).exists()  # no checkpoint was loaded yet
+    has_checkpoint = newest(opened.path / CHECKPOINTS) is not None
+    again = opened._replace(resume=has_checkpoint, adopted=not coming)
+    return again, ResumePoint(None, automatic=True), newest_step(opened.path)
+
+
 def train_started_rank(
     run: str, resume: bool, source: list[Any], until: int | None, step: int, parent: int
 ) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
     if os.getppid() != parent:
         raise SystemExit(1)  # the launcher ended before this rank could ask to end with it
-    opened = OpenRun(Path(run), resume)
+    opened, point = OpenRun(Path(run), resume), ResumePoint(*source)
+    if restart_count():
+        opened, point, step = open_again(opened)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
     recipe = load_recipe(opened.recipe, world_size=environment.size, step=step)
-    order = Order(ResumePoint(*source), until, step)
+    order = Order(point, until, step)
     train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

@@ -34,6 +34,7 @@ class Timer:
         self.position.enter(name)
         try:
             yield
+            self.position.enter("")  # an exception leaves the position where it is
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
 

@@ -157,6 +157,8 @@ class FailureReporter:
             elif written is None and time.monotonic() - since > limit:
                 written = since
                 self.record()
+        if written is not None and self.recorded is None:
+            (self.folder / f"rank-{self.world.rank}.json").unlink(missing_ok=True)
 
 
 @contextmanager
