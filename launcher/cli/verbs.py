@@ -216,14 +216,16 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def run_cluster_doctor(arguments: argparse.Namespace) -> int:
     """Runs `colonnade doctor --cluster`; returns the exit status, 1 if something is wrong."""
     from colonnade.launcher.cluster.fabric.picture import check_picture, draw
-    from colonnade.launcher.cluster.fabric.run import cluster_doctor
+    from colonnade.launcher.cluster.fabric.run import Output, cluster_doctor
     from colonnade.launcher.cluster.fabric.table import table
 
     a = arguments
-    report = cluster_doctor(a.nproc or 1, partial(check_picture, a.picture))
-    if is_rank_zero():
-        print(table(report)) if a.json is None else a.report(report)
+
+    def show(report: dict[str, Any]) -> None:
+        print(table(report), flush=True) if a.json is None else a.report(report)
         draw(report, a.picture)
+
+    report = cluster_doctor(a.nproc or 1, Output(partial(check_picture, a.picture), show))
     return 1 if report["faults"] else 0
 
 

@@ -128,9 +128,9 @@ def network_findings(networks: Mapping[str, Network]) -> tuple[list[str], list[s
     Returns:
         faults, and notes of what may be intended.
     """
-    faults = loopback_faults(networks)
+    faults: list[str] = []
     notes: list[str] = []
-    if faults or len(networks) < 2:
+    if len(networks) < 2 or loopback_faults(networks):  # which are told by themselves
         return faults, notes
     shared = shared_subnets(networks)
     for host, network in networks.items():

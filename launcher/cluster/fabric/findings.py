@@ -96,16 +96,16 @@ def link_faults(
         low, high = sorted((link.forward, link.backward))
         ways = (a, b) if link.forward <= link.backward else (b, a)
         if low * FACTOR < high:
-            text = f"{ways[0]} to {ways[1]} {rate(low)}, back {rate(high)}"
-            said.setdefault("one direction is slow", []).append(text)
+            text = f"{rate(low)} from {ways[0]} to {ways[1]}, {rate(high)} back"
+            said.setdefault("links are slow in one direction", []).append(text)
         elif low * FACTOR < usual_rest:
-            said.setdefault(f"slower than the usual {rate(usual_rest)}", []).append(
-                f"between {a} and {b} {rate(low)}"
+            said.setdefault(f"links are slower than the usual {rate(usual_rest)}", []).append(
+                f"{rate(low)} between {a} and {b}"
             )
         elif low < expected(pair, speeds):
             speed = min(s for member in pair if (s := speeds[member]))
-            said.setdefault("less than the links' speed allows", []).append(
-                f"between {a} and {b} {rate(low)} of {speed / 1000:g} Gbit/s"
+            said.setdefault("links are far slower than their speed", []).append(
+                f"{rate(low)} of {speed / 1000:g} Gbit/s between {a} and {b}"
             )
     return faults + [
         f"{what}: {'; '.join(pairs[:SHOWN])}"
@@ -159,17 +159,11 @@ def rate_faults(rates: Mapping[int, Rates], facts: Sequence[Facts], names: list[
     faults = []
     for rank, own in rates.items():
         alike = [r for r in rates if r != rank and facts[r].device == facts[rank].device]
-        kinds = (
-            ("matrix products", own.product, [rates[r].product for r in alike], flops),
-            ("copies in memory", own.copy, [rates[r].copy for r in alike], rate),
-            ("copies from the host", own.from_host, [rates[r].from_host for r in alike], rate),
-        )
-        for what, figure, others, write in kinds:
-            known = [other for other in others if other is not None]
-            if figure is None or not known:
-                continue
-            median = statistics.median(known)
-            if figure < SHARE[facts[rank].device_type] * median:
+        device_type = facts[rank].device_type
+        for what, of, write in RATES[device_type]:
+            others = [of(rates[r]) for r in alike]
+            figure, median = of(own), statistics.median(others or [0.0])
+            if figure < SHARE[device_type] * median:
                 faults.append(
                     f"{names[rank]} is slow in {what}: {write(figure)}, while the others reach "
                     f"{write(median)} (median)"
@@ -182,6 +176,17 @@ def flops(per_second: float) -> str:
     if per_second >= 1e12:
         return f"{per_second / 1e12:.0f} TFLOP/s"
     return f"{per_second / 1e9:.0f} GFLOP/s"
+
+
+# What is compared between processors. A CPU's memory is shared with other programs.
+RATES: dict[str, list[tuple[str, Callable[[Rates], float], Callable[[float], str]]]] = {
+    "cpu": [("matrix products", lambda rates: rates.product, flops)],
+    "cuda": [
+        ("matrix products", lambda rates: rates.product, flops),
+        ("copies in memory", lambda rates: rates.copy, rate),
+        ("copies from the host", lambda rates: rates.from_host or 0.0, rate),
+    ],
+}
 
 
 def crowded_faults(hosts: Mapping[str, Sequence[Facts]]) -> list[str]:

@@ -51,7 +51,7 @@ def draw(report: dict[str, Any], path: str | None) -> None:
         ("latency in µs", latency * 1e6, "viridis_r"),
     )
     for axes, (title, values, colors) in zip(panels, maps, strict=True):
-        image = axes.imshow(values, cmap=colors, interpolation="nearest")
+        image = axes.imshow(values, cmap=colors, interpolation="nearest", vmin=0)
         figure.colorbar(image, ax=axes, shrink=0.8)
         ticks = range(0, len(names), 1 + len(names) // 40)
         axes.set_xticks(ticks, labels=[names[t] for t in ticks], rotation=90, fontsize=7)
@@ -59,9 +59,10 @@ def draw(report: dict[str, Any], path: str | None) -> None:
         axes.set_title(title, fontsize=9)
         if len(names) <= WRITTEN:
             write_cells(axes, values, image)
+    kind = "hosts" if len(report["hosts"]) > 1 else "ranks"
     wrong = len(report["faults"])
     said = "nothing is wrong" if not wrong else f"{wrong} {'fault' if wrong == 1 else 'faults'}"
-    figure.suptitle(f"{len(names)} members, {said}", fontsize=10)
+    figure.suptitle(f"{len(names)} {kind}, {said}", fontsize=10)
     try:
         figure.savefig(path, dpi=DPI)
     except OSError as error:
@@ -90,7 +91,8 @@ def write_cells(axes: Any, values: np.ndarray, image: Any) -> None:
     for row, column in np.argwhere(~np.isnan(values)):
         red, green, blue, _ = image.cmap(image.norm(values[row, column]))
         dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        value = values[row, column]
         axes.text(
-            column, row, f"{values[row, column]:.3g}", ha="center", va="center", fontsize=7,
-            color="white" if dark else "black",
+            column, row, f"{value:.0f}" if value >= 100 else f"{value:.1f}", ha="center",
+            va="center", fontsize=7, color="white" if dark else "black",
         )  # fmt: skip

@@ -35,22 +35,31 @@ ALONE = (
 )
 
 
-def nothing() -> None:
-    """Checks nothing."""
+@dataclass(frozen=True)
+class Output:
+    """What rank 0 does for the user. A UserError of it ends all ranks.
+
+    Attributes:
+        check: before anything is measured.
+        show: with the report, while the others wait: a launcher may end all ranks with the first.
+    """
+
+    check: Callable[[], None] = lambda: None
+    show: Callable[[dict[str, Any]], None] = lambda report: None
 
 
-def cluster_doctor(nproc: int = 1, check: Callable[[], None] = nothing) -> dict[str, Any]:
+def cluster_doctor(nproc: int = 1, output: Output = Output()) -> dict[str, Any]:
     """Examines the hosts of the job that this process is a rank of, or `nproc` ranks of this host.
 
     Args:
         nproc: ranks to start where no launcher has started this process.
-        check: what rank 0 checks first; a UserError of it ends all ranks.
+        output: what rank 0 checks and shows.
 
     Returns:
         the report, on every rank; `faults` has what is wrong, a sentence each.
 
     Raises:
-        UserError: of `check`, --nproc under a launcher of ranks, or ranks that do not report.
+        UserError: of `output`, --nproc under a launcher of ranks, or ranks that do not report.
     """
     environment = RankEnvironment.from_environment()
     if environment is not None and nproc > 1:
@@ -59,19 +68,21 @@ def cluster_doctor(nproc: int = 1, check: Callable[[], None] = nothing) -> dict[
             "started; leave --nproc out"
         )
     if environment is not None or nproc == 1:
-        return examine(environment or SINGLE_PROCESS, check)
-    check()
+        return examine(environment or SINGLE_PROCESS, output)
+    output.check()
     with tempfile.TemporaryDirectory(prefix="colonnade-doctor-") as folder:
         if status := start_ranks(examine_as_started_rank, {"folder": folder}, nproc):
             raise SystemExit(status)
-        return json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
+        report = json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
+    output.show(report)
+    return report
 
 
 def examine_as_started_rank(folder: str) -> None:
     """Takes part as a rank that `cluster_doctor` started; rank 0 writes the report."""
     environment = RankEnvironment.from_environment()
     assert environment is not None
-    report = examine(environment)
+    report = examine(environment, Output())
     if environment.rank == 0:
         Path(folder, REPORT).write_text(json.dumps(report), encoding="utf-8")
 
@@ -102,45 +113,47 @@ class Examined:
         return cls([f"rank {rank}" for rank in ranks], ranks, [None] * len(ranks))
 
 
-def examine(environment: RankEnvironment, check: Callable[[], None] = nothing) -> dict[str, Any]:
-    """Examines as one rank: facts, then who reaches whom, and only then what takes a group.
-
-    `check` as in `cluster_doctor`.
-    """
-
-    def tell() -> dict[str, Any]:
-        if rank == 0:
-            check()
-        return facts_of_this_rank(environment, device).to_json()
-
+def examine(environment: RankEnvironment, output: Output) -> dict[str, Any]:
+    """Examines as one rank, and shows the report on rank 0."""
     start = time.perf_counter()
     device = prepare_rank(environment, "auto")
     rank, size = environment.rank, environment.size
     store = dist.HashStore() if size == 1 else next(rendezvous("env://", rank, size))[0]
-    gather = StoreGather(dist.PrefixStore("colonnade-doctor", store), rank, size)
-    facts = [Facts.from_json(value) for value in gather(tell)]
-    hosts = hosts_of(facts)
-    networks = {host: group[0].network for host, group in hosts.items()}
-    report = report_of_facts(facts, hosts)
-    faults, notes = network_findings(networks)
-    report["faults"] += faults
-    report["notes"] += notes
+
+    def tell() -> dict[str, Any]:
+        if rank == 0:
+            output.check()
+        return facts_of_this_rank(environment, device).to_json()
+
+    with StoreGather(dist.PrefixStore("colonnade-doctor", store), rank, size) as gather:
+        facts = [Facts.from_json(value) for value in gather(tell)]
+        hosts = hosts_of(facts)
+        report = report_of_facts(facts, hosts)
+        if blocked := unreached_hosts(hosts, rank, gather):
+            report["faults"] += blocked
+            report["notes"].append("nothing was measured: gloo would wait for what it cannot reach")
+        else:
+            measure(report, facts, hosts, environment, device, store)
+        report["seconds"] = round(time.perf_counter() - start, 1)
+        gather(lambda: output.show(report) if rank == 0 else None)
+    return report
+
+
+def unreached_hosts(
+    hosts: Mapping[str, Sequence[Facts]], rank: int, gather: StoreGather
+) -> list[str]:
+    """Says which hosts others cannot reach, before gloo would wait for them. Collective."""
+    if len(hosts) == 1:
+        return []
+    if faults := loopback_faults({host: group[0].network for host, group in hosts.items()}):
+        return faults
     stands_for = next((h for h, group in hosts.items() if group[0].rank == rank), None)
-    blocked = loopback_faults(networks)
-    if not blocked and len(hosts) > 1:
-        blocked = unreachable(addresses_of(hosts), stands_for, gather)
-        report["faults"] += blocked
-    if blocked:
-        report["notes"].append(
-            "nothing was measured: gloo would wait for hosts that it cannot reach"
-        )
-    else:
-        measure(report, facts, hosts, environment, device, store if size > 1 else None)
-    return report | {"seconds": round(time.perf_counter() - start, 1)}
+    return unreachable(addresses_of(hosts), stands_for, gather)
 
 
 def report_of_facts(facts: Sequence[Facts], hosts: Mapping[str, Sequence[Facts]]) -> dict[str, Any]:
     """Begins the report with what needs no measurement."""
+    faults, notes = network_findings({host: group[0].network for host, group in hosts.items()})
     return {
         "hosts": [
             {
@@ -152,8 +165,8 @@ def report_of_facts(facts: Sequence[Facts], hosts: Mapping[str, Sequence[Facts]]
             for host, group in hosts.items()
         ],
         "ranks": [fact.to_json() for fact in facts],
-        "faults": differences(facts) + findings.crowded_faults(hosts),
-        "notes": [ALONE] if len(facts) == 1 else [],
+        "faults": differences(facts) + findings.crowded_faults(hosts) + faults,
+        "notes": [*notes, *([ALONE] if len(facts) == 1 else [])],
         "links": [],
         "rates": [],
         "gpus": [],
@@ -166,7 +179,7 @@ def measure(
     hosts: Mapping[str, Sequence[Facts]],
     environment: RankEnvironment,
     device: torch.device,
-    store: dist.Store | None,
+    store: dist.Store,
 ) -> None:
     """Adds what takes a process group to the report. Collective."""
     examined = Examined.of(hosts)

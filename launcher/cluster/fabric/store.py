@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from colonnade.launcher.errors import UserError
 
 PATIENCE = 300.0  # seconds for which a rank waits for what the others tell
+LEAVING = 10.0  # seconds for which rank 0 waits for others to leave
 
 
 @dataclass
@@ -51,6 +53,20 @@ class StoreGather:
         if "mistake" in gathered:
             raise UserError(gathered["mistake"])
         return gathered["values"]
+
+    def __enter__(self) -> "StoreGather":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Lets rank 0 leave last: its process may serve the store that the others still read."""
+        if kind is not None and not issubclass(kind, UserError):
+            return  # this rank failed, and its end tells the others
+        if self.rank:
+            self.store.set(f"left/{self.rank}", "")
+            return
+        # ranks that have not left by then do not read, or have died
+        with suppress(dist.DistStoreError):
+            self.store.wait([f"left/{r}" for r in range(1, self.size)], timedelta(seconds=LEAVING))
 
     def _gather(self, key: str) -> dict[str, Any]:
         """Reads what all ranks told; a mistake of a rank is one of all."""

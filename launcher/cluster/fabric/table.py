@@ -71,7 +71,9 @@ def pair_table(report: Report) -> str:
     names = list(dict.fromkeys(name for link in links for name in (link["first"], link["second"])))
     latency = seconds(statistics.median(link["latency_s"] for link in links))
     usual = rate(statistics.median(v for link in links for v in ways(link)))
-    head = f"{len(links)} pairs: median {usual}, latency {latency}"
+    head = (
+        f"{len(links)} {'pair' if len(links) == 1 else 'pairs'}: median {usual}, latency {latency}"
+    )
     if len(names) > MATRIX:
         slowest = sorted(links, key=lambda link: min(ways(link)))[:SLOWEST]
         rows = [["slowest pairs", "", "there", "back", "latency"]]
