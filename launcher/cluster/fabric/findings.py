@@ -54,16 +54,53 @@ def expected(pair: Pair, speeds: Sequence[int | None]) -> float:
     return min([*known, EXPECTED_SPEED]) * EXPECTED_SHARE * 1e6 / 8 if known else 0.0
 
 
+def slow_members(links: Mapping[Pair, Link]) -> dict[int, tuple[float, float]]:
+    """The members that are slower than the others: their figure, and the median of the others'."""
+    usual = figures(links, lambda link: link.slower)
+    slow = {}
+    for member, figure in usual.items():
+        others = [other for m, other in usual.items() if m != member]
+        if len(others) > 1 and figure * FACTOR < (median := statistics.median(others)):
+            slow[member] = figure, median
+    return slow
+
+
+def slow_pairs(
+    links: Mapping[Pair, Link], names: Sequence[str], speeds: Sequence[int | None]
+) -> dict[Pair, tuple[str, str]]:
+    """The pairs that are slow, though none of their members is: what is wrong, and with whom."""
+    members = slow_members(links)
+    rest = {pair: link for pair, link in links.items() if not set(pair) & set(members)}
+    usual = statistics.median(link.slower for link in rest.values()) if rest else 0.0
+    slow = {}
+    for pair, link in rest.items():
+        a, b = (names[member] for member in pair)
+        low, high = sorted((link.forward, link.backward))
+        if low * FACTOR < high:
+            source, target = (a, b) if link.forward < link.backward else (b, a)
+            slow[pair] = (
+                "links are slow in one direction",
+                f"{rate(low)} from {source} to {target}, {rate(high)} back",
+            )
+        elif low * FACTOR < usual:
+            what = f"links are slower than the usual {rate(usual)}"
+            slow[pair] = what, f"{rate(low)} between {a} and {b}"
+        elif low < expected(pair, speeds):
+            speed = min(known for member in pair if (known := speeds[member]))
+            slow[pair] = (
+                "links are far slower than their speed",
+                f"{rate(low)} of {speed / 1000:g} Gbit/s between {a} and {b}",
+            )
+    return slow
+
+
 def doubtful_pairs(links: Mapping[Pair, Link], speeds: Sequence[int | None]) -> set[Pair]:
-    """The pairs that look slow, and so are measured again: other load may have been the cause."""
-    if not links:
-        return set()
-    usual = statistics.median(link.slower for link in links.values())
-    return {
-        pair
-        for pair, link in links.items()
-        if link.slower * FACTOR < max(usual, link.forward, link.backward)
-        or link.slower < expected(pair, speeds)
+    """The pairs that `link_faults` would speak of, and so are measured again: other load may have
+    been the cause."""
+    members = slow_members(links)
+    names = [""] * len(speeds)
+    return {pair for pair in links if set(pair) & set(members)} | {
+        *slow_pairs(links, names, speeds)
     }
 
 
@@ -77,36 +114,14 @@ def link_faults(
         names: of the members, hosts or ranks.
         speeds: of the links of their interfaces in Mbit/s; None where it is unknown.
     """
-    faults, slow = [], set()
-    usual = figures(links, lambda link: link.slower)
-    for member, figure in usual.items():
-        others = [other for m, other in usual.items() if m != member]
-        median = statistics.median(others)
-        if len(others) > 1 and figure * FACTOR < median:
-            slow.add(member)
-            faults.append(
-                f"{names[member]} is slow: {rate(figure)} with the others (median), which reach "
-                f"{rate(median)}, {median / figure:.1f} times as much"
-            )
-    rest = {pair: link for pair, link in links.items() if not slow & set(pair)}
-    usual_rest = statistics.median(link.slower for link in rest.values()) if rest else 0.0
+    faults = [
+        f"{names[member]} is slow: {rate(figure)} with the others (median), which reach "
+        f"{rate(median)}, {median / figure:.1f} times as much"
+        for member, (figure, median) in slow_members(links).items()
+    ]
     said: dict[str, list[str]] = {}
-    for pair, link in rest.items():
-        a, b = (names[member] for member in pair)
-        low, high = sorted((link.forward, link.backward))
-        ways = (a, b) if link.forward <= link.backward else (b, a)
-        if low * FACTOR < high:
-            text = f"{rate(low)} from {ways[0]} to {ways[1]}, {rate(high)} back"
-            said.setdefault("links are slow in one direction", []).append(text)
-        elif low * FACTOR < usual_rest:
-            said.setdefault(f"links are slower than the usual {rate(usual_rest)}", []).append(
-                f"{rate(low)} between {a} and {b}"
-            )
-        elif low < expected(pair, speeds):
-            speed = min(s for member in pair if (s := speeds[member]))
-            said.setdefault("links are far slower than their speed", []).append(
-                f"{rate(low)} of {speed / 1000:g} Gbit/s between {a} and {b}"
-            )
+    for what, whom in slow_pairs(links, names, speeds).values():
+        said.setdefault(what, []).append(whom)
     return faults + [
         f"{what}: {'; '.join(pairs[:SHOWN])}"
         + (f"; and {len(pairs) - SHOWN} other pairs" if len(pairs) > SHOWN else "")
