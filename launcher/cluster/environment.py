@@ -183,6 +183,29 @@ def instruction_limits() -> str:
     return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
+# What changes how ranks communicate or compute: names, and begins of names. None is a secret.
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
+SETTINGS_PREFIXES = ("GLOO_", "NCCL_", "TORCH_GLOO_", "TORCH_NCCL_")
+
+
+def communication_settings() -> dict[str, str]:
+    """The environment variables that change how ranks communicate or compute, by name."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in SETTINGS or name.startswith(SETTINGS_PREFIXES)
+    }
+
+
+def gloo_interface() -> str | None:
+    """The network interface that the user wants gloo to use (the first of several); None: unset."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None
+
+
 def report_failure(message: str, started: bool) -> None:
     """Prints a user's mistake, and writes it to torchrun's error file where there is one.
 
