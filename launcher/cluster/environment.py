@@ -7,11 +7,13 @@ within a second.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from colonnade.launcher.errors import UserError
 
@@ -140,18 +142,41 @@ def _tasks_on_this_node(size: int) -> int:
 
 
 def _first_node(nodes: str | None) -> str:
-    """The name of the first host of a node list: rank 0 runs there, and all ranks connect to it."""
+    """The name of the first host of a node list: rank 0 runs there, and all ranks connect to it.
+
+    Where the name has no address, the address that SLURM itself uses.
+    """
     if nodes and "[" not in nodes and "," not in nodes:
-        return nodes
+        return nodes if has_address(nodes) else _slurm_address(nodes)
     command = ["scontrol", "show", "hostnames", *([nodes] if nodes else [])]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, check=True)
-        return finished.stdout.split()[0]
+        first = finished.stdout.split()[0]
+        return first if has_address(first) else _slurm_address(first)
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             "srun started several tasks, and scontrol does not tell the name of the first host: "
             "set MASTER_ADDR to it (and MASTER_PORT to a free port), or start the ranks by torchrun"
         ) from None
+
+
+def has_address(host: str) -> bool:
+    """Whether this host knows an address of another one."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+def _slurm_address(node: str) -> str:
+    """The address by which SLURM reaches a node; its name where scontrol does not tell."""
+    command = ["scontrol", "show", "node", "--oneliner", node]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return node
+    found = re.search(r"\bNodeAddr=(\S+)", finished.stdout)
+    return found[1] if found else node
 
 
 def cores() -> int:
@@ -204,6 +229,27 @@ def communication_settings() -> dict[str, str]:
 def gloo_interface() -> str | None:
     """The network interface that the user wants gloo to use (the first of several); None: unset."""
     return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None
+
+
+def settle_gloo_interface(name: str | None) -> None:
+    """Makes gloo use this interface, unless the user has named one; None changes nothing."""
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def master_address() -> tuple[str, str]:
+    """The host and the port of the store of a job's ranks, as a launcher has set them.
+
+    Raises:
+        UserError: they are not set.
+    """
+    found = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if None in found:
+        raise UserError(
+            "RANK is set, and MASTER_ADDR or MASTER_PORT is not: start ranks by torchrun or srun, "
+            "or set both to the host of rank 0 and a free port of it"
+        )
+    return cast("tuple[str, str]", found)
 
 
 def report_failure(message: str, started: bool) -> None:

@@ -27,6 +27,7 @@ from colonnade.launcher.cluster.ranks import (
     prepare_rank,
     start_ranks,
 )
+from colonnade.launcher.cluster.rendezvous import connect
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
@@ -143,11 +144,10 @@ def train_as_rank(
     if not started and has_agent():
         end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
+    store, timeout = connect(environment, device), recipe.parallel.timeout
     with (
         ExitStack() as folders,
-        open_world(
-            environment.rank, environment.size, device, timeout=recipe.parallel.timeout
-        ) as world,
+        open_world(environment.rank, environment.size, device, store, timeout) as world,
     ):
         settle_products(device)
         if world.is_rank_zero and not started and (advice := advice_on_restarts()):
