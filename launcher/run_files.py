@@ -5,5 +5,7 @@ COMING = "recipe.coming.toml"  # the new recipe of a resumed run, until its chec
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+ENVIRONMENT = "environment.jsonl"  # a line for every start of the run
+HEARTBEAT = "heartbeat.json"  # replaced while the run makes progress
 LOCK = ".lock"  # names the job that trains the run
 SAVE = "save"  # asks the run for a checkpoint; rank 0 deletes it

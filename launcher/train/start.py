@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from colonnade.launcher.checkpoint import newest
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
-from colonnade.launcher.cluster.environment import RankEnvironment, has_agent
+from colonnade.launcher.cluster.environment import RankEnvironment, has_agent, time_collectives
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import (
     SINGLE_PROCESS,
@@ -19,6 +19,7 @@ from colonnade.launcher.cluster.ranks import (
     prepare_rank,
     start_ranks,
 )
+from colonnade.launcher.cluster.secrets import masked
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import load_recipe
@@ -39,11 +40,13 @@ class Order(NamedTuple):
         source: where it goes on.
         until: after which step it stops; None: the last.
         step: at which the run is, as far as it is known before a checkpoint is read.
+        command: the command line that started the job.
     """
 
     source: ResumePoint = NEWEST
     until: int | None = None
     step: int = 0
+    command: Sequence[str] = tuple(sys.argv)
 
 
 def start(
@@ -86,6 +89,7 @@ def start(
             "source": list(order.source),
             "until": order.until,
             "step": order.step,
+            "command": masked(order.command),
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"
@@ -125,6 +129,8 @@ def train_as_rank(
     if not started and has_agent():
         end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
+    if device.type == "cuda" and recipe.monitor.ranks_every:
+        time_collectives()
     with (
         ExitStack() as folders,
         open_world(
@@ -139,12 +145,20 @@ def train_as_rank(
             )
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
-        number = run_job(recipe, run.path, world, run.resume, order.until, announce, order.source)
+        number = run_job(
+            recipe, run.path, world, run.resume, order.until, announce, order.source, order.command
+        )
     return Run(run.path, 128 + number if number else 0)
 
 
 def train_started_rank(
-    run: str, resume: bool, source: list[Any], until: int | None, step: int, parent: int
+    run: str,
+    resume: bool,
+    source: list[Any],
+    until: int | None,
+    step: int,
+    command: list[str],
+    parent: int,
 ) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
     if os.getppid() != parent:
@@ -152,5 +166,5 @@ def train_started_rank(
     opened = OpenRun(Path(run), resume)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
     recipe = load_recipe(opened.recipe, world_size=environment.size, step=step)
-    order = Order(ResumePoint(*source), until, step)
+    order = Order(ResumePoint(*source), until, step, command)
     train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from colonnade.launcher.cluster.waits import Waits
 
 BETWEEN_STEPS = ("save", "validation")  # parts that do not count as time of a step
 
@@ -17,9 +19,13 @@ class Timer:
     Parts are times of the host, not of a GPU's kernels. `passes` end when the norm of the gradients
     has been read from the GPU, so that its work on them is within. It may still be busy with the
     update when `update` ends; the ranks' exchange of signals after the step waits for that.
+
+    Attributes:
+        waits: measures how long other ranks are waited for in the parts of a step.
     """
 
     def __init__(self) -> None:
+        self.waits = Waits()
         self.parts: dict[str, float] = {}
         self.start = time.perf_counter()
 
@@ -28,7 +34,8 @@ class Timer:
         """Adds the seconds of the block to a part of the step."""
         start = time.perf_counter()
         try:
-            yield
+            with nullcontext() if name in BETWEEN_STEPS else self.waits.counted():
+                yield
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
 
@@ -41,4 +48,5 @@ class Timer:
         now, parts = time.perf_counter(), self.parts
         seconds = now - self.start - sum(parts.get(name, 0.0) for name in BETWEEN_STEPS)
         self.start, self.parts = now, {}
+        self.waits.end_step()
         return seconds, parts
