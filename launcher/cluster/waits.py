@@ -1,7 +1,7 @@
 """Measures how long this rank waits for other ranks in collectives.
 
 Ranks of a synchronous job wait for each other, so that all have the same time of a step: the slow
-rank is the one that waits least. `Waits` is the interface, `NO_WAITS` measures nothing.
+rank is the one that waits least. `Waits` is the interface, and measures nothing.
 
 On a CPU (gloo) the thread that computes is blocked until a collective that it needs is complete:
 `HostWaits` times these calls. On a GPU (NCCL) the host goes on, and it is the device's stream that
@@ -27,7 +27,7 @@ Interval = tuple[int, int]  # begin and end, in nanoseconds of the host's clock
 class Waits:
     """Seconds for which this rank waits, for each step; this class measures none.
 
-    What counts as waiting is what happens within `counted`, between two calls of `end_step`.
+    Waits within `counted` count, for the step whose `end_step` comes next.
     """
 
     @contextmanager

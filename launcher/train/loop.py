@@ -160,7 +160,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             write_error = report_step(job, monitor, result)
             # every rank gets the same status here, so all take the same branches below
             signal_number, read_error, wanted = sync_status(job, stop, write_error, end)
-            job.watch.step_ended(job.run, monitor)
+            job.watch.step_ended(job, monitor)
             if job.bad_steps >= recipe.train.bad_steps:
                 stop_for_bad_steps(job, result)
             every = recipe.checkpoint.every

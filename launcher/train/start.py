@@ -40,13 +40,13 @@ class Order(NamedTuple):
         source: where it goes on.
         until: after which step it stops; None: the last.
         step: at which the run is, as far as it is known before a checkpoint is read.
-        command: the command line that started the job.
+        command: the words of the command line that started the job; none: that of this process.
     """
 
     source: ResumePoint = NEWEST
     until: int | None = None
     step: int = 0
-    command: Sequence[str] = tuple(sys.argv)
+    command: Sequence[str] = ()
 
 
 def start(
@@ -89,7 +89,7 @@ def start(
             "source": list(order.source),
             "until": order.until,
             "step": order.step,
-            "command": masked(order.command),
+            "command": masked(order.command or sys.argv),
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"
@@ -129,7 +129,7 @@ def train_as_rank(
     if not started and has_agent():
         end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
-    if device.type == "cuda" and recipe.monitor.ranks_every:
+    if device.type == "cuda" and environment.size > 1 and recipe.monitor.ranks_every:
         time_collectives()
     with (
         ExitStack() as folders,
@@ -145,8 +145,9 @@ def train_as_rank(
             )
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
         announce = environment.rank == 0 and not started
+        command = order.command or sys.argv
         number = run_job(
-            recipe, run.path, world, run.resume, order.until, announce, order.source, order.command
+            recipe, run.path, world, run.resume, order.until, announce, order.source, command
         )
     return Run(run.path, 128 + number if number else 0)
 

@@ -48,5 +48,4 @@ class Timer:
         now, parts = time.perf_counter(), self.parts
         seconds = now - self.start - sum(parts.get(name, 0.0) for name in BETWEEN_STEPS)
         self.start, self.parts = now, {}
-        self.waits.end_step()
         return seconds, parts

@@ -100,7 +100,8 @@ class RankTimes:
         self.slow: set[int] = set()
 
     def add(self, parts: Mapping[str, float]) -> None:
-        """Takes the parts of a step of this rank."""
+        """Takes the parts of a step of this rank, which has ended."""
+        self.waits.end_step()
         self.seconds.append(sum(s for name, s in parts.items() if name not in BETWEEN_STEPS))
 
     @property
@@ -112,9 +113,9 @@ class RankTimes:
         """All-gathers the times of the steps since the last call, and returns the working times;
         None where they are unknown. Collective."""
         seconds, self.seconds = self.seconds, []
-        waited = self.waits.take()[-len(seconds) :]
-        waited = [math.nan] * (len(seconds) - len(waited)) + waited
-        of_ranks = on_all_ranks(lambda: list(map(Measured, seconds, waited)))
+        waited = self.waits.take() or [math.nan] * len(seconds)
+        steps = [Measured(*step) for step in zip(seconds, waited, strict=True)]
+        of_ranks = on_all_ranks(lambda: steps)
         window = list(zip(*of_ranks, strict=True))
         times = working_times(window)
         known = all(map(math.isfinite, times))

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.waits import Waits
@@ -16,6 +17,9 @@ from colonnade.launcher.train.watch.heartbeat import Heartbeat, Phase
 from colonnade.launcher.train.watch.ranks import Comparison, RankTimes
 from colonnade.launcher.train.watch.starts import Place, device_text, record_start
 from colonnade.parallel.world import World
+
+if TYPE_CHECKING:
+    from colonnade.launcher.train.job import Job
 
 
 class Watch:
@@ -52,7 +56,7 @@ class Watch:
         yield
         self.beat()
 
-    def step_ended(self, run: Path, monitor: Monitor | None) -> None:
+    def step_ended(self, job: "Job", monitor: Monitor | None) -> None:
         """Writes the heartbeat after a step, and compares the ranks at the end of a window.
         Collective."""
         self.beat()
@@ -65,9 +69,9 @@ class Watch:
             assert monitor is not None  # on rank 0
             self.report(comparison, ranks.slow, count, monitor)
 
-        on_rank_zero(lambda: write_below(run, report))
+        on_rank_zero(lambda: write_below(job.run, report))
         if comparison is None:  # as it will be after every window
-            self.ranks = None
+            self.ranks, job.timer.waits = None, Waits()
         else:
             ranks.slow = comparison.slow
 
