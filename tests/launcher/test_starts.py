@@ -146,11 +146,11 @@ def test_the_commit_of_a_checkout(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     git("init", "-q")
-    assert commit(file) is None  # not tracked, as in an environment within another checkout
     git("add", "file.py")
     git("commit", "-qm", "first")
     assert commit(file) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    (tmp_path / "other").write_text("untracked")
+    (tmp_path / "other").write_text("untracked, as an environment within another checkout is")
+    assert commit(tmp_path / "other") is None
     assert commit(file) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     file.write_text("2")
     assert commit(file) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
