@@ -176,21 +176,27 @@ def test_every_kind_of_wait_is_measured(ranks2: Ranks) -> None:
 def test_the_rank_that_waits_least_has_worked_all_of_the_time() -> None:
     """Rank 1 works 2 s where the others work 1; communication of 0.5 s is everybody's."""
     step = [Measured(2.5, 1.5), Measured(2.5, 0.5), Measured(2.5, 1.5)]
-    assert working_times([step]) == [1.5, 2.5, 1.5]
-    hiccup = [Measured(9.0, 8.0), Measured(9.0, 8.0), Measured(9.0, 0.0)]
-    assert working_times([step, hiccup, step]) == [1.5, 2.5, 1.5]
+    late = [Measured(2.0, 0.5), Measured(2.0, 1.0), Measured(2.0, 1.0)]
+    assert working_times([step, late]) == [[1.5, 2.0], [2.5, 1.5], [1.5, 1.5]]
     unknown = [Measured(2.5, math.nan), Measured(2.5, 0.5), Measured(2.5, 1.5)]
-    assert working_times([unknown, step]) == [1.5, 2.5, 1.5]
-    assert all(map(math.isnan, working_times([unknown])))
+    assert working_times([unknown, step]) == [[1.5], [2.5], [1.5]]
+    assert working_times([unknown]) == [[], [], []]
+
+
+def test_a_few_long_steps_make_no_slow_rank() -> None:
+    others = [[1.0] * 8] * 2
+    assert Comparison([*others, [9.0] * 6 + [1.0] * 2], 1.5).slow == {2}
+    assert Comparison([*others, [9.0] * 5 + [1.0] * 3], 1.5).slow == set()
 
 
 def test_the_median_is_the_lower_one() -> None:
     """Of two ranks the one that works less, or no rank could be slow."""
-    assert Comparison([1.0, 1.6], 1.5).slow == {1}
-    assert Comparison([1.0, 1.4], 1.5).slow == set()
-    assert Comparison([1.0, 1.1, 1.7, 1.8], 1.5).slow == {2, 3}
-    assert Comparison([1.0, 1.1, 1.2, 1.8], 2.0).slow == set()
-    assert Comparison([1.0, 3.0, 2.0], 1.5).row(["a", "b", "c"]) == {
+    assert Comparison([[1.0], [1.6]], 1.5).slow == {1}
+    assert Comparison([[1.0], [1.4]], 1.5).slow == set()
+    assert Comparison([[1.0], [1.1], [1.7], [1.8]], 1.5).slow == {2, 3}
+    assert Comparison([[1.0], [1.1], [1.2], [1.8]], 2.0).slow == set()
+    times = [[1.0, 1.0, 7.0], [3.0, 0.0, 4.0], [2.0, 2.0, 2.0]]
+    assert Comparison(times, 1.5).row(["a", "b", "c"]) == {
         "working_seconds": {"median": 2.0, "largest": 3.0},
         "slowest_rank": 1,
         "slowest_host": "b",

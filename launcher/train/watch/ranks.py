@@ -4,18 +4,19 @@ A rank's working time is that of its parts `data`, `passes` and `update`, withou
 it waits longer for other ranks than the rank that waits least: the rank for which all others wait
 has worked all of the time. So a rank of 1.5 times the median makes the step up to 1.5 times as
 long; what a collective itself takes, or communication that is hidden behind computation, is no
-difference between ranks. Of the steps of a window the median counts, so that a single long one
-(a compilation, a page from the disk) is no slow rank.
+difference between ranks. A rank is slow that works that long in most steps of a window, so that a
+few long ones (a compilation, another program on a core) are no slow rank.
 
-It does not see why a rank is slow, nor which of two ranks is where one waits outside of a step's
-parts, in a save, a validation or a report. Two ranks that are equally slow among four are half of
-all, and the lower median is that of the others.
+It does not see why a rank is slow, nor one that is slow in every other step, nor who lets the
+others wait outside of a step's parts, in a save, a validation or a report. Where half of the ranks
+are slow the lower median is that of the others; where more are, none is named.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.cluster.waits import Waits, waits_of
 from colonnade.launcher.recipe.tables import MonitorConfig
 from colonnade.launcher.train.timer import BETWEEN_STEPS
+
+SLOW_STEPS = 0.75  # the share of a window's steps in which a slow rank is above the limit
 
 
 class Measured(NamedTuple):
@@ -38,12 +41,17 @@ class Comparison:
     """The working times of all ranks in a window of steps.
 
     Attributes:
-        seconds: the working time of each rank.
+        times: those of each rank, in seconds, one for every step.
         limit: how many times the median makes a rank slow.
     """
 
-    seconds: Sequence[float]
+    times: Sequence[Sequence[float]]
     limit: float
+
+    @cached_property
+    def seconds(self) -> list[float]:
+        """The working time of each rank, the median of its steps."""
+        return [statistics.median(times) for times in self.times]
 
     @property
     def median(self) -> float:
@@ -57,8 +65,10 @@ class Comparison:
 
     @property
     def slow(self) -> set[int]:
-        """The ranks whose time is above the limit."""
-        return {r for r, s in enumerate(self.seconds) if s > self.limit * self.median}
+        """The ranks whose time is above the limit in most steps."""
+        limit = self.limit * self.median
+        shares = [statistics.fmean(t > limit for t in times) for times in self.times]
+        return {rank for rank, share in enumerate(shares) if share >= SLOW_STEPS}
 
     def row(self, hosts: Sequence[str]) -> dict[str, Any]:
         """Returns what metrics.jsonl records; `hosts` by rank."""
@@ -70,18 +80,17 @@ class Comparison:
         }
 
 
-def working_times(window: Sequence[Sequence[Measured]]) -> list[float]:
-    """Returns every rank's working time, its median over the steps of a window; NaN where no step
-    was measured on all ranks. `window` has a sequence of ranks for each step."""
-    times: list[list[float]] = []
+def working_times(window: Sequence[Sequence[Measured]]) -> list[list[float]]:
+    """Returns every rank's working times in the steps of a window, without steps that were not
+    measured on all ranks. `window` has a sequence of ranks for each step."""
+    times: list[list[float]] = [[] for _ in window[0]]
     for ranks in window:
         least = min(rank.waited for rank in ranks)
         working = [rank.seconds - (rank.waited - least) for rank in ranks]
         if all(map(math.isfinite, working)):
-            times.append(working)
-    if not times:
-        return [math.nan] * len(window[0])
-    return [statistics.median(of_rank) for of_rank in zip(*times, strict=True)]
+            for of_rank, seconds in zip(times, working, strict=True):
+                of_rank.append(seconds)
+    return times
 
 
 class RankTimes:
@@ -118,5 +127,4 @@ class RankTimes:
         of_ranks = on_all_ranks(lambda: steps)
         window = list(zip(*of_ranks, strict=True))
         times = working_times(window)
-        known = all(map(math.isfinite, times))
-        return Comparison(times, self.settings.slow_rank) if known else None
+        return Comparison(times, self.settings.slow_rank) if times[0] else None
