@@ -8,4 +8,6 @@ EVENTS = "events.jsonl"
 ENVIRONMENT = "environment.jsonl"  # a line for every start of the run
 HEARTBEAT = "heartbeat.json"  # replaced while the run makes progress
 LOCK = ".lock"  # names the job that trains the run
+FAILURES = "failures"  # records of ranks that failed, a folder for each attempt
+LOGS = "logs"  # the output of ranks but the first, a folder for each attempt
 SAVE = "save"  # asks the run for a checkpoint; rank 0 deletes it

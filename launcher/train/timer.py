@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from colonnade.launcher.cluster.failures.position import Position
 from colonnade.launcher.cluster.waits import Waits
 
 BETWEEN_STEPS = ("save", "validation")  # parts that do not count as time of a step
@@ -24,7 +25,9 @@ class Timer:
         waits: measures how long other ranks are waited for in the parts of a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, position: Position | None = None) -> None:
+        """`position` is told which part begins."""
+        self.position = position or Position()
         self.waits = Waits()
         self.parts: dict[str, float] = {}
         self.start = time.perf_counter()
@@ -33,9 +36,11 @@ class Timer:
     def part(self, name: str) -> Iterator[None]:
         """Adds the seconds of the block to a part of the step."""
         start = time.perf_counter()
+        self.position.enter(name)
         try:
             with nullcontext() if name in BETWEEN_STEPS else self.waits.counted():
                 yield
+            self.position.enter("")  # an exception leaves the position where it is
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
 
