@@ -1,6 +1,6 @@
 """What a training job is asked for, and how its folder is opened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ class Order(NamedTuple):
         until: after which step it stops; None: the last.
         step: at which the run is, as far as it is known before a checkpoint is read.
         restarts: how often ranks that are started on this host are started again after a failure.
+        command: the words of the command line that started the job; none: that of this process.
     """
 
     source: ResumePoint = NEWEST
     until: int | None = None
     step: int = 0
     restarts: int = 0
+    command: Sequence[str] = ()

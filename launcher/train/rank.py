@@ -13,6 +13,7 @@ from colonnade.launcher.cluster.environment import (
     advice_on_restarts,
     has_agent,
     restart_count,
+    time_collectives,
 )
 from colonnade.launcher.cluster.failures.position import Position
 from colonnade.launcher.cluster.failures.report import FailureReporter, output_in_file
@@ -46,6 +47,8 @@ def train_as_rank(
     if not started and has_agent():
         end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
+    if device.type == "cuda" and environment.size > 1 and recipe.monitor.ranks_every:
+        time_collectives()
     store, timeout = connect(environment, device), recipe.parallel.timeout
     with (
         ExitStack() as folders,
@@ -64,7 +67,15 @@ def train_as_rank(
         reporter = open_reporter(run.path, world, started)
         with reporter.reporting(), own_output(run.path, reporter), reporter.watching():
             number = run_job(
-                recipe, run.path, world, run.resume, order.until, announce, order.source, reporter
+                recipe,
+                run.path,
+                world,
+                run.resume,
+                order.until,
+                announce,
+                order.source,
+                order.command or sys.argv,
+                reporter,
             )
     return Run(run.path, 128 + number if number else 0)
 
@@ -93,7 +104,13 @@ def open_again(opened: OpenRun) -> tuple[OpenRun, ResumePoint, int]:
 
 
 def train_started_rank(
-    run: str, resume: bool, source: list[Any], until: int | None, step: int, parent: int
+    run: str,
+    resume: bool,
+    source: list[Any],
+    until: int | None,
+    step: int,
+    command: list[str],
+    parent: int,
 ) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
     if os.getppid() != parent:
@@ -103,5 +120,5 @@ def train_started_rank(
         opened, point, step = open_again(opened)
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
     recipe = load_recipe(opened.recipe, world_size=environment.size, step=step)
-    order = Order(point, until, step)
+    order = Order(point, until, step, command=command)
     train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)

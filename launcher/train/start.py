@@ -10,6 +10,7 @@ from pathlib import Path
 
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, start_ranks
+from colonnade.launcher.cluster.secrets import masked
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
@@ -67,6 +68,7 @@ def start(
             "source": list(order.source),
             "until": order.until,
             "step": order.step,
+            "command": masked(order.command or sys.argv),
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"
