@@ -14,7 +14,8 @@ from colonnade.launcher.cluster.fabric.links import synchronize
 SECONDS = 0.2  # for which a rate is measured
 REPEATS = 3  # measurements at least
 SMI_PATIENCE = 60  # seconds
-WIDTH = {"cpu": 512, "cuda": 8192}  # of the square matrices
+WIDTH = 8192  # of the square matrices on a GPU
+WIDTH_PER_THREAD = 256  # on a CPU: a product of milliseconds, which others seldom interrupt
 COPIED = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # bytes
 
 SMI_FIELDS = (
@@ -79,8 +80,9 @@ class Gpu:
 def measure_rates(device: torch.device) -> Rates:
     """Measures the rates of this rank's processor, in about a second."""
     kind = device.type
-    width = WIDTH[kind]
-    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    width, dtype = WIDTH, torch.bfloat16
+    if kind == "cpu":
+        width, dtype = int(WIDTH_PER_THREAD * torch.get_num_threads() ** (1 / 3)), torch.float32
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     product = 2 * width**3 / seconds_of(lambda: a @ b, device)
     source = torch.zeros(COPIED[kind], dtype=torch.uint8, device=device)
