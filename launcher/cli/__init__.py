@@ -14,9 +14,14 @@ from collections.abc import Sequence
 
 from colonnade.launcher.cli.parser import parse
 from colonnade.launcher.cli.report import reporting
-from colonnade.launcher.cluster.environment import USER_MISTAKE, RankEnvironment, report_failure
+from colonnade.launcher.cluster.environment import (
+    USER_MISTAKE,
+    RankEnvironment,
+    report_failure,
+    write_error_file,
+)
 from colonnade.launcher.console import tolerate_closed_streams
-from colonnade.launcher.errors import UserError
+from colonnade.launcher.errors import ReportedError, UserError
 
 # Seconds before a rank reports an exception. If another rank failed first and broke the connection,
 # the launcher reports that rank's error and ends this one in the meantime.
@@ -43,6 +48,9 @@ def run(parsed: argparse.Namespace) -> int:
     except UserError as mistake:
         report_failure(str(mistake), started=parsed.verb.startswith("_"))
         return USER_MISTAKE
+    except ReportedError as error:
+        write_error_file(error.cause)
+        return error.status
     except KeyboardInterrupt:
         if not parsed.verb.startswith("_"):
             print("\ncolonnade: interrupted", file=sys.stderr)

@@ -68,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         "newest that is whole",
     )
     train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
+    train.add_argument(
+        "--restarts",
+        type=count,
+        default=0,
+        metavar="N",
+        help="start the --nproc ranks again, up to N times, after one has failed",
+    )
     train.add_argument("--runs", help="folder for run folders (default: runs)")
 
     train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")

@@ -28,6 +28,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     a, overrides = arguments, list(arguments.overrides)
     automatic = a.resume == "auto"
     order: dict[str, Any] = {"nproc": a.nproc, "until": a.until, "automatic": automatic}
+    order["restarts"] = a.restarts
     if a.run and a.recipe and "=" in a.recipe:  # the first override, of the run's own recipe
         overrides.insert(0, a.recipe)
         a.recipe = None

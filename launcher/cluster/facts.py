@@ -155,11 +155,7 @@ def hosts_of(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
 def differences(facts: Sequence[Facts]) -> list[str]:
     """Says, a sentence each, which versions, devices and settings differ between ranks."""
     hosts = hosts_of(facts)
-    sentences = [
-        f"{name} differs: {text}; install one version on all hosts"
-        for name in _names(fact.versions for fact in facts)
-        if (text := _difference(hosts, [f.versions.get(name, "none") for f in facts], facts))
-    ]
+    sentences = version_differences(facts, _names(fact.versions for fact in facts))
     if text := _difference(hosts, [fact.device for fact in facts], facts):
         sentences.append(f"devices differ: {text}; the slowest one sets the pace of a step")
     sentences += [
@@ -168,6 +164,16 @@ def differences(facts: Sequence[Facts]) -> list[str]:
         if (text := _difference(hosts, [_setting(f, name) for f in facts], facts))
     ]
     return sentences
+
+
+def version_differences(facts: Sequence[Facts], names: Sequence[str]) -> list[str]:
+    """Says, a sentence each, which of these versions differ between ranks."""
+    hosts = hosts_of(facts)
+    return [
+        f"{name} differs: {text}; install one version on all hosts"
+        for name in names
+        if (text := _difference(hosts, [f.versions.get(name, "none") for f in facts], facts))
+    ]
 
 
 def _setting(fact: Facts, name: str) -> str:

@@ -23,10 +23,10 @@ from colonnade.launcher.cluster.fabric.clock import Exchange, Skew, skew
 from colonnade.launcher.cluster.fabric.health import Gpu, Rates, gpu_faults, gpus, measure_rates
 from colonnade.launcher.cluster.fabric.links import Link, Meter, measure_links
 from colonnade.launcher.cluster.fabric.reach import failures, listening_socket, sentences
-from colonnade.launcher.cluster.fabric.store import StoreGather
 from colonnade.launcher.cluster.fabric.table import table
 from colonnade.launcher.cluster.fabric.tournament import rounds_of, tournament
 from colonnade.launcher.cluster.facts import Facts, hosts_of
+from colonnade.launcher.cluster.gather import StoreGather
 from colonnade.launcher.cluster.network import Attachment, Network
 from colonnade.launcher.errors import UserError
 
@@ -380,7 +380,7 @@ def test_the_store_gathers_values_and_mistakes() -> None:
 
 
 def test_a_silent_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colonnade.launcher.cluster.fabric.store.LEAVING", 0.1)
+    monkeypatch.setattr("colonnade.launcher.cluster.gather.LEAVING", 0.1)
     (told,) = gathered(3, [lambda: "a"], patience=0.2)
     assert told.startswith("ranks 1, 2 have not reported in 0.2 s")
 

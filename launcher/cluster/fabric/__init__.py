@@ -1,7 +1,6 @@
 """`doctor --cluster`: measures the hosts of an allocation and what connects them.
 
 run         the order of measurements, and the report
-store       exchange before there is a process group
 reach       who can connect to whom
 tournament  the order in which pairs are measured
 links       bandwidth and latency of pairs

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from colonnade.launcher.cluster.fabric.store import StoreGather
 from colonnade.launcher.cluster.facts import enumerated
+from colonnade.launcher.cluster.gather import StoreGather
 from colonnade.launcher.errors import UserError
 
 SECONDS = 5.0  # that a connection may take

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.fabric import findings
 from colonnade.launcher.cluster.fabric.health import Gpu, Rates, gpu_faults, gpus, measure_rates
 from colonnade.launcher.cluster.fabric.links import Link, measure_links, meet
 from colonnade.launcher.cluster.fabric.reach import addresses_of, unreachable
-from colonnade.launcher.cluster.fabric.store import StoreGather
 from colonnade.launcher.cluster.fabric.tournament import Pair, rounds_of, tournament
 from colonnade.launcher.cluster.facts import Facts, differences, facts_of_this_rank, hosts_of
+from colonnade.launcher.cluster.gather import StoreGather
 from colonnade.launcher.cluster.network import loopback_faults, network_findings
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, prepare_rank, start_ranks
+from colonnade.launcher.cluster.rendezvous import open_store
 from colonnade.launcher.errors import UserError
 from colonnade.parallel.world import open_world
 
@@ -118,7 +118,7 @@ def examine(environment: RankEnvironment, output: Output) -> dict[str, Any]:
     start = time.perf_counter()
     device = prepare_rank(environment, "auto")
     rank, size = environment.rank, environment.size
-    store = dist.HashStore() if size == 1 else next(rendezvous("env://", rank, size))[0]
+    store = dist.HashStore() if size == 1 else open_store(environment)
 
     def tell() -> dict[str, Any]:
         if rank == 0:

@@ -41,7 +41,7 @@ class StoreGather:
         Raises:
             UserError: `action` raised it on a rank, or ranks did not report in time.
         """
-        key = f"doctor/{next(self.calls)}"
+        key = f"gather/{next(self.calls)}"
         try:
             outcome = {"value": action()}
         except UserError as mistake:
