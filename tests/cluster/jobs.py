@@ -106,7 +106,7 @@ def read_variables(process: Path) -> Mapping[str, str]:
     """Returns the environment of a process; empty if it has ended."""
     try:
         text = (process / "environ").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return {}
     pairs = (entry.partition("=") for entry in text.split("\0"))
     return {name: value for name, _, value in pairs}
@@ -116,7 +116,7 @@ def read_command(process: Path) -> str:
     """Returns the command line of a process; empty if it has ended."""
     try:
         return (process / "cmdline").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
 
