@@ -191,6 +191,9 @@ def test_a_second_job_in_the_same_folder_is_refused(hosts: Hosts, tmp_path: Path
     second = TrainingJob(job.run, *FIELDS, nodes="1")
     second.log = lambda host: job.run.with_name("second.log")  # type: ignore[method-assign]
     second.start(hosts["n2"], store=hosts["n2"])
-    assert second.agents["n2"].wait(120) == 1
+    second.wait()
     assert "trains this run; wait for its end" in (job.run.with_name("second.log")).read_text()
     job.wait_for_steps(1)
+    job.agents["n1"].terminate()
+    job.wait()
+    verify(folders.checkpoints(job.run / "checkpoints")[-1])
