@@ -6,4 +6,13 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LOCK = ".lock"  # names the job that trains the run
+JOB = "job.json"  # what was submitted to SLURM, and the numbers of the jobs
+JOB_SCRIPT = "job.sbatch"  # the script that was submitted
+JOB_ENDS = "job_ends.jsonl"  # a line for every start of such a job that has ended
+HOSTS = "hosts.txt"  # the host of each task of such a job
 SAVE = "save"  # asks the run for a checkpoint; rank 0 deletes it
+
+
+def job_log(number: str) -> str:
+    """The output of a job of SLURM, by its number."""
+    return f"slurm-{number}.out"

@@ -104,6 +104,11 @@ def scheduler_job() -> str | None:
     return f"SLURM job {number}" if number else None
 
 
+def job_nodes() -> str | None:
+    """The nodes of this job of SLURM, in its notation, such as `n[1-3]`; None outside of a job."""
+    return os.environ.get("SLURM_JOB_NODELIST")
+
+
 def _tasks_on_this_node(size: int) -> int:
     """The number of tasks of this SLURM step that run on this node.
 
