@@ -13,12 +13,17 @@ PINNED  = $(if $(LOCK),-c $(LOCK))
 INSTALL = $(BIN)/pip install -q $(PINNED) 'setuptools>=70.1' && \
           $(BIN)/pip install -q $(PINNED) --no-build-isolation -e
 
-.PHONY: train test test-newest lock links lint types clean
+.PHONY: train test test-cluster test-newest lock links lint types clean
 train: $(VENV)/.ready-train
 	$(BIN)/colonnade train quickstart --nproc $(NPROC)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# On hosts and a SLURM cluster that the tests start on this machine. It takes root and Debian's
+# packages slurm-wlm, munge and iproute2; without them the tests are skipped, and say why.
+test-cluster: $(VENV)/.ready-test
+	$(BIN)/python -m pytest tests/cluster
 
 test-newest:
 	rm -rf .venv-newest

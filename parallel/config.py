@@ -50,6 +50,11 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         le=2**20,
         description="seconds that a collective may take before the job ends",
     )
+    elastic: bool = Field(
+        False,
+        description="the number of ranks may change between starts: data-parallel ranks need not "
+        "divide the micro-batches of a step, those without one repeat another without labels",
+    )
     pp: int = Field(1, ge=1, le=2**20, description="ranks of a pipeline, which divide the row")
     schedule: Literal["gpipe", "1f1b", "interleaved", "bfs", "zb1p", "zbv", "dualpipev"] = Field(
         "1f1b",

@@ -52,6 +52,7 @@ class Engine:
         samples: Sequence[Sequence[int]],
         groups: float,
         rng_key: int,
+        counted: int | None = None,
     ) -> Report:
         """Gradients of the mean objective per valid token of the global batch, on every rank.
 
@@ -65,12 +66,18 @@ class Engine:
             samples: the indices of their rows among all samples.
             groups: balance groups of the global batch.
             rng_key: of the step, by which random draws are keyed.
+            counted: how many of the micro-batches, from the first on, are trained on; None: all.
+                The others are there so that all ranks run as many passes.
         """
-        valid = sum(int((b.labels != IGNORED).sum()) for b in batches)
+        valid = sum(int((b.labels != IGNORED).sum()) for b in batches[:counted])
         tokens = int(all_reduced([valid], self.device)[0]) // ranks_per_sample(self.mesh)
         self.model.train()
         self.model.begin_step()
-        inputs = [Inputs(*both, groups, rng_key) for both in zip(batches, samples, strict=True)]
+        limit = len(batches) if counted is None else counted
+        inputs = [
+            Inputs(*both, groups, rng_key, counted=number < limit)
+            for number, both in enumerate(zip(batches, samples, strict=True))
+        ]
         losses, loads = RunningSums(), RunningSums()
         outcomes = self.passes.train(inputs, 1 / max(tokens, 1))
         self.optimizer.backward_ended()

@@ -4,6 +4,7 @@
 implementation of the same interface, which the step, validation and generation use.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from colonnade.kernels.loss import IGNORED
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
@@ -41,19 +43,32 @@ class Inputs:
         samples: the indices of its rows among all samples.
         groups: balance groups of the global batch.
         rng_key: by which random draws are keyed.
+        counted: whether it is trained on; otherwise it repeats a micro-batch of another rank, so
+            that all ranks run as many passes, and adds nothing to losses, loads and gradients.
     """
 
     batch: MicroBatch
     samples: Sequence[int]
     groups: float = 1.0
     rng_key: int = 0
+    counted: bool = True
 
     def on(self, device: torch.device) -> "DeviceInputs":
         """Copies them to a device."""
         tokens, labels, positions, documents = to_device(self.batch, device)
         indices = torch.tensor(self.samples, device=device)
-        context = Context(positions, documents, self.groups, indices, self.rng_key)
+        groups = self.groups
+        if not self.counted:  # balancing terms are divided by the groups
+            labels, groups = torch.full_like(labels, IGNORED), math.inf
+        context = Context(positions, documents, groups, indices, self.rng_key)
         return DeviceInputs(tokens, context, labels)
+
+    def counted_report(self, report: PassReport) -> PassReport:
+        """Returns the report of a pass, whose loads are zeros if the pass is not counted."""
+        if self.counted:
+            return report
+        zeros = {index: torch.zeros_like(loads) for index, loads in report.loads.items()}
+        return report._replace(loads=zeros)
 
 
 class DeviceInputs(NamedTuple):
@@ -100,7 +115,7 @@ class Passes:
             if number == len(inputs):
                 self.expect_gradients()
             (objective * scale).backward()
-            outcomes.append(Outcome(objective.detach(), report))
+            outcomes.append(Outcome(objective.detach(), one.counted_report(report)))
         return outcomes
 
     def evaluate(self, inputs: Sequence[Inputs]) -> list[Outcome]:

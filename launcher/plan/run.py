@@ -182,7 +182,7 @@ def micro_batches_of(recipe: Recipe, size: int) -> int:
     its full size."""
     degrees = recipe.parallel.degrees(size)
     ranks = degrees["dp_replicate"] * degrees["dp_shard"]
-    return recipe.train.global_batch // (recipe.train.micro_batch * ranks)
+    return recipe.train.passes_of_rank(recipe.train.global_batch, ranks)
 
 
 def rows(collectives: Mapping[tuple[str, str], "Traffic"]) -> list[dict[str, Any]]:

@@ -262,6 +262,10 @@ class TrainConfig(Table):
         """
         return -(-self.steps // 200) if self.loads_every is None else self.loads_every
 
+    def passes_of_rank(self, rows: int, ranks: int) -> int:
+        """The micro-batches that each of so many data-parallel ranks runs in a step of `rows`."""
+        return -(-rows // (self.micro_batch * ranks))
+
 
 class CheckpointConfig(Table):
     """`[checkpoint]`: when to save, and how many to keep."""
@@ -287,6 +291,7 @@ class CheckpointConfig(Table):
 
 
 ROPE_SHAPES = ("rope_dim", "rope_fraction")  # the other rope_ fields change no parameter
+OF_THE_JOB = ("timeout", "elastic")  # of [parallel]: no stage changes them
 
 
 class StageTable(Table):
@@ -308,7 +313,9 @@ StageModel = stage_table(
     *(f for f in ModelConfig.model_fields if f.startswith("rope_") and f not in ROPE_SHAPES),
 )
 StageParallel = stage_table(
-    "StageParallel", ParallelConfig, *(f for f in ParallelConfig.model_fields if f != "timeout")
+    "StageParallel",
+    ParallelConfig,
+    *(f for f in ParallelConfig.model_fields if f not in OF_THE_JOB),
 )
 StageOptimizer = stage_table(
     "StageOptimizer", OptimizerConfig, *(f for f in OptimizerConfig.model_fields if f != "name")

@@ -74,15 +74,24 @@ def micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int) -> lis
     """The samples of one step of a run that data rank `rank` of `ranks` reads, a list per
     micro-batch.
 
-    Together the data ranks read each sample of the step exactly once, whatever their number. The
-    samples of a micro-batch are consecutive, so that no balance group is split.
+    Together the data ranks train on each sample of the step exactly once, whatever their number.
+    The samples of a micro-batch are consecutive, so that no balance group is split. All ranks read
+    as many micro-batches: where the ranks do not divide them, some ranks read the last one of the
+    step, behind those on which they train (`trained_micro_batches`).
     """
     config = stage.recipe.train
     first = stage.samples + first_sample(config, step - stage.first)
-    size = config.micro_batch
-    count = batch_size(config, step) // (size * ranks)
-    starts = (first + (i * ranks + rank) * size for i in range(count))
+    size, rows = config.micro_batch, batch_size(config, step)
+    last, passes = rows // size - 1, config.passes_of_rank(rows, ranks)
+    numbers = (min(i * ranks + rank, last) for i in range(passes))
+    starts = (first + number * size for number in numbers)
     return [list(range(start, start + size)) for start in starts]
+
+
+def trained_micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int) -> int:
+    """How many of the `micro_batches`, from the first on, data rank `rank` of `ranks` trains on."""
+    config = stage.recipe.train
+    return len(range(rank, batch_size(config, step) // config.micro_batch, ranks))
 
 
 def reading_plan(stage: TrainingStage, start: int, rank: int, ranks: int) -> Iterator[list[int]]:

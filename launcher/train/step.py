@@ -11,10 +11,15 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.data import Batch
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.stages import TrainingStage
-from colonnade.launcher.train.schedule import batch_size, stage_learning_rate
+from colonnade.launcher.train.schedule import (
+    batch_size,
+    stage_learning_rate,
+    trained_micro_batches,
+)
 from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
 from colonnade.parallel.lanes.pinned import PinnedMemoryError
+from colonnade.parallel.mesh import data_rank
 
 T = TypeVar("T")
 
@@ -73,9 +78,10 @@ def train_step(
     timer, recipe = timer or Timer(), stage.recipe
     groups = batch_size(recipe.train, step) / recipe.model.balance_samples
     rng_key = int(hashed(recipe.train.seed, step))
+    trained = trained_micro_batches(stage, step, *data_rank(engine.mesh))
     with timer.part("passes"):
         try:
-            report = engine.gradients(batches, samples, groups, rng_key)
+            report = engine.gradients(batches, samples, groups, rng_key, trained)
         except PinnedMemoryError as error:  # of stashed inputs, in the first step
             raise UserError(str(error)) from error
     lr = stage_learning_rate(stage, step)

@@ -130,6 +130,8 @@ class Run:
             output = result
         else:
             output, report = result
+            if isinstance(of_all := self.all_inputs[number], Inputs):
+                report = of_all.counted_report(report)
             self.outcomes.append(Outcome(output.detach() if is_last else None, report))
         outputs: Boundary
         if is_last:

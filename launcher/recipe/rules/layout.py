@@ -81,10 +81,10 @@ def fits(r: Recipe, world_size: int) -> bool:
 def _batch_unit(r: Recipe, world_size: int | None) -> tuple[int, str]:
     """Returns the rows of one micro-batch on all data-parallel ranks, and the product in words.
 
-    Where the number of ranks is unknown or faulty, those of one rank.
+    Those of one rank where the number of ranks is unknown or faulty, or may change.
     """
     micro = r.train.micro_batch
-    if world_size is None or not fits(r, world_size):
+    if world_size is None or r.parallel.elastic or not fits(r, world_size):
         return micro, f"train.micro_batch = {micro}"
     degrees = r.parallel.degrees(world_size)
     dp = degrees["dp_replicate"] * degrees["dp_shard"]
@@ -93,7 +93,8 @@ def _batch_unit(r: Recipe, world_size: int | None) -> tuple[int, str]:
 
 @RULES.add("train.micro_batch", "parallel")
 def batch(r: Recipe, world_size: int | None) -> Iterator[Fault]:
-    """A step is a whole number of micro-batches on every data-parallel rank."""
+    """A step is a whole number of micro-batches, the same on every data-parallel rank unless the
+    job is elastic."""
     rows = r.train.global_batch
     unit, name = _batch_unit(r, world_size)
     if rows % unit:
@@ -103,6 +104,8 @@ def batch(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         if rows % dp == 0:
             options = nearest_values(divisors(rows // dp), r.train.micro_batch)
             remedy += f", or train.micro_batch to {options}"
+        if unit > r.train.micro_batch and rows % r.train.micro_batch == 0:
+            remedy += ", or parallel.elastic to true: ranks without rows then wait for the others"
         yield Fault("train.global_batch", rows, remedy)
 
 

@@ -60,12 +60,12 @@ def micro_batches(r: Recipe, world_size: int | None) -> Iterator[Fault]:
         return
     degrees = p.degrees(world_size)
     dp = degrees["dp_replicate"] * degrees["dp_shard"]
-    if t.global_batch % (t.micro_batch * dp):
+    if t.global_batch % (t.micro_batch * (1 if p.elastic else dp)):
         return  # the rule `batch` reports it
     for rows in batch_sizes(r):
-        if not (why := micro_batches_fit(p, rows // (t.micro_batch * dp))):
+        count = t.passes_of_rank(rows, dp)
+        if not (why := micro_batches_fit(p, count)):
             continue
-        count = rows // (t.micro_batch * dp)
         steps = f"a step of {rows} rows has" if t.ramp_batch is not None else "a step has"
         remedy = f"parallel.schedule = {p.schedule} {why}, and {steps} {count}, {rows} / "
         remedy += f"({t.micro_batch} x {dp} data-parallel ranks); "
