@@ -10,7 +10,7 @@ from typing import Literal
 
 from colonnade.launcher.cluster.environment import USER_MISTAKE
 from colonnade.launcher.cluster.signals import SAVE_FIRST
-from colonnade.launcher.cluster.slurm.client import parse_record, state_of
+from colonnade.launcher.cluster.slurm.client import ENDED, parse_record, state_of
 from colonnade.launcher.jobs.history import (
     FINISHED,
     Attempt,
@@ -33,12 +33,12 @@ class JobEnd:
 
     Attributes:
         status: of the training; None: it has not started yet.
-        cancelled: somebody has cancelled the job.
+        taken: SLURM itself ends the job (scancel, its time limit) or requeues it (a lost node).
         recorded: the newest attempt of the run is one of this start of the job.
     """
 
     status: int | None = None
-    cancelled: bool = False
+    taken: bool = False
     recorded: bool = True
 
 
@@ -70,8 +70,8 @@ def decide(attempts: Sequence[Attempt], end: JobEnd, max_failures: int) -> Decis
         return Decision("finished", f"the run is finished: step {last.reached}")
     if end.status == 0:
         return Decision("finished", "the training ended with status 0")
-    if end.cancelled:
-        return Decision("stop", "the job was cancelled")
+    if end.taken:
+        return Decision("stop", "SLURM has ended this job (scancel, time limit, or a lost node)")
     if end.status == USER_MISTAKE:
         return Decision("stop", "the training was refused (status 2): see the message above")
     signalled = end.status is not None and end.status - 128 in {*map(int, SAVE_FIRST)}
@@ -127,7 +127,7 @@ def after(
         attempts.append(unrecorded(End(time.time(), job, status, newest, socket.gethostname(), "")))
     end = JobEnd(
         status=status,
-        cancelled=state_of(record) == "CANCELLED",
+        taken=is_taken(record),
         recorded=recorded,
     )
     decision = decide(attempts, end, max_failures)
@@ -144,6 +144,13 @@ def after(
         this = End(round(time.time(), 3), job, status, newest, host, decision.word)
         write_below(run, lambda: append(run / JOB_ENDS, this))
     return decision.word
+
+
+def is_taken(record: dict[str, str]) -> bool:
+    """Whether SLURM has ended a job whose script still runs. Then the script must not requeue it: it
+    would undo a user's scancel. A job that was preempted is to be requeued."""
+    preempted = record.get("PreemptTime", "None") not in ("None", "Unknown")
+    return state_of(record) in (*ENDED, "COMPLETING") and not preempted
 
 
 def append(path: Path, end: End) -> None:

@@ -8,9 +8,10 @@ from typing import BinaryIO
 
 from colonnade.launcher.cluster.slurm import client
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.jobs.status import jobs_of
+from colonnade.launcher.jobs.status import facts_of, jobs_of
 from colonnade.launcher.run_files import job_log
 
+Candidate = tuple[str, Path | None, Path]  # a job, the folder of its run, its output
 POLL = 0.5  # seconds between two looks at the file
 ASK = 5.0  # seconds between two questions to SLURM
 
@@ -30,28 +31,31 @@ def logs(
         UserError: there is no such job or run, it has several outputs, or no output yet.
     """
     found = jobs_of(target, Path(runs))
-    candidates = [(job, output_of(job, run)) for job, run in found]
-    job, path = chosen(target, candidates)
+    candidates = [(job, run, output_of(job, run)) for job, run in found]
+    job, run, path = chosen(target, candidates)
+
+    def facts() -> list[dict[str, str]]:
+        return [known] if (known := facts_of(job, run)) else []
+
     if not follow:
         if not path.is_file():
-            known = client.jobs(job)
-            state = client.state_of(known[0]) if known else "unknown to SLURM"
+            state = client.state_of(facts()[0]) if facts() else "unknown to SLURM"
             raise UserError(f"job {job} is {state}, and has written nothing yet: no file {path}")
         yield last_lines(path.read_bytes(), lines)
         return
-    yield from followed(path, lines, lambda: client.has_ended(client.jobs(job)))
+    yield from followed(path, lines, lambda: client.has_ended(facts()))
 
 
-def chosen(target: str, candidates: list[tuple[str, Path]]) -> tuple[str, Path]:
-    """Returns the job that is meant, and its output: of a chain the last that has begun.
+def chosen(target: str, candidates: list[Candidate]) -> Candidate:
+    """Returns the job that is meant: of a chain the last that has begun.
 
     Raises:
         UserError: these are jobs of a sweep, which run at the same time.
     """
-    if any("_" in job for job, _ in candidates) and len(candidates) > 1:
-        names = ", ".join(job for job, _ in candidates)
+    if any("_" in job for job, *_ in candidates) and len(candidates) > 1:
+        names = ", ".join(job for job, *_ in candidates)
         raise UserError(f"logs {target}: it has several outputs; name one of {names}")
-    begun = [pair for pair in candidates if pair[1].is_file()]
+    begun = [one for one in candidates if one[2].is_file()]
     return begun[-1] if begun else candidates[0]
 
 
@@ -61,8 +65,7 @@ def output_of(job: str, run: Path | None) -> Path:
     Raises:
         UserError: SLURM does not tell, and the run's folder is unknown.
     """
-    known = client.jobs(job)
-    if known and (output := known[0].get("StdOut")):
+    if output := facts_of(job, run).get("StdOut"):
         return Path(output)
     if run is None:
         raise UserError(f"job {job}: SLURM does not tell where its output is")

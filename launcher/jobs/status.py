@@ -52,25 +52,37 @@ def jobs_of(target: str, runs: Path) -> list[tuple[str, Path | None]]:
                 f"({JOB} is missing)"
             )
         return list(record.trained(Path(target)))
-    number = target.partition("_")[0]
+    if known := client.jobs(target):
+        script = Path(known[0].get("Command", ""))
+        record = read_record(script.parent) if script.name == JOB_SCRIPT else None
+        if record is None or target.partition("_")[0] not in record.jobs:
+            return [(client.name_of(one), None) for one in known]
+        return of_number(target, record.trained(script.parent))
     found = [pair for run, record in submitted_runs(runs) for pair in record.trained(run)]
-    matching = [(job, run) for job, run in found if job == target or job.startswith(f"{target}_")]
-    if matching:
-        return list(matching)
-    if not (known := client.jobs(target)):
-        raise UserError(f"job {target}: SLURM does not know it (any more), and no run in {runs}")
-    script = Path(known[0].get("Command", ""))
-    record = read_record(script.parent) if script.name == JOB_SCRIPT else None
-    if record is None or number not in record.jobs:
-        return [(client.name_of(one), None) for one in known]
-    trained = record.trained(script.parent)
-    return [(job, run) for job, run in trained if job == target or job.startswith(f"{target}_")]
+    if matching := of_number(target, found):
+        return matching
+    raise UserError(f"job {target}: SLURM does not know it (any more), and no run in {runs}")
+
+
+def of_number(target: str, found: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | None]]:
+    """Returns those jobs that a number means; that of an array means all of it."""
+    return [(job, run) for job, run in found if job == target or job.startswith(f"{target}_")]
+
+
+def script_of(job: str, run: Path) -> Path:
+    """Returns the script of the job that trains a run; the runs of a sweep share one."""
+    return (run.parent if "_" in job else run) / JOB_SCRIPT
+
+
+def facts_of(job: str, run: Path | None) -> dict[str, str]:
+    """Returns what SLURM knows of a job; nothing if it does not know it (any more)."""
+    known = client.jobs(job) if run is None else client.jobs_of_script(job, script_of(job, run))
+    return known[0] if known else {}
 
 
 def describe(job: str, run: Path | None) -> dict[str, Any]:
     """Returns what SLURM knows of a job, and what the folder of its run tells."""
-    known = client.jobs(job)
-    record = known[0] if known else {}
+    record = facts_of(job, run)
     state = client.state_of(record) if record else "ENDED"
     described: dict[str, Any] = {
         "job": job,

@@ -195,9 +195,10 @@ def smallest_size(
     step: int,
 ) -> int:
     """Returns the smallest number of nodes on which an elastic job may train a recipe: the given
-    one, or the smallest that is valid."""
+    one, or the smallest from which on every number is valid."""
     if (given := options.get("min_nodes")) is not None:
-        check_recipe(recipe, overrides, given, ranks_per_node, step)
+        for count in range(given, nodes):
+            check_recipe(recipe, overrides, count, ranks_per_node, step)
         return given
 
     def fits(count: int) -> bool:
@@ -207,7 +208,14 @@ def smallest_size(
             return False
         return True
 
-    return next((count for count in range(1, nodes) if fits(count)), nodes)
+    unfit = next((count for count in range(nodes - 1, 0, -1) if not fits(count)), 0)
+    if unfit:
+        print(
+            f"colonnade: the recipe does not fit {unfit} nodes: the job needs {unfit + 1} of "
+            f"{nodes}; with parallel.elastic = true it fits more numbers",
+            file=sys.stderr,
+        )
+    return unfit + 1
 
 
 def note_layout(recipe: Recipe, ranks_per_node: int) -> None:
@@ -225,7 +233,8 @@ def check_not_queued(run: Path) -> None:
     """Refuses a run that a job trains, or waits to train."""
     record = read_record(run)
     for job in record.jobs if record else []:
-        if (known := client.jobs(job)) and not client.has_ended(known):
+        known = client.jobs_of_script(job, run / JOB_SCRIPT)
+        if known and not client.has_ended(known):
             state = client.state_of(known[0])
             raise UserError(
                 f"{run}: job {job} trains this run, and is {state}; wait for its end, or scancel "

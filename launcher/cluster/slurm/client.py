@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from colonnade.launcher.errors import UserError
 
@@ -74,6 +75,13 @@ def parse_record(line: str) -> dict[str, str]:
     """Parses `Name=value Name=value …`, as scontrol prints it; values may have spaces."""
     words = re.split(r"(?:^|\s+)([A-Z][A-Za-z0-9_:/]*)=", line.strip())
     return {name: value.strip() for name, value in zip(words[1::2], words[2::2], strict=True)}
+
+
+def jobs_of_script(number: str, script: Path) -> list[dict[str, str]]:
+    """Returns what SLURM knows of a job that was submitted with a script, as `jobs`; none if its
+    number now means another job, as in another cluster. Raises UserError as `call`."""
+    path = script.resolve()
+    return [one for one in jobs(number) if Path(one.get("Command", "")).resolve() == path]
 
 
 def has_ended(records: Sequence[dict[str, str]]) -> bool:
