@@ -1,4 +1,5 @@
 # ---- The environment of the tasks: edit it to what your cluster needs. -------------------------
+cd {{ job.folder | quote }} || exit 1
 {% for module in job.modules %}
 module load {{ module | quote }} || exit 1
 {% endfor %}
@@ -6,7 +7,6 @@ module load {{ module | quote }} || exit 1
 {{ line }}
 {% endfor %}
 set -u -o pipefail # from here on, because scripts of modules read variables that are not set
-cd {{ job.folder | quote }} || exit 1
 
 {% if job.container_kind == "apptainer" %}
 # Apptainer runs every Python process in the image.

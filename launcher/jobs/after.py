@@ -147,8 +147,8 @@ def after(
 
 
 def is_taken(record: dict[str, str]) -> bool:
-    """Whether SLURM has ended a job whose script still runs. Then the script must not requeue it: it
-    would undo a user's scancel. A job that was preempted is to be requeued."""
+    """Whether SLURM has ended a job whose script still runs. The script must not requeue that: it
+    would undo a scancel. A job that was preempted is to be requeued."""
     preempted = record.get("PreemptTime", "None") not in ("None", "Unknown")
     return state_of(record) in (*ENDED, "COMPLETING") and not preempted
 
