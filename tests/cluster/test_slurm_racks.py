@@ -13,13 +13,13 @@ SwitchName=rack1 Nodes=n[1,3]
 SwitchName=rack2 Nodes=n[2,4]
 SwitchName=core Switches=rack[1-2]
 """
-TEMPLATE = """\
-#!/bin/bash
+TEMPLATE = r"""#!/bin/bash
 {% include "_header.sh" %}
 {% include "_environment.sh" %}
 run={{ job.run | quote }}
 {% include "_order.sh" %}
-"${srun[@]}" "${order[@]}" bash -c 'echo "$SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $MASTER_ADDR"'
+"${srun[@]}" "${order[@]}" bash -c \
+    'echo "$SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $MASTER_ADDR"'
 """
 
 

@@ -127,10 +127,7 @@ def test_no_jobs(slurm: SlurmCommands) -> None:
 
 def test_records_of_scontrol_are_parsed() -> None:
     """Values have spaces and `=`; names have colons and slashes."""
-    line = (
-        "JobId=7 JobName=a b Reason=None CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=2,node=2 "
-    line += "Power= "
-    )
+    line = "JobId=7 JobName=a b Reason=None CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=2,node=2 Power="
     assert parse_record(line) == {
         "JobId": "7", "JobName": "a b", "Reason": "None", "CPUs/Task": "1",
         "ReqB:S:C:T": "0:0:*:*", "TRES": "cpu=2,node=2", "Power": "",
