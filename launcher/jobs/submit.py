@@ -15,9 +15,10 @@ from colonnade.launcher.cluster.slurm.script import render, template_names
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.jobs.record import JobRecord, read_record
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import JOB_SCRIPT
-from colonnade.launcher.train.folder import check_new_or_run, newest_step
+from colonnade.launcher.run_files import JOB_SCRIPT, RECIPE
+from colonnade.launcher.train.folder import check_new_or_run, newest_step, saved_recipe
 from colonnade.launcher.train.lines import write_below
+from colonnade.launcher.train.resumable import check_resumable
 from colonnade.launcher.train.run import valid_recipe
 
 DEFAULT = "preemptible"
@@ -71,19 +72,16 @@ def submit(
     given = {name: value for name, value in options.items() if value is not None}
     check_used(template, {**given, "sweep": sweep or None, "jobs": jobs})
     points = list(points_of(sweep))
-    overrides_of_runs = [[*overrides, *point] for point in points] or [list(overrides)]
     if template == "sweep" and not points:
         raise UserError("--template sweep: name what it varies, as --sweep optimizer.lr=1e-3,3e-3")
     ranks_per_node = ranks_per_node or given.get("gpus_per_node") or 1
     name = Path(recipe).stem
     folder = Path(run or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    step = newest_step(folder)
-    checked = [
-        check_recipe(recipe, fields, nodes, ranks_per_node, step) for fields in overrides_of_runs
-    ]
+    for place, fields in zip(run_folders(folder, points), points or [[]], strict=True):
+        checked = check_recipe(recipe, [*overrides, *fields], nodes, ranks_per_node, place)
     smallest = 1
     if template == "elastic":
-        smallest = smallest_size(recipe, overrides, given, nodes, ranks_per_node, step)
+        smallest = smallest_size(recipe, overrides, given, nodes, ranks_per_node, folder)
     job = JobOptions(
         **{"name": folder.name} | given,
         recipe=str(Path(recipe).absolute()) if Path(recipe).is_file() else str(recipe),
@@ -98,7 +96,7 @@ def submit(
         since=math.floor(time.time()),
     )
     check_options(job)
-    note_layout(checked[0], ranks_per_node)
+    note_layout(checked, ranks_per_node)
     script = render(template, job)
     if dry_run:
         return {"jobs": [], "run": str(folder), "script": script}
@@ -108,15 +106,13 @@ def submit(
 
 def send(script: str, job: JobOptions, template: str, count: int) -> dict[str, Any]:
     """Writes a script into the run's folder, submits it `count` times, and records the jobs."""
-    run, runs = job.run, [job.run / str(index) for index in range(len(job.points))]
+    run, path = job.run, job.run / JOB_SCRIPT
     check_not_queued(run)
-    path = run / JOB_SCRIPT
-    try:
-        for folder in (run, *runs):
+    for folder in run_folders(run, job.points):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run}: cannot make the run's folder: {error.strerror}") from error
-    for folder in runs or [run]:
+        except OSError as error:
+            raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
         check_new_or_run(folder)
     write_below(run, lambda: path.write_text(script, encoding="utf-8"))
     numbers: list[str] = []
@@ -130,6 +126,11 @@ def send(script: str, job: JobOptions, template: str, count: int) -> dict[str, A
             record = JobRecord(numbers, template, job.since, job.nodes, ranks, points)
             write_below(run, lambda: record.write(run))
     return {"jobs": numbers, "run": str(run), "script": str(path)}
+
+
+def run_folders(run: Path, points: Sequence[Sequence[str]]) -> list[Path]:
+    """Returns the folders of the runs that a job trains: of a sweep one for each point."""
+    return [run / str(index) for index in range(len(points))] or [run]
 
 
 def check_used(template: str, options: dict[str, Any]) -> None:
@@ -164,14 +165,15 @@ def split_values(text: str) -> list[str]:
 
 
 def check_recipe(
-    recipe: str | Path, overrides: Sequence[str], nodes: int, ranks_per_node: int, step: int
+    recipe: str | Path, overrides: Sequence[str], nodes: int, ranks_per_node: int, run: Path
 ) -> Recipe:
-    """Loads a recipe and checks it at the size of a job.
+    """Loads a recipe and checks it at the size of a job, and against the run that it goes on with.
 
     Raises:
-        UserError: a mistake in the recipe, or it does not fit so many ranks.
+        UserError: a mistake in the recipe, it does not fit so many ranks, or the run in the folder
+            is one of another model, other data or another optimizer.
     """
-    ranks = nodes * ranks_per_node
+    ranks, step = nodes * ranks_per_node, newest_step(run)
     try:
         checked = valid_recipe(recipe, overrides, None, ranks, step)
     except RecipeError as error:
@@ -183,6 +185,8 @@ def check_recipe(
             "checkpoint.usr1 = 'save': SLURM's notice of the end is SIGUSR1, which has to stop the "
             "run; leave the field out"
         )
+    if step and (run / RECIPE).is_file():
+        check_resumable(saved_recipe(run), checked, step)
     return checked
 
 
@@ -192,18 +196,18 @@ def smallest_size(
     options: dict[str, Any],
     nodes: int,
     ranks_per_node: int,
-    step: int,
+    run: Path,
 ) -> int:
     """Returns the smallest number of nodes on which an elastic job may train a recipe: the given
     one, or the smallest from which on every number is valid."""
     if (given := options.get("min_nodes")) is not None:
         for count in range(given, nodes):
-            check_recipe(recipe, overrides, count, ranks_per_node, step)
+            check_recipe(recipe, overrides, count, ranks_per_node, run)
         return given
 
     def fits(count: int) -> bool:
         try:
-            valid_recipe(recipe, overrides, None, count * ranks_per_node, step)
+            valid_recipe(recipe, overrides, None, count * ranks_per_node, newest_step(run))
         except RecipeError:
             return False
         return True

@@ -14,7 +14,8 @@ from colonnade.launcher.cli import main
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.jobs.record import read_record
 from colonnade.launcher.jobs.submit import points_of, submit
-from colonnade.launcher.run_files import JOB, JOB_ENDS, JOB_SCRIPT, RECIPE, job_log
+from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.run_files import CHECKPOINTS, JOB, JOB_ENDS, JOB_SCRIPT, RECIPE, job_log
 from colonnade.launcher.train.folder import check_new_or_run
 
 RUN = ["submit", "quickstart", "--nodes", "2", "--run", "runs/one"]
@@ -200,8 +201,6 @@ def test_points_keep_lists_whole() -> None:
 def test_a_path_of_a_recipe_does_not_depend_on_the_folder(slurm: SlurmCommands) -> None:
     dry = submit("quickstart", nodes=1, dry_run=True)
     assert "train quickstart" in dry["script"]
-    from colonnade.launcher.recipe.load import dump_recipe, load_recipe
-
     Path("mine.toml").write_text(dump_recipe(load_recipe("quickstart")))
     dry = submit("mine.toml", nodes=1, dry_run=True)
     assert f"train {Path.cwd()}/mine.toml" in dry["script"]
@@ -242,3 +241,14 @@ def test_a_run_is_gone_on_with(slurm: SlurmCommands) -> None:
     record = read_record(Path("runs/one"))
     assert record is not None
     assert record.jobs == ["102"]
+
+
+def test_a_run_of_another_model_is_refused(
+    slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/one")
+    (run / CHECKPOINTS / "step-00000002").mkdir(parents=True)
+    (run / RECIPE).write_text(dump_recipe(load_recipe("quickstart", ["model.hidden=64"])))
+    assert main(RUN) == 2
+    assert "model.hidden" in capsys.readouterr().err
+    assert slurm.submitted == []
