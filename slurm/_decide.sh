@@ -11,3 +11,9 @@ decide() {
     "${python[@]}" -m colonnade.launcher _after "$run" "$@" "${options[@]}"
 {% endif %}
 }
+
+# A start before this one has finished the run, or found that it gets no further.
+case $(decide) in
+finished) exit 0 ;;
+stop) exit 1 ;;
+esac
