@@ -100,7 +100,7 @@ def submit(
     script = render(template, job)
     if dry_run:
         return {"jobs": [], "run": str(folder), "script": script}
-    count = (jobs or CHAINED) if template == "chain" else 1
+    count = jobs or (CHAINED if template == "chain" else 1)
     return send(script, job, template, count)
 
 

@@ -191,7 +191,7 @@ def test_three_failures_at_one_step_stop_with_a_history(
 
 
 def test_a_chain_goes_on_where_the_job_before_stopped(submit: Submit, slurm: SlurmCluster) -> None:
-    report = submit("chain", "chain", "--nodes", "1", program=SLOWED)
+    report = submit("chain", "chain", "--nodes", "1", "--jobs", "2", program=SLOWED)
     first, second = report["jobs"]
     wait_until(steps_since(report["run"], 5), 120, "steps")
     assert slurm.state(second) == "PENDING"
