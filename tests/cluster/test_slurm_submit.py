@@ -13,6 +13,7 @@ from cluster.slurm_cluster import SlurmCluster
 import colonnade
 from colonnade.launcher.jobs.history import read_ends
 from colonnade.launcher.run_files import METRICS
+from colonnade.launcher.train.events import read_events
 from colonnade.launcher.train.metrics import read_metrics
 
 STEPS = 60
@@ -225,12 +226,14 @@ def test_a_mistake_stops_the_job_at_once(submit: Submit, slurm: SlurmCluster, fo
 def test_an_elastic_job_restarts_a_killed_rank_inside_the_allocation(
     submit: Submit, slurm: SlurmCluster, undisturbed: list[float]
 ) -> None:
-    report = submit("elastic", "elastic", "--nodes", "2", "checkpoint.every=5", program=None)
+    report = submit("elastic", "elastic", "--nodes", "2", "checkpoint.every=5")
     (job,), run = report["jobs"], report["run"]
     wait_until(steps_since(run, 8), 120, "steps")
     kill_a_rank(slurm, run)
     assert slurm.wait(job, "COMPLETED", "FAILED", "PENDING") == "COMPLETED"
     assert losses(run) == undisturbed
+    assert [event["event"] for event in read_events(Path(run))].count("restart") == 1
+    assert [end.status for end in read_ends(Path(run))] == [0]  # the job was not requeued
 
 
 def kill_a_rank(slurm: SlurmCluster, run: str) -> None:
