@@ -7,6 +7,19 @@ class UserError(Exception):
     """An error that the user can fix. The message says what is wrong and what to do."""
 
 
+class ReportedError(Exception):
+    """Ends a rank after the cause was printed, by this rank or another one.
+
+    Attributes:
+        status: the exit status.
+        cause: that was printed.
+    """
+
+    def __init__(self, status: int, cause: str) -> None:
+        super().__init__(cause)
+        self.status, self.cause = status, cause
+
+
 @dataclass(frozen=True)
 class Fault:
     """One mistake in a recipe: the dotted field, its value as given, and the remedy."""

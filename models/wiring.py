@@ -99,6 +99,7 @@ class Wiring(nn.Module):
     overlap with it. Otherwise `enter` is called after the second half, so that the previous
     reduction may overlap with a whole sub-block. `halves` runs the two halves of a sub-block, and
     may recompute them in backward. `start` is the index of the row's first sub-block in the model.
+    `visit` is told the direction and the index of each sub-block whose pass begins.
 
     Of a pipeline it has the sub-blocks of the `stages` of one rank, and runs one of these at a
     time. Sub-blocks and norms are keyed by their index in the whole row; which norms there are, the
@@ -142,6 +143,7 @@ class Wiring(nn.Module):
         self.leave: Callable[[Tensor], Tensor] = lambda h: h
         self.gathers = False
         self.halves: Callable[[SubBlock, Context], Halves] = Halves
+        self.visit: Callable[[str, int], None] | None = None
 
     def block(self, t: int) -> SubBlock:
         """Returns sub-block t of the row; under model.share several t have the same one."""
@@ -227,7 +229,7 @@ class Wiring(nn.Module):
                     started = self.begin(t + 1, x, context, reports)
             output = halves.second(carried)
             defer = defers_add and self.exchanges(t, stage)
-            newest = self.leave_output(halves, output, defer)
+            newest = self.leave_output(t, halves, output, defer)
             del carried, output  # frees them before the next first half allocates its own
             if advance_after_second:
                 stream, x = self.advance(t, stream, pending, stage)
@@ -246,6 +248,8 @@ class Wiring(nn.Module):
     ) -> Started:
         """Runs the first half of sub-block t on its input, and puts its report into `reports`."""
         block, index = self.block(t), self.start + t
+        if self.visit is not None:
+            self.visit("forward", index)
         halves = self.halves(block, context.at(index))
         assert x is not None
         carried = halves.first(x)
@@ -253,16 +257,23 @@ class Wiring(nn.Module):
             reports[index] = report
         return Started(halves, carried)
 
-    def leave_output(self, halves: Halves, output: Any, defer: bool) -> Pending:
-        """Returns a function that returns a sub-block's output after `leave`.
+    def leave_output(self, t: int, halves: Halves, output: Any, defer: bool) -> Pending:
+        """Returns a function that returns sub-block t's output after `leave`.
 
         `leave` is called now, or, with `defer`, in that function, which then waits for what the
         second half has sent to other ranks.
         """
         if defer:
-            return lambda: self.leave(halves.receive(output))
-        left = self.leave(halves.receive(output))
+            return lambda: self.leave(self.visited(t, halves.receive(output)))
+        left = self.leave(self.visited(t, halves.receive(output)))
         return lambda: left
+
+    def visited(self, t: int, output: Tensor) -> Tensor:
+        """Returns a sub-block's output, whose gradient tells `visit` that backward begins."""
+        if (visit := self.visit) is not None and output.requires_grad:
+            index = self.start + t
+            output.register_hook(lambda gradient: visit("backward", index))
+        return output
 
     def advance(
         self, t: int, stream: Tensor, pending: Pending | None, stage: Stage

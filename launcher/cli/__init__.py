@@ -15,9 +15,14 @@ from collections.abc import Sequence
 
 from colonnade.launcher.cli.parser import RANK, parse
 from colonnade.launcher.cli.report import reporting
-from colonnade.launcher.cluster.environment import USER_MISTAKE, RankEnvironment, report_failure
+from colonnade.launcher.cluster.environment import (
+    USER_MISTAKE,
+    RankEnvironment,
+    report_failure,
+    write_error_file,
+)
 from colonnade.launcher.console import tolerate_closed_streams
-from colonnade.launcher.errors import UserError
+from colonnade.launcher.errors import ReportedError, UserError
 
 # Seconds before a rank reports an exception. If another rank failed first and broke the connection,
 # the launcher reports that rank's error and ends this one in the meantime.
@@ -44,6 +49,9 @@ def run(parsed: argparse.Namespace) -> int:
     except UserError as mistake:
         report_failure(str(mistake), started=parsed.verb == RANK)
         return USER_MISTAKE
+    except ReportedError as error:
+        write_error_file(error.cause)
+        return error.status
     except KeyboardInterrupt:
         if parsed.verb != RANK:
             print("\ncolonnade: interrupted", file=sys.stderr)

@@ -68,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         "newest that is whole",
     )
     train.add_argument("--until", type=positive, metavar="STEP", help="stop, saved, after STEP")
+    train.add_argument(
+        "--restarts",
+        type=count,
+        default=0,
+        metavar="N",
+        help="start the --nproc ranks again, up to N times, after one has failed",
+    )
     train.add_argument("--runs", help="folder for run folders (default: runs)")
 
     train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")
@@ -174,12 +181,28 @@ def build_parser() -> argparse.ArgumentParser:
     jobs.add_hidden(subparsers.add_parser)
 
     doctor = add("doctor", verbs.run_doctor)
+    add_doctor(doctor)
     bench = add("bench", verbs.run_bench)
     bench.add_argument("name", choices=list(verbs.benchmarks().BENCHMARKS))
     bench.add_argument("--nproc", type=positive, help="moe: ranks that divide the experts")
     for verb in (train, verify, plan, evaluation, data, convert, inspect, doctor, bench):
         verb.add_argument("--json", metavar="FILE", help="write the report as JSON; `-` is stdout")
     return parser
+
+
+def add_doctor(verb: argparse.ArgumentParser) -> None:
+    """Adds the options of `doctor`."""
+    verb.add_argument(
+        "--cluster",
+        action="store_true",
+        help="as every rank of an allocation (srun or torchrun): measure all pairs of hosts, their "
+        "clocks and processors, compare versions and settings, and say what is wrong (status 1); "
+        "pairs are measured in as many rounds as there are hosts, of about half a second",
+    )
+    verb.add_argument("--nproc", type=positive, help="with --cluster: ranks on this host")
+    verb.add_argument(
+        "--picture", metavar="FILE", help="with --cluster: a heat map of bandwidth (.png or .svg)"
+    )
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:

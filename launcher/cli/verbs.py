@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     a, overrides = arguments, list(arguments.overrides)
     automatic = a.resume == "auto"
     order: dict[str, Any] = {"nproc": a.nproc, "until": a.until, "automatic": automatic}
+    order["restarts"] = a.restarts
     if a.run and a.recipe and "=" in a.recipe:  # the first override, of the run's own recipe
         overrides.insert(0, a.recipe)
         a.recipe = None
@@ -199,11 +201,33 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Runs `colonnade doctor`; returns the exit status."""
+    """Runs `colonnade doctor`; returns the exit status, 1 if something is wrong in the cluster."""
     from colonnade.launcher.cluster.doctor import doctor
 
-    arguments.report(doctor())
+    a = arguments
+    if a.cluster:
+        return run_cluster_doctor(a)
+    for option in ("nproc", "picture"):
+        if getattr(a, option) is not None:
+            raise UserError(f"doctor --{option} is for --cluster: add it, or leave --{option} out")
+    a.report(doctor())
     return 0
+
+
+def run_cluster_doctor(arguments: argparse.Namespace) -> int:
+    """Runs `colonnade doctor --cluster`; returns the exit status, 1 if something is wrong."""
+    from colonnade.launcher.cluster.fabric.picture import check_picture, draw
+    from colonnade.launcher.cluster.fabric.run import Output, cluster_doctor
+    from colonnade.launcher.cluster.fabric.table import table
+
+    a = arguments
+
+    def show(report: dict[str, Any]) -> None:
+        print(table(report), flush=True) if a.json is None else a.report(report)
+        draw(report, a.picture)
+
+    report = cluster_doctor(a.nproc or 1, Output(partial(check_picture, a.picture), show))
+    return 1 if report["faults"] else 0
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

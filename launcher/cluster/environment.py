@@ -7,11 +7,13 @@ within a second.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from colonnade.launcher.errors import UserError
 
@@ -87,10 +89,31 @@ class RankEnvironment:
         return rank_environment
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often torchrun, or SLURM by a requeue, has started this job again."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in names)
+
+
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # a new store for the ranks of every start
+
+
+def settle_restarts() -> None:
+    """Makes torchrun's agent give the ranks a new store at every start. Its own, which they share
+    otherwise, keeps the addresses of ranks that are dead, and gloo tries to connect to them
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    os.environ.setdefault(OWN_STORE, "1")
+
+
+def advice_on_restarts() -> str | None:
+    """What a user who has started torchrun must know of its restarts; None: nothing."""
+    can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+    if not has_agent() or not can_restart or os.environ.get(OWN_STORE) == "1":
+        return None
+    return (
+        "torchrun may restart these ranks, and gloo cannot connect them again unless "
+        f"{OWN_STORE}=1 is in the environment of torchrun on every host"
+    )
 
 
 def has_agent() -> bool:
@@ -124,18 +147,41 @@ def _tasks_on_this_node(size: int) -> int:
 
 
 def _first_node(nodes: str | None) -> str:
-    """The name of the first host of a node list: rank 0 runs there, and all ranks connect to it."""
+    """The name of the first host of a node list: rank 0 runs there, and all ranks connect to it.
+
+    Where the name has no address, the address that SLURM itself uses.
+    """
     if nodes and "[" not in nodes and "," not in nodes:
-        return nodes
+        return nodes if has_address(nodes) else _slurm_address(nodes)
     command = ["scontrol", "show", "hostnames", *([nodes] if nodes else [])]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, check=True)
-        return finished.stdout.split()[0]
+        first = finished.stdout.split()[0]
+        return first if has_address(first) else _slurm_address(first)
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             "srun started several tasks, and scontrol does not tell the name of the first host: "
             "set MASTER_ADDR to it (and MASTER_PORT to a free port), or start the ranks by torchrun"
         ) from None
+
+
+def has_address(host: str) -> bool:
+    """Whether this host knows an address of another one."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+def _slurm_address(node: str) -> str:
+    """The address by which SLURM reaches a node; its name where scontrol does not tell."""
+    command = ["scontrol", "show", "node", "--oneliner", node]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return node
+    found = re.search(r"\bNodeAddr=(\S+)", finished.stdout)
+    return found[1] if found else node
 
 
 def cores() -> int:
@@ -155,10 +201,60 @@ def cache_folder() -> Path:
     return Path(home) / "colonnade"
 
 
+def settle_flight_recorder() -> None:
+    """Makes PyTorch remember the last collectives of each process group, from which a failure is
+    explained, unless the user has set how many."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 def instruction_limits() -> str:
     """The variables by which the user limits the instruction sets of oneDNN and MKL, as text."""
     names = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
     return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+# What changes how ranks communicate or compute: names, and begins of names. None is a secret.
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
+SETTINGS_PREFIXES = ("GLOO_", "NCCL_", "TORCH_GLOO_", "TORCH_NCCL_")
+
+
+def communication_settings() -> dict[str, str]:
+    """The environment variables that change how ranks communicate or compute, by name."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in SETTINGS or name.startswith(SETTINGS_PREFIXES)
+    }
+
+
+def gloo_interface() -> str | None:
+    """The network interface that the user wants gloo to use (the first of several); None: unset."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None
+
+
+def settle_gloo_interface(name: str | None) -> None:
+    """Makes gloo use this interface, unless the user has named one; None changes nothing."""
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def master_address() -> tuple[str, str]:
+    """The host and the port of the store of a job's ranks, as a launcher has set them.
+
+    Raises:
+        UserError: they are not set.
+    """
+    found = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if None in found:
+        raise UserError(
+            "RANK is set, and MASTER_ADDR or MASTER_PORT is not: start ranks by torchrun or srun, "
+            "or set both to the host of rank 0 and a free port of it"
+        )
+    return cast("tuple[str, str]", found)
 
 
 def report_failure(message: str, started: bool) -> None:
@@ -167,9 +263,15 @@ def report_failure(message: str, started: bool) -> None:
     `started` says that our launcher started this rank: the launcher reads the error file and prints
     the message once for all ranks, so the rank itself prints nothing.
     """
+    write_error_file(message)
+    if not started:
+        print(f"colonnade: {message}", file=sys.stderr, flush=True)
+
+
+def write_error_file(message: str) -> None:
+    """Writes why this rank ends to torchrun's error file, where there is one: its agent prints it
+    in its last lines."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
         text = json.dumps({"message": message, "timestamp": int(time.time())})
         Path(path).write_text(text, encoding="utf-8")
-    if not started:
-        print(f"colonnade: {message}", file=sys.stderr, flush=True)

@@ -26,6 +26,8 @@ from colonnade.launcher.cluster.environment import (
     RankEnvironment,
     cores,
     requested_threads,
+    settle_flight_recorder,
+    settle_restarts,
 )
 from colonnade.launcher.cluster.signals import signal_handler
 from colonnade.launcher.errors import UserError
@@ -52,6 +54,7 @@ def prepare_rank(
     Raises:
         UserError: as `choose_device`.
     """
+    settle_flight_recorder()
     if threads is None:
         settle_threads(environment)
     else:
@@ -140,6 +143,7 @@ def start_ranks(
     arguments: Mapping[str, object],
     nproc: int,
     on_usr1: Callable[[], object] | None = None,
+    restarts: int = 0,
 ) -> int:
     """Calls `function(**arguments)` on `nproc` ranks of this host through torchrun; waits for them.
 
@@ -151,6 +155,7 @@ def start_ranks(
         arguments: its keyword arguments; JSON can represent them.
         nproc: the number of ranks.
         on_usr1: what SIGUSR1 does; None: it ends the job like other signals.
+        restarts: how often all ranks are started again after one of them has failed.
 
     Returns:
         0, or 128 + the signal that ended the job.
@@ -170,7 +175,7 @@ def start_ranks(
         run_id=f"colonnade-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
@@ -190,7 +195,7 @@ def start_ranks(
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         reason = f"signal {-code}" if code < 0 else f"status {code}"
-        print(f"colonnade: rank {rank} failed first, with {reason}", file=sys.stderr)
+        print(f"colonnade: rank {rank} ended first, with {reason}", file=sys.stderr)
         raise SystemExit(1) from None
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -223,6 +228,7 @@ def torchrun_agent(nproc: int, on_usr1: Callable[[], object] | None = None) -> I
     threads = os.environ.get("OMP_NUM_THREADS")
     # without it torchrun sets 1 thread for each rank
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(nproc)))
+    settle_restarts()
     logging.disable(logging.ERROR)  # torchrun logs failures that our own messages report
     try:
         saving = () if on_usr1 is None else (signal.SIGUSR1,)

@@ -17,6 +17,7 @@ from colonnade.launcher.cluster.ranks import (
     prepare_rank,
     settle_threads,
 )
+from colonnade.launcher.cluster.rendezvous import connect
 from colonnade.launcher.data.tokenizer import Tokenizer, tokenizer_of
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
@@ -168,7 +169,8 @@ def opened(
         yield load(path, recipe, device, None, notify)
         return
     device, timeout = prepare_rank(environment, recipe.train.device), recipe.parallel.timeout
-    with open_world(environment.rank, environment.size, device, timeout=timeout) as world:
+    store = connect(environment, device)
+    with open_world(environment.rank, environment.size, device, store, timeout) as world:
         settle_products(device)
         yield load(path, recipe, device, world, notify if world.is_rank_zero else ignore)
 

@@ -50,8 +50,7 @@ class Events:
 
     def open(self, run: Path) -> None:
         """Opens the file in the run's folder, as the next attempt. Raises OSError."""
-        earlier = read_events(run) + read_metrics(run / METRICS, superseded=True)
-        self.attempt = 1 + max(map(attempt_of, earlier), default=0)
+        self.attempt = next_attempt(run)
         self.lines = Lines(run / EVENTS)
 
     def add(self, event: str, step: int, **fields: Any) -> None:
@@ -126,6 +125,12 @@ class Events:
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run, in order; none where it has no file of them."""
     return read_lines(run / EVENTS, "event", "time", "step")
+
+
+def next_attempt(run: Path) -> int:
+    """The number of the next start of a run."""
+    earlier = read_events(run) + read_metrics(run / METRICS, superseded=True)
+    return 1 + max(map(attempt_of, earlier), default=0)
 
 
 @dataclass(frozen=True)

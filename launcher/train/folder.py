@@ -49,15 +49,17 @@ class OpenRun(NamedTuple):
     Attributes:
         path: of the folder.
         resume: it has checkpoints to go on from; its new recipe is in `COMING` until one is loaded.
+        adopted: one was loaded already, or there is none.
     """
 
     path: Path
     resume: bool
+    adopted: bool = False
 
     @property
     def recipe(self) -> Path:
         """The file of the recipe that the ranks read."""
-        return self.path / (COMING if self.resume else RECIPE)
+        return self.path / (COMING if self.resume and not self.adopted else RECIPE)
 
 
 @contextmanager

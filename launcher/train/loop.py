@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from colonnade.launcher.checkpoint import Choice, step_folder
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
+from colonnade.launcher.cluster.failures.position import Position
+from colonnade.launcher.cluster.failures.report import FailureReporter
 from colonnade.launcher.cluster.signals import StopSignal, signal_name, stop_signal
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
@@ -43,6 +45,7 @@ from colonnade.launcher.train.schedule import micro_batches, reading_plan
 from colonnade.launcher.train.step import raise_if, sync_errors, train_step
 from colonnade.launcher.train.summary import print_summary
 from colonnade.launcher.train.timeline import timeline_of
+from colonnade.models.config import CARDS
 from colonnade.parallel.engine import all_reduced
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
@@ -56,10 +59,12 @@ def run_job(
     until: int | None = None,
     announce: bool = False,
     source: ResumePoint = NEWEST,
+    reporter: FailureReporter | None = None,
 ) -> int:
     """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
 
-    `announce` as in `stop_signal`; with `resume` it goes on from `source`.
+    `announce` as in `stop_signal`; with `resume` it goes on from `source`. `reporter` records why
+    this rank failed; None: nobody does.
 
     Returns:
         the number of the signal that stopped it, or 0.
@@ -76,9 +81,15 @@ def run_job(
             job = build(recipe, run, world, events)
             if recipe.train.init is not None:
                 start_from_weights(job)
+        reporter = reporter or FailureReporter(run, world, Position(), [])
+        follow(job, reporter.position)
         monitor = open_monitor(job, recipe)
         # within, because a rank that lost its peer after a signal is ended by `stop_signal`
-        with stop_signal(world.size, announce, saving) as stop, events.errors_recorded():
+        with (
+            stop_signal(world.size, announce, saving) as stop,
+            events.errors_recorded(),
+            reporter.recording(),
+        ):
             end = min(until or job.steps, job.steps)
             signal_number = train_stages(job, monitor, stop, end)
         finished = job.step == job.steps and not signal_number
@@ -107,6 +118,15 @@ def resumed_job(
     return job
 
 
+def follow(job: Job, position: Position) -> None:
+    """Tells `position` which part of a step the job is in, and which sub-block's pass."""
+    job.timer.position = position
+    row = job.recipe.model.symbols
+    position.name = lambda t: f"{t} ({CARDS[row[t]].title})" if t < len(row) else f"{t} (MTP)"
+    for wiring in job.model.wirings():
+        wiring.visit = position.visit
+
+
 def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
     """Trains one stage after the other until step `end` or a signal on any rank, which is returned,
     or 0. Every stage begins from the checkpoint of the one before, whether the job was stopped in
@@ -122,6 +142,7 @@ def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) 
             return signal_number
         start = time.monotonic()
         change_stage(job, job.stages[job.stage.index + 1])
+        follow(job, job.timer.position)
         restore(job, Choice(step_folder(job.checkpoints, job.step), {}))
         report_stage(job, monitor, time.monotonic() - start)
 
@@ -140,6 +161,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             sync_errors(partial(raise_if, job.reader.upcoming_error(count)), job.world.device)
         job.timer.restart()
         while job.step < end and not signal_number:
+            job.timer.position.begin_step(job.step + 1)
             samples = micro_batches(job.stage, job.step, rank, ranks)
             with job.timer.part("data"):
                 batches = list(islice(job.reader, len(samples)))

@@ -7,23 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from colonnade.launcher.cluster.figures import DPI, pyplot
 from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.metrics import read_metrics
 
 COLUMNS = 200  # of a heat map, at most: loads of neighbouring steps are added
-DPI = 120  # pixels per inch
-
-
-def pyplot() -> Any:
-    """Returns matplotlib.pyplot, which draws to files; None without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return None
-    return plt
 
 
 def plot_loss(run: Path) -> Path | None:

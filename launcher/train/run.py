@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.cluster.environment import RankEnvironment, restarts
+from colonnade.launcher.cluster.environment import RankEnvironment, restart_count
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.stages import TrainingStage, training_stages
@@ -76,6 +76,7 @@ def train(
     run: str | Path | None = None,
     automatic: bool = False,
     until: int | None = None,
+    restarts: int = 0,
 ) -> Run:
     """Trains a recipe, in a new folder or in that of a run, which it makes or goes on with.
 
@@ -89,6 +90,7 @@ def train(
         run: the run's folder. The same call again goes on from its newest checkpoint.
         automatic: go on from the newest checkpoint that is whole, past damaged ones.
         until: save and stop after this step; the schedules stay those of `train.steps`.
+        restarts: how often the `nproc` ranks are started again after one of them has failed.
 
     Raises:
         UserError: a mistake in the recipe or its data; RecipeError lists all faults at once.
@@ -103,9 +105,9 @@ def train(
     step = 0 if named is None else newest_step(named)
     valid = valid_recipe(recipe, overrides, environment, nproc, step)
     ignore_early_requests(valid)
-    if run is None and restarts():
+    if run is None and restart_count():
         raise UserError(
-            f"this job has been started again (restart {restarts()}), and would begin "
+            f"this job has been started again (restart {restart_count()}), and would begin "
             "anew: name its run with --run-dir DIR, so that a restart goes on with it"
         )
     from colonnade.launcher.train.start import Order, start
@@ -113,7 +115,7 @@ def train(
     opened = (
         partial(open_new, valid, Path(runs)) if named is None else partial(open_named, valid, named)
     )
-    order = Order(ResumePoint(None, automatic), until, step)
+    order = Order(ResumePoint(None, automatic), until, step, restarts)
     return start(valid, environment, nproc, opened, order)
 
 
@@ -124,6 +126,7 @@ def resume(
     nproc: int = 1,
     automatic: bool = False,
     until: int | None = None,
+    restarts: int = 0,
 ) -> Run:
     """Continues a run from its newest checkpoint or from a given one, on any number of ranks.
 
@@ -133,12 +136,13 @@ def resume(
         run: the run's folder, or one of its checkpoints.
         overrides: changed fields, for example `train.steps=200`.
         automatic: go on from the newest checkpoint that is whole, past damaged ones.
+        restarts: as of `train`.
 
     Raises:
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
     folder, checkpoint = run_of(Path(run))
-    if checkpoint is not None and restarts():
+    if checkpoint is not None and restart_count():
         print("restarted: the run goes on from its newest checkpoint", file=sys.stderr)
         checkpoint = None  # the job's first start has gone back to it
     saved = saved_recipe(folder)
@@ -149,7 +153,7 @@ def resume(
     ignore_early_requests(recipe)
     from colonnade.launcher.train.start import Order, start
 
-    order = Order(ResumePoint(checkpoint, automatic), until, step)
+    order = Order(ResumePoint(checkpoint, automatic), until, step, restarts)
     return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)
 
 

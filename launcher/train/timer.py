@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from colonnade.launcher.cluster.failures.position import Position
+
 BETWEEN_STEPS = ("save", "validation")  # parts that do not count as time of a step
 
 
@@ -19,7 +21,9 @@ class Timer:
     update when `update` ends; the ranks' exchange of signals after the step waits for that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, position: Position | None = None) -> None:
+        """`position` is told which part begins."""
+        self.position = position or Position()
         self.parts: dict[str, float] = {}
         self.start = time.perf_counter()
 
@@ -27,8 +31,10 @@ class Timer:
     def part(self, name: str) -> Iterator[None]:
         """Adds the seconds of the block to a part of the step."""
         start = time.perf_counter()
+        self.position.enter(name)
         try:
             yield
+            self.position.enter("")  # an exception leaves the position where it is
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
 

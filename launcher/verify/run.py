@@ -21,6 +21,7 @@ from colonnade.launcher.cluster.ranks import (
     settle_determinism,
     start_ranks,
 )
+from colonnade.launcher.cluster.rendezvous import connect
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.verify.judgement import Pass, compare_traces, judge
@@ -185,7 +186,7 @@ def verify_as_rank(jobs: Sequence[Job], environment: RankEnvironment) -> list[Fi
         with open_world(0, 1, torch.device("cpu")) as world:
             references = [train_references(job, small, world) for job, small in both]
     findings = []
-    with open_world(environment.rank, size, device) as world:
+    with open_world(environment.rank, size, device, connect(environment, device)) as world:
         for (job, small), exact in zip(both, references, strict=True):
             passes = tuple(compare_cases(job, small, exact, world, notify=True))
             findings.append(Findings(job, small, size, device.type, passes))

@@ -264,7 +264,7 @@ def test_other_failures_exit_with_1() -> None:
     start = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "failed first, with signal 9" in err
+    assert "ended first, with signal 9" in err
     assert time.monotonic() - start < 45
 
 
