@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from colonnade.kernels.labels import IGNORED
 from colonnade.kernels.linear import add_product, product
 from colonnade.kernels.precision import wide, wide_dtype
 from colonnade.kernels.sharding import UNSHARDED, Sharding
-
-IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
 
 
 class _Gradients:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from colonnade.kernels.labels import IGNORED
 from colonnade.kernels.linear import linear
-from colonnade.kernels.loss import IGNORED
 from colonnade.models import records
 from colonnade.models.config import ModelConfig
 from colonnade.models.context import Context

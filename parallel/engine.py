@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport
 from colonnade.parallel.gradients import clip_factor, gradient_norm, wide_dtype

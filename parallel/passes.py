@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.models.context import Context
 from colonnade.models.decoder import Decoder
 from colonnade.models.report import PassReport

@@ -3,19 +3,16 @@
 import importlib.metadata
 import importlib.util
 import platform
-import subprocess
-import sysconfig
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from colonnade.kernels.linear import has_onednn, usual_choice
-from colonnade.launcher.cluster.compiler import cpp_compiler
+from colonnade.launcher.cluster.compiler import missing_for_compiling
 from colonnade.launcher.cluster.environment import cores
 from colonnade.launcher.cluster.host_kernels import AUTO, host_kernel_choice
 from colonnade.launcher.cluster.products import cached_choice
-from colonnade.launcher.errors import UserError
 
 OPTIONAL = {
     "datasets": "text, JSON lines, parquet and hub data (extra: text)",
@@ -87,27 +84,6 @@ def operators() -> dict[str, str]:
         "loss": "ours, chunked: never holds all logits",
         "host adamw": host_kernel_choice(AUTO)[1],
     }
-
-
-def missing_for_compiling() -> str | None:
-    """What `train.compile` needs on a CPU and is not installed, with the remedy; None: nothing."""
-    compiler = cpp_compiler()
-    if compiler is None:
-        return "no C++ compiler: install g++, or name one in the environment variable CXX"
-    if platform.system() != "Linux":
-        return None
-    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
-    command = [compiler, "-E", "-x", "c++", *(f"-I{folder}" for folder in folders), "-"]
-    finished = subprocess.run(command, input=b"#include <Python.h>", capture_output=True)
-    if finished.returncode:
-        return f"{compiler} finds no Python.h: install the headers of Python (python3-dev)"
-    return None
-
-
-def check_compiling(wanted: bool, device: torch.device) -> None:
-    """Raises UserError if the sub-blocks are to be compiled on a CPU that lacks the tools."""
-    if wanted and device.type == "cpu" and (missing := missing_for_compiling()):
-        raise UserError(f"train.compile = True: {missing}; or set train.compile = false")
 
 
 def doctor() -> dict[str, Any]:

@@ -19,6 +19,33 @@ from colonnade.launcher.errors import UserError
 
 USER_MISTAKE = 2  # exit status
 SPECIAL_STEPS = 0xFFFFFFF0  # SLURM gives batch scripts and shells step numbers from this one on
+# The only variables that a run's folder records. Each is a number, a switch, or a name of a device,
+# a host or a job: a variable that may hold a secret has no place among them.
+RECORDED = (
+    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "SLURM_CPUS_ON_NODE",
+    "SLURM_CPUS_PER_TASK", "SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK", "SLURM_JOB_END_TIME", "SLURM_JOB_ID", "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION", "SLURM_JOB_QOS", "SLURM_JOB_START_TIME",
+    "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_RESTART_COUNT", "SLURM_STEP_ID",
+    "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_TASKS_PER_NODE",
+    "SLURM_TOPOLOGY_ADDR", "NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_CROSS_NIC", "NCCL_CUMEM_ENABLE",
+    "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA",
+    "NCCL_IB_QPS_PER_CONNECTION", "NCCL_IB_RETRY_CNT", "NCCL_IB_SL", "NCCL_IB_TC",
+    "NCCL_IB_TIMEOUT", "NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS",
+    "NCCL_MIN_NCHANNELS", "NCCL_NET", "NCCL_NET_GDR_LEVEL", "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_PROTO", "NCCL_SHM_DISABLE",
+    "NCCL_SOCKET_FAMILY", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_NTHREADS", "NCCL_TOPO_FILE",
+    "GLOO_SOCKET_IFNAME", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT",
+    "TORCH_CPP_LOG_LEVEL", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_DISTRIBUTED_DEBUG",
+    "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS", "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_NCCL_ENABLE_MONITORING", "TORCH_NCCL_ENABLE_TIMING",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "TORCH_NCCL_HIGH_PRIORITY",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "ATEN_CPU_CAPABILITY", "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,19 @@ def scheduler_job() -> str | None:
 def job_nodes() -> str | None:
     """The nodes of this job of SLURM, in its notation, such as `n[1-3]`; None outside of a job."""
     return os.environ.get("SLURM_JOB_NODELIST")
+
+
+def recorded_variables() -> dict[str, str]:
+    """The variables of `RECORDED` that are set, by name."""
+    return {name: os.environ[name] for name in RECORDED if name in os.environ}
+
+
+def time_collectives() -> None:
+    """Makes NCCL record how long its collectives take, unless the user has decided otherwise.
+
+    It has an effect on process groups that are opened afterwards.
+    """
+    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
 
 
 def _tasks_on_this_node(size: int) -> int:

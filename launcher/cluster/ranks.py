@@ -20,7 +20,7 @@ from types import FrameType
 
 import torch
 
-from colonnade.launcher.cluster.doctor import check_compiling
+from colonnade.launcher.cluster.compiler import check_compiling
 from colonnade.launcher.cluster.environment import (
     USER_MISTAKE,
     RankEnvironment,
@@ -139,7 +139,7 @@ def run_as_rank(function: str, arguments: str) -> None:
 
 
 def start_ranks(
-    function: Callable[..., None],
+    function: Callable[..., None] | str,
     arguments: Mapping[str, object],
     nproc: int,
     on_usr1: Callable[[], object] | None = None,
@@ -151,7 +151,8 @@ def start_ranks(
     environment (`RankEnvironment`).
 
     Args:
-        function: a function of a module, which ranks import by name.
+        function: a function of a module, which ranks import by name; or that, `module:function`,
+            for one that this process need not import.
         arguments: its keyword arguments; JSON can represent them.
         nproc: the number of ranks.
         on_usr1: what SIGUSR1 does; None: it ends the job like other signals.
@@ -184,7 +185,8 @@ def start_ranks(
     # torchrun needs one signal to handle; `torchrun_agent` handles the others
     config.signals_to_handle = "SIGQUIT"
     command = ["-u", "-m", "colonnade.launcher", "_rank"]
-    command += [f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
+    name = function if isinstance(function, str) else f"{function.__module__}:{function.__name__}"
+    command += [name, json.dumps(arguments)]
     try:
         with torchrun_agent(nproc, on_usr1):
             elastic_launch(config, sys.executable)(*command)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data.rows import Batch, IndexedRows, Tokens, check_ids
 from colonnade.launcher.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data.content import FileContent
 from colonnade.launcher.data.mixture import Permutation, locate, split_fractions
 from colonnade.launcher.data.record import TokenFileRecord

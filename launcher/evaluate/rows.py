@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data.cache import cached_tokens
 from colonnade.launcher.data.files import source_name, source_path
 from colonnade.launcher.data.indexed import read_indexed

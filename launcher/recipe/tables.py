@@ -290,6 +290,36 @@ class CheckpointConfig(Table):
     )
 
 
+class MonitorConfig(Table):
+    """`[monitor]`: what a run tells of itself while it trains."""
+
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port at which rank 0 serves the last metrics as text for Prometheus; 0: a "
+        "free one, which is printed; default: none",
+    )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="address that it serves on: this host alone; 0.0.0.0: every network of the "
+        "host, without a password",
+    )
+    ranks_every: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        description="steps between comparisons of the ranks' own working times; 0: never",
+    )
+    slow_rank: float = Field(
+        1.5,
+        gt=1,
+        description="a rank is named as slow where it works for this many times the median of all "
+        "ranks",
+    )
+
+
 ROPE_SHAPES = ("rope_dim", "rope_fraction")  # the other rope_ fields change no parameter
 OF_THE_JOB = ("timeout", "elastic")  # of [parallel]: no stage changes them
 
@@ -362,6 +392,7 @@ class Recipe(Table):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
     stage: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
         (), description="training stages, one after the other; none: one, of `train.steps`"
     )

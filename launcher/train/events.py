@@ -10,6 +10,8 @@ run; the first has the number 1. The events are
 - `validation`: the loss, and its seconds;
 - `stage`: a training stage begins within the attempt: its index, its layout, and the `seconds` that
   building the model and loading the checkpoint of the stage before took;
+- `slow_rank`: a rank has become slow (`watch/ranks.py`): the `rank`, its `host`, its working
+  `seconds` of a step, and the `median` of all ranks;
 - `stop`: its `reason`: `finished`, `until` (the step that was asked for), the name of a signal, or
   `error` with the first line of its `message`.
 
@@ -93,6 +95,11 @@ class Events:
     def stage(self, step: int, index: int, layout: dict[str, int], seconds: float) -> None:
         """Records that a training stage begins after `step` steps."""
         self.add("stage", step, stage=index, layout=layout, seconds=round(seconds, 3))
+
+    def slow_rank(self, step: int, rank: int, host: str, seconds: float, median: float) -> None:
+        """Records that a rank is slow from now on."""
+        times = {"seconds": round(seconds, 6), "median": round(median, 6)}
+        self.add("slow_rank", step, rank=rank, host=host, **times)
 
     def stop(self, step: int, reason: str, **fields: Any) -> None:
         """Records why this attempt ends; only the first call counts."""

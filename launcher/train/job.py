@@ -24,6 +24,7 @@ from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.host_memory import require_host_memory
 from colonnade.launcher.train.saves import lock_of, open_saver
 from colonnade.launcher.train.timer import Timer
+from colonnade.launcher.train.watch.watch import Watch
 from colonnade.models.decoder import Decoder
 from colonnade.parallel.engine import Engine, connect
 from colonnade.parallel.lanes.pinned import PinnedMemoryError
@@ -53,6 +54,7 @@ class Job:
     bad_steps: int = 0  # consecutive non-finite steps up to now
     last_save: float = field(default_factory=time.monotonic)  # when the last save began
     timer: Timer = field(default_factory=Timer)
+    watch: Watch = field(default_factory=Watch)
     # updates before a parameter's optimizer state began, which was frozen until then, by name
     before: dict[str, int] = field(default_factory=dict)
 

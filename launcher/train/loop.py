@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -45,6 +46,7 @@ from colonnade.launcher.train.schedule import micro_batches, reading_plan
 from colonnade.launcher.train.step import raise_if, sync_errors, train_step
 from colonnade.launcher.train.summary import print_summary
 from colonnade.launcher.train.timeline import timeline_of
+from colonnade.launcher.train.watch.watch import watching
 from colonnade.models.config import CARDS
 from colonnade.parallel.engine import all_reduced
 from colonnade.parallel.mesh import data_rank
@@ -59,12 +61,13 @@ def run_job(
     until: int | None = None,
     announce: bool = False,
     source: ResumePoint = NEWEST,
+    command: Sequence[str] = (),
     reporter: FailureReporter | None = None,
 ) -> int:
     """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
 
-    `announce` as in `stop_signal`; with `resume` it goes on from `source`. `reporter` records why
-    this rank failed; None: nobody does.
+    `announce` as in `stop_signal`; with `resume` it goes on from `source`. `command` is recorded.
+    `reporter` records why this rank failed; None: nobody does.
 
     Returns:
         the number of the signal that stopped it, or 0.
@@ -72,7 +75,8 @@ def run_job(
     events = Events()
     on_rank_zero(lambda: write_below(run, lambda: events.open(run)))
     saving = (signal.SIGUSR1,) if recipe.checkpoint.usr1 == "save" else ()
-    with closing(events), events.errors_recorded():
+    watched = watching(recipe, run, world, events, command)
+    with closing(events), events.errors_recorded(), watched as watch:
         if resume:
             job = resumed_job(recipe, run, world, events, source)
             # only after the checkpoint was loaded under the new recipe may that replace the old one
@@ -83,6 +87,7 @@ def run_job(
                 start_from_weights(job)
         reporter = reporter or FailureReporter(run, world, Position(), [])
         follow(job, reporter.position)
+        job.watch, job.timer.waits = watch, watch.waits
         monitor = open_monitor(job, recipe)
         # within, because a rank that lost its peer after a signal is ended by `stop_signal`
         with (
@@ -177,6 +182,7 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             write_error = report_step(job, monitor, result)
             # every rank gets the same status here, so all take the same branches below
             signal_number, read_error, wanted = sync_status(job, stop, write_error, end)
+            job.watch.step_ended(job, monitor)
             if job.bad_steps >= recipe.train.bad_steps:
                 stop_for_bad_steps(job, result)
             every = recipe.checkpoint.every

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colonnade.kernels.draws import hashed
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data import Batch, Rows
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.step import sync_errors

@@ -18,6 +18,7 @@ from colonnade.launcher.run_files import METRICS
 from colonnade.launcher.train.lines import Lines, without_nan
 from colonnade.launcher.train.loads import LoadWatch
 from colonnade.launcher.train.metrics import curves
+from colonnade.launcher.train.watch.endpoint import Metrics
 from colonnade.models.shapes import measure
 from colonnade.parallel.world import World
 
@@ -90,6 +91,7 @@ class Monitor:
         window: seconds and tokens of the last steps, for a moving average.
         flops: training FLOPs per token.
         loads: the watch on the loads of experts.
+        metrics: that are served to others; None: none are.
         live: stdout is a terminal, where the line of a step overwrites that of the step before.
         unfinished: the live line has not been ended by a newline.
     """
@@ -102,6 +104,7 @@ class Monitor:
         self.lines = Lines(self.path)
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
+        self.metrics: Metrics | None = None
         self.live, self.unfinished = sys.stdout.isatty(), False
         self.last_print = 0.0
         self.begin_stage(stage)
@@ -150,6 +153,8 @@ class Monitor:
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])
+        if self.metrics:
+            self.metrics.update(plain | {"attempt": self.attempt})
         if self.wandb:
             self.wandb.log(numbers | {"step": metrics["step"]})
 

@@ -1,5 +1,6 @@
 """Reports of a training job: its start, its steps, its validations, its end."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from colonnade.launcher.checkpoint import newest, step_folder
@@ -29,6 +30,7 @@ def open_monitor(job: Job, recipe: Recipe) -> Monitor | None:
 
     def open_on_this_rank() -> None:
         opened.append(Monitor(job.run, recipe, job.stage, job.step, job.events.attempt))
+        opened[0].metrics = job.watch.metrics
         opened[0].say(describe_job(job.recipe, job.world, job.data, job.step, job.steps))
         if offload := describe_offload(job.optimizer, job.world.device):
             opened[0].say(offload)
@@ -59,10 +61,13 @@ def report_stage(job: Job, monitor: Monitor | None, seconds: float) -> None:
 
 def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
     """Records a step on rank 0; returns a write error, which `sync_status` raises on all ranks."""
+    seconds, parts = job.timer.restart()
+    if job.watch.ranks:
+        job.watch.ranks.add(parts)
     if monitor is None:
         return None
     try:
-        write_below(job.run, lambda: record_step(job, monitor, result))
+        write_below(job.run, lambda: record_step(job, monitor, result, seconds, parts))
     except UserError as error:
         return error
     return None
@@ -81,10 +86,12 @@ def stop_for_bad_steps(job: Job, result: Result) -> None:
     )
 
 
-def record_step(job: Job, monitor: Monitor, result: Result) -> None:
-    """Records a step's metrics: `tokens` are all, `trained_tokens` those with a loss."""
+def record_step(
+    job: Job, monitor: Monitor, result: Result, seconds: float, parts: Mapping[str, float]
+) -> None:
+    """Records a step's metrics: `tokens` are all, `trained_tokens` those with a loss; `seconds` and
+    `parts` are its times."""
     recipe, report = job.recipe.train, result.report
-    seconds, parts = job.timer.restart()
     tokens = batch_size(recipe, job.step - 1) * recipe.seq_len
     metrics: dict[str, Any] = {
         "step": job.step,
@@ -132,7 +139,7 @@ def run_validation(job: Job, monitor: Monitor | None) -> None:
         return
     lengths = job.data.tokenizer.byte_lengths() if job.data.tokenizer else None
     rng_key = validation_key(job.recipe.train.seed, job.step)
-    with job.timer.part("validation"):
+    with job.watch.phase("validation"), job.timer.part("validation"):
         loss, bits = validate_loss(job.engine, rows, job.recipe, lengths, rng_key)
 
     def record() -> None:

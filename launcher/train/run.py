@@ -110,7 +110,8 @@ def train(
             f"this job has been started again (restart {restart_count()}), and would begin "
             "anew: name its run with --run-dir DIR, so that a restart goes on with it"
         )
-    from colonnade.launcher.train.start import Order, start
+    from colonnade.launcher.train.order import Order
+    from colonnade.launcher.train.start import start
 
     opened = (
         partial(open_new, valid, Path(runs)) if named is None else partial(open_named, valid, named)
@@ -151,7 +152,8 @@ def resume(
     recipe = valid_recipe(folder / RECIPE, overrides, environment, nproc, step, resumed=True)
     check_resumable(saved, recipe, step)
     ignore_early_requests(recipe)
-    from colonnade.launcher.train.start import Order, start
+    from colonnade.launcher.train.order import Order
+    from colonnade.launcher.train.start import start
 
     order = Order(ResumePoint(checkpoint, automatic), until, step, restarts)
     return start(recipe, environment, nproc, partial(open_existing, recipe, folder), order)

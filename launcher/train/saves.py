@@ -73,7 +73,7 @@ def save(job: "Job", wait: bool) -> None:
     }
     tensors = named_tensors(job.model, job.optimizer)
     folder = step_folder(job.checkpoints, job.step)
-    with job.timer.part("save"):
+    with job.watch.phase("save"), job.timer.part("save"):
         job.saver.begin(folder, tensors, state, about, changing_names(job.model))
         if wait:
             job.saver.finish()

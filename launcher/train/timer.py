@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from colonnade.launcher.cluster.failures.position import Position
+from colonnade.launcher.cluster.waits import Waits
 
 BETWEEN_STEPS = ("save", "validation")  # parts that do not count as time of a step
 
@@ -19,11 +20,15 @@ class Timer:
     Parts are times of the host, not of a GPU's kernels. `passes` end when the norm of the gradients
     has been read from the GPU, so that its work on them is within. It may still be busy with the
     update when `update` ends; the ranks' exchange of signals after the step waits for that.
+
+    Attributes:
+        waits: measures how long other ranks are waited for in the parts of a step.
     """
 
     def __init__(self, position: Position | None = None) -> None:
         """`position` is told which part begins."""
         self.position = position or Position()
+        self.waits = Waits()
         self.parts: dict[str, float] = {}
         self.start = time.perf_counter()
 
@@ -33,7 +38,8 @@ class Timer:
         start = time.perf_counter()
         self.position.enter(name)
         try:
-            yield
+            with nullcontext() if name in BETWEEN_STEPS else self.waits.counted():
+                yield
             self.position.enter("")  # an exception leaves the position where it is
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start

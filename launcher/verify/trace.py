@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe

@@ -182,3 +182,4 @@ def test_different_subnets_are_a_fault_where_a_common_one_exists() -> None:
     assert "something routes" in notes[0]
     clouds = {f"n{n}": Network(Attachment("ens4", f"10.128.0.{n}/32", None)) for n in (1, 2)}
     assert network_findings(clouds) == ([], [])
+    assert network_findings(clouds | {"n3": Network(ETH[3])}) == ([], [])

@@ -193,7 +193,7 @@ def test_a_rank_whose_launcher_has_ended(tmp_path: Path) -> None:
         f'{{"run": "{tmp_path}", "resume": false, "source": [null, false], "until": null, '
         '"step": 0, "parent": 1}'
     )
-    function = "colonnade.launcher.train.start:train_started_rank"
+    function = "colonnade.launcher.train.rank:train_started_rank"
     rank = start("-m", "colonnade.launcher", "_rank", function, arguments)
     assert "Traceback" not in rank.communicate()[1]
     assert rank.returncode in (1, -signal.SIGKILL)

@@ -14,7 +14,7 @@ from test_data_parallel import LADDER, MODELS, compare, full, recipe_for, refere
 from test_tensor_parallel import collectives
 from torch import Tensor
 
-from colonnade.kernels.loss import IGNORED
+from colonnade.kernels.labels import IGNORED
 from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_model

@@ -14,7 +14,8 @@ from colonnade.launcher.cluster.fabric.links import synchronize
 SECONDS = 0.2  # for which a rate is measured
 REPEATS = 3  # measurements at least
 SMI_PATIENCE = 60  # seconds
-WIDTH = {"cpu": 512, "cuda": 8192}  # of the square matrices
+# Of the square matrices; on a CPU a product of a millisecond, which others seldom interrupt.
+WIDTH = {"cpu": 256, "cuda": 8192}
 COPIED = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # bytes
 
 SMI_FIELDS = (
@@ -36,7 +37,7 @@ class Rates:
     """What a processor does in a second.
 
     Attributes:
-        product: FLOP/s of a matrix product, bf16 on a GPU and fp32 on a CPU.
+        product: FLOP/s of a matrix product, bf16 on a GPU and fp32 in one thread on a CPU.
         copy: bytes/s that a copy in its memory reads and writes.
         from_host: bytes/s of a copy from the host's pinned memory to a GPU; None on a CPU.
     """
@@ -77,12 +78,19 @@ class Gpu:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """Measures the rates of this rank's processor, in about a second."""
-    kind = device.type
-    width = WIDTH[kind]
+    """Measures the rates of this rank's processor, in about a second.
+
+    On a CPU the product is that of one thread: with several, one that waits for another program
+    would hold up all of them.
+    """
+    kind, threads = device.type, torch.get_num_threads()
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
-    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    product = 2 * width**3 / seconds_of(lambda: a @ b, device)
+    a, b = (torch.randn(WIDTH[kind], WIDTH[kind], device=device, dtype=dtype) for _ in range(2))
+    torch.set_num_threads(1)
+    try:
+        product = 2 * WIDTH[kind] ** 3 / seconds_of(lambda: a @ b, device)
+    finally:
+        torch.set_num_threads(threads)
     source = torch.zeros(COPIED[kind], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * len(source) / seconds_of(lambda: target.copy_(source), device)

@@ -1,0 +1,1 @@
+"""Lets others watch a run: a heartbeat, metrics for Prometheus, slow ranks, a record of starts."""
