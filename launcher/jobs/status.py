@@ -1,5 +1,6 @@
 """`status`: the state of submitted jobs, and how far their runs have come."""
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from colonnade.launcher.errors import UserError
 from colonnade.launcher.jobs.history import aligned
 from colonnade.launcher.jobs.record import is_number, read_record, submitted_runs
 from colonnade.launcher.recipe.stages import training_stages
-from colonnade.launcher.run_files import JOB, JOB_SCRIPT, LOCK, METRICS, RECIPE
+from colonnade.launcher.run_files import HEARTBEAT, JOB, JOB_SCRIPT, METRICS, RECIPE
 from colonnade.launcher.train.events import STARTS, read_events
 from colonnade.launcher.train.folder import newest_step, saved_recipe
 from colonnade.launcher.train.metrics import read_metrics
@@ -119,18 +120,19 @@ def progress(run: Path) -> dict[str, Any]:
         "restarts": max(0, starts - 1),
         "stopped": stopped.get("reason"),
         "message": stopped.get("message"),
-        "silent_seconds": silence(run),
+        **heartbeat(run),
     }
 
 
-def silence(run: Path) -> float | None:
-    """Returns the seconds since the job that trains a run has last touched its lock; None where no
-    job has locked it."""
+def heartbeat(run: Path) -> dict[str, Any]:
+    """Returns the phase of a run, and the seconds since it last gave a sign of progress; nothing
+    where it has given none."""
+    path = run / HEARTBEAT
     try:
-        stat = (run / LOCK).stat()
+        beat, moment = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
     except FileNotFoundError:
-        return None
-    return round(max(0.0, time.time() - stat.st_mtime), 1) if stat.st_size else None
+        return {}
+    return {"phase": beat["phase"], "silent_seconds": round(max(0.0, time.time() - moment), 1)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -140,6 +142,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         steps = f"/{row['steps']}" if row.get("steps") else ""
         loss, rate = row.get("loss"), row.get("tokens_per_s")
         reason = row["reason"] or row.get("message") or row.get("stopped") or "-"
+        if row["state"] == "RUNNING" and "phase" in row:
+            reason = f"{row['phase']}, {row['silent_seconds']:.0f} s ago"
         cells.append(
             (
                 row["job"],

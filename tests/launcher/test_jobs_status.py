@@ -1,6 +1,7 @@
 """`status` and `logs` of submitted jobs."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from colonnade.launcher.jobs.logs import followed, logs
 from colonnade.launcher.jobs.record import JobRecord
 from colonnade.launcher.jobs.status import status
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
-from colonnade.launcher.run_files import EVENTS, JOB_SCRIPT, METRICS, RECIPE, job_log
+from colonnade.launcher.run_files import EVENTS, HEARTBEAT, JOB_SCRIPT, METRICS, RECIPE, job_log
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +187,19 @@ def test_logs_follow_a_file_that_is_rotated(how: str, tmp_path: Path) -> None:
     wait_for(b"4\n", stream)
     ended.set()
     assert b"".join(stream) == b""
+
+
+def test_a_running_job_shows_its_last_sign_of_progress(
+    slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submitted("one", "7")
+    trained(run)
+    (run / HEARTBEAT).write_text(json.dumps({"step": 3, "phase": "validation"}))
+    an_hour_ago = (run / HEARTBEAT).stat().st_mtime - 3600
+    os.utime(run / HEARTBEAT, (an_hour_ago, an_hour_ago))
+    slurm.know("7", run / JOB_SCRIPT)
+    assert main(["status"]) == 0
+    assert "RUNNING  validation, 360" in capsys.readouterr().out
+    slurm.know("7", run / JOB_SCRIPT, JobState="PENDING", Reason="BeginTime")
+    assert main(["status"]) == 0
+    assert "validation" not in capsys.readouterr().out
