@@ -90,9 +90,15 @@ def submit(slurm: SlurmCluster, folder: Path) -> Submit:
     return submit
 
 
+def steps_of(run: str | Path, superseded: bool = False) -> list[dict[str, Any]]:
+    """The rows of the steps of a run."""
+    rows = read_metrics(Path(run) / METRICS, superseded)
+    return [row for row in rows if "loss" in row]
+
+
 def losses(run: str | Path) -> list[float]:
     """The loss of each step of a run."""
-    return [row["loss"] for row in read_metrics(Path(run) / METRICS)]
+    return [row["loss"] for row in steps_of(run)]
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +113,8 @@ def undisturbed(submit: Submit, slurm: SlurmCluster) -> list[float]:
 
 def steps_since(run: str, count: int) -> Callable[[], bool]:
     """A condition: the run has made `count` steps from now on."""
-    path = Path(run) / METRICS
-    before = len(read_metrics(path, superseded=True))
-    return lambda: len(read_metrics(path, superseded=True)) >= before + count
+    before = len(steps_of(run, superseded=True))
+    return lambda: len(steps_of(run, superseded=True)) >= before + count
 
 
 def start_again(slurm: SlurmCluster, job: str, restarts: int) -> None:
@@ -199,7 +204,7 @@ def test_a_chain_goes_on_where_the_job_before_stopped(submit: Submit, slurm: Slu
     slurm.call("scancel", "--signal=USR1", first)
     assert slurm.wait(first, "COMPLETED", "FAILED") == "COMPLETED"
     assert slurm.wait(second, "COMPLETED", "FAILED") == "COMPLETED"
-    rows = read_metrics(Path(report["run"]) / METRICS, superseded=True)
+    rows = steps_of(report["run"], superseded=True)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert {row["attempt"] for row in rows} == {1, 2}
 
