@@ -47,6 +47,7 @@ def assert_undisturbed(job: TrainingJob, expected: dict[int, float], *hosts: str
 
 def test_a_rank_is_killed(job: TrainingJob, expected: dict[int, float]) -> None:
     """All ranks start again, from the newest checkpoint; the damaged one before it is passed."""
+    job.wait_for_checkpoint()  # a second one, to go back to the first
     newest = folders.newest(job.run / "checkpoints")
     assert newest is not None
     damage(newest)
