@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(
     """The disk of the run is full at its second checkpoint; the same command goes on later."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)])
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5000k", "tmpfs", str(disk)])
     assert mounted.returncode == 0
     try:
         job = TrainingJob(disk / "run", *FIELDS, nodes="2")
