@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message says what is wrong and what to do."""
+    """An error that the user can fix. The message says what is wrong and what to do.
+
+    Attributes:
+        agreed: every rank raises it, so that rank 0 prints it for all.
+    """
+
+    agreed = False
 
 
 class ReportedError(Exception):
@@ -33,7 +39,9 @@ class Fault:
 
 
 class RecipeError(UserError):
-    """Reports all faults of a recipe in one message."""
+    """Reports all faults of a recipe in one message. All ranks read the same recipe."""
+
+    agreed = True
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults = faults

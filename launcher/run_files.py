@@ -13,6 +13,7 @@ JOB_SCRIPT = "job.sbatch"  # the script that was submitted
 JOB_ENDS = "job_ends.jsonl"  # a line for every start of such a job that has ended
 HOSTS = "hosts.txt"  # the host of each task of such a job
 FAILURES = "failures"  # records of ranks that failed, a folder for each attempt
+MISTAKE = "mistake.txt"  # a user's mistake, for which ranks are not started again
 LOGS = "logs"  # the output of ranks but the first, a folder for each attempt
 SAVE = "save"  # asks the run for a checkpoint; rank 0 deletes it
 

@@ -8,4 +8,9 @@ if hosts=$("${python[@]}" -m colonnade.launcher _order --ranks-per-node {{ job.r
     order=(--distribution=arbitrary)
 else
     order=(--distribution=block)
+{% if job.container_kind %}
+    # an image has no scontrol by which ranks could find the first node
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    export MASTER_ADDR
+{% endif %}
 fi

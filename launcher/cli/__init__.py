@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from colonnade.launcher.cli.parser import RANK, parse
 from colonnade.launcher.cli.report import reporting
+from colonnade.launcher.cli.verbs import is_rank_zero
 from colonnade.launcher.cluster.environment import (
     USER_MISTAKE,
     RankEnvironment,
@@ -47,7 +48,7 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         return parsed.action(parsed)
     except UserError as mistake:
-        report_failure(str(mistake), started=parsed.verb == RANK)
+        report_failure(str(mistake), quiet=is_told(mistake) or parsed.verb == RANK)
         return USER_MISTAKE
     except ReportedError as error:
         write_error_file(error.cause)
@@ -71,3 +72,8 @@ def is_one_of_several_ranks() -> bool:
     except UserError:  # was reported already
         return False
     return rank_env is not None and rank_env.size > 1
+
+
+def is_told(mistake: UserError) -> bool:
+    """Whether rank 0 prints a mistake that all ranks have made."""
+    return mistake.agreed and is_one_of_several_ranks() and not is_rank_zero()

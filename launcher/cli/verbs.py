@@ -245,7 +245,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     try:
         report = convert(a.source, a.destination, a.to, a.dtype, a.family, a.edit)
     except LogitsDifferError as error:
-        report_failure(str(error), started=False)
+        report_failure(str(error), quiet=False)
         return 1
     a.report(asdict(report))
     return 0

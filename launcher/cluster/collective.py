@@ -9,6 +9,7 @@ import torch.distributed as dist
 from colonnade.launcher.errors import UserError
 
 T = TypeVar("T")
+ORIGIN = "colonnade_rank"  # attribute of an exception that ranks share: the rank that raised it
 
 
 def rank() -> int:
@@ -54,15 +55,21 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
     except Exception as error:
-        if isinstance(error, UserError) or type(error).__module__ == "builtins":
-            return None, error
-        # other ranks may be unable to unpickle an exception of another class
-        return None, RuntimeError(f"on rank {rank()}:\n{traceback.format_exc()}")
+        origin = rank()
+        if not isinstance(error, UserError) and type(error).__module__ != "builtins":
+            # other ranks may be unable to unpickle an exception of another class
+            line = str(error).partition("\n")[0]
+            text = f"{type(error).__name__}: {line} (on rank {origin})"
+            error = RuntimeError(f"{text}\n{traceback.format_exc()}")
+        setattr(error, ORIGIN, origin)
+        return None, error
 
 
 def _result(outcome: tuple[T | None, Exception | None]) -> T:
     """Returns the result of `_attempt`, or raises its exception."""
     value, error = outcome
     if error is not None:
+        if isinstance(error, UserError):
+            error.agreed = True
         raise error
     return cast(T, value)

@@ -132,10 +132,14 @@ def settle_restarts() -> None:
     os.environ.setdefault(OWN_STORE, "1")
 
 
+def may_restart() -> bool:
+    """Whether torchrun's agent starts the ranks again after a failure."""
+    return has_agent() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+
+
 def advice_on_restarts() -> str | None:
     """What a user who has started torchrun must know of its restarts; None: nothing."""
-    can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
-    if not has_agent() or not can_restart or os.environ.get(OWN_STORE) == "1":
+    if not may_restart() or os.environ.get(OWN_STORE) == "1":
         return None
     return (
         "torchrun may restart these ranks, and gloo cannot connect them again unless "
@@ -297,14 +301,14 @@ def master_address() -> tuple[str, str]:
     return cast("tuple[str, str]", found)
 
 
-def report_failure(message: str, started: bool) -> None:
+def report_failure(message: str, quiet: bool) -> None:
     """Prints a user's mistake, and writes it to torchrun's error file where there is one.
 
-    `started` says that our launcher started this rank: the launcher reads the error file and prints
-    the message once for all ranks, so the rank itself prints nothing.
+    `quiet` says that another process prints it: rank 0 for all ranks, or our launcher, which reads
+    the error file, for the ranks that it started.
     """
     write_error_file(message)
-    if not started:
+    if not quiet:
         print(f"colonnade: {message}", file=sys.stderr, flush=True)
 
 

@@ -51,7 +51,9 @@ class StoreGather:
             self.store.set(f"{key}/all", json.dumps(self._gather(key)))
         gathered = json.loads(self._get(f"{key}/all", 2 * self.patience))
         if "mistake" in gathered:
-            raise UserError(gathered["mistake"])
+            shared = UserError(gathered["mistake"])
+            shared.agreed = True
+            raise shared
         return gathered["values"]
 
     def __enter__(self) -> "StoreGather":

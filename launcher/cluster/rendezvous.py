@@ -83,6 +83,11 @@ def open_store(environment: RankEnvironment) -> dist.Store:
         return next(rendezvous("env://", rank, size, timeout=limit))[0]
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         host, port = master_address()
+        if rank == 0:
+            raise UserError(
+                f"rank 0 cannot open the store of the job's ranks at {host}, port {port}: "
+                f"{str(error).partition('. ')[0]}; set MASTER_PORT to a free port of this host"
+            ) from error
         raise UserError(
             f"rank {rank} on {socket.gethostname()} does not reach the store of rank 0 at {host}, "
             f"port {port}, through {gloo_interface()}: {str(error).partition('. ')[0]}; see "
@@ -103,6 +108,8 @@ def interface_to_master() -> str:
     if found is not None and not found.loopback:
         return name
     usable = [one for one in interfaces() if one.up and not one.loopback and one.addresses]
+    if not usable:
+        return name  # agents of one host
     if len(usable) == 1:
         return usable[0].name
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from colonnade.launcher.cluster.environment import USER_MISTAKE
-from colonnade.launcher.cluster.signals import SAVE_FIRST
 from colonnade.launcher.cluster.slurm.client import ENDED, parse_record, state_of
 from colonnade.launcher.jobs.history import (
     FINISHED,
@@ -21,7 +20,7 @@ from colonnade.launcher.jobs.history import (
     table,
     unrecorded,
 )
-from colonnade.launcher.run_files import JOB_ENDS
+from colonnade.launcher.run_files import JOB_ENDS, MISTAKE
 from colonnade.launcher.train.lines import Lines, write_below
 
 Word = Literal["finished", "requeue", "stop"]
@@ -35,11 +34,13 @@ class JobEnd:
         status: of the training; None: it has not started yet.
         taken: SLURM itself ends the job (scancel, its time limit) or requeues it (a lost node).
         recorded: the newest attempt of the run is one of this start of the job.
+        mistake: the user's mistake for which the training ended; under torchrun its status is 1.
     """
 
     status: int | None = None
     taken: bool = False
     recorded: bool = True
+    mistake: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ def decide(attempts: Sequence[Attempt], end: JobEnd, max_failures: int) -> Decis
         return Decision("stop", "SLURM has ended this job (scancel, time limit, or a lost node)")
     if end.status == USER_MISTAKE:
         return Decision("stop", "the training was refused (status 2): see the message above")
-    signalled = end.status is not None and end.status - 128 in {*map(int, SAVE_FIRST)}
-    if not (signalled or (last is not None and last.saved_by_signal)) and stuck(
-        attempts, max_failures
-    ):
+    if end.mistake:
+        return Decision("stop", f"the training was refused: {end.mistake}")
+    if not (last is not None and last.saved_by_signal) and stuck(attempts, max_failures):
         count = "the last start" if max_failures == 1 else f"the last {max_failures} starts"
         return Decision("stop", f"{count} failed, and got no further:", history=True)
     if end.status is None:
@@ -118,7 +118,7 @@ def after(
     Raises:
         UserError: the record cannot be written, or files of the run cannot be read.
     """
-    ends, record = read_ends(run), parse_record(facts)
+    ends, record, mistake = read_ends(run), parse_record(facts), run / MISTAKE
     newest = max((attempt.number or 0 for attempt in attempts_of(run)), default=0)
     before = ends[-1].attempts if ends else 0
     attempts = history_of(run, since)
@@ -129,6 +129,7 @@ def after(
         status=status,
         taken=is_taken(record),
         recorded=recorded,
+        mistake=mistake.read_text(encoding="utf-8").strip() if status and mistake.exists() else "",
     )
     decision = decide(attempts, end, max_failures)
     print(f"colonnade: {decision.word}: {decision.reason}", file=sys.stderr)

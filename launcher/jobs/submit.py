@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from colonnade.launcher.cluster.secrets import masked_text
 from colonnade.launcher.cluster.slurm import client
 from colonnade.launcher.cluster.slurm.options import JobOptions, check_options
 from colonnade.launcher.cluster.slurm.script import render, template_names
@@ -98,10 +99,29 @@ def submit(
     check_options(job)
     note_layout(checked, ranks_per_node)
     script = render(template, job)
+    warn_of_secrets(job.lines)
     if dry_run:
         return {"jobs": [], "run": str(folder), "script": script}
     count = jobs or (CHAINED if template == "chain" else 1)
     return send(script, job, template, count)
+
+
+def write_script(path: Path, script: str) -> None:
+    """Writes a job's script, which its user alone may read: shell lines may have secrets. Raises
+    OSError."""
+    path.touch(mode=0o600)
+    path.write_text(script, encoding="utf-8")
+
+
+def warn_of_secrets(lines: Sequence[str]) -> None:
+    """Says on stderr which shell lines seem to have a secret, which the script would keep."""
+    for line in lines:
+        if masked_text(line) != line:
+            print(
+                f"colonnade: --line {masked_text(line)}: it looks like a secret, and the run's "
+                "folder keeps the script; export it before submit, or read it from a file",
+                file=sys.stderr,
+            )
 
 
 def send(script: str, job: JobOptions, template: str, count: int) -> dict[str, Any]:
@@ -114,7 +134,7 @@ def send(script: str, job: JobOptions, template: str, count: int) -> dict[str, A
         except OSError as error:
             raise UserError(f"{folder}: cannot make the run's folder: {error.strerror}") from error
         check_new_or_run(folder)
-    write_below(run, lambda: path.write_text(script, encoding="utf-8"))
+    write_below(run, lambda: write_script(path, script))
     numbers: list[str] = []
     try:
         for _ in range(count):

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from colonnade.launcher.cluster.environment import scheduler_job
 from colonnade.launcher.errors import UserError
@@ -35,7 +35,7 @@ def locked(folder: Path, beat: float = BEAT) -> Iterator[None]:
     """
     path = folder / LOCK
     try:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
     except OSError as error:
         raise unwritable_error(folder, error) from error
     with file:
@@ -54,7 +54,7 @@ def locked(folder: Path, beat: float = BEAT) -> Iterator[None]:
             file.truncate(0)  # given back, so that no one waits for signs of life
 
 
-def take(folder: Path, file: TextIO, beat: float) -> None:
+def take(folder: Path, file: FileIO, beat: float) -> None:
     """Takes the lock, and writes this process into it; raises UserError where a living job has it,
     OSError where the disk refuses."""
     shared = True
@@ -74,8 +74,7 @@ def take(folder: Path, file: TextIO, beat: float) -> None:
     if holder and not (shared and on_this_host) and shows_life(folder / LOCK, beat):
         raise held_error(folder, holder)
     file.truncate(0)
-    file.write(f"{describe_holder()}\n")
-    file.flush()
+    file.write(f"{describe_holder()}\n".encode())
     if not shared:  # of two jobs that start at the same moment, the one that wrote last has it
         time.sleep(beat / 5)
         if (holder := read(file)) != describe_holder():
@@ -110,10 +109,10 @@ def held_error(folder: Path, holder: str) -> UserError:
     )
 
 
-def read(file: TextIO) -> str:
+def read(file: FileIO) -> str:
     """Returns the text of the lock: its last holder, or nothing if that gave it back."""
     file.seek(0)
-    return file.read().strip()
+    return file.read().decode().strip()
 
 
 def shows_life(path: Path, beat: float) -> bool:

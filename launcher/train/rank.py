@@ -22,7 +22,12 @@ from colonnade.launcher.data import prepare_data
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import COMING
-from colonnade.launcher.train.attempt import attempt_of, own_output
+from colonnade.launcher.train.attempt import (
+    attempt_of,
+    consider_earlier,
+    mistakes_kept,
+    own_output,
+)
 from colonnade.launcher.train.folder import OpenRun, ResumePoint, newest_step
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.order import OpenFolder, Order
@@ -42,7 +47,8 @@ def train_as_rank(
     `launched` is when our own launcher was started, if it has started this rank: the launcher has
     prepared the data, and announces signals to the user.
     """
-    startup, started = Startup(launched), launched is not None
+    started = launched is not None
+    startup = Startup(None if restart_count() else launched)
     startup.mark("imports")
     if not started and has_agent():
         end_with_launcher()
@@ -65,10 +71,17 @@ def train_as_rank(
             )
         startup.mark("data")
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
+        on_rank_zero(lambda: consider_earlier(run.path))
         attempt = attempt_of(run.path, world, startup, started)
         order = order._replace(command=order.command or sys.argv)
         reporter = attempt.reporter
-        with reporter.reporting(), own_output(run.path, attempt), reporter.watching():
+        with (
+            reporter.reporting(),
+            own_output(run.path, attempt),
+            reporter.watching(),
+            reporter.recording(),
+            mistakes_kept(run.path),
+        ):
             number = run_job(recipe, run.path, world, run.resume, order, attempt)
     return Run(run.path, 128 + number if number else 0)
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colonnade.launcher.cluster.environment import RankEnvironment, restart_count
+from colonnade.launcher.cluster.environment import RankEnvironment, may_restart, restart_count
 from colonnade.launcher.errors import RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.stages import TrainingStage, training_stages
@@ -105,10 +105,10 @@ def train(
     step = 0 if named is None else newest_step(named)
     valid = valid_recipe(recipe, overrides, environment, nproc, step)
     ignore_early_requests(valid)
-    if run is None and restart_count():
+    if run is None and (restart_count() or may_restart()):
         raise UserError(
-            f"this job has been started again (restart {restart_count()}), and would begin "
-            "anew: name its run with --run-dir DIR, so that a restart goes on with it"
+            f"this job is started again after a failure (restart {restart_count()} so far), and "
+            "would begin anew: name its run with --run-dir DIR, so that a restart goes on with it"
         )
     from colonnade.launcher.train.order import Order
     from colonnade.launcher.train.start import start
@@ -143,6 +143,12 @@ def resume(
         UserError: no run or no complete checkpoint there, or a mistake in the recipe.
     """
     folder, checkpoint = run_of(Path(run))
+    if checkpoint is not None and may_restart():
+        raise UserError(
+            f"--resume {run}: torchrun may start these ranks again, and each start would go back "
+            "to this checkpoint; go back to it first (train --resume CHECKPOINT --until its next "
+            "step, without --max-restarts), then give the run's folder"
+        )
     if checkpoint is not None and restart_count():
         print("restarted: the run goes on from its newest checkpoint", file=sys.stderr)
         checkpoint = None  # the job's first start has gone back to it

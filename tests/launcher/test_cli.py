@@ -249,7 +249,8 @@ def test_the_error_of_the_failing_rank_alone_is_reported(tmp_path: Path) -> None
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert process.returncode == 1
-    assert process.stderr.count("ArithmeticError: raised by the test") == 1
+    assert process.stderr.count("\ncolonnade: rank ") == 1
+    assert process.stderr.count("\nArithmeticError: raised by the test") == 1  # of the traceback
     assert "Connection closed" not in process.stderr
 
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 
-from colonnade.launcher.cluster.failures.record import Record, cause_in
+from colonnade.launcher.cluster.failures.record import STUCK, Record, cause_in
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
@@ -23,6 +23,12 @@ def explain(records: dict[int, Record], hosts: Sequence[str]) -> str:
         )
     culprit = missing_rank(records)
     if culprit is None:
+        if stuck := [record for record in records.values() if record.kind == STUCK]:
+            first = min(stuck, key=lambda record: record.time)
+            return (
+                f"rank {first.rank} on {first.host} hung ({first.position}), while others waited "
+                f"for it; it was at {innermost(first.trace)}"
+            )
         silent = [rank for rank in range(len(hosts)) if rank not in records]
         if not silent:
             return "all ranks lost their connections at once; the network, or a host, has failed"
@@ -50,7 +56,9 @@ def without_word(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:4])
     if len(ranks) > 4:
         named += f" and {len(ranks) - 4} others"
-    return f"{named} left no record: killed (out of memory?), stopped, or the host is out of reach"
+    logs = ", ".join(f"rank-{rank}.log" for rank in ranks[:4] if rank)
+    text = "left no record: killed (out of memory?), stopped, or the host is out of reach"
+    return f"{named} {text}" + (f" (see {logs} in the run's logs)" if logs else "")
 
 
 def missing_rank(records: dict[int, Record]) -> tuple[int, Record] | None:

@@ -44,6 +44,7 @@ class Collective(NamedTuple):
         sizes: of its inputs.
         launched: in Unix seconds.
         ended: it has completed or failed.
+        between_two: it is a send or a receive.
     """
 
     group: Group
@@ -52,6 +53,7 @@ class Collective(NamedTuple):
     sizes: list[list[int]]
     launched: float
     ended: bool
+    between_two: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} number {self.number} of {self.group}"
@@ -77,6 +79,7 @@ def collectives(axes: dict[tuple[int, ...], str]) -> list[Collective]:
                 entry["input_sizes"],
                 entry["time_created_ns"] / 1e9,
                 bool(entry["retired"]),
+                bool(entry["is_p2p"]),
             )
         )
     return found

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from colonnade.launcher.cluster.collective import ORIGIN
 from colonnade.launcher.cluster.failures.flight import KEPT, Collective, Group, waiting_for
 
 # What gloo, NCCL and the store say when another rank is gone, and not when this one has failed.
@@ -21,6 +24,8 @@ LOST_PEER = re.compile(
     r"connection was likely closed",
     re.IGNORECASE,
 )
+# Files that send and receive, which gloo's flight recorder does not see.
+SENT_AND_RECEIVED = re.compile(r"/(pipeline/run|context/p2p)\.py")
 CAUSE, LOST, STUCK = "cause", "lost a rank", "stuck"  # kinds of records
 
 
@@ -55,6 +60,8 @@ class Record:
 
     def reached(self, collective: Collective) -> bool:
         """Returns whether the rank has launched a collective of one of its groups."""
+        if collective.between_two:
+            return True  # its number counts on one rank alone
         group = collective.group
         return any(g.ranks == group.ranks and n >= collective.number for g, n in self.last)
 
@@ -73,17 +80,19 @@ def record_of(
     """Returns the record of this rank now: of its error, or, without one, of its threads."""
     kind, line = STUCK, ""
     if error is not None:
-        kind = LOST if is_lost_peer(error) else CAUSE
+        elsewhere = getattr(error, ORIGIN, rank) != rank  # another rank raised it, and shared it
+        kind = LOST if elsewhere or is_lost_peer(error) else CAUSE
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         text = "".join(traceback.format_exception(error))
     else:
         text = stacks()
     waits = waiting_for(launched)
-    if waits is None and kind == LOST and launched:
+    if waits is None and kind == LOST and launched and not SENT_AND_RECEIVED.search(text):
         waits = launched[-1]  # a collective that has failed has ended
     last: dict[Group, int] = {}
     for one in launched:
-        last[one.group] = max(one.number, last.get(one.group, 0))
+        if not one.between_two:
+            last[one.group] = max(one.number, last.get(one.group, 0))
     flight = [
         f"{one} {one.sizes} launched {one.launched:.3f}{'' if one.ended else ', in flight'}"
         for one in launched[-KEPT:]
@@ -97,11 +106,13 @@ def record_of(
 def is_lost_peer(error: BaseException) -> bool:
     """Returns whether an error says that another rank is gone, and so is no cause itself."""
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__
     return any(
-        isinstance(one, RuntimeError | ConnectionError) and LOST_PEER.search(str(one))
+        isinstance(one, dist.DistError)
+        or (isinstance(one, RuntimeError) and LOST_PEER.search(str(one)) is not None)
         for one in chain
     )
 

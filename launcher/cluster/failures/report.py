@@ -1,5 +1,6 @@
 """Records why this rank failed or what it waits for, and prints the cause once for all ranks."""
 
+import json
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from colonnade.parallel.world import World
 GRACE_PERIOD = 5.0
 # Of the time-out of collectives: after it a rank that is where it was records what it waits for.
 STUCK_AFTER = 0.7
+HOSTS = "hosts.json"  # of all ranks, in the folder of an attempt's records
+SAID_AFTER = 0.9  # of it: what ranks wait for is printed where the time-out ends the process
 
 
 class FailureReporter:
@@ -35,6 +38,7 @@ class FailureReporter:
         hosts: of all ranks.
         started: our launcher started this rank, and prints users' mistakes for all ranks.
         recorded: the error whose record was written.
+        lock: of the record's file, which two threads write.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class FailureReporter:
         self.folder, self.world, self.position = folder, world, position
         self.hosts, self.started = hosts, started
         self.recorded: BaseException | None = None
+        self.lock = threading.Lock()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -57,7 +62,7 @@ class FailureReporter:
         finally:
             ended.set()
             if watch.is_alive():
-                watch.join()
+                watch.join(GRACE_PERIOD)  # a disk that hangs must not hold up the end
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -124,15 +129,16 @@ class FailureReporter:
     def record(self, error: BaseException | None = None) -> None:
         """Writes the record of this rank, of an error or, without one, of a rank that hangs; of an
         error once."""
-        if error is not None and error is self.recorded:
+        if self.recorded is not None and error in (None, self.recorded):
             return
-        self.recorded = error or self.recorded
         if error is not None and self.world.rank:
             traceback.print_exception(error)  # into the log of this rank
         launched = collectives(self._axes()) if dist.is_initialized() else []
         record = record_of(self.world.rank, self.position.describe(), launched, error)
         try:
-            record.write(self.folder)
+            with self.lock:
+                self.recorded = error or self.recorded
+                record.write(self.folder)
         except OSError as refused:
             print(f"colonnade: {self.folder}: {refused.strerror}", file=sys.stderr, flush=True)
 
@@ -152,14 +158,43 @@ class FailureReporter:
         written: float | None = None  # of which position there is a record
         while not ended.wait(min(1.0, limit / 4)):
             since = self.position.since
+            waited = time.monotonic() - since
             if written is not None and written != since:
-                (self.folder / f"rank-{self.world.rank}.json").unlink(missing_ok=True)
+                self._withdraw()
                 written = None
-            elif written is None and time.monotonic() - since > limit:
+            elif written is None and waited > limit:
                 written = since
                 self.record()
-        if written is not None and self.recorded is None:
-            (self.folder / f"rank-{self.world.rank}.json").unlink(missing_ok=True)
+            elif self.aborts and waited > SAID_AFTER / STUCK_AFTER * limit and self.is_first():
+                text = explain(read_records(self.folder), self.hosts)
+                print(f"\ncolonnade: {text}", file=sys.__stderr__, flush=True)
+        if written is not None:
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Deletes the record of a rank that hung and goes on."""
+        with self.lock:
+            if self.recorded is None:
+                (self.folder / f"rank-{self.world.rank}.json").unlink(missing_ok=True)
+
+    @property
+    def aborts(self) -> bool:
+        """Whether a collective that takes too long ends the process, as NCCL's watchdog does, with
+        no exception that could be reported."""
+        return self.world.device.type == "cuda"
+
+
+def write_hosts(folder: Path, hosts: list[str]) -> None:
+    """Writes the hosts of an attempt's ranks beside their records. Raises OSError."""
+    (folder / HOSTS).write_text(json.dumps(hosts) + "\n", encoding="utf-8")
+
+
+def explained(folder: Path) -> str | None:
+    """Returns one line on what failed in an attempt; None where no rank left a record."""
+    records, hosts = read_records(folder), folder / HOSTS
+    if not records or not hosts.exists():
+        return None
+    return explain(records, json.loads(hosts.read_text(encoding="utf-8"))).partition("\n")[0]
 
 
 @contextmanager
