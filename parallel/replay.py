@@ -154,9 +154,9 @@ def index_of(path: str, row: int) -> int:
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """Yields every parameter that FSDP2 has all-gathered in an earlier pass and that is trained:
     as it is at rest, and as it is used, which gets the gradient of this rank alone."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for one in group.fsdp_params:
-                    if hasattr(one, "_unsharded_param") and one.sharded_param.requires_grad:
-                        yield one.sharded_param, one.unsharded_param
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # modules whose weights are gathered together have one state
+    for state in dict.fromkeys(module._get_fsdp_state() for module in sharded):
+        for one in (one for group in state._fsdp_param_groups for one in group.fsdp_params):
+            if hasattr(one, "_unsharded_param") and one.sharded_param.requires_grad:
+                yield one.sharded_param, one.unsharded_param

@@ -15,8 +15,8 @@ run; the first has the number 1. The events are
 - `rewind`: a loss spiked in step `spike` (`guard/spikes.py`), and the run went back to its `step`:
   the `loss`, the steps that are `skipped`, the first and the last of their `samples`, and the
   `seconds` that building the model and loading the checkpoint took;
-- `replay`: two data-parallel ranks computed different results (`guard/replay.py`): `pairs` of ranks,
-  the `suspects` among them, their `hosts`, and the first `result` that differs;
+- `replay`: ranks computed different results (`guard/replay.py`): the `pairs` of ranks, the
+  `suspects` among them, their `hosts`, and the first `result` that differs;
 - `stop`: its `reason`: `finished`, `until` (the step that was asked for), the name of a signal, or
   `error` with the first line of its `message`.
 

@@ -1,7 +1,9 @@
 """Spikes of the loss: what is one, how a run goes back, and what it trains on afterwards."""
 
 import math
+import os
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +136,11 @@ def job_with_spikes(
     resume: bool = False,
     until: int | None = None,
     kill_at: int = 0,
+    stop_at: int = 0,
 ) -> list[int]:
     """Runs a job in which these steps, from 1, have these losses, and update with their gradients;
-    returns the steps that were trained. At the second begin of step `kill_at` it raises."""
+    returns the steps that were trained. At the second begin of step `kill_at` it raises, and in
+    step `stop_at` rank 0 gets SIGTERM."""
     trained: list[int] = []
 
     def with_spike(*arguments: Any) -> Result:
@@ -144,6 +148,8 @@ def job_with_spikes(
         trained.append(step)
         if trained.count(kill_at) == 2:
             raise ArithmeticError("killed")
+        if step == stop_at and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
         result = train_step(*arguments)
         loss = bad.get(step, result.report.loss)
         return result._replace(report=replace(result.report, loss=loss))
@@ -197,9 +203,7 @@ def test_a_run_goes_on_as_if_it_had_never_seen_the_batch(
         assert event["loss"] == (loss if loss == HIGH else None)
 
 
-def test_several_steps_are_passed_over(
-    ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_several_steps_are_passed_over(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> None:
     """The checkpoint of step 6 is within them, so that the run goes back to that of step 4, and
     sets the other aside; two spikes follow each other."""
     settings, run = recipe(*GUARD, "guard.skip=2"), tmp_path / "run"
@@ -237,9 +241,30 @@ def test_a_resumed_run_passes_over_the_same_steps(
     assert losses(other) == pytest.approx(losses(run), rel=1e-10)
 
 
-def test_without_a_spike_nothing_changes(
-    ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_a_signal_in_the_step_of_a_spike(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The run stops after the rewind, whose checkpoint knows of the spike."""
+    settings, run = recipe(*GUARD), tmp_path / "run"
+    trained = ranks2.run(job_with_spikes, settings, run, {7: HIGH}, False, None, 0, 7)[0]
+    assert trained == [1, 2, 3, 4, 5, 6, 7]
+    assert ranks2.run(job_with_spikes, settings, run, {}, True)[0] == [8, 9, 10]
+    assert training_losses(run) == ranks2.run(losses_without, settings, tmp_path, {7})[0]
+    assert [e["reason"] for e in read_events(run) if "reason" in e] == ["SIGTERM", "finished"]
+
+
+def test_a_stream_is_read_again(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> None:
+    words = random.Random(2).choices(["one", "two", "three", "four"], k=4000)
+    text = "\n\n".join(" ".join(words[i : i + 40]) for i in range(0, 4000, 40))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    stream = (f"data.sources.0.path={tmp_path / 'text.txt'}", "data.sources.0.stream=true",
+              "data.sources.0.format=text", "model.vocab=257", "data.validation=",
+              "train.validate_rows=", "checkpoint.every=3")  # fmt: skip
+    settings, run = recipe(*GUARD, *stream), tmp_path / "run"
+    trained = ranks2.run(job_with_spikes, settings, run, {8: HIGH})[0]
+    assert trained == [1, 2, 3, 4, 5, 6, 7, 8, 7, 9, 10]
+    assert training_losses(run) == ranks2.run(losses_without, settings, tmp_path, {8})[0]
+
+
+def test_without_a_spike_nothing_changes(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> None:
     ranks2.run(job, recipe(*GUARD), tmp_path / "on")
     off = [setting for setting in GUARD if not setting.startswith("guard")]
     ranks2.run(job, recipe(*off), tmp_path / "off")
@@ -254,16 +279,16 @@ def test_a_spike_before_the_first_checkpoint_ends_the_run(
 ) -> None:
     with pytest.raises(RankError) as failed:
         ranks2.run(job_with_spikes, recipe(*GUARD), tmp_path / "run", {2: NAN})
-    told = "step 2: loss nan, gradient norm .*: not finite, and there is no checkpoint before step 2"
+    told = (
+        "step 2: loss nan, gradient norm .*: not finite, and there is no checkpoint before step 2"
+    )
     failed.match(told)
     assert [e["reason"] for e in read_events(tmp_path / "run") if "reason" in e] == ["error"]
 
 
-def test_spikes_without_end_end_the_run(
-    ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_spikes_without_end_end_the_run(ranks2: Ranks, recipe: MakeRecipe, tmp_path: Path) -> None:
     settings = recipe(*GUARD, "guard.limit=2", "train.steps=20")
-    with pytest.raises(RankError, match="step 9: .* after 2 others within guard.window = 3 steps"):
+    with pytest.raises(RankError, match=r"step 9: .* after 2 others within guard\.window = 3"):
         ranks2.run(job_with_spikes, settings, tmp_path / "run", dict.fromkeys(range(7, 20), NAN))
     rewinds = [e["spike"] for e in read_events(tmp_path / "run") if e["event"] == "rewind"]
     assert rewinds == [7, 8]

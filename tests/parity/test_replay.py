@@ -18,6 +18,7 @@ from colonnade.launcher.train.guard import replay
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.models.decoder import Decoder
+from colonnade.parallel.gradients import local
 from colonnade.parallel.replay import Recording, checksum, gathered_parameters
 from colonnade.parallel.world import World
 
@@ -70,6 +71,12 @@ def flip_bit(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def flip_gradient(parameter: torch.Tensor) -> None:
+    """Flips a bit of a parameter's gradient."""
+    assert parameter.grad is not None
+    flip_bit(local(parameter.grad))
+
+
 def faulty_job(
     rank: int, size: int, recipe: Recipe, run: Path, faulty: int, calls: set[int], at: str
 ) -> None:
@@ -87,9 +94,7 @@ def faulty_job(
             else:
                 names = dict((p, name) for name, p in model.named_parameters())
                 (weight,) = (g for p, g in gathered_parameters(model) if names[p] == at)
-                hook = weight.register_post_accumulate_grad_hook(
-                    lambda p: flip_bit(getattr(p.grad, "_local_tensor", p.grad)) and None
-                )
+                hook = weight.register_post_accumulate_grad_hook(flip_gradient)
             handles.append(hook)
         count += 1
         try:
@@ -121,8 +126,8 @@ FAULTS: dict[str, tuple[Any, ...]] = {
                                [[2, 0]], [], "the gradient of blocks.1.up"),
     "pp=2, dp=2": (("parallel.pp=2",), 4, 3, ALWAYS, SECOND,
                    [[2, 3], [3, 2]], [], "the forward pass of blocks.1.second"),
-    "pp=2, dp=2, first stage": (("parallel.pp=2",), 4, 1, {1}, "wiring.blocks.0.first",
-                                [[0, 1]], [], "the forward pass of blocks.0.first"),
+    "pp=2, dp=2, first stage": (("parallel.pp=2",), 4, 1, {1}, "embedding",
+                                [[0, 1]], [], "the forward pass of embedding"),
     "dp=3": ((), 3, 1, ALWAYS, SECOND,
              [[0, 1], [1, 2]], [1], "the forward pass of blocks.1.second"),
     "dp=3, own alone": ((), 3, 2, {0}, "blocks.1.down",
@@ -133,9 +138,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_flipped_bit_is_found_on_its_rank(
-    recipe: MakeRecipe, tmp_path: Path, name: str
-) -> None:
+def test_a_flipped_bit_is_found_on_its_rank(recipe: MakeRecipe, tmp_path: Path, name: str) -> None:
     overrides, size, faulty, calls, at, pairs, suspects, result = FAULTS[name]
     run = tmp_path / "run"
     with pytest.raises(RankError) as failed:

@@ -1,8 +1,8 @@
 """Replays micro-batches on other ranks, to find a processor that computes wrongly and says nothing.
 
 Every `guard.replay_every` steps, after the update, every *replica*, the ranks that compute a
-micro-batch together, computes two micro-batches forward and backward: the first one of its own step,
-and then that of the replica before it, from the same weights.
+micro-batch together, computes two micro-batches forward and backward: the first one of its own
+step, and then that of the replica before it, from the same weights.
 
     replica      0     1     2
     own          a     b     c
@@ -18,11 +18,14 @@ The rank that is named is the one at which results differ first; what is compute
 on others. A third replica, where there is one, shows which of two is wrong.
 
 What it sees: products, attention, scans and collectives within a replica, forward and backward,
-that are wrong at the time; and weights that have diverged between replicas (`dp_replicate`). What it
-does not see: a fault that does not occur in these few passes, because it is rare or depends on other
-data; the optimizer's update and other work on a shard of the weights, which one rank does for all;
-reductions of gradients between replicas; what all processors compute wrongly alike. It finds faulty
-processors in the course of a run, and does not prove that a step is right.
+that are wrong at the time; and weights that have diverged between replicas (`dp_replicate`).
+
+What it does not see: a fault that does not occur in these few passes, because it is rare or depends
+on other data; the optimizer's update and other work on a shard of the weights, which one rank does
+for all; reductions of gradients between replicas; what all processors compute wrongly alike. It
+finds faulty processors in the course of a run, and does not prove that a step is right: it repeats
+also the rank's own passes instead of recording those of the step, in which micro-batches of a
+pipeline are in flight together, and FSDP2 sums their gradients before anybody sees them.
 
 With experts on ranks of several data-parallel ranks these are one replica, as they exchange tokens.
 """
@@ -55,13 +58,13 @@ class Replicas(NamedTuple):
     Attributes:
         ranks: `[R, P]`, the rank at each of the P places of each of the R replicas.
         data_ranks: of one replica.
-        index: of this rank's replica.
+        replica: that of this rank.
         place: of this rank in it.
     """
 
     ranks: list[list[int]]
     data_ranks: int
-    index: int
+    replica: int
     place: int
 
     @classmethod
@@ -70,12 +73,12 @@ class Replicas(NamedTuple):
         _, ranks_of_data = data_rank(mesh)
         by_data = mesh.mesh.movedim(0, 2).reshape(ranks_of_data, -1)  # pp behind the data axes
         ranks: list[list[int]] = by_data.reshape(ranks_of_data // data_ranks, -1).tolist()
-        index = next(i for i, of_replica in enumerate(ranks) if rank in of_replica)
-        return cls(ranks, data_ranks, index, ranks[index].index(rank))
+        replica = next(q for q, of_replica in enumerate(ranks) if rank in of_replica)
+        return cls(ranks, data_ranks, replica, ranks[replica].index(rank))
 
     def peer(self, distance: int) -> int:
         """Returns the rank at the same place of the replica so many before this one."""
-        return self.ranks[(self.index - distance) % len(self.ranks)][self.place]
+        return self.ranks[(self.replica - distance) % len(self.ranks)][self.place]
 
 
 class Difference(NamedTuple):
@@ -85,7 +88,7 @@ class Difference(NamedTuple):
         owner: the rank whose micro-batch it was.
         replayer: the rank that replayed it.
         result: the first that differs, in words.
-        suspect: which of both a third rank contradicts; None: there is none, or it contradicts both.
+        suspect: which of both a third rank contradicts; None: there is none, or both.
         third: that rank; None: there is none.
     """
 
@@ -106,9 +109,7 @@ def replay_if_due(job: Job, batches: Sequence[Batch]) -> None:
     every = job.recipe.guard.replay_every
     if not every or (job.step + 1) % every:
         return
-    replicas = Replicas.of(
-        job.mesh, job.recipe.parallel.data_ranks_of_replica, job.world.rank
-    )
+    replicas = Replicas.of(job.mesh, job.recipe.parallel.data_ranks_of_replica, job.world.rank)
     if len(replicas.ranks) < 2:
         return  # an elastic job that has lost the others
     with job.timer.part("replay"):
@@ -211,7 +212,7 @@ def stop_for_differences(job: Job, differences: Sequence[Difference]) -> None:
     on_rank_zero(lambda: write_below(job.run, record))
     last = on_rank_zero(lambda: newest(job.checkpoints))
     told = "; ".join(described(one, hosts) for one in differences)
-    host = f"{hosts[suspects[0]]}" if len(suspects) == 1 else "the faulty host"
+    host = hosts[suspects[0]] if len(suspects) == 1 else "the faulty host"
     raise UserError(
         f"step {step}: {told}. A processor computes wrongly, so the run stops; "
         f"{f'the newest checkpoint is {last}' if last else 'there is no checkpoint yet'}. Go on "

@@ -3,10 +3,11 @@
 A step is a spike if its loss or a gradient is not finite, or if its loss is above the median of the
 last `guard.window` losses by more than `guard.spike` standard deviations. OLMo-core's
 `SkipStepOptimizer` (olmo_core/optim/skip_step_optimizer.py) judges losses by the same number of
-losses, 128, and 6 standard deviations. We take median and median absolute deviation in place of mean
-and standard deviation, because these have a breakdown point of 50%: neither the fall of the loss
-within the window nor an earlier high loss widens the band much (Rousseeuw and Croux, Alternatives
-to the median absolute deviation, JASA 88, 1993). Losses below the median are never spikes.
+losses, 128, and 6 standard deviations. We take median and median absolute deviation in place of
+mean and standard deviation, because these have a breakdown point of 50%: neither the fall of the
+loss within the window nor an earlier high loss widens the band much (Rousseeuw and Croux,
+Alternatives to the median absolute deviation, JASA 88, 1993). Losses below the median are no
+spikes. Norms of gradients are not judged, unless they are not finite: clipping bounds their harm.
 
 What follows is PaLM's remedy (arXiv:2204.02311, section 5.1): training goes back to a checkpoint
 before the spike and leaves out the batches around it, because spikes came from a batch and a state
