@@ -47,9 +47,10 @@ def replay_needs_replicas(r: Recipe, world_size: int | None) -> Iterator[Fault]:
     if not r.guard.replay_every or world_size is None or p.elastic or not fits(r, world_size):
         return
     if replicas(p, world_size) < 2:
-        cause = f"experts on parallel.ep = {p.ep} ranks" if p.ep > 1 else "this layout"
-        remedy = f"with {cause} all {world_size} ranks compute micro-batches together, and no "
-        remedy += "others could repeat one; use more ranks, or set guard.replay_every to 0"
+        cause = f"parallel.ep = {p.ep}" if p.ep > 1 else "the layout"
+        ranks = "one rank" if world_size == 1 else f"the {world_size} ranks"
+        remedy = f"{cause} makes one replica of {ranks}, and no other could repeat its micro-"
+        remedy += "batches; use more ranks, or set guard.replay_every to 0"
         yield Fault("guard.replay_every", r.guard.replay_every, remedy)
 
 

@@ -1,8 +1,9 @@
 """Replays micro-batches on other ranks, to find a processor that computes wrongly and says nothing.
 
-Every `guard.replay_every` steps, after the update, every *replica*, the ranks that compute a
-micro-batch together, computes two micro-batches forward and backward: the first one of its own
-step, and then that of the replica before it, from the same weights.
+Every `guard.replay_every` steps, after the update, when no weight has a gradient and no optimizer
+expects one, every *replica*, the ranks that compute a micro-batch together, computes two
+micro-batches forward and backward from the same weights: the first one of its own step, and then
+that of the replica before it.
 
     replica      0     1     2
     own          a     b     c
@@ -121,10 +122,10 @@ def compare(job: Job, replicas: Replicas, batch: Batch) -> list[Difference]:
     """Computes and replays micro-batches, and returns where results differ; the same on all ranks.
     Collective."""
     recordings = [recording_of(job, replicas, batch, distance) for distance in (0, 1)]
-    device, size = job.world.device, job.world.size
-    digests = torch.empty(2 * size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(digests, torch.stack([one.digest() for one in recordings]))
-    own, replayed = digests.view(size, 2).T.tolist()
+    digests = torch.stack([one.digest() for one in recordings])
+    of_ranks = [torch.empty_like(digests) for _ in range(job.world.size)]
+    dist.all_gather(of_ranks, digests)
+    own, replayed = torch.stack(of_ranks, dim=1).tolist()
     ranks = replicas.ranks
     if all(
         own[ranks[q - 1][place]] == replayed[rank]
