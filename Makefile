@@ -34,7 +34,7 @@ SRC = $(VENV)/src
 links:
 	mkdir -p $(SRC)/colonnade
 	ln -sfn $(CURDIR)/verbs/__init__.py $(SRC)/colonnade/__init__.py
-	for room in bench launcher parallel models kernels; do ln -sfn $(CURDIR)/$$room $(SRC)/colonnade/$$room; done
+	for room in bench launcher parallel models kernels slurm; do ln -sfn $(CURDIR)/$$room $(SRC)/colonnade/$$room; done
 
 lint: $(VENV)/.ready-test links
 	$(BIN)/ruff check .

@@ -154,6 +154,13 @@ def bench_offload() -> dict[str, Any]:
     return run()
 
 
+def bench_start() -> dict[str, Any]:
+    """From `train` to its first step, and from a killed rank to the next, beside torchrun."""
+    from colonnade.bench.start import run
+
+    return run()
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
     "loader": bench_loader,
@@ -172,6 +179,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "convert": bench_convert,
     "init": bench_init,
     "offload": bench_offload,
+    "start": bench_start,
 }
 
 

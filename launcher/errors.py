@@ -12,7 +12,7 @@ class ReportedError(Exception):
 
     Attributes:
         status: the exit status.
-        cause: that was printed.
+        cause: that was printed, in one line.
     """
 
     def __init__(self, status: int, cause: str) -> None:

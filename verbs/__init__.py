@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from colonnade.launcher.evaluate.run import evaluate as evaluate
     from colonnade.launcher.generate import generate as generate
     from colonnade.launcher.inspect.run import inspect as inspect
+    from colonnade.launcher.jobs.logs import logs as logs
+    from colonnade.launcher.jobs.status import status as status
+    from colonnade.launcher.jobs.submit import submit as submit
     from colonnade.launcher.plan.run import plan as plan
     from colonnade.launcher.recipe.load import load_recipe as load_recipe
     from colonnade.launcher.train.run import resume as resume
@@ -27,15 +30,18 @@ _MODULES = {
     "evaluate": "launcher.evaluate.run",
     "generate": "launcher.generate",
     "inspect": "launcher.inspect.run",
+    "logs": "launcher.jobs.logs",
     "load_recipe": "launcher.recipe.load",
     "plan": "launcher.plan.run",
+    "status": "launcher.jobs.status",
+    "submit": "launcher.jobs.submit",
     "resume": "launcher.train.run",
     "train": "launcher.train.run",
     "verify": "launcher.verify.run",
 }
 __all__ = [
-    "convert", "data", "doctor", "evaluate", "generate", "inspect", "load_recipe", "plan", "resume",
-    "train", "verify",
+    "convert", "data", "doctor", "evaluate", "generate", "inspect", "load_recipe", "logs", "plan",
+    "resume", "status", "submit", "train", "verify",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The command line: `colonnade VERB`. Exits 0 on success, 2 on a user's mistake, 1 otherwise.
 
 parser  verbs and options
+jobs    those of SLURM's jobs
 verbs   what each verb does
 report  reports as text or JSON
 """
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from colonnade.launcher.cli.parser import parse
+from colonnade.launcher.cli.parser import RANK, parse
 from colonnade.launcher.cli.report import reporting
 from colonnade.launcher.cluster.environment import (
     USER_MISTAKE,
@@ -46,13 +47,13 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         return parsed.action(parsed)
     except UserError as mistake:
-        report_failure(str(mistake), started=parsed.verb.startswith("_"))
+        report_failure(str(mistake), started=parsed.verb == RANK)
         return USER_MISTAKE
     except ReportedError as error:
         write_error_file(error.cause)
         return error.status
     except KeyboardInterrupt:
-        if not parsed.verb.startswith("_"):
+        if parsed.verb != RANK:
             print("\ncolonnade: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception:  # an error of this rank, or the consequence of another rank's failure

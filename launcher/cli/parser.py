@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from colonnade.launcher.cli import verbs
+from colonnade.launcher.cli import jobs, verbs
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train.add_argument("--dry-run", action="store_true", help="check it, print its size, stop")
 
-    rank = subparsers.add_parser("_rank")
+    rank = subparsers.add_parser(RANK)
     rank.set_defaults(action=verbs.run_rank)
     rank.add_argument("function", help="module:function")
     rank.add_argument("arguments", help="its keyword arguments as JSON")
@@ -174,6 +174,11 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint", help="a checkpoint, a run (its newest), or a Hugging Face folder"
     )
     inspect.add_argument("other", nargs="?", help="compare with this one")
+
+    jobs.add_submit(add("submit", jobs.run_submit), positive)
+    jobs.add_status(add("status", jobs.run_status))
+    jobs.add_logs(add("logs", jobs.run_logs), count)
+    jobs.add_hidden(subparsers.add_parser)
 
     doctor = add("doctor", verbs.run_doctor)
     add_doctor(doctor)
@@ -305,10 +310,15 @@ VERBS = {
     "data": "convert text to packed tokens in Megatron's .bin/.idx format",
     "convert": "write weights of a run as a Hugging Face folder, or the reverse",
     "inspect": "show what a checkpoint holds and check its files, or compare two",
+    "submit": "check a recipe at a job's size, and submit a script that trains it to SLURM",
+    "status": "show the state of submitted jobs, and how far their runs have come",
+    "logs": "show the output of a submitted job, or follow it until its end",
     "doctor": "show devices, backends, and which kernel serves each operator",
     "bench": "run a benchmark beside its reference",
 }
-PLANNED = ("logs", "report", "status", "submit", "sweep")
+PLANNED = ("report", "sweep")
+RANK = "_rank"  # the verb of ranks that we start
+HIDDEN = (RANK, jobs.AFTER, jobs.ORDER)
 
 
 def unknown_verb(word: str) -> str:
@@ -327,7 +337,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; overrides of a recipe may come before or after options."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words and not words[0].startswith("-") and words[0] not in (*VERBS, "_rank"):
+    if words and not words[0].startswith("-") and words[0] not in (*VERBS, *HIDDEN):
         parser.error(unknown_verb(words[0]))
     parsed, unparsed = parser.parse_known_args(arguments)
     has_overrides = hasattr(parsed, "overrides")

@@ -154,6 +154,11 @@ def scheduler_job() -> str | None:
     return f"SLURM job {number}" if number else None
 
 
+def job_nodes() -> str | None:
+    """The nodes of this job of SLURM, in its notation, such as `n[1-3]`; None outside of a job."""
+    return os.environ.get("SLURM_JOB_NODELIST")
+
+
 def recorded_variables() -> dict[str, str]:
     """The variables of `RECORDED` that are set, by name."""
     return {name: os.environ[name] for name in RECORDED if name in os.environ}

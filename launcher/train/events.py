@@ -5,6 +5,8 @@ run; the first has the number 1. The events are
 
 - `start`, and `restart` from a `checkpoint`: the recipe's name, the layout, the host, the device,
   the software, and the `seconds` that building the model and loading the checkpoint took;
+- `first step`: the `parts` of the seconds from the start of the job to the end of the attempt's
+  first step, as in `launcher.cluster.startup`;
 - `save`: the step of the checkpoint, the `blocked_seconds` in which training waited for it, the
   `seconds` until it was complete, and its `bytes`; of the last two what is known;
 - `validation`: the loss, and its seconds;

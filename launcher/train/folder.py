@@ -11,7 +11,18 @@ from typing import NamedTuple
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.load import dump_recipe, load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import CHECKPOINTS, COMING, LOCK, RECIPE, SAVE
+from colonnade.launcher.run_files import (
+    CHECKPOINTS,
+    COMING,
+    HOSTS,
+    JOB,
+    JOB_ENDS,
+    JOB_SCRIPT,
+    LOCK,
+    RECIPE,
+    SAVE,
+    job_log,
+)
 from colonnade.launcher.train.lock import locked
 from colonnade.launcher.train.resumable import check_resumable
 
@@ -103,10 +114,11 @@ def open_named(recipe: Recipe, folder: Path) -> Iterator[OpenRun]:
 
 def check_new_or_run(folder: Path) -> None:
     """Raises UserError unless a folder is a run, or empty but for what a job that was killed before
-    it wrote its recipe has left."""
+    it wrote its recipe has left, and for the files of a job that was submitted."""
     if (folder / RECIPE).is_file():
         return
-    own = {CHECKPOINTS, SAVE, f"{RECIPE}.new"}
+    own = {CHECKPOINTS, SAVE, f"{RECIPE}.new", JOB, JOB_SCRIPT, JOB_ENDS, HOSTS}
+    own |= {path.name for path in folder.glob(job_log("*"))}
     others = [path.name for path in folder.iterdir() if path.name not in own]
     others = [name for name in others if not name.startswith(LOCK)]
     if (folder / CHECKPOINTS).is_dir():

@@ -14,6 +14,7 @@ from colonnade.launcher.checkpoint import Saver
 from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.cluster.host_kernels import settle_host_kernel
 from colonnade.launcher.cluster.ranks import settle_determinism
+from colonnade.launcher.cluster.startup import Startup
 from colonnade.launcher.data import Data, open_data
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
@@ -57,6 +58,7 @@ class Job:
     timer: Timer = field(default_factory=Timer)
     watch: Watch = field(default_factory=Watch)
     guard: SpikeGuard = field(default_factory=SpikeGuard)
+    startup: Startup | None = None  # until the first step has been trained
     # updates before a parameter's optimizer state began, which was frozen until then, by name
     before: dict[str, int] = field(default_factory=dict)
 

@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -13,24 +12,26 @@ import torch.distributed as dist
 from colonnade.launcher.checkpoint import Choice, step_folder
 from colonnade.launcher.cluster.collective import on_all_ranks, on_rank_zero
 from colonnade.launcher.cluster.failures.position import Position
-from colonnade.launcher.cluster.failures.report import FailureReporter
 from colonnade.launcher.cluster.signals import StopSignal, signal_name, stop_signal
 from colonnade.launcher.data.prefetch import Prefetcher
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
+from colonnade.launcher.train.attempt import Attempt, attempt_of
 from colonnade.launcher.train.events import Events
-from colonnade.launcher.train.folder import NEWEST, ResumePoint, adopt
+from colonnade.launcher.train.folder import ResumePoint, adopt
 from colonnade.launcher.train.guard.replay import replay_if_due
 from colonnade.launcher.train.guard.rewind import rewind
 from colonnade.launcher.train.guard.spikes import Spike
 from colonnade.launcher.train.job import Job, build, change_stage
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
+from colonnade.launcher.train.order import NOTHING_ASKED, Order
 from colonnade.launcher.train.reports import (
     finish,
     open_monitor,
     report_stage,
+    report_startup,
     report_step,
     run_validation,
     stop_for_bad_steps,
@@ -61,44 +62,41 @@ def run_job(
     run: Path,
     world: World,
     resume: bool = False,
-    until: int | None = None,
-    announce: bool = False,
-    source: ResumePoint = NEWEST,
-    command: Sequence[str] = (),
-    reporter: FailureReporter | None = None,
+    order: Order = NOTHING_ASKED,
+    attempt: Attempt | None = None,
 ) -> int:
-    """Trains to the last step, to step `until`, or to a signal. Collective over all ranks.
+    """Trains to the last step, to that of the order, or to a signal. Collective over all ranks.
 
-    `announce` as in `stop_signal`; with `resume` it goes on from `source`. `command` is recorded.
-    `reporter` records why this rank failed; None: nobody does.
+    With `resume` it goes on from the order's source. `attempt` is made where it is not given.
 
     Returns:
         the number of the signal that stopped it, or 0.
     """
-    events = Events()
+    attempt, events = attempt or attempt_of(run, world), Events()
     on_rank_zero(lambda: write_below(run, lambda: events.open(run)))
     saving = (signal.SIGUSR1,) if recipe.checkpoint.usr1 == "save" else ()
-    watched = watching(recipe, run, world, events, command)
+    watched = watching(recipe, run, world, events, order.command)
     with closing(events), events.errors_recorded(), watched as watch:
         if resume:
-            job = resumed_job(recipe, run, world, events, source)
+            job = resumed_job(recipe, run, world, events, order.source)
             # only after the checkpoint was loaded under the new recipe may that replace the old one
             on_rank_zero(lambda: adopt(run))
         else:
             job = build(recipe, run, world, events)
             if recipe.train.init is not None:
                 start_from_weights(job)
-        reporter = reporter or FailureReporter(run, world, Position(), [])
-        follow(job, reporter.position)
+        attempt.startup.mark("model")
+        job.startup = attempt.startup
+        follow(job, attempt.reporter.position)
         job.watch, job.timer.waits = watch, watch.waits
         monitor = open_monitor(job, recipe)
         # within, because a rank that lost its peer after a signal is ended by `stop_signal`
         with (
-            stop_signal(world.size, announce, saving) as stop,
+            stop_signal(world.size, attempt.announce, saving) as stop,
             events.errors_recorded(),
-            reporter.recording(),
+            attempt.reporter.recording(),
         ):
-            end = min(until or job.steps, job.steps)
+            end = min(order.until or job.steps, job.steps)
             signal_number = train_stages(job, monitor, stop, end)
         finished = job.step == job.steps and not signal_number
         reason = signal_name(signal_number) or ("finished" if finished else "until")
@@ -185,7 +183,7 @@ def train_loop(
             job.events.step = job.step
             if result is not None:
                 job.bad_steps = job.bad_steps + 1 if result.skipped else 0
-            write_error = report_step(job, monitor, result)
+            write_error = report_step(job, monitor, result) or report_startup(job, monitor)
             # every rank gets the same status here, so all take the same branches below
             signal_number, read_error, wanted = sync_status(job, stop, write_error, end)
             job.watch.step_ended(job, monitor)

@@ -25,3 +25,6 @@ class Order(NamedTuple):
     step: int = 0
     restarts: int = 0
     command: Sequence[str] = ()
+
+
+NOTHING_ASKED = Order()

@@ -1,9 +1,8 @@
 """Takes part in a training job as one of its ranks."""
 
 import os
-import socket
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,20 @@ from colonnade.launcher.cluster.environment import (
     restart_count,
     time_collectives,
 )
-from colonnade.launcher.cluster.failures.position import Position
-from colonnade.launcher.cluster.failures.report import FailureReporter, output_in_file
 from colonnade.launcher.cluster.products import settle_products
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, end_with_launcher, prepare_rank
 from colonnade.launcher.cluster.rendezvous import connect
+from colonnade.launcher.cluster.startup import Startup
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import Recipe
-from colonnade.launcher.run_files import COMING, FAILURES, LOGS
-from colonnade.launcher.train.events import next_attempt
+from colonnade.launcher.run_files import COMING
+from colonnade.launcher.train.attempt import attempt_of, own_output
 from colonnade.launcher.train.folder import OpenRun, ResumePoint, newest_step
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.order import OpenFolder, Order
 from colonnade.launcher.train.run import Run
-from colonnade.parallel.world import World, open_world
+from colonnade.parallel.world import open_world
 
 
 def train_as_rank(
@@ -37,13 +35,15 @@ def train_as_rank(
     environment: RankEnvironment,
     open_folder: OpenFolder,
     order: Order,
-    started: bool = False,
+    launched: float | None = None,
 ) -> Run:
     """Trains as one rank. Rank 0 opens the run's folder, the first rank of each host prepares data.
 
-    `started` says that our own launcher started this rank: the launcher has prepared the data, and
-    announces signals to the user.
+    `launched` is when our own launcher was started, if it has started this rank: the launcher has
+    prepared the data, and announces signals to the user.
     """
+    startup, started = Startup(launched), launched is not None
+    startup.mark("imports")
     if not started and has_agent():
         end_with_launcher()
     device = prepare_rank(environment, recipe.train.device, recipe.train.compile)
@@ -54,6 +54,7 @@ def train_as_rank(
         ExitStack() as folders,
         open_world(environment.rank, environment.size, device, store, timeout) as world,
     ):
+        startup.mark("ranks")
         settle_products(device)
         if world.is_rank_zero and not started and (advice := advice_on_restarts()):
             print(f"colonnade: {advice}", file=sys.stderr, flush=True)
@@ -62,36 +63,14 @@ def train_as_rank(
             on_all_ranks(
                 lambda: prepare_data(recipe, order.step) if prepares else None, world.wait_for_all
             )
+        startup.mark("data")
         run = on_rank_zero(lambda: folders.enter_context(open_folder()))
-        announce = environment.rank == 0 and not started
-        reporter = open_reporter(run.path, world, started)
-        with reporter.reporting(), own_output(run.path, reporter), reporter.watching():
-            number = run_job(
-                recipe,
-                run.path,
-                world,
-                run.resume,
-                order.until,
-                announce,
-                order.source,
-                order.command or sys.argv,
-                reporter,
-            )
+        attempt = attempt_of(run.path, world, startup, started)
+        order = order._replace(command=order.command or sys.argv)
+        reporter = attempt.reporter
+        with reporter.reporting(), own_output(run.path, attempt), reporter.watching():
+            number = run_job(recipe, run.path, world, run.resume, order, attempt)
     return Run(run.path, 128 + number if number else 0)
-
-
-def open_reporter(run: Path, world: World, started: bool) -> FailureReporter:
-    """Returns what reports failures of this attempt at a run. Collective: all-gathers the hosts."""
-    attempt = on_rank_zero(lambda: next_attempt(run))
-    hosts = on_all_ranks(socket.gethostname)
-    return FailureReporter(run / FAILURES / f"attempt-{attempt}", world, Position(), hosts, started)
-
-
-def own_output(run: Path, reporter: FailureReporter) -> AbstractContextManager[None]:
-    """Returns a block in which ranks but the first print into files of their own."""
-    rank = reporter.world.rank
-    path = run / LOGS / reporter.folder.name / f"rank-{rank}.log"
-    return output_in_file(path) if rank else nullcontext()
 
 
 def open_again(opened: OpenRun) -> tuple[OpenRun, ResumePoint, int]:
@@ -110,6 +89,7 @@ def train_started_rank(
     until: int | None,
     step: int,
     command: list[str],
+    launched: float,
     parent: int,
 ) -> None:
     """Trains as a rank that `start` started: the run's folder and the data are prepared."""
@@ -121,4 +101,4 @@ def train_started_rank(
     environment = RankEnvironment.from_environment() or SINGLE_PROCESS
     recipe = load_recipe(opened.recipe, world_size=environment.size, step=step)
     order = Order(point, until, step, command=command)
-    train_as_rank(recipe, environment, lambda: nullcontext(opened), order, started=True)
+    train_as_rank(recipe, environment, lambda: nullcontext(opened), order, launched)

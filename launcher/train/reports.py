@@ -81,6 +81,22 @@ def report_step(job: Job, monitor: Monitor | None, result: Result | None) -> Use
     return None
 
 
+def report_startup(job: Job, monitor: Monitor | None) -> UserError | None:
+    """Says and records on rank 0, after the first step of an attempt, what its start took; returns
+    a write error, as `report_step`."""
+    startup, job.startup = job.startup, None
+    if startup is None or monitor is None:
+        return None
+    startup.mark("first step")
+    monitor.say(startup.describe())
+    parts = {name: round(seconds, 3) for name, seconds in startup.parts.items()}
+    try:
+        write_below(job.run, lambda: job.events.add("first step", job.step, parts=parts))
+    except UserError as error:
+        return error
+    return None
+
+
 def stop_for_bad_steps(job: Job, result: Result) -> None:
     """Raises UserError on all ranks, after too many bad steps, with remedies. Collective."""
     last, recipe = on_rank_zero(lambda: newest(job.checkpoints)), job.recipe

@@ -11,6 +11,7 @@ from pathlib import Path
 from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.cluster.ranks import SINGLE_PROCESS, choose_device, start_ranks
 from colonnade.launcher.cluster.secrets import masked
+from colonnade.launcher.cluster.startup import process_start
 from colonnade.launcher.data import prepare_data
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.tables import Recipe
@@ -69,6 +70,7 @@ def start(
             "until": order.until,
             "step": order.step,
             "command": masked(order.command or sys.argv),
+            "launched": process_start(),
             "parent": os.getpid(),
         }
         saves = recipe.checkpoint.usr1 == "save"

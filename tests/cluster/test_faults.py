@@ -47,6 +47,7 @@ def assert_undisturbed(job: TrainingJob, expected: dict[int, float], *hosts: str
 
 def test_a_rank_is_killed(job: TrainingJob, expected: dict[int, float]) -> None:
     """All ranks start again, from the newest checkpoint; the damaged one before it is passed."""
+    job.wait_for_checkpoint()  # a second one, to go back to the first
     newest = folders.newest(job.run / "checkpoints")
     assert newest is not None
     damage(newest)
@@ -160,7 +161,7 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(
     """The disk of the run is full at its second checkpoint; the same command goes on later."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)])
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5000k", "tmpfs", str(disk)])
     assert mounted.returncode == 0
     try:
         job = TrainingJob(disk / "run", *FIELDS, nodes="2")
@@ -191,6 +192,9 @@ def test_a_second_job_in_the_same_folder_is_refused(hosts: Hosts, tmp_path: Path
     second = TrainingJob(job.run, *FIELDS, nodes="1")
     second.log = lambda host: job.run.with_name("second.log")  # type: ignore[method-assign]
     second.start(hosts["n2"], store=hosts["n2"])
-    assert second.agents["n2"].wait(120) == 1
+    second.wait()
     assert "trains this run; wait for its end" in (job.run.with_name("second.log")).read_text()
     job.wait_for_steps(1)
+    job.agents["n1"].terminate()
+    job.wait()
+    verify(folders.checkpoints(job.run / "checkpoints")[-1])

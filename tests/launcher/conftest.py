@@ -1,12 +1,14 @@
 """Fixtures of the launcher's tests: recipes in a file, their faults, and caches in a folder."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import preloaded_context
+from slurm_commands import SlurmCommands
 
 from colonnade.launcher.data import IndexedWriter
 from colonnade.launcher.data.indexed import token_dtype
@@ -109,3 +111,13 @@ def temporary_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def slurm(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> SlurmCommands:
+    """Puts stand-ins for SLURM's commands in front of PATH."""
+    folder = tmp_path_factory.mktemp("slurm")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return SlurmCommands(folder)

@@ -86,7 +86,17 @@ def only_run() -> Path:
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("train", "plan", "generate", "data", "doctor", "bench"):
+    for verb in (
+        "train",
+        "plan",
+        "generate",
+        "data",
+        "submit",
+        "status",
+        "logs",
+        "doctor",
+        "bench",
+    ):
         with pytest.raises(SystemExit) as exit_info:
             build_parser().parse_args([verb, "--help"])
         assert exit_info.value.code == 0
@@ -98,7 +108,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("sweep", "`sweep` is planned and not built yet"),
         ("trian", "did you mean `train`?"),
-        ("submt", "did you mean `submit`, which is planned and not built yet?"),
+        ("submt", "did you mean `submit`?"),
+        ("repor", "did you mean `report`, which is planned and not built yet?"),
         ("xyzzy", "there is no verb `xyzzy`"),
     ],
 )

@@ -25,6 +25,7 @@ from colonnade.launcher.train.events import Events, goodput, read_events
 from colonnade.launcher.train.lines import Lines, read_lines
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
+from colonnade.launcher.train.order import Order
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
@@ -99,7 +100,7 @@ def job(
     engine.gradient_norm = gradient_norm
     try:
         with redirect_stdout(io.StringIO()) as printed:
-            run_job(recipe, run, World(rank, size, torch.device("cpu")), resume, until)
+            run_job(recipe, run, World(rank, size, torch.device("cpu")), resume, Order(until=until))
     except ArithmeticError:
         pass
     finally:
@@ -108,10 +109,11 @@ def job(
 
 
 def told(run: Path) -> list[tuple[Any, ...]]:
-    """The events of a run: attempt, event, step, and the reason of a stop."""
+    """The events of a run but for `first step`: attempt, event, step, and the reason of a stop."""
     return [
         (e["attempt"], e["event"], e["step"], *([e["reason"]] if "reason" in e else []))
         for e in read_events(run)
+        if e["event"] != "first step"
     ]
 
 
@@ -119,7 +121,10 @@ def test_the_events_of_a_run(ranks2: Ranks, recipe: Callable[..., Recipe], tmp_p
     """On two ranks every event is written once."""
     run = tmp_path / "run"
     printed, nothing = ranks2.run(job, recipe("parallel.tp=2"), run)
-    start, *others = read_events(run)
+    start, first, *others = read_events(run)
+    assert (first["event"], first["step"]) == ("first step", 1)
+    assert list(first["parts"]) == ["model", "first step"]
+    assert min(first["parts"].values()) > 0
     assert told(run)[1:] == [
         (1, "save", 2),
         (1, "validation", 3),

@@ -25,6 +25,7 @@ from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.losses import validate_loss, validation_key
 from colonnade.launcher.train.metrics import read_metrics
 from colonnade.launcher.train.monitor import Monitor
+from colonnade.launcher.train.order import Order
 from colonnade.parallel import engine
 from colonnade.parallel.world import World
 
@@ -36,7 +37,7 @@ def job(
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "recipe.toml").write_text(dump_recipe(recipe))
-    return run_job(recipe, run, World(rank, size, torch.device("cpu")), resume, until)
+    return run_job(recipe, run, World(rank, size, torch.device("cpu")), resume, Order(until=until))
 
 
 def losses(run: Path) -> list[float]:

@@ -191,7 +191,7 @@ def test_a_rank_whose_launcher_has_ended(tmp_path: Path) -> None:
     """It ends before it trains: nobody would wait for it."""
     arguments = (
         f'{{"run": "{tmp_path}", "resume": false, "source": [null, false], "until": null, '
-        '"step": 0, "parent": 1}'
+        '"step": 0, "command": [], "launched": 0, "parent": 1}'
     )
     function = "colonnade.launcher.train.rank:train_started_rank"
     rank = start("-m", "colonnade.launcher", "_rank", function, arguments)

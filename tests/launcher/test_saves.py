@@ -22,6 +22,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.folder import ResumePoint
 from colonnade.launcher.train.loop import run_job
 from colonnade.launcher.train.metrics import read_metrics
+from colonnade.launcher.train.order import Order
 from colonnade.parallel.world import World
 
 MakeRecipe = Callable[..., Recipe]
@@ -172,7 +173,7 @@ def resume_from(
     rank: int, size: int, recipe: Recipe, run: Path, source: ResumePoint, until: int | None = None
 ) -> int:
     world = World(rank, size, torch.device("cpu"))
-    return run_job(recipe, run, world, True, until, source=source)
+    return run_job(recipe, run, world, True, Order(source, until))
 
 
 def test_a_run_goes_back_to_an_earlier_checkpoint(

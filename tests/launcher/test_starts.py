@@ -20,6 +20,7 @@ from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.lines import read_lines
 from colonnade.launcher.train.loop import run_job
+from colonnade.launcher.train.order import Order
 from colonnade.launcher.train.watch.starts import Place, by_host
 from colonnade.parallel.world import World
 
@@ -47,7 +48,7 @@ def job(
     os.environ.update(variables)
     try:
         world, until = World(rank, size, torch.device("cpu")), None if resume else 1
-        run_job(recipe, run, world, resume, until, command=COMMAND)
+        run_job(recipe, run, world, resume, Order(until=until, command=COMMAND))
     finally:
         for name in variables:
             del os.environ[name]

@@ -93,7 +93,8 @@ class FailureReporter:
             if text is not None:
                 where = f"(records of all ranks: {self.folder})"
                 print(f"\ncolonnade: {text}\n{where}", file=sys.stderr, flush=True)
-            raise ReportedError(1, text or f"another rank failed first: {self.folder}") from error
+            line = (text or f"another rank failed first: {self.folder}").partition("\n")[0]
+            raise ReportedError(1, line) from error
 
     def cause(self) -> str | None:
         """Returns what failed first, for this rank to print; None: another rank prints it."""

@@ -1,0 +1,1 @@
+"""Jobs of SLURM that train runs: `submit`, `status`, `logs`, and what follows after a job's end."""
