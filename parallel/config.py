@@ -1,5 +1,6 @@
 """The `[parallel]` table: the degree of each kind of parallelism, and its options."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
@@ -139,6 +140,15 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             "ep": self.ep,
             "etp": etp,
         }
+
+    @property
+    def data_ranks_of_replica(self) -> int:
+        """How many consecutive data-parallel ranks compute their micro-batches together: one, or as
+        many as send tokens to the ranks of each other's experts."""
+        if not self.folds_experts:
+            return 1
+        inner = self.cp * self.tp
+        return math.lcm(inner, self.ep * (self.etp or self.tp)) // inner
 
     def layout(self, world_size: int) -> dict[str, int]:
         """The axes of both views that have several ranks, with their degrees."""

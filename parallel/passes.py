@@ -118,6 +118,13 @@ class Passes:
             outcomes.append(Outcome(objective.detach(), one.counted_report(report)))
         return outcomes
 
+    def repeat(self, inputs: Inputs, scale: float) -> None:
+        """Runs forward and backward of one micro-batch, as `train` does, between two steps: no
+        optimizer expects its gradients. Collective."""
+        set_last_micro_batch(self.model, True)
+        objective, _ = self.model(*inputs.on(self.device))
+        (objective * scale).backward()
+
     def evaluate(self, inputs: Sequence[Inputs]) -> list[Outcome]:
         """Runs forward passes in evaluation mode, without gradients. Collective."""
         with evaluating(self.model):

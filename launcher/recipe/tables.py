@@ -290,6 +290,39 @@ class CheckpointConfig(Table):
     )
 
 
+class GuardConfig(Table):
+    """`[guard]`: what a run does about silent corruption and bad data."""
+
+    spike: float = Field(
+        0.0,
+        ge=0,
+        description="a step whose loss is not finite, or is above the median of the last losses by "
+        "more than this many standard deviations (1.4826 times their median absolute deviation), "
+        "is a spike: the run goes back to a checkpoint before it and passes over its samples; "
+        "0: off; 6 is usual",
+    )
+    window: int = Field(
+        128,
+        ge=2,
+        le=10_000,
+        description="losses to which the next one is compared; as long as there are fewer, only a "
+        "loss that is not finite is a spike",
+    )
+    skip: int = Field(
+        1, ge=1, le=2**20, description="steps that are passed over, of which the spike is the last"
+    )
+    limit: int = Field(
+        3, ge=1, le=2**20, description="spikes within `window` steps; one more ends the run"
+    )
+    replay_every: int = Field(
+        0,
+        ge=0,
+        le=2**40,
+        description="steps between replays, in which every data-parallel rank repeats a "
+        "micro-batch of another one, and the results have to be bit-equal; 0: none",
+    )
+
+
 class MonitorConfig(Table):
     """`[monitor]`: what a run tells of itself while it trains."""
 
@@ -392,6 +425,7 @@ class Recipe(Table):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     monitor: MonitorConfig = MonitorConfig()
     stage: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
         (), description="training stages, one after the other; none: one, of `train.steps`"

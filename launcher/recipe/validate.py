@@ -13,6 +13,7 @@ from colonnade.launcher.recipe.rules import (
     base_model,
     context,
     experts,
+    guard,
     layout,
     pipeline,
     row,
@@ -44,6 +45,7 @@ RULES: list[NamedRule] = [
     *pipeline.RULES,
     *context.RULES,
     *run.RULES,
+    *guard.RULES,
 ]
 
 

@@ -14,6 +14,11 @@ run; the first has the number 1. The events are
   building the model and loading the checkpoint of the stage before took;
 - `slow_rank`: a rank has become slow (`watch/ranks.py`): the `rank`, its `host`, its working
   `seconds` of a step, and the `median` of all ranks;
+- `rewind`: a loss spiked in step `spike` (`guard/spikes.py`), and the run went back to its `step`:
+  the `loss`, the steps that are `skipped`, the first and the last of their `samples`, and the
+  `seconds` that building the model and loading the checkpoint took;
+- `replay`: ranks computed different results (`guard/replay.py`): the `pairs` of ranks, the
+  `suspects` among them, their `hosts`, and the first `result` that differs;
 - `stop`: its `reason`: `finished`, `until` (the step that was asked for), the name of a signal, or
   `error` with the first line of its `message`.
 
@@ -98,6 +103,13 @@ class Events:
         """Records that a training stage begins after `step` steps."""
         self.add("stage", step, stage=index, layout=layout, seconds=round(seconds, 3))
 
+    def rewind(
+        self, step: int, spike: int, loss: float, skipped: range, samples: range, seconds: float
+    ) -> None:
+        """Records that the run went back to `step`, and passes over some steps."""
+        passed = {"skipped": list(skipped), "samples": [samples.start, samples.stop - 1]}
+        self.add("rewind", step, spike=spike, loss=loss, **passed, seconds=round(seconds, 3))
+
     def slow_rank(self, step: int, rank: int, host: str, seconds: float, median: float) -> None:
         """Records that a rank is slow from now on."""
         times = {"seconds": round(seconds, 6), "median": round(median, 6)}
@@ -149,10 +161,11 @@ class Goodput:
     Attributes:
         wall: all of them.
         steps: steps of the run as it now is.
-        lost: steps that were recorded, and repeated after a restart.
+        lost: steps that were recorded, and repeated or skipped after a restart or a rewind.
         saves: training waited for checkpoints.
         validation: validations, repeated ones too.
-        start_up: from the start of each attempt to that of its first step, and of training stages.
+        start_up: from the start of each attempt to that of its first step, and of training stages
+            and rewinds.
         stopped: from the last event or row of each attempt to the start of the next, when its
             ranks are connected. It has the step in which an attempt was killed, and attempts that
             failed before training could start.
@@ -195,8 +208,8 @@ def goodput(events: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
     """Reckons the goodput of a run: seconds of the steps that count, over seconds in all.
 
     Seconds in all are from the first start, before the model was built, to the last event or row.
-    The seconds of a step that count are those of its row that no later attempt has superseded. A
-    skipped step counts, because the run as it now is has it.
+    The seconds of a step that count are those of its row that nothing later has superseded. A step
+    whose update was skipped counts, because the run as it now is has it.
 
     Args:
         events: of the run, in order.
@@ -218,7 +231,7 @@ def goodput(events: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
         first_step.setdefault(attempt_of(row), row["time"] - row["seconds"])
     # an attempt that ended before a step has spent what is known of it on starting
     start_up = [first_step.get(s["attempt"], s["time"]) - begin_of(s) for s in starts]
-    start_up += [e["seconds"] for e in events if e["event"] == "stage"]
+    start_up += [e["seconds"] for e in events if e["event"] in ("stage", "rewind")]
     stopped = [begin_of(after) - last[s["attempt"]] for s, after in pairwise(starts)]
     in_curve = sum(row["seconds"] for row in current_rows(rows) if "seconds" in row)
     return Goodput(

@@ -22,6 +22,7 @@ from colonnade.launcher.recipe.stages import TrainingStage, training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS
 from colonnade.launcher.train.events import Events
+from colonnade.launcher.train.guard.spikes import SpikeGuard
 from colonnade.launcher.train.host_memory import require_host_memory
 from colonnade.launcher.train.saves import lock_of, open_saver
 from colonnade.launcher.train.timer import Timer
@@ -56,6 +57,7 @@ class Job:
     last_save: float = field(default_factory=time.monotonic)  # when the last save began
     timer: Timer = field(default_factory=Timer)
     watch: Watch = field(default_factory=Watch)
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
     startup: Startup | None = None  # until the first step has been trained
     # updates before a parameter's optimizer state began, which was frozen until then, by name
     before: dict[str, int] = field(default_factory=dict)

@@ -20,6 +20,9 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.attempt import Attempt, attempt_of
 from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import ResumePoint, adopt
+from colonnade.launcher.train.guard.replay import replay_if_due
+from colonnade.launcher.train.guard.rewind import rewind
+from colonnade.launcher.train.guard.spikes import Spike
 from colonnade.launcher.train.job import Job, build, change_stage
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.train.monitor import Monitor
@@ -44,7 +47,7 @@ from colonnade.launcher.train.saves import (
     wait_for_copies,
 )
 from colonnade.launcher.train.schedule import micro_batches, reading_plan
-from colonnade.launcher.train.step import raise_if, sync_errors, train_step
+from colonnade.launcher.train.step import Result, raise_if, sync_errors, train_step
 from colonnade.launcher.train.summary import print_summary
 from colonnade.launcher.train.timeline import timeline_of
 from colonnade.launcher.train.watch.watch import watching
@@ -133,16 +136,22 @@ def follow(job: Job, position: Position) -> None:
 def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
     """Trains one stage after the other until step `end` or a signal on any rank, which is returned,
     or 0. Every stage begins from the checkpoint of the one before, whether the job was stopped in
-    between or not. Collective."""
+    between or not. After a spike of the loss the run goes on from a checkpoint before it.
+    Collective."""
     while True:
         with job.saver:
-            signal_number = train_loop(job, monitor, stop, min(end, job.stage.stop))
-            if job.step == job.steps and not signal_number:
+            signal_number, spike = train_loop(job, monitor, stop, min(end, job.stage.stop))
+            if job.step == job.steps and not signal_number and not spike:
                 finish(job, monitor)
-            elif job.step == job.stage.stop and not signal_number:
+            elif job.step == job.stage.stop and not signal_number and not spike:
                 run_validation(job, monitor)
+        if spike:
+            rewind(job, monitor, spike)
+            follow(job, job.timer.position)
         if signal_number or job.step >= end:
             return signal_number
+        if spike:
+            continue
         start = time.monotonic()
         change_stage(job, job.stages[job.stage.index + 1])
         follow(job, job.timer.position)
@@ -150,38 +159,37 @@ def train_stages(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) 
         report_stage(job, monitor, time.monotonic() - start)
 
 
-def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) -> int:
-    """Trains a stage until step `end` or a signal on any rank, and saves after the last step.
+def train_loop(
+    job: Job, monitor: Monitor | None, stop: StopSignal, end: int
+) -> tuple[int, Spike | None]:
+    """Trains a stage until step `end` or a signal on any rank, and saves after the last step, or
+    until a spike of the loss, after which it does not save.
 
-    Collective. Returns the number of the signal, or 0.
+    Collective. Returns the number of the signal, or 0, and the spike, or None.
     """
     recipe, (rank, ranks) = job.recipe, data_rank(job.mesh)  # among the ranks along data axes
-    plan = reading_plan(job.stage, job.step, rank, ranks)
+    skipped = {step - 1 for step in job.guard.skipped}
+    plan = reading_plan(job.stage, job.step, rank, ranks, skipped)
     signal_number = 0
     with closing(Prefetcher(job.data.train, plan)) as job.reader:
         if job.step < end:
-            count = len(micro_batches(job.stage, job.step, rank, ranks))
+            count = len(upcoming_samples(job))
             sync_errors(partial(raise_if, job.reader.upcoming_error(count)), job.world.device)
         job.timer.restart()
         while job.step < end and not signal_number:
             job.timer.position.begin_step(job.step + 1)
-            samples = micro_batches(job.stage, job.step, rank, ranks)
-            with job.timer.part("data"):
-                batches = list(islice(job.reader, len(samples)))
-            write = partial(write_below, job.run)
-            with timeline_of(job.step + 1, recipe, job.engine.passes, job.run, write):
-                wait = partial(wait_for_copies, job)
-                result = train_step(
-                    job.engine, batches, samples, job.stage, job.step, job.timer, wait
-                )
+            result = run_step(job) if job.step not in skipped else None
             job.step += 1
             job.events.step = job.step
-            job.bad_steps = job.bad_steps + 1 if result.skipped else 0
+            if result is not None:
+                job.bad_steps = job.bad_steps + 1 if result.skipped else 0
             write_error = report_step(job, monitor, result) or report_startup(job, monitor)
             # every rank gets the same status here, so all take the same branches below
             signal_number, read_error, wanted = sync_status(job, stop, write_error, end)
             job.watch.step_ended(job, monitor)
-            if job.bad_steps >= recipe.train.bad_steps:
+            if result is not None and (spike := spike_of(job, result)):
+                return signal_number, spike
+            if result is not None and job.bad_steps >= recipe.train.bad_steps:
                 stop_for_bad_steps(job, result)
             every = recipe.checkpoint.every
             scheduled = every and job.step % every == 0
@@ -195,7 +203,37 @@ def train_loop(job: Job, monitor: Monitor | None, stop: StopSignal, end: int) ->
             # after the last step of a stage `train_stages` validates
             if scheduled and job.step < job.stage.stop and not signal_number:
                 run_validation(job, monitor)
-    return signal_number
+    return signal_number, None
+
+
+def upcoming_samples(job: Job) -> list[list[int]]:
+    """Returns the samples of this rank's micro-batches in the next step; none if the run passes
+    over it."""
+    if job.step + 1 in job.guard.skipped:
+        return []
+    return micro_batches(job.stage, job.step, *data_rank(job.mesh))
+
+
+def run_step(job: Job) -> Result:
+    """Reads the batches of the next step, trains on them, and replays one if that is due.
+    Collective."""
+    assert job.reader is not None
+    samples = upcoming_samples(job)
+    with job.timer.part("data"):
+        batches = list(islice(job.reader, len(samples)))
+    write, wait = partial(write_below, job.run), partial(wait_for_copies, job)
+    with timeline_of(job.step + 1, job.recipe, job.engine.passes, job.run, write):
+        result = train_step(job.engine, batches, samples, job.stage, job.step, job.timer, wait)
+    replay_if_due(job, batches)
+    return result
+
+
+def spike_of(job: Job, result: Result) -> Spike | None:
+    """Returns the spike if the step that has just been trained is one; the same on every rank."""
+    report, guard = result.report, job.recipe.guard
+    if not report.tokens:
+        return None
+    return job.guard.observe(guard, job.step, report.loss, report.grad_norm)
 
 
 def sync_status(
@@ -213,7 +251,7 @@ def sync_status(
     """
     read_error = None
     if job.reader is not None and job.step < end:
-        upcoming = micro_batches(job.stage, job.step, *data_rank(job.mesh))
+        upcoming = upcoming_samples(job)
         with job.timer.part("data"):
             read_error = job.reader.upcoming_error(len(upcoming))
     wanted, stop.save = stop.save, False  # before all else, as a signal may come at any moment

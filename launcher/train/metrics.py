@@ -1,7 +1,8 @@
 """Reads the metrics.jsonl of a run, and selects what of a line is shown as curves.
 
-Every row has the step, the `attempt` that wrote it, and its `time` in Unix seconds. When steps
-repeat after a restart, the file keeps their earlier rows; `current_rows` tells which ones count.
+Every row has the step, the `attempt` that wrote it, and its `time` in Unix seconds; after a rewind
+(`guard.spike`) also how many `rewinds` the attempt has had. When steps repeat after a restart or a
+rewind, the file keeps their earlier rows; `current_rows` tells which ones count.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 from colonnade.launcher.train.lines import read_lines
 
-NOT_SHOWN = ("step", "attempt", "time")  # they place a row, and are no curves themselves
+NOT_SHOWN = ("step", "attempt", "rewinds", "time")  # they place a row, and are no curves themselves
 
 
 def read_metrics(path: Path, superseded: bool = False) -> list[dict[str, Any]]:
@@ -30,26 +31,33 @@ def attempt_of(row: dict[str, Any]) -> int:
     return row.get("attempt", 1)
 
 
+def segment_of(row: dict[str, Any]) -> tuple[int, int]:
+    """The segment of a run that wrote a row: the attempt, and its rewinds up to then. Within a
+    segment steps only grow; a later segment may repeat steps of earlier ones."""
+    return attempt_of(row), row.get("rewinds", 0)
+
+
 def place(row: dict[str, Any]) -> tuple[float, bool]:
     """Where a row stands in the course of a run: its step, of which validation comes last."""
     return row["step"], "validation_loss" in row
 
 
 def current_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of a run without those that a later attempt superseded.
+    """Returns the rows of a run without those that a later segment superseded.
 
-    An attempt that goes on after step s supersedes what earlier attempts recorded of steps after s.
-    If s is the last step, it repeats the validation, and supersedes only that. Both are the
-    rows from the first row of the attempt on; an attempt without a row supersedes nothing.
+    A segment, an attempt or what follows a rewind in it, that goes on after step s supersedes what
+    earlier segments recorded of steps after s. If s is the last step, it repeats the validation,
+    and supersedes only that. Both are the rows from the first row of the segment on; a segment
+    without a row supersedes nothing.
     """
-    first: dict[int, tuple[float, bool]] = {}
+    first: dict[tuple[int, int], tuple[float, bool]] = {}
     for row in rows:
-        first.setdefault(attempt_of(row), place(row))
-    limits, limit = {}, (math.inf, False)  # of each attempt: where a later one took over
-    for attempt in sorted(first, reverse=True):
-        limits[attempt] = limit
-        limit = min(limit, first[attempt])
-    return [row for row in rows if place(row) < limits[attempt_of(row)]]
+        first.setdefault(segment_of(row), place(row))
+    limits, limit = {}, (math.inf, False)  # of each segment: where a later one took over
+    for segment in sorted(first, reverse=True):
+        limits[segment] = limit
+        limit = min(limit, first[segment])
+    return [row for row in rows if place(row) < limits[segment_of(row)]]
 
 
 def curves(row: dict[str, Any]) -> dict[str, float]:

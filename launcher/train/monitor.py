@@ -88,6 +88,7 @@ class Monitor:
 
     Attributes:
         attempt: the number of this start of the run, which every row has.
+        rewinds: of this attempt up to now, which every row has after the first.
         window: seconds and tokens of the last steps, for a moving average.
         flops: training FLOPs per token.
         loads: the watch on the loads of experts.
@@ -100,7 +101,7 @@ class Monitor:
         self, run: Path, recipe: Recipe, stage: TrainingStage, start: int, attempt: int
     ) -> None:
         self.steps = training_stages(recipe)[-1].stop
-        self.path, self.attempt = run / METRICS, attempt
+        self.path, self.attempt, self.rewinds = run / METRICS, attempt, 0
         self.lines = Lines(self.path)
         self.tensorboard = open_tensorboard(run, start) if recipe.train.tensorboard else None
         self.wandb = open_wandb(run, recipe) if recipe.train.wandb else None
@@ -148,7 +149,8 @@ class Monitor:
         A number that is not finite is written as null.
         """
         plain = without_nan(metrics)
-        self.lines.append(plain | {"time": round(time.time(), 3), "attempt": self.attempt})
+        segment = {"attempt": self.attempt} | ({"rewinds": self.rewinds} if self.rewinds else {})
+        self.lines.append(plain | {"time": round(time.time(), 3)} | segment)
         numbers = curves(plain)
         if self.tensorboard:
             for name, value in numbers.items():

@@ -59,15 +59,23 @@ def report_stage(job: Job, monitor: Monitor | None, seconds: float) -> None:
     on_rank_zero(lambda: write_below(job.run, report))
 
 
-def report_step(job: Job, monitor: Monitor | None, result: Result) -> UserError | None:
-    """Records a step on rank 0; returns a write error, which `sync_status` raises on all ranks."""
+def report_step(job: Job, monitor: Monitor | None, result: Result | None) -> UserError | None:
+    """Records a step on rank 0; returns a write error, which `sync_status` raises on all ranks.
+    Without a result the run has passed over the step."""
     seconds, parts = job.timer.restart()
-    if job.watch.ranks:
+    if job.watch.ranks and result is not None:
         job.watch.ranks.add(parts)
     if monitor is None:
         return None
+
+    def record() -> None:
+        if result is None:  # the row takes the place of that of the spike
+            monitor.record({"step": job.step, "passed_over": True})
+        else:
+            record_step(job, monitor, result, seconds, parts)
+
     try:
-        write_below(job.run, lambda: record_step(job, monitor, result, seconds, parts))
+        write_below(job.run, record)
     except UserError as error:
         return error
     return None

@@ -28,6 +28,7 @@ from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.run_files import CHECKPOINTS, LOCK, SAVE
 from colonnade.launcher.train.events import Events
 from colonnade.launcher.train.folder import ResumePoint
+from colonnade.launcher.train.guard.spikes import SpikeGuard
 from colonnade.launcher.train.lines import write_below
 from colonnade.launcher.weights.fill import fill
 from colonnade.launcher.weights.source import open_weights
@@ -61,6 +62,7 @@ def save(job: "Job", wait: bool) -> None:
         "bad_steps": job.bad_steps,
         "updates": job.optimizer.updates,
         **({"before": job.before} if job.before else {}),
+        **({"guard": guard} if (guard := job.guard.state()) else {}),
         "data": (job.reader or job.data.train).state(),
     }
     about = {
@@ -186,6 +188,7 @@ def restore(job: "Job", choice: Choice) -> None:
     job.before = before | dict.fromkeys(sorted(began), state["updates"])
     job.optimizer.resume(state["updates"], job.before)
     job.step, job.bad_steps = state["step"], state["bad_steps"]
+    job.guard = SpikeGuard.of(state.get("guard", {}))
     if earlier.order == stage.order:
         job.data.train.load_state(state["data"])
     passed = choice.passed

@@ -1,7 +1,7 @@
 """Functions of the step: learning rate, batch size, and the samples that a rank reads."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from colonnade.launcher.recipe.stages import TrainingStage
 from colonnade.launcher.recipe.tables import OptimizerConfig, TrainConfig
@@ -70,6 +70,12 @@ def stage_learning_rate(stage: TrainingStage, step: int) -> float:
     return learning_rate(stage.recipe.optimizer, within, stage.schedule_steps)
 
 
+def samples_of_step(stage: TrainingStage, step: int) -> range:
+    """The samples of step `step` (from 0) of a run, on all ranks together."""
+    first = stage.samples + first_sample(stage.recipe.train, step - stage.first)
+    return range(first, first + batch_size(stage.recipe.train, step))
+
+
 def micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int) -> list[list[int]]:
     """The samples of one step of a run that data rank `rank` of `ranks` reads, a list per
     micro-batch.
@@ -79,12 +85,11 @@ def micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int) -> lis
     as many micro-batches: where the ranks do not divide them, some ranks read the last one of the
     step, behind those on which they train (`trained_micro_batches`).
     """
-    config = stage.recipe.train
-    first = stage.samples + first_sample(config, step - stage.first)
-    size, rows = config.micro_batch, batch_size(config, step)
+    config, samples = stage.recipe.train, samples_of_step(stage, step)
+    size, rows = config.micro_batch, len(samples)
     last, passes = rows // size - 1, config.passes_of_rank(rows, ranks)
     numbers = (min(i * ranks + rank, last) for i in range(passes))
-    starts = (first + number * size for number in numbers)
+    starts = (samples.start + number * size for number in numbers)
     return [list(range(start, start + size)) for start in starts]
 
 
@@ -94,11 +99,14 @@ def trained_micro_batches(stage: TrainingStage, step: int, rank: int, ranks: int
     return len(range(rank, batch_size(config, step) // config.micro_batch, ranks))
 
 
-def reading_plan(stage: TrainingStage, start: int, rank: int, ranks: int) -> Iterator[list[int]]:
+def reading_plan(
+    stage: TrainingStage, start: int, rank: int, ranks: int, skipped: Container[int] = ()
+) -> Iterator[list[int]]:
     """The samples of every micro-batch of this data rank from step `start` of a run on, to the end
-    of the stage, in order."""
+    of the stage, in order, but for steps (from 0) that are skipped."""
     for step in range(start, stage.stop):
-        yield from micro_batches(stage, step, rank, ranks)
+        if step not in skipped:
+            yield from micro_batches(stage, step, rank, ranks)
 
 
 def describe_stage(stage: TrainingStage) -> str:

@@ -60,6 +60,13 @@ def raise_if(fault: UserError | None) -> None:
         raise fault
 
 
+def keys_of_step(stage: TrainingStage, step: int) -> tuple[float, int]:
+    """Returns the balance groups of a step's batch, and the key of its random draws."""
+    recipe = stage.recipe
+    groups = batch_size(recipe.train, step) / recipe.model.balance_samples
+    return groups, int(hashed(recipe.train.seed, step))
+
+
 def train_step(
     engine: Engine,
     batches: Sequence[Batch],
@@ -76,8 +83,7 @@ def train_step(
     and optimizer state change.
     """
     timer, recipe = timer or Timer(), stage.recipe
-    groups = batch_size(recipe.train, step) / recipe.model.balance_samples
-    rng_key = int(hashed(recipe.train.seed, step))
+    groups, rng_key = keys_of_step(stage, step)
     trained = trained_micro_batches(stage, step, *data_rank(engine.mesh))
     with timer.part("passes"):
         try:

@@ -14,8 +14,9 @@ class Timer:
     """Measures a step, from one call of `restart` to the next, and its named parts.
 
     The parts are `data` (waiting for batches), `passes` (forward and backward), `update` (clipping
-    and optimizer), and, of what came between this step and the one before it, `save` (blocked by a
-    checkpoint) and `validation`. What belongs to none is reports, and waiting for other ranks.
+    and optimizer), `replay` (`guard.replay_every`), and, of what came between this step and the one
+    before it, `save` (blocked by a checkpoint) and `validation`. What belongs to none is reports,
+    and waiting for other ranks.
 
     Parts are times of the host, not of a GPU's kernels. `passes` end when the norm of the gradients
     has been read from the GPU, so that its work on them is within. It may still be busy with the

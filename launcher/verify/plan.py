@@ -12,7 +12,7 @@ from colonnade.launcher.cluster.environment import RankEnvironment
 from colonnade.launcher.errors import Fault, RecipeError, UserError
 from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.stages import recipe_of_stage
-from colonnade.launcher.recipe.tables import Recipe, changed
+from colonnade.launcher.recipe.tables import GuardConfig, Recipe, changed
 from colonnade.launcher.recipe.unused import explicit_fields
 from colonnade.launcher.recipe.validate import validate
 from colonnade.launcher.train.run import fields_of_init
@@ -165,13 +165,14 @@ def case_faults(recipe: Recipe, size: int, case: Case) -> list[Fault]:
 
 
 def fitted(recipe: Recipe, case: Case, size: int) -> Recipe:
-    """The recipe under a case, with a batch that fits it: that of the shrunk recipe will."""
+    """The recipe under a case, with a batch that fits it: that of the shrunk recipe will. Nothing
+    guards the few steps of a comparison."""
     placed = with_case(recipe, case)
     rows, ranks = recipe.model.balance_samples, max(1, data_ranks(placed, size))
     count = accumulated(placed)
     batch: dict[str, object] = {"micro_batch": rows, "global_batch": rows * ranks * count}
     train = changed(placed.train, batch, remove=("ramp_batch", "ramp_steps", "timeline"))
-    return placed.model_copy(update={"train": train})
+    return placed.model_copy(update={"train": train, "guard": GuardConfig()})
 
 
 def fixed_options(recipe: Recipe, overrides: Sequence[str]) -> dict[str, object]:

@@ -82,6 +82,17 @@ class Pipeline(Passes):
         reduce_gradients(self.model)
         return run.outcomes
 
+    def repeat(self, inputs: Inputs, scale: float) -> None:
+        """Runs one micro-batch forward through all stages, and backward, whatever the schedule.
+        Collective."""
+        self.gather_ends()
+        keep_weights(self.model)
+        run = Run(self, [inputs], scale, training=True)
+        for action in forward_actions(self.parallel, 1, then_backward=True)[self.rank]:
+            run.perform(action)
+        run.wait_for_sends()
+        reduce_gradients(self.model)
+
     def evaluate(self, inputs: Sequence[Inputs]) -> list[Outcome]:
         """Runs forward passes in evaluation mode, stage by stage. Collective."""
         with evaluating(self.model):

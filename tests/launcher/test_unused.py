@@ -219,6 +219,9 @@ UNUSED_CASES: list[tuple[str, str, str]] = [
     ("model.pattern=E model.top_k=4", "train.collapse_share=0.5", "model.top_k=2"),
     ("model.pattern=E train.collapse_steps=0", "train.collapse_share=0.8",
      "train.collapse_steps=5"),
+    *(("checkpoint.every=5", f"guard.{setting}=2", "guard.spike=6")
+      for setting in ("window", "skip", "limit")),
+    ("checkpoint.every=5 guard.spike=6", "train.bad_steps=2", "guard.spike=0"),
     ("", "monitor.metrics_host=0.0.0.0", "monitor.metrics_port=0"),
     ("monitor.ranks_every=0", "monitor.slow_rank=2.0", "monitor.ranks_every=5"),
     ("data.sources.0.format=stdlib", f"{_SOURCE}.path=a", f"{_SOURCE}.format=text"),

@@ -280,6 +280,18 @@ RULE_CASES: list[tuple[str, str, int | None, str, str]] = [
     ("ramp", "train.ramp_batch=16 train.ramp_steps=5", 1, "train.ramp_batch", "{f}=8"),
     ("ramp_length", "train.steps=9 train.ramp_batch=8 train.ramp_steps=10", 1,
      "train.ramp_steps", "{f}=9"),
+    ("checkpoints_to_go_back_to", "guard.spike=6", None, "guard.spike", "checkpoint.every=10"),
+    ("checkpoints_to_go_back_to", "guard.spike=6", None, "guard.spike", "{f}=0"),
+    ("checkpoints_before_what_is_skipped", "guard.spike=6 guard.skip=4 checkpoint.every=2", None,
+     "guard.skip", "{f}=3"),
+    ("checkpoints_before_what_is_skipped", "guard.spike=6 guard.skip=4 checkpoint.every=2", None,
+     "guard.skip", "checkpoint.keep=3"),
+    ("replay_compares_bits", "guard.replay_every=9", None, "guard.replay_every",
+     "train.deterministic=true"),
+    ("replay_needs_replicas", "guard.replay_every=9 train.deterministic=true parallel.tp=2 "
+     "model.vocab=264", 2, "guard.replay_every", "{f}=0"),
+    ("replay_needs_replicas", "guard.replay_every=9 train.deterministic=true parallel.ep=2 "
+     "model.pattern=*E model.experts=4", 2, "guard.replay_every", "parallel.ep=1"),
     ("schedule", "train.steps=9 optimizer.warmup=10", None, "optimizer.warmup", "{f}=9"),
     ("schedule", "optimizer.schedule=wsd", None, "optimizer.decay", "{f}=100"),
     ("schedule", "optimizer.schedule=wsd optimizer.warmup=60 optimizer.decay=41", None,
