@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TOKENS
 from ranks import RankError, Ranks
 from test_job import job, losses
 
@@ -53,7 +52,7 @@ pattern = "*-"
 hidden = 16
 heads = 2
 ffn = 24
-vocab = {TOKENS}
+vocab = 50
 [data]
 validation = 0.2
 [[data.sources]]
