@@ -19,7 +19,7 @@ from colonnade.launcher.cluster.failures.report import (
 from colonnade.launcher.cluster.startup import Startup
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.run_files import FAILURES, LOGS, MISTAKE
-from colonnade.launcher.train.events import next_attempt
+from colonnade.launcher.train.events import next_attempt, read_events
 from colonnade.launcher.train.lines import write_below
 from colonnade.parallel.world import World
 
@@ -64,8 +64,9 @@ def new_folder(run: Path, hosts: list[str]) -> Path:
 
     def make() -> None:
         folder.mkdir(exist_ok=True)
-        again = len(list(folder.glob(f"attempt-{number}*")))
-        made.append(folder / (f"attempt-{number}.{again}" if again else f"attempt-{number}"))
+        name = f"attempt-{number}"
+        again = (folder / name).exists() + len(list(folder.glob(f"{name}.*")))
+        made.append(folder / (f"{name}.{again}" if again else name))
         made[0].mkdir()
         write_hosts(made[0], hosts)
 
@@ -108,5 +109,8 @@ def consider_earlier(run: Path) -> None:
         raise UserError(mistake.read_text(encoding="utf-8").strip())
     folders = sorted((run / FAILURES).glob("attempt-*"), key=lambda path: path.stat().st_mtime)
     why = explained(folders[-1]) if folders else None
+    events = read_events(run)
+    if why is None and events and events[-1]["event"] == "stop":
+        why = f"{events[-1]['reason']} after step {events[-1]['step']}"
     text = f"start {restart_count() + 1}"
     print(f"colonnade: {text}, after: {why or 'ranks came or went'}", file=sys.stderr, flush=True)
