@@ -174,7 +174,7 @@ def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixtu
 def test_a_restart_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would begin anew, and lose what the job has trained."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # also of a batch script, without ranks
-    with pytest.raises(UserError, match=r"started again \(restart 1\).*--run-dir DIR"):
+    with pytest.raises(UserError, match=r"started again .*\(restart 1 so far\).*--run-dir DIR"):
         train("quickstart", RECIPE[1:])
     assert os.listdir() == ["corpus.txt"]
 
