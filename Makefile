@@ -23,7 +23,7 @@ test: lint types
 # On hosts and a SLURM cluster that the tests start on this machine. It takes root and Debian's
 # packages slurm-wlm, munge and iproute2; without them the tests are skipped, and say why.
 test-cluster: $(VENV)/.ready-test
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster --timeout 900
 
 test-newest:
 	rm -rf .venv-newest

@@ -52,7 +52,7 @@ class TrainingJob:
         """Returns what all hosts have printed."""
         return "\n".join(path.read_text() for path in self.run.parent.glob("*.log"))
 
-    def wait(self, seconds: float = 240) -> dict[str, int]:
+    def wait(self, seconds: float = 600) -> dict[str, int]:
         """Waits for all agents; returns their exit statuses by host."""
         try:
             return {name: agent.wait(seconds) for name, agent in self.agents.items()}
@@ -64,7 +64,7 @@ class TrainingJob:
         path = self.run / "metrics.jsonl"
         return sum("loss" in row for row in read_metrics(path, superseded=True))
 
-    def wait_for_steps(self, count: int, seconds: float = 180) -> None:
+    def wait_for_steps(self, count: int, seconds: float = 400) -> None:
         """Waits until so many more steps are recorded."""
         goal = self.rows() + count
         try:
@@ -72,7 +72,7 @@ class TrainingJob:
         except TimeoutError as late:
             raise AssertionError(f"{late}:\n{self.output()}") from None
 
-    def wait_for_checkpoint(self, seconds: float = 120) -> None:
+    def wait_for_checkpoint(self, seconds: float = 400) -> None:
         """Waits until another checkpoint is complete."""
         known = set((self.run / "checkpoints").glob("step-*"))
 
