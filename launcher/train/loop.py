@@ -46,7 +46,7 @@ from colonnade.launcher.train.saves import (
     start_from_weights,
     wait_for_copies,
 )
-from colonnade.launcher.train.schedule import micro_batches, reading_plan
+from colonnade.launcher.train.schedule import micro_batches, reading_plan, trained_micro_batches
 from colonnade.launcher.train.step import Result, raise_if, sync_errors, train_step
 from colonnade.launcher.train.summary import print_summary
 from colonnade.launcher.train.timeline import timeline_of
@@ -222,8 +222,11 @@ def run_step(job: Job) -> Result:
     with job.timer.part("data"):
         batches = list(islice(job.reader, len(samples)))
     write, wait = partial(write_below, job.run), partial(wait_for_copies, job)
+    trained = trained_micro_batches(job.stage, job.step, *data_rank(job.mesh))
     with timeline_of(job.step + 1, job.recipe, job.engine.passes, job.run, write):
-        result = train_step(job.engine, batches, samples, job.stage, job.step, job.timer, wait)
+        result = train_step(
+            job.engine, batches, samples, job.stage, job.step, job.timer, wait, trained
+        )
     replay_if_due(job, batches)
     return result
 

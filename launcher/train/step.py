@@ -11,15 +11,10 @@ from colonnade.launcher.cluster.collective import on_all_ranks
 from colonnade.launcher.data import Batch
 from colonnade.launcher.errors import UserError
 from colonnade.launcher.recipe.stages import TrainingStage
-from colonnade.launcher.train.schedule import (
-    batch_size,
-    stage_learning_rate,
-    trained_micro_batches,
-)
+from colonnade.launcher.train.schedule import batch_size, stage_learning_rate
 from colonnade.launcher.train.timer import Timer
 from colonnade.parallel.engine import Engine, Report, all_reduced
 from colonnade.parallel.lanes.pinned import PinnedMemoryError
-from colonnade.parallel.mesh import data_rank
 
 T = TypeVar("T")
 
@@ -75,16 +70,17 @@ def train_step(
     step: int,
     timer: Timer | None = None,
     before_update: Callable[[], object] = lambda: None,
+    trained: int | None = None,
 ) -> Result:
     """Runs this rank's micro-batches forward and backward, and updates the model. Collective.
 
     A step without valid tokens, or with a non-finite objective or gradient, updates nothing.
     `timer` measures its parts `passes` and `update`. `before_update` is called before parameters
-    and optimizer state change.
+    and optimizer state change. `trained` is how many of the micro-batches, from the first on, are
+    trained on (`trained_micro_batches`); None: all.
     """
     timer, recipe = timer or Timer(), stage.recipe
     groups, rng_key = keys_of_step(stage, step)
-    trained = trained_micro_batches(stage, step, *data_rank(engine.mesh))
     with timer.part("passes"):
         try:
             report = engine.gradients(batches, samples, groups, rng_key, trained)

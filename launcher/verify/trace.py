@@ -16,7 +16,7 @@ from colonnade.launcher.data import Batch
 from colonnade.launcher.recipe.stages import training_stages
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.job import build_engine
-from colonnade.launcher.train.schedule import micro_batches
+from colonnade.launcher.train.schedule import micro_batches, trained_micro_batches
 from colonnade.launcher.train.step import train_step
 from colonnade.models.decoder import Decoder
 from colonnade.models.names import canonical
@@ -111,7 +111,8 @@ def record_trace(
         samples = micro_batches(stage, step, *data_rank(mesh))
         vocab, length = recipe.model.vocab, recipe.train.seq_len
         batches = [random_rows(of_batch, vocab, length) for of_batch in samples]
-        report = train_step(engine, batches, samples, stage, step).report
+        trained = trained_micro_batches(stage, step, *data_rank(mesh))
+        report = train_step(engine, batches, samples, stage, step, trained=trained).report
         losses = {"loss": report.loss, "balance": report.balance, **report.extras}
         for name, value in losses.items():
             record("losses", f"step {step + 1}: {name}", torch.tensor(value, dtype=torch.float64))
