@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import socket
 from collections import Counter, defaultdict
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from colonnade.launcher.cluster.environment import RankEnvironment, communication_settings
+from colonnade.launcher.cluster.memory import host_id
 from colonnade.launcher.cluster.network import Network, network_of_this_host
 
 ROOMS = ("launcher", "parallel", "models", "kernels")  # packages that a job runs
@@ -69,7 +69,7 @@ def facts_of_this_rank(environment: RankEnvironment, device: torch.device) -> Fa
         rank=environment.rank,
         local_rank=environment.local_rank,
         host=socket.gethostname(),
-        host_id=host_id(),
+        host_id=network_id(),
         device=device_name(device),
         device_type=device.type,
         network=network_of_this_host(),
@@ -78,13 +78,11 @@ def facts_of_this_rank(environment: RankEnvironment, device: torch.device) -> Fa
     )
 
 
-def host_id() -> str:
+def network_id() -> str:
     """What two processes have in common on one host: the running kernel and its network."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:  # not Linux
-        return socket.gethostname()
+    name, boot = host_id()
+    namespace = Path("/proc/self/ns/net")
+    return f"{boot}/{namespace.stat().st_ino}" if boot and namespace.exists() else name
 
 
 def device_name(device: torch.device) -> str:

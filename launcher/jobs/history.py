@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colonnade.launcher.cluster.columns import aligned
 from colonnade.launcher.cluster.signals import SAVE_FIRST
 from colonnade.launcher.run_files import JOB_ENDS, METRICS
 from colonnade.launcher.train.events import STARTS, read_events
@@ -148,10 +149,3 @@ def table(attempts: Sequence[Attempt]) -> str:
             )
         )
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import pytest
 import torch
 from ranks import RankError, Ranks
 from test_job import job, losses
+from tiny import MakeRecipe, tiny_recipe
 
 from colonnade.launcher.checkpoint import read_state, step_folder
 from colonnade.launcher.errors import UserError
-from colonnade.launcher.recipe.load import load_recipe
 from colonnade.launcher.recipe.tables import GuardConfig, Recipe
 from colonnade.launcher.train import loop
 from colonnade.launcher.train.events import goodput, read_events
@@ -29,7 +28,6 @@ from colonnade.launcher.train.step import Result, train_step
 from colonnade.parallel.mesh import data_rank
 from colonnade.parallel.world import World
 
-MakeRecipe = Callable[..., Recipe]
 GUARD = (
     "guard.spike=1000", "guard.window=3", "checkpoint.every=2", "checkpoint.keep=99",
 )  # fmt: skip
@@ -46,29 +44,9 @@ HIGH, NAN = 1000.0, math.nan
 @pytest.fixture
 def recipe(tokens: Path, tmp_path: Path) -> MakeRecipe:
     """A tiny recipe with overrides."""
-    text = f"""
-[model]
-pattern = "*-"
-hidden = 16
-heads = 2
-ffn = 24
-vocab = 50
-[data]
-validation = 0.2
-[[data.sources]]
-format = "tokens"
-path = "{tokens}"
-[train]
-steps = 10
-global_batch = 8
-micro_batch = 2
-seq_len = 16
-precision = "fp64"
-validate_rows = 4
-"""
-    path = tmp_path / "tiny.toml"
-    path.write_text(text, encoding="utf-8")
-    return lambda *overrides: load_recipe(path, overrides, None)
+    fields = ("data.validation=0.2", "train.steps=10", "train.global_batch=8",
+              "train.precision=fp64", "train.validate_rows=4")  # fmt: skip
+    return tiny_recipe(tmp_path, tokens, *fields)
 
 
 def spikes_of(config: GuardConfig, found: list[float]) -> list[int]:

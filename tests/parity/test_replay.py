@@ -1,6 +1,5 @@
 """Replayed micro-batches: a flipped bit is found on its rank, and training is as without them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,10 +7,11 @@ from unittest import mock
 import pytest
 import torch
 from ranks import RankError, Ranks, pool
+from tiny import VOCAB, MakeRecipe, tiny_recipe
 
 from colonnade.launcher.data import IndexedWriter
 from colonnade.launcher.data.indexed import token_dtype
-from colonnade.launcher.recipe.load import dump_recipe, load_recipe
+from colonnade.launcher.recipe.load import dump_recipe
 from colonnade.launcher.recipe.tables import Recipe
 from colonnade.launcher.train.events import read_events
 from colonnade.launcher.train.guard import replay
@@ -22,39 +22,17 @@ from colonnade.parallel.gradients import local
 from colonnade.parallel.replay import Recording, checksum, gathered_parameters
 from colonnade.parallel.world import World
 
-MakeRecipe = Callable[..., Recipe]
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> MakeRecipe:
     """A tiny recipe with overrides, which replays every second step."""
     generator = torch.Generator().manual_seed(3)
-    with IndexedWriter(tmp_path / "tokens", token_dtype(50)) as writer:
+    with IndexedWriter(tmp_path / "tokens", token_dtype(VOCAB)) as writer:
         for _ in range(100):
-            writer.add(torch.randint(0, 50, (30,), generator=generator).numpy())
-    text = f"""
-[model]
-pattern = "*-"
-hidden = 16
-heads = 2
-ffn = 24
-vocab = 50
-[data]
-validation = 0
-[[data.sources]]
-format = "tokens"
-path = "{tmp_path / "tokens"}"
-[train]
-steps = 4
-global_batch = 12
-micro_batch = 2
-seq_len = 16
-deterministic = true
-[guard]
-replay_every = 2
-"""
-    (tmp_path / "tiny.toml").write_text(text, encoding="utf-8")
-    return lambda *overrides: load_recipe(tmp_path / "tiny.toml", overrides, None)
+            writer.add(torch.randint(0, VOCAB, (30,), generator=generator).numpy())
+    fields = ("data.validation=0", "train.steps=4", "train.global_batch=12",
+              "train.deterministic=true", "guard.replay_every=2")  # fmt: skip
+    return tiny_recipe(tmp_path, tmp_path / "tokens", *fields)
 
 
 def job(rank: int, size: int, recipe: Recipe, run: Path) -> None:

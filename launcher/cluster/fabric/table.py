@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from colonnade.launcher.cluster.columns import aligned
 from colonnade.launcher.cluster.fabric.findings import flops, rate, seconds
 
 MATRIX = 8  # members of which all pairs are shown
@@ -16,13 +17,6 @@ def table(report: Report) -> str:
     """Writes hosts, pairs, GPUs and what is wrong, one below the other."""
     parts = [host_table(report), pair_table(report), gpu_table(report), verdict(report)]
     return "\n\n".join(part for part in parts if part)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Writes rows in columns, the first row being the heads."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def host_table(report: Report) -> str:
